@@ -1,0 +1,201 @@
+"""The run's configuration: one flat dataclass whose fields are the flags of scripts/train.py."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ptp_ds.models import EMBEDDED_MODEL
+from ptp_ds.objective import DIVERGENCES
+from ptp_ds.perturb import PERTURBATIONS
+from ptp_ds.perturb.ball import NORMS
+
+DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
+_PLANNED = {"prompt": ("deep",), "perturbation": ("mask", "free", "a2t")}
+
+
+def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every setting of a run. Text in the metadata is the flag's help; units are given where there are any."""
+
+    ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON; its 'auto' values are filled in from the flags")
+    model: str = _flag(EMBEDDED_MODEL, "hub id, folder, or the embedded smollm2-135m")
+    task: str = _flag("RTE", "RTE, CB, BoolQ, COPA, or a template .json of your own")
+    data_dir: str | None = _flag(None, "folder with <Task>/<split>.jsonl; default: the packaged demo data")
+    dataset: str | None = _flag(None, "hub dataset id, or a folder in the hub's layout (parquet); instead of --data_dir")
+    train_split: str = _flag("train", "split that trains the prompt")
+    eval_split: str = _flag("val", "split that is reported at the end, never used to choose anything")
+    select_split: str | None = _flag(None, "split that chooses the best prompt; default: rows held out of --train_split")
+    holdout: float = _flag(0.15, "share of the training rows held out to choose the best prompt, without --select_split")
+    max_length: int | None = _flag(None, "longest row in tokens, prompt included; default: the backbone's context")
+    prompt: str = _flag("soft", "prompt type", ("soft",))
+    prompt_length: int = _flag(20, "P, number of virtual tokens")
+    prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
+                             ("vocab", "text", "labels", "adapter"))  # fmt: skip
+    init_text: str | None = _flag(None, "text for --prompt_init text")
+    init_adapter: str | None = _flag(None, "adapter folder for --prompt_init adapter")
+    perturbation: str = _flag("gaussian", "how the second stream differs", ("none", *PERTURBATIONS))
+    divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
+    reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
+    reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
+    sigma: float = _flag(0.3, "gaussian, uniform: noise size of a token, in mean embedding norms")
+    epsilon: float = _flag(0.3, "pgd: radius of the ball, in mean embedding norms")
+    alpha: float | None = _flag(None, "pgd: length of an ascent step, in mean embedding norms; default 1.5 epsilon / K")
+    ascent_steps: int = _flag(2, "pgd: K, ascent steps")
+    norm: str = _flag("token_l2", "pgd: the ball's norm", NORMS)
+    batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
+    gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
+    lr: float = _flag(0.1, "AdamW learning rate of the prompt")
+    weight_decay: float = _flag(0.0, "AdamW weight decay of the prompt")
+    warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
+    lr_schedule: str = _flag("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
+    max_grad_norm: float = _flag(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
+    max_steps: int = _flag(60, "optimizer steps")
+    eval_every: int = _flag(20, "steps between evaluations on the selection rows; 0: only at the end")
+    save_every: int = _flag(20, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = _flag(2, "newest checkpoints kept")
+    log_every: int = _flag(5, "steps between log lines")
+    eval_tokens: int = _flag(4096, "tokens of an evaluation pass on each rank")
+    precision: str = _flag("auto", "backbone's dtype; auto: bf16 where the hardware computes it natively, else fp32",
+                           ("auto", "fp32", "bf16"))  # fmt: skip
+    seed: int = _flag(0, "seed of initialisation, data order and noise")
+    output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
+    resume: str | None = _flag(None, "auto (newest checkpoint of --output_dir, if any) or a checkpoint folder")
+
+    @property
+    def step_length(self) -> float:
+        """alpha with its default, in mean embedding norms."""
+        return self.alpha if self.alpha is not None else 1.5 * self.epsilon / max(1, self.ascent_steps)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a second stream is computed: not for lambda = 0 or a delta that can only be zero."""
+        size = self.epsilon if self.perturbation == "pgd" else self.sigma
+        return self.perturbation != "none" and self.reg_weight > 0 and size > 0
+
+    def validate(self) -> None:
+        """Raises ValueError for the first field that is out of range or contradicts another."""
+        for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
+                     "log_every", "eval_tokens", "keep_checkpoints"):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
+        for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number of 0 or more")
+        for name in ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number of 0 or more")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
+        _require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "a finite number above 0")
+        _require(0 < self.holdout < 1, "holdout", self.holdout, "a share between 0 and 1")
+        _require(self.max_length is None or self.max_length > self.prompt_length, "max_length", self.max_length,
+                 f"more than the prompt's {self.prompt_length} tokens")  # fmt: skip
+        if self.data_dir is not None and self.dataset is not None:
+            raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+        if self.select_split is not None and self.select_split == self.eval_split:
+            raise ValueError(
+                f"--select_split and --eval_split are both {self.eval_split!r}: the best prompt must not be chosen on the "
+                "split that is reported; leave --select_split out to hold rows out of the training split."
+            )
+        for kind, needed in (("text", "init_text"), ("adapter", "init_adapter")):
+            given = getattr(self, needed) is not None
+            if (self.prompt_init == kind) != given:
+                raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+        if self.resume == "auto" and self.output_dir is None:
+            raise ValueError("--resume auto needs the --output_dir of the run that it continues.")
+
+    def without_effect(self, explicit: set[str]) -> list[str]:
+        """Flags that were given but that the chosen perturbation does not read."""
+        reads = {"none": set(), "gaussian": {"sigma"}, "uniform": {"sigma"},
+                 "pgd": {"epsilon", "alpha", "ascent_steps", "norm"}}  # fmt: skip
+        special = {"sigma", "epsilon", "alpha", "ascent_steps", "norm"}
+        unread = special - reads[self.perturbation]
+        if self.perturbation == "none":
+            unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
+        return sorted(unread & explicit)
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} is {value}; expected {expected}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """' (did you mean ...?)' with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _base_type(field: dataclasses.Field) -> type:
+    names = str(field.type).replace("None", "").strip(" |")
+    return {"int": int, "float": float, "str": str}[names if not isinstance(field.type, type) else field.type.__name__]
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of scripts/train.py, made from RunConfig's fields."""
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(RunConfig):
+        shown = "" if field.default is None else f" (default: {field.default})"
+        text = (field.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
+    parser.add_argument("--config", help="JSON file with any of these settings; flags win over it")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    return parser
+
+
+def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, set[str]]:
+    """The configuration from flags and --config FILE, and the names that were given explicitly. Raises ValueError."""
+    parser = build_parser(description)
+    known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
+    _refuse_planned(argv)
+    values, rest = parser.parse_known_args(argv)
+    if rest:
+        flag = rest[0].split("=")[0]
+        raise ValueError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
+    given = vars(values)
+    given.pop("local_rank", None)
+    file = given.pop("config", None)
+    merged = {**(_read_config(file) if file else {}), **given}
+    config = RunConfig(**merged)
+    config.validate()
+    return config, set(merged)
+
+
+def _refuse_planned(argv: Sequence[str]) -> None:
+    words = [part for word in argv for part in word.split("=", 1)]
+    for flag, value in zip(words, words[1:], strict=False):
+        if value in _PLANNED.get(flag.lstrip("-"), ()) and flag.startswith("--"):
+            raise ValueError(f"{flag} {value} is planned but not built yet. See --help for what works today.")
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"--config {file}: not valid JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file}: expected one JSON object of settings.")
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"--config {file}: unknown key {name!r}{nearest(name, list(fields))}.")
+        wanted, choices = _base_type(fields[name]), fields[name].metadata["choices"]
+        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+        if not fits and not (value is None and fields[name].default is None):
+            raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {value!r}.")
+        if choices and value not in choices:
+            raise ValueError(f"--config {file}: {name!r} is {value!r}; choose from {', '.join(choices)}.")
+    return values

@@ -1,0 +1,233 @@
+"""Rows from jsonl folders or the hub, tokenised examples, and the seeded order in which training sees them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_ds.packing import Example
+from ptp_ds.seeding import make_generator
+from ptp_ds.tasks import Rendered, Task
+
+DEMO_DATA = Path(__file__).parent / "demo_data"
+_HUB_SPLITS = {"val": "validation"}  # SuperGLUE's files say val, its hub repositories validation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split. where[i] names row i for messages (file:line). digest: sha256 over the rows."""
+
+    rows: Sequence[Mapping[str, Any]]
+    where: Sequence[str]
+    digest: str
+
+
+def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None) -> Split:
+    """The rows of `<data_dir>/<task>/<split>.jsonl`, or of a hub dataset; with neither, of the packaged demo data.
+
+    Raises ValueError for a missing file, a malformed line (with its number), a split with no rows.
+    """
+    if data_dir is not None and dataset is not None:
+        raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+    if dataset is not None:
+        rows, where = _read_hub(task, split, dataset)
+    else:
+        rows, where = _read_jsonl(_find_file(task, split, data_dir))
+    if not rows:
+        raise ValueError(f"Split {split!r} of task {task.name} has no rows; give a file with at least one.")
+    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
+    return Split(rows, where, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
+    folder = DEMO_DATA if data_dir is None else Path(data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"--data_dir {folder}: there is no such folder.")
+    file = folder / task.name / f"{split}.jsonl"
+    if file.is_file():
+        return file
+    if not (folder / task.name).is_dir():
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
+        raise ValueError(f"No folder {task.name!r} in {source}; it holds {', '.join(found) or 'no folders'}.")
+    found = sorted(path.stem for path in (folder / task.name).glob("*.jsonl"))
+    raise ValueError(f"No file {file}; splits there: {', '.join(found) or 'none'}.")
+
+
+def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
+    rows, where = [], []
+    try:
+        lines = file.read_bytes().decode("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno}).") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
+        rows.append(row)
+        where.append(f"{file}:{number}")
+    return rows, where
+
+
+def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[str]]:
+    import datasets
+
+    name = _HUB_SPLITS.get(split, split)
+    try:
+        table = datasets.load_dataset(dataset, task.name.lower(), split=name)
+    except Exception as error:  # the loader raises many types: offline, unknown repository, configuration or split
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--dataset {dataset}: can't load configuration {task.name.lower()!r}, split {name!r} "
+            f"({type(error).__name__}: {first})."
+        ) from None
+    rows = [dict(row) for row in table]
+    names = getattr(table.features.get(task.label), "names", None)
+    if names:  # the hub stores class numbers; the files store the class's name, or its number where that is the label
+        by_lower = {label.lower(): label for label in task.labels}
+        for row in rows:
+            if row[task.label] >= 0:
+                row[task.label] = by_lower.get(names[row[task.label]].lower(), str(row[task.label]))
+    return rows, [f"{dataset}/{task.name.lower()}/{name} row {number}" for number in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A split ready for packing. truncated: how many rows were shortened."""
+
+    examples: Sequence[Example]
+    truncated: int
+
+
+def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int) -> Tokenised:
+    """Examples of a split. max_length: tokens that fit behind the prompt, answers included.
+
+    A longer row loses tokens from the middle of the task's `truncate` field only. Raises ValueError where that can't
+    make it fit, where the tokenizer gives no offsets, or where a context and its answers share a token.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
+    rendered = [task.render(row, where) for row, where in zip(split.rows, split.where, strict=True)]
+    contexts = _encode(tokenizer, [row.context for row in rendered])
+    answered = _encode(tokenizer, [row.context + answer for row in rendered for answer in row.candidates])
+    count = len(task.answers)
+    examples, truncated = [], 0
+    for number, (row, (ids, offsets)) in enumerate(zip(rendered, contexts, strict=True)):
+        where = split.where[number]
+        candidates = [_answer_ids(ids, full, where) for full, _ in answered[number * count : (number + 1) * count]]
+        fields = _field_of_tokens(row, offsets)
+        excess = len(ids) + max(map(len, candidates)) - 1 - max_length
+        if excess > 0:
+            ids, fields = _truncate(task, ids, fields, excess, max_length, where)
+            truncated += 1
+        movable = [name is not None and name not in task.fixed_fields for name in fields]
+        examples.append(
+            Example(context_ids=ids, movable=movable, candidate_ids=candidates, gold=row.gold, index=number)
+        )
+    return Tokenised(examples, truncated)
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """(ids, character offsets) of each text with the tokenizer's own leading special tokens, none behind."""
+    batch = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
+    encoded = []
+    for ids, offsets, special in zip(
+        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+    ):
+        end = len(ids)
+        while end and special[end - 1]:
+            end -= 1
+        encoded.append((list(ids[:end]), list(offsets[:end])))
+    return encoded
+
+
+def _answer_ids(context: list[int], full: list[int], where: str) -> list[int]:
+    if full[: len(context)] != context or len(full) == len(context):
+        raise ValueError(
+            f"{where}: the tokenizer joins the end of the context with the answer's start; "
+            "end the template's text without a space and begin each answer with one."
+        )
+    return full[len(context) :]
+
+
+def _field_of_tokens(row: Rendered, offsets: Sequence[tuple[int, int]]) -> list[str | None]:
+    """Each token's field, None for template and special tokens and for tokens that straddle a border."""
+    context = row.context
+    field_of_char: list[str | None] = []
+    for text, name in row.pieces:
+        field_of_char.extend([name] * len(text))
+    fields: list[str | None] = []
+    for start, end in offsets:
+        while start < end and context[start].isspace():
+            start += 1
+        names = set(field_of_char[start:end])
+        fields.append(names.pop() if len(names) == 1 else None)
+    return fields
+
+
+def _truncate(
+    task: Task, ids: list[int], fields: list[str | None], excess: int, max_length: int, where: str
+) -> tuple[list[int], list[str | None]]:
+    positions = [position for position, name in enumerate(fields) if name == task.truncate and name is not None]
+    if len(positions) <= excess:
+        raise ValueError(
+            f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its field "
+            f"{task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."
+        )
+    first = (len(positions) - excess) // 2 + (len(positions) - excess) % 2
+    dropped = set(positions[first : first + excess])
+    keep = [position for position in range(len(ids)) if position not in dropped]
+    return [ids[position] for position in keep], [fields[position] for position in keep]
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers for (training, selection): a seeded share of the training rows, at least one each."""
+    if count < 2:
+        raise ValueError(f"Can't hold out rows for selection from {count} training row; give --select_split.")
+    order = torch.randperm(count, generator=make_generator(seed, "hold_out")).tolist()
+    size = min(max(1, round(count * share)), count - 1)
+    return sorted(order[size:]), sorted(order[:size])
+
+
+class BatchOrder:
+    """The endless, seeded sequence of training rows: epoch after epoch, each shuffled anew; stateless to resume."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of optimizer step `step` (0-based), the whole global batch."""
+        start = step * self.batch_size
+        return [self._at(position) for position in range(start, start + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        return self._epoch(epoch)[offset]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            generator = make_generator(self.seed, "order", epoch)
+            self._cached = (epoch, torch.randperm(self.count, generator=generator).tolist())
+        return self._cached[1]
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Deals positions 0..n-1 to `hands` in equal number, longest first and back and forth, so token counts balance.
+
+    n must be a multiple of hands. The split depends on the lengths alone, and each hand keeps the batch's order.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for number, position in enumerate(order):
+        turn, place = divmod(number, hands)
+        dealt[place if turn % 2 == 0 else hands - 1 - place].append(position)
+    return [sorted(hand) for hand in dealt]

@@ -1,0 +1,108 @@
+"""Process bootstrap for deepspeed, torchrun and plain python, free of DeepSpeed's traps on machines without a GPU."""
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over ranks, in place; every rank must call it."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The tensor's maximum over ranks, in place; every rank must call it."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's whole number, on every rank."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        torch.distributed.broadcast(tensor, 0)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def env_rank() -> int:
+    """This process' rank before anything is initialised (0 for plain python)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_world() -> int:
+    """The number of processes before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before DeepSpeed is imported; called once, first of all. Keeps what a user has set."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if env_world() == 1 and "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
+            os.environ.setdefault(name, value)
+
+
+def start_processes() -> Ranks:
+    """Joins the process group through DeepSpeed and returns this rank's place and device."""
+    prepare_environment()
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renames, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # init_distributed would compile this op for two minutes, and training doesn't use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or env_world())
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, here)))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=30))
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def stop_processes() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

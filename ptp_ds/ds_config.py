@@ -1,0 +1,173 @@
+"""DeepSpeed's JSON: read, checked against the flags, and every "auto" replaced by a value that is shown."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_ds.config import RunConfig, nearest
+
+# Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
+_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16", "fp16", "zero_optimization", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger",
+    "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "data_types",
+    "torch_autocast", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "log_level", "checkpoint",
+)  # fmt: skip
+_OWNED = {
+    "optimizer": "the optimizer is AdamW over the prompt; use --lr and --weight_decay",
+    "scheduler": "the schedule is --lr_schedule with --warmup_steps",
+}
+
+
+@dataclass(frozen=True)
+class ResolvedDeepSpeed:
+    """config: what DeepSpeed gets. notes: one line for each resolved "auto". dtype: the backbone's."""
+
+    config: dict[str, Any]
+    notes: list[str]
+    dtype: torch.dtype
+
+    @property
+    def stage(self) -> int:
+        return int(self.config["zero_optimization"]["stage"])
+
+
+def read_ds_config(file: str) -> dict[str, Any]:
+    """The JSON as written. Raises ValueError for a missing file, bad JSON, unknown keys or an unsupported stage."""
+    path = Path(file)
+    if not path.is_file() and not path.is_absolute():
+        packaged = Path(__file__).parent.parent / file  # the checkout's own ds_configs, from any working folder
+        path = packaged if packaged.is_file() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--ds_config {file}: {error.strerror}; see ds_configs/ for ready ones.") from None
+    except ValueError as error:
+        raise ValueError(f"--ds_config {file}: not valid JSON ({error}).") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"--ds_config {file}: expected one JSON object.")
+    for key in raw:
+        if key in _OWNED:
+            raise ValueError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
+        if key not in _KEYS:
+            raise ValueError(f"--ds_config {file}: unknown key {key!r}{nearest(key, _KEYS)}.")
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
+        raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
+    _check_zero_keys(file, zero)
+    if _enabled(raw, "fp16"):
+        raise ValueError(f"--ds_config {file}: fp16 is not supported yet; use bf16, or fp32 by leaving both out.")
+    return raw
+
+
+def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = list(fields) + [field.alias for field in fields.values() if field.alias]
+    for key in zero:
+        if key not in known:
+            raise ValueError(f"--ds_config {file}: unknown key 'zero_optimization.{key}'{nearest(key, known)}.")
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ValueError(
+            f"--ds_config {file}: remove offload_optimizer: the optimizer holds the prompt only, a few megabytes."
+        )
+    if zero.get("module_granularity_threshold") or zero.get("stage3_module_granularity_threshold"):
+        raise ValueError(
+            f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
+            "trained prompt a leaf; decoder layers are leaf modules already."
+        )
+
+
+def _enabled(raw: dict[str, Any], block: str) -> Any:
+    return raw.get(block, {}).get("enabled", False)
+
+
+def native_bf16() -> tuple[bool, str]:
+    """(whether this hardware multiplies bf16 matrices natively, the reason in words)."""
+    if not torch.cuda.is_available():
+        return False, "no GPU here; bf16 matrix products on a CPU are emulated"
+    name = torch.cuda.get_device_name()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return True, f"{name} computes bf16 natively"
+    return False, f"{name} has no native bf16"
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], run: RunConfig, explicit: set[str], world: int, width: int
+) -> ResolvedDeepSpeed:
+    """Fills in "auto", checks concrete values against explicit flags, and refuses contradictions with ValueError.
+
+    explicit: flags that the user gave. world: ranks. width: H, for the bucket sizes.
+    """
+    config = json.loads(json.dumps(raw))
+    notes: list[str] = []
+    hands = world * run.gradient_accumulation_steps
+    if run.batch_size % hands:
+        below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"--batch_size {run.batch_size} can't be dealt to {world} ranks x {run.gradient_accumulation_steps} "
+            f"micro-batches in equal parts; use {choices}."
+        )
+    owned = {
+        "train_batch_size": (run.batch_size, "batch_size"),
+        "gradient_accumulation_steps": (run.gradient_accumulation_steps, "gradient_accumulation_steps"),
+        "train_micro_batch_size_per_gpu": (run.batch_size // hands, "batch_size"),
+        "gradient_clipping": (run.max_grad_norm, "max_grad_norm"),
+    }
+    for key, (value, flag) in owned.items():
+        given = config.get(key, "auto")
+        if given != "auto" and given != value:
+            source = f"--{flag}" if flag in explicit else f"the default of --{flag}"
+            raise ValueError(
+                f"{run.ds_config} says {key} = {given}, but {source} makes it {value}; set it to \"auto\" or make the "
+                f"two agree with --{flag}."
+            )
+        if given == "auto":
+            notes.append(f"{key} = {value} (from --{flag})")
+        config[key] = value
+    dtype = _resolve_precision(config, run, notes)
+    _resolve_buckets(config["zero_optimization"], width, notes)
+    if not torch.cuda.is_available():
+        for block in ("offload_param", "offload_optimizer"):
+            if config["zero_optimization"].get(block, {}).get("pin_memory"):
+                config["zero_optimization"][block]["pin_memory"] = False
+                notes.append(f"zero_optimization.{block}.pin_memory = false (no GPU here)")
+    config.setdefault("steps_per_print", 1 << 30)  # our own log says more
+    return ResolvedDeepSpeed(config, notes, dtype)
+
+
+def _resolve_precision(config: dict[str, Any], run: RunConfig, notes: list[str]) -> torch.dtype:
+    native, reason = native_bf16()
+    given = _enabled(config, "bf16")
+    if given == "auto":
+        wanted = native if run.precision == "auto" else run.precision == "bf16"
+        notes.append(f"bf16.enabled = {str(wanted).lower()} ({reason if run.precision == 'auto' else '--precision'})")
+    else:
+        wanted = bool(given)
+        if run.precision != "auto" and wanted != (run.precision == "bf16"):
+            raise ValueError(
+                f"{run.ds_config} says bf16.enabled = {str(wanted).lower()}, but --precision is {run.precision}; "
+                'set it to "auto" or leave --precision out.'
+            )
+    config["bf16"] = {**config.get("bf16", {}), "enabled": wanted}
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def _resolve_buckets(zero: dict[str, Any], width: int, notes: list[str]) -> None:
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    for key, value in zero.items():
+        if value == "auto":
+            if key not in sizes:
+                raise ValueError(f'zero_optimization.{key} can\'t be "auto"; give a value or leave it out.')
+            zero[key] = sizes[key]
+            notes.append(f"zero_optimization.{key} = {sizes[key]} (from the width {width})")

@@ -1,0 +1,135 @@
+"""The DeepSpeed engine around the prompt, and its state in a form that knows no number of ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptp_ds.distributed import Ranks
+from ptp_ds.ds_config import ResolvedDeepSpeed
+from ptp_ds.step import PromptedBackbone
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def decoder_layer_class(model: nn.Module) -> type | None:
+    """The class of the backbone's repeated layers: the members of its longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return type(max(lists, key=len)[0]) if lists else None
+
+
+class Engine:
+    """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state."""
+
+    def __init__(
+        self, model: PromptedBackbone, resolved: ResolvedDeepSpeed, ranks: Ranks, weight_decay: float = 0.0
+    ) -> None:
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
+
+        self.ranks, self.stage = ranks, resolved.stage
+        self.shape = tuple(model.prompt.weight.shape)
+        layer = decoder_layer_class(model.backbone.model)
+        if self.stage == 3 and layer is not None:
+            set_z3_leaf_modules(model, [layer])  # one gather a decoder layer
+        # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
+        optimizer = torch.optim.AdamW([model.prompt.weight], lr=0.0, weight_decay=weight_decay)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+        )
+        self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
+        self.model: PromptedBackbone = self.deepspeed.module
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.deepspeed.optimizer.optimizer
+
+    @property
+    def _master(self) -> Tensor:
+        """This rank's part of the flat fp32 prompt; the parts of all ranks, in order, are the prompt and padding."""
+        optimizer = self.deepspeed.optimizer
+        if self.stage == 3:
+            return optimizer.fp32_partitioned_groups_flat[0]
+        return optimizer.single_partition_of_fp32_groups[0]
+
+    def forward(self, *args: Any) -> Tensor:
+        """The engine's forward: PromptedBackbone.forward with ZeRO's bookkeeping."""
+        return self.deepspeed(*args)
+
+    def backward_sum(self, loss_sum: Tensor, global_count: int) -> None:
+        """Backward of (sum over this rank's examples) / (examples of the optimizer step on all ranks).
+
+        DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: a sum of sums remains.
+        """
+        self.deepspeed.backward(loss_sum * (self.ranks.world / global_count), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Ends a micro-batch; at the last one of an optimizer step, clips and updates the prompt."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    def grad_norm(self) -> float:
+        """Global l2 norm of the last optimizer step's gradient, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def _gather(self, part: Tensor) -> Tensor:
+        """[P, H] fp32 on the CPU from every rank's part; all ranks must call it."""
+        flat = part.detach().float().flatten()
+        parts = [torch.empty_like(flat) for _ in range(self.ranks.world)]
+        torch.distributed.all_gather(parts, flat.contiguous())
+        whole = torch.cat(parts)
+        rows, width = self.shape
+        return whole[: rows * width].view(rows, width).cpu().clone()
+
+    def _part(self, whole_PH: Tensor) -> Tensor:
+        """This rank's part of a [P, H] tensor, zero-padded like the master."""
+        size = self._master.numel()
+        padded = torch.zeros(size * self.ranks.world)
+        padded[: whole_PH.numel()] = whole_PH.flatten().float()
+        return padded[size * self.ranks.rank : size * (self.ranks.rank + 1)].to(self._master.device)
+
+    def prompt(self) -> Tensor:
+        """[P, H] fp32 master on the CPU; all ranks must call it."""
+        return self._gather(self._master)
+
+    def state(self) -> dict[str, Tensor]:
+        """prompt, exp_avg, exp_avg_sq [P, H] and adam_step [1], on the CPU; all ranks must call it."""
+        held = self._adamw.state.get(self._master, {})
+        count = float(held.get("step", 0.0))
+        tensors = {"prompt": self.prompt(), "adam_step": torch.tensor([count])}
+        for name in MOMENTS:
+            tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
+        return tensors
+
+    def set_prompt(self, prompt_PH: Tensor) -> None:
+        """Sets the prompt, its fp32 master and the working copy in the backbone's dtype; all ranks must call it."""
+        import deepspeed
+
+        self._master.data.copy_(self._part(prompt_PH).view_as(self._master))
+        weight = self.model.prompt.weight
+        sharded = [weight] if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), torch.no_grad():
+            weight.copy_(prompt_PH.view(self.shape))
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Puts `state()` of a run on any number of ranks back; all ranks must call it."""
+        self.set_prompt(tensors["prompt"])
+        if float(tensors["adam_step"]) > 0:
+            held: dict[str, Tensor] = {"step": tensors["adam_step"].reshape(()).clone()}
+            for name in MOMENTS:
+                held[name] = self._part(tensors[name]).view_as(self._master).clone()
+            self._adamw.state[self._master] = held
+
+    def sharded_elements(self) -> tuple[int, int]:
+        """(backbone elements this rank keeps between steps, elements of the whole backbone)."""
+        kept = whole = 0
+        for parameter in self.model.backbone.parameters():
+            if hasattr(parameter, "ds_tensor"):
+                kept += parameter.ds_tensor.numel()
+                whole += parameter.ds_numel
+            else:
+                kept += parameter.numel()
+                whole += parameter.numel()
+        return kept, whole

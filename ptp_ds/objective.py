@@ -1,0 +1,63 @@
+"""The training objective: cross-entropy of the clean stream plus lambda times a divergence between the streams.
+
+    loss = 1/B sum_b [ CE(f(P, x_b), y_b) + lambda * D(f(P, x_b), f(P, x_b + delta_b)) ]
+
+f is the softmax over a row's candidates. Everything here returns sums over examples: the caller divides by the
+global number of examples, so that ranks, micro-batches and batch sizes don't change lambda's meaning.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_probabilities(scores_BC: Tensor) -> Tensor:
+    """[B, C] fp32 log-softmax over the candidates; -inf where a candidate does not exist."""
+    return scores_BC.float().log_softmax(-1)
+
+
+def cross_entropy_sum(scores_BC: Tensor, gold_B: Tensor) -> Tensor:
+    """Sum over examples of -log p(gold), in nats."""
+    return F.nll_loss(log_probabilities(scores_BC), gold_B, reduction="sum")
+
+
+def _expected_gap(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Sum of exp(weights) * (left - right), where absent candidates (-inf everywhere) count nothing."""
+    present = torch.isfinite(weights)
+    gap = torch.where(present, left, 0.0) - torch.where(present, right, 0.0)
+    return (weights.exp() * gap).sum()
+
+
+def kl_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+    """sum KL(clean || perturbed)."""
+    return _expected_gap(clean, clean, perturbed)
+
+
+def sym_kl_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+    """sum KL(clean || perturbed) + KL(perturbed || clean), as in R3F and SMART (no factor of 1/2)."""
+    return _expected_gap(clean, clean, perturbed) + _expected_gap(perturbed, perturbed, clean)
+
+
+def js_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+    """sum of Jensen-Shannon divergences, at most log 2 an example."""
+    middle = torch.logaddexp(
+        torch.where(torch.isfinite(clean), clean, -1e4), torch.where(torch.isfinite(clean), perturbed, -1e4)
+    ) - torch.log(torch.tensor(2.0, device=clean.device))
+    return 0.5 * (_expected_gap(clean, clean, middle) + _expected_gap(perturbed, perturbed, middle))
+
+
+def ce_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+    """sum of the perturbed stream's cross-entropy on the true label (FreeLB's objective beside the clean one)."""
+    return F.nll_loss(perturbed, gold, reduction="sum")
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kl": kl_sum, "sym_kl": sym_kl_sum, "js": js_sum, "ce": ce_sum,
+}  # fmt: skip
+
+
+def divergence_sum(kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor) -> Tensor:
+    """Sum over examples of a divergence between candidate scores; gradient flows to both. kind: see DIVERGENCES."""
+    return DIVERGENCES[kind](log_probabilities(clean_BC), log_probabilities(perturbed_BC), gold_B)

@@ -1,0 +1,207 @@
+"""A batch as one packed row of tokens: no padding, every shared token once.
+
+Layout of a row: the trunk (the soft prompt, shared by all), then one block per example and stream. A block is
+a small tree of segments: the context, then its candidate branches. Shape letters, used in the whole package:
+B examples, S streams (1 clean, 2 clean + perturbed), C candidates, P prompt (trunk) tokens, T packed tokens
+without the trunk, H width, L layers, V vocabulary, R rows of a bucket.
+
+Scoring needs no branch token for the last token of a candidate (nothing follows it), so single-token candidates
+(verbalizers) have no branch at all: their score is read at the end of the context.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One tokenised row of a task.
+
+    context_ids: tokens up to the answer. movable: for each of them, whether a perturbation may change it (true for
+    text of the example, false for special and template tokens). candidate_ids: tokens of every answer, in order.
+    gold: the right candidate. index: the row's number in its split. group: rows scored together (MultiRC), or -1.
+    """
+
+    context_ids: Sequence[int]
+    movable: Sequence[bool]
+    candidate_ids: Sequence[Sequence[int]]
+    gold: int
+    index: int
+    group: int = -1
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens that one stream of this example adds to a packed row."""
+        return len(self.context_ids) + sum(len(candidate) - 1 for candidate in self.candidate_ids)
+
+    @property
+    def path_length(self) -> int:
+        """Tokens of the longest path from the context's start to a scored position."""
+        return len(self.context_ids) + max(len(candidate) for candidate in self.candidate_ids) - 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens that attend to the trunk and to each other only: a tree of segments in depth-first order.
+
+    starts[i]: offset of segment i in the block; parents[i]: the segment it continues, -1 for the block's root.
+    """
+
+    length: int
+    starts: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def depths(self) -> np.ndarray:
+        """[length] int: each token's distance from the end of the trunk (its position id less P)."""
+        ends = (*self.starts[1:], self.length)
+        depth = np.empty(self.length, dtype=np.int64)
+        for start, end, parent in zip(self.starts, ends, self.parents, strict=True):
+            base = 0 if parent < 0 else depth[ends[parent] - 1] + 1
+            depth[start:end] = base + np.arange(end - start)
+        return depth
+
+    def visible(self) -> np.ndarray:
+        """[length, length] bool: query i sees key j, i.e. j is not after i and lies on i's path to the root."""
+        causal = np.tri(self.length, dtype=bool)
+        if len(self.starts) == 1:
+            return causal
+        count = len(self.starts)
+        on_path = np.eye(count, dtype=bool)
+        for segment, parent in enumerate(self.parents):
+            if parent >= 0:
+                on_path[segment] |= on_path[parent]
+        segment_of = np.repeat(np.arange(count), np.diff((*self.starts, self.length)))
+        return causal & on_path[segment_of][:, segment_of]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """B examples x S streams as one row of T tokens; plain data, all tensors on one device.
+
+    token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T] in
+    [0, S*B): the block a token belongs to. blocks: host-side shape of each block, stream by stream.
+    kept [N]: positions whose logits are needed. pick_row, pick_token, pick_cell [M]: candidate token m is read at
+    logits[pick_row[m], pick_token[m]] and added to flat score cell pick_cell[m] of [S*B*C].
+    present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    movable: Tensor
+    example_of: Tensor
+    blocks: tuple[Block, ...]
+    kept: Tensor
+    pick_row: Tensor
+    pick_token: Tensor
+    pick_cell: Tensor
+    present: Tensor
+    gold: Tensor
+    example_ids: tuple[int, ...]
+    streams: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_examples(self) -> int:
+        return self.gold.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each block, in row order."""
+        return [block.length for block in self.blocks]
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The same row with its tensors on `device` (asynchronously from pinned memory)."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+    def with_twin(self, twin: "PackedRow") -> "PackedRow":
+        """This row followed by its perturbed twin (the same examples): streams add up, present and gold stay."""
+        if twin.num_examples != self.num_examples:
+            raise ValueError(f"A twin must hold the same {self.num_examples} examples, not {twin.num_examples}.")
+        cells = self.streams * self.present.numel()
+        joined = {
+            "token_ids": (self.token_ids, twin.token_ids),
+            "position_ids": (self.position_ids, twin.position_ids),
+            "movable": (self.movable, twin.movable),
+            "example_of": (self.example_of, twin.example_of + len(self.blocks)),
+            "kept": (self.kept, twin.kept + self.num_tokens),
+            "pick_row": (self.pick_row, twin.pick_row + self.kept.shape[0]),
+            "pick_token": (self.pick_token, twin.pick_token),
+            "pick_cell": (self.pick_cell, twin.pick_cell + cells),
+        }
+        tensors = {name: torch.cat(pair) for name, pair in joined.items()}
+        return replace(self, **tensors, blocks=self.blocks + twin.blocks, streams=self.streams + twin.streams)
+
+    def scores(self, logits_NV: Tensor) -> Tensor:
+        """[S, B, C] fp32: log-probability of each candidate (sum over its tokens); -inf where it does not exist."""
+        logits = logits_NV.float()
+        normaliser = torch.logsumexp(logits, dim=-1)
+        log_probs = logits[self.pick_row, self.pick_token] - normaliser[self.pick_row]
+        flat = log_probs.new_zeros(self.streams * self.present.numel()).index_add(0, self.pick_cell, log_probs)
+        scores = flat.view(self.streams, *self.present.shape)
+        return scores.masked_fill(~self.present, float("-inf"))
+
+
+def pack(examples: Sequence[Example]) -> PackedRow:
+    """Packs examples into one clean row (S = 1) on the CPU; see PackedRow.
+
+    Raises ValueError for no examples, an empty context or an empty candidate.
+    """
+    if not examples:
+        raise ValueError("Can't pack an empty batch; give at least one example.")
+    blocks, tokens, movable = [], [], []
+    kept: list[int] = []
+    pick_row: list[int] = []
+    pick_token: list[int] = []
+    pick_cell: list[int] = []
+    width = max(len(example.candidate_ids) for example in examples)
+    offset = 0
+    for number, example in enumerate(examples):
+        context = len(example.context_ids)
+        if context == 0 or not all(example.candidate_ids):
+            raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
+        starts, parents, length = [0], [-1], context
+        tokens.extend(example.context_ids)
+        movable.extend(example.movable)
+        root = len(kept)
+        kept.append(offset + context - 1)
+        for candidate_number, candidate in enumerate(example.candidate_ids):
+            branch = candidate[:-1]
+            rows = [root, *range(len(kept), len(kept) + len(branch))]
+            kept.extend(offset + length + i for i in range(len(branch)))
+            pick_row.extend(rows)
+            pick_token.extend(candidate)
+            pick_cell.extend([number * width + candidate_number] * len(candidate))
+            if branch:
+                starts.append(length)
+                parents.append(0)
+                tokens.extend(branch)
+                movable.extend([False] * len(branch))
+                length += len(branch)
+        blocks.append(Block(length, tuple(starts), tuple(parents)))
+        offset += length
+    present = torch.zeros(len(examples), width, dtype=torch.bool)
+    for number, example in enumerate(examples):
+        present[number, : len(example.candidate_ids)] = True
+    lengths = torch.tensor([block.length for block in blocks])
+    return PackedRow(
+        token_ids=torch.tensor(tokens),
+        position_ids=torch.from_numpy(np.concatenate([block.depths() for block in blocks])),
+        movable=torch.tensor(movable),
+        example_of=torch.repeat_interleave(torch.arange(len(blocks)), lengths),
+        blocks=tuple(blocks),
+        kept=torch.tensor(kept),
+        pick_row=torch.tensor(pick_row),
+        pick_token=torch.tensor(pick_token),
+        pick_cell=torch.tensor(pick_cell),
+        present=present,
+        gold=torch.tensor([example.gold for example in examples]),
+        example_ids=tuple(example.index for example in examples),
+    )

@@ -1,0 +1,18 @@
+"""PTP-RN: normal noise on the input embeddings (also R3F's and SMART's start)."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ptp_ds.packing import PackedRow
+from ptp_ds.perturb.ball import movable_only
+from ptp_ds.perturb.base import Ascent, Noise, PerturbSettings
+
+
+def gaussian(
+    ascent: Callable[[], Ascent], row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
+) -> Tensor:
+    """delta ~ N(0, (sigma m)^2 / H) per coordinate: a token's delta has root-mean-square l2 norm sigma * m."""
+    width = clean_TH.shape[-1]
+    scale = settings.sigma * settings.unit / width**0.5
+    return movable_only(noise.normal(row, width) * scale, row)

@@ -1,0 +1,57 @@
+"""Initial prompts: embeddings of random vocabulary rows, of a text, of the class words, or a saved adapter.
+
+All but the adapter start on the embedding manifold; random vectors off it train much worse (Lester et al. 2021).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.seeding import make_generator
+
+
+def initial_prompt(kind: str, length: int, backbone: Backbone, tokenizer: Any, *, seed: int, text: str | None,
+                   answers: Sequence[str]) -> Tensor:  # fmt: skip
+    """[P, H] fp32 on the backbone's device. kind: vocab, text (needs `text`) or labels (the answers' words)."""
+    if kind == "vocab":
+        ids = vocab_ids(length, tokenizer, backbone.model.get_input_embeddings().num_embeddings, seed)
+    elif kind == "text":
+        if not text:
+            raise ValueError("--prompt_init text needs --init_text 'some words'.")
+        ids = repeat_to_length(text_ids(tokenizer, [text]), length)
+    elif kind == "labels":
+        ids = label_ids(length, tokenizer, backbone.model.get_input_embeddings().num_embeddings, seed, answers)
+    else:
+        raise ValueError(f"Unknown prompt initialiser {kind!r}; choose vocab, text or labels.")
+    return backbone.embed(torch.tensor(ids, device=backbone.device)).float()
+
+
+def vocab_ids(length: int, tokenizer: Any, vocabulary: int, seed: int) -> list[int]:
+    """`length` seeded vocabulary rows: without repetition, no special tokens, none beyond the tokenizer's own."""
+    special = set(tokenizer.all_special_ids)
+    usable = [token for token in range(min(vocabulary, len(tokenizer))) if token not in special]
+    if length > len(usable):
+        raise ValueError(f"--prompt_length {length} exceeds the {len(usable)} vocabulary rows; use a shorter prompt.")
+    order = torch.randperm(len(usable), generator=make_generator(seed, "prompt"))
+    return [usable[place] for place in order[:length].tolist()]
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Token ids of the texts, one after the other, without special tokens."""
+    return [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def repeat_to_length(ids: list[int], length: int) -> list[int]:
+    """The ids repeated and cut to `length`."""
+    if not ids:
+        raise ValueError("The initialisation text has no tokens; give --init_text at least one word.")
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def label_ids(length: int, tokenizer: Any, vocabulary: int, seed: int, answers: Sequence[str]) -> list[int]:
+    """The class words' tokens first, seeded vocabulary rows behind them (Lester et al.: repeat no class word)."""
+    words = text_ids(tokenizer, answers)[:length]
+    return words + vocab_ids(length - len(words), tokenizer, vocabulary, seed)

