@@ -66,12 +66,16 @@ def _free_port() -> int:
 
 
 def prepare_environment() -> None:
-    """Settings that must stand before DeepSpeed is imported; called once, first of all. Keeps what a user has set."""
+    """Settings that must stand before DeepSpeed is imported; called first of all. Keeps what a user has set."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if env_world() == 1 and "RANK" not in os.environ:
+
+
+def _stand_alone() -> None:
+    """What a launcher would set, for plain python."""
+    if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
             os.environ.setdefault(name, value)
@@ -80,6 +84,7 @@ def prepare_environment() -> None:
 def start_processes() -> Ranks:
     """Joins the process group through DeepSpeed and returns this rank's place and device."""
     prepare_environment()
+    _stand_alone()
     import deepspeed
     import deepspeed.ops
 
