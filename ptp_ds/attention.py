@@ -184,7 +184,7 @@ def tree_pass(
 ) -> Iterator[_Pass]:
     """Every attention call inside follows `plan`. trunk: cached keys and values per attention module, [P, heads, d].
 
-    record: filled with the trunk's detached keys and values of this pass. Yields the pass; its `calls` counts layers.
+    record: filled with the trunk's keys and values of this pass, with their graph. Yields the pass; its `calls` counts layers.
     """
     state = _Pass(plan, trunk, record)
     token = _current.set(state)
@@ -278,7 +278,7 @@ def _tree_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     length = state.plan.trunk_length
     if state.record is not None:
-        state.record[module] = (k[:length].detach().clone(), v[:length].detach().clone())
+        state.record[module] = (k[:length].clone(), v[:length].clone())  # a view would keep the whole row alive
     trunk = state.trunk[module] if state.trunk is not None else None
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     out = attend_tree(q, k, v, state.plan, trunk, scale=scale, softcap=softcap, window=sliding_window)

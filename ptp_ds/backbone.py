@@ -56,7 +56,7 @@ class Backbone(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Candidate log-probabilities [S, B, C] of a packed row in one pass.
 
-        Give prompt_PH to compute the trunk in this pass (and `record` to keep its detached keys and values), or
+        Give prompt_PH to compute the trunk in this pass (and `record` to keep its keys and values, with their graph), or
         `trunk`, a cache recorded before, to attend to it without computing it again.
         """
         if (prompt_PH is None) == (trunk is None):

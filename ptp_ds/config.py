@@ -54,7 +54,7 @@ class RunConfig:
     norm: str = _flag("token_l2", "pgd: the ball's norm", NORMS)
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
     gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
-    lr: float = _flag(0.1, "AdamW learning rate of the prompt")
+    lr: float = _flag(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _flag(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
     lr_schedule: str = _flag("linear", "decay after the warm-up", ("linear", "cosine", "constant"))

@@ -39,6 +39,8 @@ class Engine:
         )
         self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
         self.model: PromptedBackbone = self.deepspeed.module
+        self._hooked = [module for module in self.model.modules() if "post_bwd_fn" in module.__dict__]
+        self._inputs_due: list[tuple[Any, int]] = []
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -54,13 +56,19 @@ class Engine:
 
     def forward(self, *args: Any) -> Tensor:
         """The engine's forward: PromptedBackbone.forward with ZeRO's bookkeeping."""
-        return self.deepspeed(*args)
+        out = self.deepspeed(*args)
+        self._inputs_due = [(module, getattr(module, "ds_grads_remaining", 0)) for module in self._hooked]
+        return out
 
     def backward_sum(self, loss_sum: Tensor, global_count: int) -> None:
         """Backward of (sum over this rank's examples) / (examples of the optimizer step on all ranks).
 
         DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: a sum of sums remains.
         """
+        # ZeRO-3 releases a layer in backward when its count of input gradients reaches 0. Ascent passes between this
+        # forward and its backward reset the counts; without their old values every layer would stay gathered.
+        for module, count in self._inputs_due:
+            module.ds_grads_remaining = count
         self.deepspeed.backward(loss_sum * (self.ranks.world / global_count), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptp_ds.distributed import prepare_environment
+from ptp_ds.distributed import free_port, prepare_environment
 
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
@@ -41,7 +41,8 @@ def local_only_flags(argv: Sequence[str]) -> list[str]:
     hosts = hosts_of(hostfile) if hostfile else []
     if len(hosts) != 1 or hosts[0] not in {*_LOCAL, socket.gethostname()}:
         return []
-    return ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    port = [] if any(word.startswith("--master_port") for word in argv) else ["--master_port", str(free_port())]
+    return ["--no_ssh_check", "--master_addr", "127.0.0.1", *port]
 
 
 def _pass_on(number: int, frame: object) -> None:

@@ -73,7 +73,7 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> nn.Module
 def fill_randomly(model: nn.Module, deviation: float = 0.02) -> None:
     """Random weights for a sharded model, each rank its own partition: for benchmarks, not for results."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or "norm" in name:
+        if len(parameter.ds_shape) == 1:
             parameter.ds_tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.ds_tensor.normal_(0.0, deviation)

@@ -78,7 +78,7 @@ class Trainer:
         noise = Noise(self.run.seed, step)
         for row in self.micro_batches(step):
             loss = ptp_loss(self.engine.forward, self.engine.model, row, self.run, self.settings, noise)
-            self.engine.backward_sum(loss.total, self.run.batch_size)
+            self.engine.backward_sum(loss.objective, self.run.batch_size)
             self.engine.step(lr)
             meter.add(loss, row, step)
 
@@ -209,11 +209,11 @@ class Meter:
     def add(self, loss: StepLoss, row: PackedRow, step: int) -> None:
         """Adds one micro-batch's sums, without a host sync."""
         self._steps.add(step)
-        parts = (loss.total.detach(), loss.cross_entropy, loss.divergence, loss.delta_norm)
+        parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
         self._sums[:4] += torch.stack([part.double() for part in parts])
         self._sums[4] += row.num_examples
         self._sums[5] += loss.tokens
-        bad = ~torch.isfinite(loss.total.detach()) & (self._bad < 0)
+        bad = ~torch.isfinite(loss.total) & (self._bad < 0)
         self._bad = torch.where(bad, step, self._bad)
 
     def reduce(self, reg_weight: float) -> Window:

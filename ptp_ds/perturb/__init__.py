@@ -1,14 +1,19 @@
 """Perturbations: each finds a delta [T, H] for the clean embeddings of a packed row.
 
-A perturbation is a function (ascent, row, clean_TH, settings, noise) -> delta_TH; add one in a file of its own and
-name it in PERTURBATIONS. Only tokens with row.movable may get a non-zero delta.
+A perturbation is a function (clean_pass, row, clean_TH, settings, noise) -> delta_TH in a file of its own, named in
+PERTURBATIONS. Only tokens with row.movable may get a non-zero delta. Noise is given no clean pass: both streams then
+run as one pass. An adversarial one climbs from the clean pass.
 """
 
-from ptp_ds.perturb.base import Ascent, Noise, Perturbation, PerturbSettings
+from ptp_ds.perturb.base import CleanPass, Noise, Perturbation, PerturbSettings
 from ptp_ds.perturb.gaussian import gaussian
 from ptp_ds.perturb.pgd import pgd
 from ptp_ds.perturb.uniform import uniform
 
-PERTURBATIONS: dict[str, Perturbation] = {"gaussian": gaussian, "uniform": uniform, "pgd": pgd}
+PERTURBATIONS: dict[str, Perturbation] = {
+    "gaussian": Perturbation(gaussian, adversarial=False),
+    "uniform": Perturbation(uniform, adversarial=False),
+    "pgd": Perturbation(pgd, adversarial=True),
+}
 
-__all__ = ["PERTURBATIONS", "Ascent", "Noise", "PerturbSettings", "Perturbation"]
+__all__ = ["PERTURBATIONS", "CleanPass", "Noise", "PerturbSettings", "Perturbation"]

@@ -1,4 +1,4 @@
-"""What a perturbation is given: settings, its noise, and the ascent's cheap passes."""
+"""What a perturbation is given: settings, its noise, and, where it is adversarial, the clean pass to climb from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,22 +56,53 @@ class Noise:
         return self._per_example(row, width, purpose, lambda out, gen: out.uniform_(-1.0, 1.0, generator=gen))
 
 
-class Ascent:
-    """Passes for adversarial perturbations: the prompt's keys and the clean prediction are computed once, without
-    gradient, and only delta's gradient is taken afterwards; the prompt's tokens are never passed again."""
+class CleanPass:
+    """Prompt and clean stream, passed once with their graph kept; later passes run on its cached trunk.
 
-    def __init__(self, backbone: Backbone, prompt_PH: Tensor, row: PackedRow, clean_TH: Tensor) -> None:
+    Ascent steps take delta's gradient alone: none for the prompt, and no pass over its tokens. The last perturbed pass
+    is differentiated down to the cached keys, values and clean scores, and `surrogate` carries that gradient into the
+    kept graph. So a step costs one pass over the prompt and K + 2 over the rows, forward and backward.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], backbone: Backbone, row: PackedRow, clean_TH: Tensor) -> None:
         self.backbone, self.row, self.clean_TH = backbone, row, clean_TH
-        self.trunk: TrunkCache = {}
-        with torch.no_grad():
-            self.clean_BC = backbone.score(row, clean_TH, prompt_PH.detach(), record=self.trunk)[0]
+        self._graph_trunk: TrunkCache = {}
+        self._graph_scores = forward(row, clean_TH, self._graph_trunk)[0]
+        self.scores_BC = self._graph_scores.detach().requires_grad_()
+        self._trunk = {
+            layer: (keys.detach().requires_grad_(), values.detach().requires_grad_())
+            for layer, (keys, values) in self._graph_trunk.items()
+        }
+        self._fixed_trunk = {layer: (keys.detach(), values.detach()) for layer, (keys, values) in self._trunk.items()}
 
     def gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] fp32 gradient of the summed divergence at `delta_TH` (summed: rows don't depend on each other)."""
         delta = delta_TH.detach().requires_grad_()
-        scores = self.backbone.score(self.row, self.clean_TH + delta.to(self.clean_TH.dtype), trunk=self.trunk)[0]
-        objective = divergence_sum(divergence, self.clean_BC, scores, self.row.gold)
+        scores = self._perturbed(delta, self._fixed_trunk)
+        objective = divergence_sum(divergence, self.scores_BC.detach(), scores, self.row.gold)
         return torch.autograd.grad(objective, delta)[0].float()
 
+    def perturbed(self, delta_TH: Tensor) -> Tensor:
+        """[B, C] scores at clean + delta, with gradient to the cached trunk."""
+        return self._perturbed(delta_TH, self._trunk)
 
-Perturbation = Callable[[Callable[[], Ascent], PackedRow, Tensor, PerturbSettings, Noise], Tensor]
+    def _perturbed(self, delta_TH: Tensor, trunk: TrunkCache) -> Tensor:
+        return self.backbone.score(self.row, self.clean_TH + delta_TH.to(self.clean_TH.dtype), trunk=trunk)[0]
+
+    def surrogate(self, total: Tensor) -> Tensor:
+        """A scalar whose gradient with respect to the prompt is that of `total`; its value means nothing."""
+        leaves = [self.scores_BC, *(tensor for pair in self._trunk.values() for tensor in pair)]
+        graph = [self._graph_scores, *(tensor for pair in self._graph_trunk.values() for tensor in pair)]
+        gradients = torch.autograd.grad(total, leaves)
+        present = torch.isfinite(graph[0])  # absent candidates score -inf
+        terms = [(torch.where(present, graph[0], 0.0) * gradients[0]).sum()]
+        terms += [(tensor * gradient).sum() for tensor, gradient in zip(graph[1:], gradients[1:], strict=True)]
+        return torch.stack([term.float() for term in terms]).sum()
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """find(clean_pass, row, clean_TH, settings, noise) -> delta_TH. adversarial: whether it needs a CleanPass."""
+
+    find: Callable[[CleanPass | None, PackedRow, Tensor, PerturbSettings, Noise], Tensor]
+    adversarial: bool

@@ -1,16 +1,14 @@
 """PTP-RN: normal noise on the input embeddings (also R3F's and SMART's start)."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb.ball import movable_only
-from ptp_ds.perturb.base import Ascent, Noise, PerturbSettings
+from ptp_ds.perturb.base import CleanPass, Noise, PerturbSettings
 
 
 def gaussian(
-    ascent: Callable[[], Ascent], row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
+    clean_pass: CleanPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
 ) -> Tensor:
     """delta ~ N(0, (sigma m)^2 / H) per coordinate: a token's delta has root-mean-square l2 norm sigma * m."""
     width = clean_TH.shape[-1]

@@ -1,16 +1,14 @@
 """PTP-RN with uniform noise (R3F's other choice), of the same root-mean-square size as the normal one."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb.ball import movable_only
-from ptp_ds.perturb.base import Ascent, Noise, PerturbSettings
+from ptp_ds.perturb.base import CleanPass, Noise, PerturbSettings
 
 
 def uniform(
-    ascent: Callable[[], Ascent], row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
+    clean_pass: CleanPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
 ) -> Tensor:
     """delta ~ U(-a, a) per coordinate with a = sigma m sqrt(3 / H)."""
     width = clean_TH.shape[-1]
