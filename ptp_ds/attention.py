@@ -184,7 +184,7 @@ def tree_pass(
 ) -> Iterator[_Pass]:
     """Every attention call inside follows `plan`. trunk: cached keys and values per attention module, [P, heads, d].
 
-    record: filled with the trunk's keys and values of this pass, with their graph. Yields the pass; its `calls` counts layers.
+    record: filled with the trunk's keys and values of this pass, with their graph. Yields the pass, which counts calls.
     """
     state = _Pass(plan, trunk, record)
     token = _current.set(state)
@@ -195,7 +195,7 @@ def tree_pass(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask broadcast to [Q, K]."""
+    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K]."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     logits = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap

@@ -1,6 +1,7 @@
 """The frozen language model: packed scoring through transformers' public interfaces, and its start-up check."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ class Backbone(nn.Module):
     position_ids and logits_to_keep. Its files are neither copied nor patched.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    model: Any  # a transformers model; its methods are found at run time
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         try:
@@ -56,8 +59,8 @@ class Backbone(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Candidate log-probabilities [S, B, C] of a packed row in one pass.
 
-        Give prompt_PH to compute the trunk in this pass (and `record` to keep its keys and values, with their graph), or
-        `trunk`, a cache recorded before, to attend to it without computing it again.
+        Give prompt_PH to compute the trunk in this pass (and `record` to keep its keys and values, with their graph),
+        or `trunk`, a cache recorded before, to attend to it without computing it again.
         """
         if (prompt_PH is None) == (trunk is None):
             raise ValueError("score needs either prompt_PH or trunk, one of the two.")
@@ -105,16 +108,16 @@ def _trunk_length(trunk: Mapping[nn.Module, KeysValues]) -> int:
     return next(iter(trunk.values()))[0].shape[0]
 
 
-def refusal(model: nn.Module, reason: str) -> str:
+def refusal(model: Any, reason: str) -> str:
     """The sentence that refuses a family by name."""
     family = getattr(model.config, "model_type", type(model).__name__)
     return (
-        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use a causal family that goes "
-        "through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, ...)."
+        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use a causal family that "
+        "goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, ...)."
     )
 
 
-def max_row_length(config) -> int:  # noqa: ANN001 - any transformers configuration
+def max_row_length(config: Any) -> int:
     """Tokens of the longest row (prompt included) on which packed and plain passes agree, from the config alone."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
@@ -127,7 +130,7 @@ def max_row_length(config) -> int:  # noqa: ANN001 - any transformers configurat
 
 
 @torch.no_grad()
-def _plain_scores(model: nn.Module, embed, prompt_PH: Tensor, example: Example) -> Tensor:  # noqa: ANN001
+def _plain_scores(model: Any, embed: Callable[[Tensor], Tensor], prompt_PH: Tensor, example: Example) -> Tensor:
     """[C] candidate log-probabilities by one ordinary forward a candidate: the check's reference."""
     scores = []
     for candidate in example.candidate_ids:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -31,11 +32,17 @@ class RunConfig:
     model: str = _flag(EMBEDDED_MODEL, "hub id, folder, or the embedded smollm2-135m")
     task: str = _flag("RTE", "RTE, CB, BoolQ, COPA, or a template .json of your own")
     data_dir: str | None = _flag(None, "folder with <Task>/<split>.jsonl; default: the packaged demo data")
-    dataset: str | None = _flag(None, "hub dataset id, or a folder in the hub's layout (parquet); instead of --data_dir")
+    dataset: str | None = _flag(
+        None, "hub dataset id, or a folder in the hub's layout (parquet); instead of --data_dir"
+    )
     train_split: str = _flag("train", "split that trains the prompt")
     eval_split: str = _flag("val", "split that is reported at the end, never used to choose anything")
-    select_split: str | None = _flag(None, "split that chooses the best prompt; default: rows held out of --train_split")
-    holdout: float = _flag(0.15, "share of the training rows held out to choose the best prompt, without --select_split")
+    select_split: str | None = _flag(
+        None, "split that chooses the best prompt; default: rows held out of --train_split"
+    )
+    holdout: float = _flag(
+        0.15, "share of the training rows held out to choose the best prompt, without --select_split"
+    )
     max_length: int | None = _flag(None, "longest row in tokens, prompt included; default: the backbone's context")
     prompt: str = _flag("soft", "prompt type", ("soft",))
     prompt_length: int = _flag(20, "P, number of virtual tokens")
@@ -100,8 +107,8 @@ class RunConfig:
             raise ValueError("Can't read both --data_dir and --dataset; choose one.")
         if self.select_split is not None and self.select_split == self.eval_split:
             raise ValueError(
-                f"--select_split and --eval_split are both {self.eval_split!r}: the best prompt must not be chosen on the "
-                "split that is reported; leave --select_split out to hold rows out of the training split."
+                f"--select_split and --eval_split are both {self.eval_split!r}: the best prompt must not be chosen "
+                "on the split that is reported; leave --select_split out to hold rows out of the training split."
             )
         for kind, needed in (("text", "init_text"), ("adapter", "init_adapter")):
             given = getattr(self, needed) is not None
@@ -126,7 +133,9 @@ def _require(holds: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"--{name} is {value}; expected {expected}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class StrictParser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors, one sentence each."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
@@ -144,7 +153,7 @@ def _base_type(field: dataclasses.Field) -> type:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of scripts/train.py, made from RunConfig's fields."""
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = StrictParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(RunConfig):
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
@@ -174,7 +183,7 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
 
 def _refuse_planned(argv: Sequence[str]) -> None:
     words = [part for word in argv for part in word.split("=", 1)]
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if value in _PLANNED.get(flag.lstrip("-"), ()) and flag.startswith("--"):
             raise ValueError(f"{flag} {value} is planned but not built yet. See --help for what works today.")
 

@@ -180,8 +180,8 @@ def _truncate(
     positions = [position for position, name in enumerate(fields) if name == task.truncate and name is not None]
     if len(positions) <= excess:
         raise ValueError(
-            f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its field "
-            f"{task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."
+            f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its "
+            f"field {task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."
         )
     first = (len(positions) - excess) // 2 + (len(positions) - excess) % 2
     dropped = set(positions[first : first + excess])

@@ -125,7 +125,7 @@ def resolve_ds_config(
         if given != "auto" and given != value:
             source = f"--{flag}" if flag in explicit else f"the default of --{flag}"
             raise ValueError(
-                f"{run.ds_config} says {key} = {given}, but {source} makes it {value}; set it to \"auto\" or make the "
+                f'{run.ds_config} says {key} = {given}, but {source} makes it {value}; set it to "auto" or make the '
                 f"two agree with --{flag}."
             )
         if given == "auto":

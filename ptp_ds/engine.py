@@ -133,6 +133,7 @@ class Engine:
     def sharded_elements(self) -> tuple[int, int]:
         """(backbone elements this rank keeps between steps, elements of the whole backbone)."""
         kept = whole = 0
+        parameter: Any
         for parameter in self.model.backbone.parameters():
             if hasattr(parameter, "ds_tensor"):
                 kept += parameter.ds_tensor.numel()

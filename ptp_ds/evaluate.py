@@ -86,6 +86,11 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of a split; all ranks must call it."""
     scores_NC = score_examples(backbone, prompt_PH, examples, ranks, budget)
+    return evaluation_of(scores_NC, examples, task)
+
+
+def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) -> Evaluation:
+    """Metrics from candidate log-probabilities."""
     gold = [example.gold for example in examples]
     metrics = compute_metrics(task.metrics, scores_NC.argmax(-1).tolist(), gold)
     loss = cross_entropy_sum(scores_NC, torch.tensor(gold)).item() / len(gold)

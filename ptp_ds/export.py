@@ -51,7 +51,9 @@ def read_adapter(folder: str | Path, width: int | None = None, length: int | Non
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"Adapter {folder}: no {_CONFIG} there; give a folder written by this project or peft.") from None
+        raise ValueError(
+            f"Adapter {folder}: no {_CONFIG} there; give a folder written by this project or peft."
+        ) from None
     except ValueError:
         raise ValueError(f"Adapter {folder}: {_CONFIG} is not valid JSON.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -68,7 +70,9 @@ def read_adapter(folder: str | Path, width: int | None = None, length: int | Non
             if len(shape) != 2 or not all(shape):
                 raise ValueError(f"Adapter {folder}: the prompt has shape {shape}; expected [length, width].")
             if width is not None and shape[1] != width:
-                raise ValueError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
+                raise ValueError(
+                    f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter."
+                )
             if length is not None and shape[0] != length:
                 raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
             prompt = handle.get_tensor(_KEY).float()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ptp_ds.backbone import Backbone
@@ -36,10 +35,8 @@ def causal_class(config: Any, folder: Path) -> type:
     """The family's causal model class; ValueError naming a family that has none."""
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
-        raise ValueError(
-            f"{folder}: model family {config.model_type!r} has no causal language model in transformers; use a causal one."
-        )
-    found = mapping[type(config)]
+        raise ValueError(f"{folder}: model family {config.model_type!r} has no causal language model in transformers.")
+    found: Any = mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -47,6 +44,7 @@ def load_backbone(folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Rank
     """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3."""
     config = load_config(folder)
     causal_class(config, folder)
+    model: Any
     if deepspeed_config.stage != 3:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=deepspeed_config.dtype)
         return Backbone(model.to(ranks.device))
@@ -55,7 +53,7 @@ def load_backbone(folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Rank
     return Backbone(model)
 
 
-def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> nn.Module:
+def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> Any:
     """The model with its parameters partitioned as they are made, values unset: no rank holds more than a tensor."""
     import deepspeed
     from transformers.initialization import no_init_weights
@@ -70,7 +68,7 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> nn.Module
 
 
 @torch.no_grad()
-def fill_randomly(model: nn.Module, deviation: float = 0.02) -> None:
+def fill_randomly(model: Any, deviation: float = 0.02) -> None:
     """Random weights for a sharded model, each rank its own partition: for benchmarks, not for results."""
     for name, parameter in model.named_parameters():
         if len(parameter.ds_shape) == 1:
@@ -100,7 +98,7 @@ def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
 
 
 @torch.no_grad()
-def _fill_from_files(model: nn.Module, folder: Path, ranks: Ranks) -> None:
+def _fill_from_files(model: Any, folder: Path, ranks: Ranks) -> None:
     import deepspeed
 
     try:
@@ -111,8 +109,8 @@ def _fill_from_files(model: nn.Module, folder: Path, ranks: Ranks) -> None:
     missing = [name for name, stored in names.items() if stored is None]
     if missing:
         raise ValueError(
-            f"{folder}: no tensor for {missing[0]!r} and {len(missing) - 1} more; the file's names are not the module's. "
-            "Load it once with transformers, save its state dict under the module's names, and give that folder."
+            f"{folder} has no {missing[0]!r} and {len(missing) - 1} more; the files' names are not the module's: "
+            "load it once with transformers, save its state dict under the module's names, and give that folder."
         )
     handles: dict[Path, Any] = {}
     for name, parameter in model.named_parameters():

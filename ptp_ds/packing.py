@@ -11,6 +11,7 @@ Scoring needs no branch token for the last token of a candidate (nothing follows
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,8 +119,9 @@ class PackedRow:
 
     def to(self, device: torch.device | str) -> "PackedRow":
         """The same row with its tensors on `device` (asynchronously from pinned memory)."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
     def with_twin(self, twin: "PackedRow") -> "PackedRow":
         """This row followed by its perturbed twin (the same examples): streams add up, present and gold stay."""
@@ -136,7 +138,7 @@ class PackedRow:
             "pick_token": (self.pick_token, twin.pick_token),
             "pick_cell": (self.pick_cell, twin.pick_cell + cells),
         }
-        tensors = {name: torch.cat(pair) for name, pair in joined.items()}
+        tensors: dict[str, Any] = {name: torch.cat(pair) for name, pair in joined.items()}
         return replace(self, **tensors, blocks=self.blocks + twin.blocks, streams=self.streams + twin.streams)
 
     def scores(self, logits_NV: Tensor) -> Tensor:
@@ -156,7 +158,9 @@ def pack(examples: Sequence[Example]) -> PackedRow:
     """
     if not examples:
         raise ValueError("Can't pack an empty batch; give at least one example.")
-    blocks, tokens, movable = [], [], []
+    blocks: list[Block] = []
+    tokens: list[int] = []
+    movable: list[bool] = []
     kept: list[int] = []
     pick_row: list[int] = []
     pick_token: list[int] = []

@@ -112,7 +112,9 @@ def _output_dir(run: RunConfig) -> Path | None:
         raise ValueError(f"--output_dir {folder} is a file; give a folder.")
     holds_run = any((folder / name).exists() for name in ("config.json", "result.json", "checkpoints"))
     if holds_run and run.resume is None:
-        raise ValueError(f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder.")
+        raise ValueError(
+            f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
+        )
     return folder
 
 
@@ -165,7 +167,9 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
 def train_run(prepared: Prepared, ranks: Ranks) -> int:
     """Trains, evaluates and exports; returns the exit code (0, or 128 + signal where a signal stopped it)."""
     run, output_dir = prepared.run, prepared.output_dir or default_output_dir(prepared, ranks)
-    say(ranks, f"{prepared.task.name} | {run.model} | {run.perturbation} | {ranks.world} rank(s) on {ranks.device.type}")
+    say(
+        ranks, f"{prepared.task.name} | {run.model} | {run.perturbation} | {ranks.world} rank(s) on {ranks.device.type}"
+    )
     for note in prepared.resolved.notes:
         say(ranks, f"  auto: {note}")
     if prepared.truncated:
@@ -193,7 +197,10 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     try:
         trainer.train(progress)
         if progress.stopped_by:
-            say(ranks, f"stopped by signal {progress.stopped_by} after step {progress.step}; saved: --resume auto goes on")
+            say(
+                ranks,
+                f"stopped by signal {progress.stopped_by} after step {progress.step}; saved: --resume auto goes on",
+            )
             return 128 + progress.stopped_by
         result = _report(prepared, engine, ranks, progress, monitor, output_dir)
     finally:

@@ -25,7 +25,7 @@ from ptp_ds.step import StepLoss, ptp_loss
 from ptp_ds.tasks import Task
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLossError(ValueError):
     """Training diverged; nothing of the broken state was saved."""
 
 
@@ -108,13 +108,13 @@ class Trainer:
     def _log(self, progress: Progress, meter: "Meter") -> None:
         window = meter.reduce(self.run.reg_weight)
         if window.bad_step >= 0:
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"The loss is not finite at step {window.bad_step + 1}; nothing was saved after the last checkpoint. "
                 "Lower --lr, --sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
             )
         grad_norm = self.engine.grad_norm()
         if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"The prompt's gradient is not finite at step {progress.step}; nothing was saved after the last "
                 "checkpoint. Lower --lr, --sigma or --epsilon, or raise --warmup_steps."
             )

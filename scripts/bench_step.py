@@ -111,7 +111,9 @@ class PeftLoop:
         self.optimizer.zero_grad()
         return float(loss.detach())
 
-    def _ascend(self, clean: Tensor, delta: Tensor, mask: Tensor, scores: Tensor, run: RunConfig, unit: float) -> Tensor:
+    def _ascend(
+        self, clean: Tensor, delta: Tensor, mask: Tensor, scores: Tensor, run: RunConfig, unit: float
+    ) -> Tensor:
         delta = delta.detach().requires_grad_()
         objective = divergence_sum(run.divergence, scores, self.scores(clean + delta, mask), self.gold)
         (gradient,) = torch.autograd.grad(objective, delta)
@@ -199,7 +201,9 @@ def check_same_loss(ours: float, theirs: float, dtype: str) -> None:
     """Both sides must have done the same work: the first clean losses agree."""
     bound = (1e-3 if dtype == "float32" else 5e-2) * max(1.0, abs(theirs))
     if abs(ours - theirs) > bound:
-        raise ValueError(f"Our clean loss {ours} and peft's {theirs} differ; the benchmark would compare different work.")
+        raise ValueError(
+            f"Our clean loss {ours} and peft's {theirs} differ; the benchmark would compare different work."
+        )
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -255,9 +259,9 @@ def main() -> int:
             examples = list(tokenise(task, split, tokenizer, 2048).examples)
             for rows in args.rows:
                 batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
-                for loop in (lambda b: ours.step(b, "none", run, 0), *(
-                    lambda b, p=p: p.step(b, "none", run, ours.unit) for p in peft)):  # fmt: skip
-                    loop(batches[-1])  # warm-up, on a batch that isn't timed
+                ours.step(batches[-1], "none", run, 0)  # warm-up, on a batch that isn't timed
+                for loop in peft:
+                    loop.step(batches[-1], "none", run, ours.unit)
                 plain_keep: list[float] = []
                 for method in args.methods:
                     engine.set_prompt(prompt)

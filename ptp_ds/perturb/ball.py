@@ -3,7 +3,7 @@
 norm        ball                                                    radius, in mean embedding norms m
 frobenius   per example: l2 norm over all its tokens and widths     epsilon * m, whatever the row's length (FreeLB)
 token_l2    per token: l2 norm over widths                          epsilon * m
-linf        per coordinate: absolute value                          epsilon * m / sqrt(H), so a token's l2 <= epsilon * m
+linf        per coordinate: absolute value                          epsilon * m / sqrt(H): a token's l2 <= epsilon * m
 """
 
 import torch

@@ -1,0 +1,104 @@
+"""scripts/evaluate.py: a saved adapter's scores on a split, by the same passes that training's evaluation uses."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_ds.backbone import check_backbone
+from ptp_ds.checkpoint import write_json
+from ptp_ds.config import RunConfig, StrictParser, nearest
+from ptp_ds.data import load_split, tokenise
+from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
+from ptp_ds.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.engine import Engine
+from ptp_ds.evaluate import evaluation_of, score_examples
+from ptp_ds.export import read_adapter, read_card
+from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.models import resolve_model
+from ptp_ds.monitor import say
+from ptp_ds.prompts import SoftPrompt
+from ptp_ds.run import report_error, row_room
+from ptp_ds.step import PromptedBackbone
+from ptp_ds.tasks import Task, load_task
+from ptp_ds.tasks.template import parse_task
+
+
+def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
+    defaults = RunConfig()
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, help="folder with adapter_config.json, ours or peft's")
+    parser.add_argument("--model", default=defaults.model, help="hub id, folder or the embedded model")
+    parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")
+    parser.add_argument("--data_dir", help="folder with <Task>/<split>.jsonl; default: the packaged demo data")
+    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
+    parser.add_argument("--split", default=defaults.eval_split)
+    parser.add_argument("--ds_config", default=defaults.ds_config)
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--max_length", type=int)
+    parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens)
+    parser.add_argument("--json", help="write metrics and every row's candidate log-probabilities to this file")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    values, rest = parser.parse_known_args(argv)
+    if rest:
+        known = [word for action in parser._actions for word in action.option_strings]
+        raise ValueError(f"Unknown argument {rest[0]!r}{nearest(rest[0].split('=')[0], known)}. See --help.")
+    return values
+
+
+def _task_of(args: argparse.Namespace) -> Task:
+    if args.task is not None:
+        return load_task(args.task)
+    spec = read_card(args.adapter).get("task")
+    if not isinstance(spec, dict):
+        raise ValueError(f"Adapter {args.adapter} doesn't say which task it was trained on; give --task.")
+    answers = spec.get("answers")
+    kept = {key: value for key, value in spec.items() if key != "answers"}
+    return parse_task({**kept, "candidates": answers}, f"the card of {args.adapter}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    task = _task_of(args)
+    split = load_split(task, args.split, args.data_dir, args.dataset)
+    raw = read_ds_config(args.ds_config)
+    prompt = read_adapter(args.adapter)
+    folder = resolve_model(args.model)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    causal_class(config, folder)
+    prompt = read_adapter(args.adapter, config.get_text_config().hidden_size)
+    run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
+                    ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
+    resolved = resolve_ds_config(raw, run, set(), env_world(), prompt.shape[1])
+    room = row_room(args.max_length, prompt.shape[0], config)
+    tokenised = tokenise(task, split, tokenizer, room)
+    ranks = start_processes()
+    backbone = load_backbone(folder, resolved, ranks)
+    engine = Engine(PromptedBackbone(SoftPrompt(prompt), backbone), resolved, ranks)
+    check_backbone(backbone)
+    scores = score_examples(engine.model.backbone, prompt, tokenised.examples, ranks, args.eval_tokens)
+    result = evaluation_of(scores, tokenised.examples, task)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    say(ranks, f"{task.name} {args.split} ({result.examples} rows): {shown}  |  majority {result.majority:.4f}")
+    _write(args, ranks, result.as_dict(), scores)
+
+
+def _write(args: argparse.Namespace, ranks: Ranks, result: dict[str, Any], scores: torch.Tensor) -> None:
+    if args.json and ranks.is_main:
+        rows = [[value for value in row if value > float("-inf")] for row in scores.tolist()]
+        write_json(Path(args.json), {**result, "split": args.split, "scores": rows})
+    ranks.barrier()
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence on rank 0."""
+    prepare_environment()
+    try:
+        _evaluate(_parse(sys.argv[1:] if argv is None else argv, description))
+        return 0
+    except ValueError as error:
+        return report_error(error)
+    finally:
+        stop_processes()

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Scores a saved adapter (ours or peft's) on a split.
+
+    python scripts/evaluate.py --adapter runs/cb/adapter --task CB --data_dir DATA --json scores.json
+
+Starts like train.py: plain python, torchrun or deepspeed.
+"""
+
+import sys
+
+from ptp_ds.run_evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main(description=__doc__.split("\n")[0]))
