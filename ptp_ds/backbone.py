@@ -113,7 +113,7 @@ def refusal(model: Any, reason: str) -> str:
     family = getattr(model.config, "model_type", type(model).__name__)
     return (
         f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use a causal family that "
-        "goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, ...)."
+        "goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2)."
     )
 
 

@@ -30,7 +30,7 @@ class RunConfig:
 
     ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON; its 'auto' values are filled in from the flags")
     model: str = _flag(EMBEDDED_MODEL, "hub id, folder, or the embedded smollm2-135m")
-    task: str = _flag("RTE", "RTE, CB, BoolQ, COPA, or a template .json of your own")
+    task: str = _flag("Reviews", "RTE, CB, BoolQ, COPA, Reviews (packaged demo), or a template .json of your own")
     data_dir: str | None = _flag(None, "folder with <Task>/<split>.jsonl; default: the packaged demo data")
     dataset: str | None = _flag(
         None, "hub dataset id, or a folder in the hub's layout (parquet); instead of --data_dir"

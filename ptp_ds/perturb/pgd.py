@@ -10,7 +10,7 @@ from ptp_ds.perturb.base import CleanPass, Noise, PerturbSettings
 def pgd(
     clean_pass: CleanPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
 ) -> Tensor:
-    """K times: delta <- project(delta + alpha * steepest(gradient of D(clean, clean + delta))); ||delta|| <= epsilon."""
+    """K times: delta <- project(delta + alpha * steepest(gradient of D(x, x + delta))); ||delta|| <= epsilon."""
     radius, length = settings.epsilon * settings.unit, settings.alpha * settings.unit
     assert clean_pass is not None
     start = movable_only(noise.uniform(row, clean_TH.shape[-1], "start"), row)

@@ -1,0 +1,113 @@
+"""Fixtures: a tiny random Llama with its own tokenizer, the real SuperGLUE files, scripts/train.py as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from ptp_ds.data import DEMO_DATA
+from ptp_ds.distributed import free_port, prepare_environment
+
+prepare_environment()
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = 512  # positions of the tiny model
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _demo_texts() -> list[str]:
+    files = sorted(DEMO_DATA.glob("*/*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return [value for row in rows for value in row.values() if isinstance(value, str)]
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE of 600 tokens trained on the demo data; it encodes any text without <unk>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(_demo_texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", model_max_length=CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as save_pretrained writes it: random Llama (width 32, 2 layers, 512 positions) and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=None,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    """The tiny model's tokenizer, loaded as a run loads it."""
+    from ptp_ds.loading import load_tokenizer
+
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def superglue() -> Path:
+    """The folder with the real SuperGLUE files; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data" / "superglue"
+    if not folder.is_dir():
+        pytest.skip("SuperGLUE data is not here: no ../shared/data/superglue beside the repository")
+    return folder
+
+
+@pytest.fixture
+def write_rows() -> Callable[..., Path]:
+    """write_rows(file, rows) writes a jsonl file and its folders; a row may be a raw line. Returns the file."""
+
+    def write(file: Path, rows: Sequence[Mapping[str, Any] | str]) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """run_train(args, env=None, nproc=1): scripts/train.py in tmp_path, by plain python or torchrun (nproc > 1)."""
+
+    def run(args: Sequence[str], env: Mapping[str, str] | None = None, nproc: int = 1) -> subprocess.CompletedProcess:
+        launcher = [sys.executable]
+        if nproc > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
+            launcher += ["--master_port", str(free_port())]
+        inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+        return subprocess.run(
+            [*launcher, str(ROOT / "scripts" / "train.py"), *map(str, args)],
+            env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
+            cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,85 @@
+"""Started by test_distributed.py under torchrun: counts what ZeRO-3 keeps and gathers, and prints one JSON line."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from ptp_ds.backbone import Backbone, check_backbone
+from ptp_ds.config import RunConfig
+from ptp_ds.distributed import start_processes, stop_processes
+from ptp_ds.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.engine import Engine
+from ptp_ds.loading import build_sharded, fill_randomly
+from ptp_ds.packing import Example, pack
+from ptp_ds.perturb import Noise
+from ptp_ds.prompts import SoftPrompt
+from ptp_ds.step import PromptedBackbone, ptp_loss, settings_of
+
+# Nothing stays gathered for its own sake: DeepSpeed's defaults would hide what is counted here.
+STRICT = {
+    "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
+}  # fmt: skip
+
+
+def snapshot(model: torch.nn.Module) -> list[Any]:
+    """Every partition, buffer and train flag of the backbone, as bytes."""
+    parts: list[Any] = [parameter.ds_tensor.clone() for parameter in model.parameters()]
+    parts += [buffer.clone() for buffer in model.buffers()]
+    return parts
+
+
+def main(perturbation: str, folder: Path) -> None:
+    ranks = start_processes()
+    file = folder / f"strict-{ranks.rank}.json"
+    file.write_text(json.dumps({"zero_optimization": STRICT}))
+    run = RunConfig(ds_config=str(file), perturbation=perturbation, batch_size=4 * ranks.world)
+    resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, 64)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=None,
+    )  # fmt: skip
+    model = build_sharded(config, resolved)
+    torch.manual_seed(ranks.rank)
+    fill_randomly(model)
+    engine = Engine(PromptedBackbone(SoftPrompt(torch.zeros(7, 64)), Backbone(model)), resolved, ranks)
+    check_backbone(engine.model.backbone)
+    engine.set_prompt(torch.randn(7, 64, generator=torch.Generator().manual_seed(0)))
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    peak, fetched = [0], []
+
+    def count(*_: object) -> None:
+        peak[0] = max(peak[0], sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"))
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(count)
+        layer.mlp.register_full_backward_hook(count)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    for step in range(2):
+        examples = [
+            Example(context_ids=torch.randint(0, 128, (size,), generator=generator).tolist(), movable=[True] * size,
+                    candidate_ids=[[1, 2], [3]], gold=1, index=size) for size in (5, 9, 17, 3)
+        ]  # fmt: skip
+        row = pack(examples)
+        loss = ptp_loss(engine.forward, engine.model, row, run, settings_of(run, 1.0), Noise(0, step))
+        engine.backward_sum(loss.objective, run.batch_size)
+        engine.step(0.01)
+        fetched.append(engine.grad_norm())
+    kept, whole = engine.sharded_elements()
+    same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
+    report = {
+        "kept": kept, "whole": whole, "peak_share": peak[0] / whole, "grad_norms": fetched, "backbone_unchanged": same,
+        "modes_unchanged": modes == [module.training for module in model.modules()] and not any(modes),
+        "gathered_between_steps": sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"),
+        "no_gradient": all(p.grad is None and not p.requires_grad for p in model.parameters()),
+    }  # fmt: skip
+    (folder / f"report-{ranks.rank}.json").write_text(json.dumps(report))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,205 @@
+"""Flags and --config files: parsing, merging, suggestions, ranges, contradictions, derived values."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ptp_ds.config import RunConfig, build_parser, nearest, parse_run
+
+AT_LEAST_ONE = (
+    "prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps", "log_every",
+    "eval_tokens", "keep_checkpoints",
+)  # fmt: skip
+NOT_NEGATIVE = ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed")
+FINITE = ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm")
+
+
+def config_file(folder: Path, content: object) -> str:
+    file = folder / "run.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(file)
+
+
+def test_no_flags_give_the_defaults():
+    assert parse_run([]) == (RunConfig(), set())
+
+
+def test_flags_are_parsed_with_their_types():
+    argv = ["--task", "CB", "--prompt_length", "7", "--lr=0.5", "--perturbation", "pgd", "--norm", "linf"]
+    run, explicit = parse_run(argv)
+    assert (run.task, run.prompt_length, run.lr, run.perturbation, run.norm) == ("CB", 7, 0.5, "pgd", "linf")
+    assert explicit == {"task", "prompt_length", "lr", "perturbation", "norm"}
+    assert run.batch_size == RunConfig.batch_size
+
+
+def test_every_field_is_a_flag_with_help():
+    text = build_parser("about").format_help()
+    for field in dataclasses.fields(RunConfig):
+        assert f"--{field.name} " in text
+        assert field.metadata["help"]
+    assert "--local_rank" not in text
+
+
+def test_launcher_flag_is_accepted_and_ignored():
+    assert parse_run(["--local_rank", "1"]) == (RunConfig(), set())
+
+
+def test_config_file_is_merged_and_flags_win(tmp_path):
+    file = config_file(tmp_path, {"task": "CB", "lr": 1, "max_length": None, "seed": 4})
+    run, explicit = parse_run(["--config", file, "--seed", "9"])
+    assert (run.task, run.lr, run.max_length, run.seed) == ("CB", 1, None, 9)
+    assert explicit == {"task", "lr", "max_length", "seed"}
+
+
+def test_config_file_can_hold_a_whole_run(tmp_path):
+    run = RunConfig(task="COPA", perturbation="pgd", alpha=0.1, select_split="dev")
+    assert parse_run(["--config", config_file(tmp_path, dataclasses.asdict(run))])[0] == run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"promt_length": 3}, r"unknown key 'promt_length' \(did you mean 'prompt_length'\?\)\."),
+        ({"zzzz": 3}, r"unknown key 'zzzz'\."),
+        ({"seed": 1.5}, r"'seed' must be int, not 1\.5\."),
+        ({"seed": True}, r"'seed' must be int, not True\."),
+        ({"lr": "fast"}, r"'lr' must be float, not 'fast'\."),
+        ({"task": None}, r"'task' must be str, not None\."),
+        ({"norm": "l7"}, r"'norm' is 'l7'; choose from frobenius, token_l2, linf"),
+        ([1], "expected one JSON object of settings"),
+        ("{", r"not valid JSON \("),
+        ({"lr": 0}, "--lr is 0; expected a finite number above 0"),
+    ],
+)
+def test_config_file_errors(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--config", config_file(tmp_path, content)])
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(ValueError, match=r"--config .*none\.json: No such file or directory\."):
+        parse_run(["--config", str(tmp_path / "none.json")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--promt_length", "3"],
+            r"Unknown argument '--promt_length' \(did you mean '--prompt_length'\?\)\. See --help",
+        ),
+        (["--epsilom=1"], r"Unknown argument '--epsilom=1' \(did you mean '--epsilon'\?\)"),
+        (["--zzzz"], r"Unknown argument '--zzzz'\. See"),
+        (["extra"], "Unknown argument 'extra'"),
+        (["--prompt_len", "3"], r"did you mean '--prompt_length'\?"),
+        (["--max_steps", "ten"], "Argument --max_steps: invalid int value: 'ten'"),
+        (["--lr"], "Argument --lr: expected one argument"),
+        (["--divergence", "l2"], r"Argument --divergence: invalid choice: 'l2' \(choose from .*sym_kl"),
+    ],
+)
+def test_flag_errors(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse_run(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--prompt", "deep"], "--prompt deep"),
+        (["--seed", "1", "--perturbation", "free"], "--perturbation free"),
+        (["--perturbation=mask"], "--perturbation mask"),
+        (["--perturbation", "a2t"], "--perturbation a2t"),
+    ],
+)
+def test_planned_choices_are_refused(argv, named):
+    with pytest.raises(ValueError, match=f"^{named} is planned but not built yet"):
+        parse_run(argv)
+
+
+def test_planned_words_are_free_elsewhere():
+    assert parse_run(["--task", "mask", "--model", "free"])[0].task == "mask"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *[(name, "0", "a whole number of 1 or more") for name in AT_LEAST_ONE],
+        *[(name, "-1", "a whole number of 0 or more") for name in NOT_NEGATIVE],
+        *[(name, value, "a finite number of 0 or more") for name in FINITE for value in ("-0.1", "inf", "nan")],
+        *[(name, value, "a finite number above 0") for name in ("lr", "alpha") for value in ("0", "-1", "inf", "nan")],
+        *[("holdout", value, "a share between 0 and 1") for value in ("0", "1", "-0.5", "nan")],
+        ("max_length", "20", "more than the prompt's 20 tokens"),
+    ],
+)
+def test_ranges(name, value, expected):
+    with pytest.raises(ValueError, match=rf"^--{name} is {value}(\.0)?; expected {expected}\.$"):
+        parse_run([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, 1) for name in AT_LEAST_ONE] + [(name, 0) for name in NOT_NEGATIVE])
+def test_smallest_values_are_accepted(name, value):
+    assert getattr(parse_run([f"--{name}={value}"])[0], name) == value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_dir": "a", "dataset": "b"}, "Can't read both --data_dir and --dataset; choose one"),
+        ({"select_split": "val"}, r"--select_split and --eval_split are both 'val': .* must not be chosen"),
+        ({"prompt_init": "text"}, "--prompt_init text and --init_text go together; give both or neither"),
+        ({"init_text": "words"}, "--prompt_init text and --init_text go together"),
+        ({"prompt_init": "adapter"}, "--prompt_init adapter and --init_adapter go together"),
+        ({"init_adapter": "folder", "prompt_init": "labels"}, "--prompt_init adapter and --init_adapter go together"),
+        ({"resume": "auto"}, "--resume auto needs the --output_dir of the run that it continues"),
+    ],
+)
+def test_contradictions(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings).validate()
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "unread"),
+    [
+        ("none", {"sigma", "epsilon", "alpha", "ascent_steps", "norm", "reg_weight", "reg_warmup_steps", "divergence"}),
+        ("gaussian", {"epsilon", "alpha", "ascent_steps", "norm"}),
+        ("uniform", {"epsilon", "alpha", "ascent_steps", "norm"}),
+        ("pgd", {"sigma"}),
+    ],
+)
+def test_without_effect(perturbation, unread):
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    run = RunConfig(perturbation=perturbation)
+    assert run.without_effect(names) == sorted(unread)
+    assert run.without_effect(set()) == []
+    assert run.without_effect({"lr"}) == []
+
+
+def test_step_length():
+    assert RunConfig(epsilon=0.4, ascent_steps=3).step_length == pytest.approx(0.2)
+    assert RunConfig(epsilon=0.4, ascent_steps=3, alpha=0.7).step_length == 0.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "perturbs"),
+    [
+        ({}, True),
+        ({"perturbation": "pgd"}, True),
+        ({"perturbation": "none"}, False),
+        ({"reg_weight": 0.0}, False),
+        ({"sigma": 0.0}, False),
+        ({"perturbation": "uniform", "sigma": 0.0}, False),
+        ({"perturbation": "pgd", "epsilon": 0.0}, False),
+        ({"perturbation": "pgd", "sigma": 0.0}, True),
+        ({"perturbation": "gaussian", "epsilon": 0.0}, True),
+    ],
+)
+def test_perturbs(settings, perturbs):
+    assert RunConfig(**settings).perturbs is perturbs
+
+
+def test_nearest():
+    assert nearest("stagee", ["stage", "other"]) == " (did you mean 'stage'?)"
+    assert nearest("qqq", ["stage"]) == ""

@@ -1,0 +1,72 @@
+"""Invariants 4 and 5: sharded equals unsharded, ranks and micro-batches don't change a step, frozen stays frozen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptp_ds.distributed import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = ["--task", "COPA", "--max_steps", "1", "--batch_size", "8", "--prompt_length", "5", "--max_grad_norm", "0",
+        "--eval_tokens", "600", "--lr", "0.01", "--weight_decay", "0.1"]  # fmt: skip
+
+
+def first_gradient(folder: Path) -> torch.Tensor:
+    """The first step's prompt gradient: Adam's first moment after one step, over 1 - beta1."""
+    state = load_file(folder / "checkpoints" / "step-000001" / "state.safetensors")
+    assert float(state["adam_step"]) == 1.0
+    return state["exp_avg"] / 0.1
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
+def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model, tmp_path, perturbation):
+    settings = {
+        "one": (1, "zero3", []),
+        "two": (2, "zero3", []),
+        "stage2": (2, "zero2", ["--gradient_accumulation_steps", "2"]),
+        "offload": (1, "zero3_offload", ["--gradient_accumulation_steps", "4"]),
+    }
+    states = {}
+    for name, (nproc, stage, extra) in settings.items():
+        out = tmp_path / name
+        done = run_train(
+            [*STEP, "--model", tiny_model, "--perturbation", perturbation, "--ds_config", f"ds_configs/{stage}.json",
+             "--output_dir", out, *extra], nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        states[name] = (first_gradient(out), json.loads((out / "result.json").read_text()))
+    gradient, result = states["one"]
+    assert float(gradient.norm()) > 0
+    for name, (other, other_result) in states.items():
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-5, name
+        assert other_result["world_size"] == settings[name][0]
+        assert other_result["metrics"] == result["metrics"]
+        assert abs(other_result["eval_cross_entropy"] - result["eval_cross_entropy"]) < 1e-5
+
+
+@pytest.mark.parametrize(("perturbation", "bound"), [("gaussian", 0.15), ("pgd", 0.25)])
+def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, bound):
+    """8 layers: one is 11 % of the backbone. An adversarial step may hold two, never more."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        str(ROOT / "tests" / "sharding_worker.py"), perturbation, str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2)]
+    for report in reports:
+        assert report["kept"] == report["whole"] // 2
+        assert report["gathered_between_steps"] == 0
+        assert report["peak_share"] < bound
+        assert report["backbone_unchanged"]
+        assert report["modes_unchanged"]
+        assert report["no_gradient"]
+    assert reports[0]["grad_norms"] == reports[1]["grad_norms"]
+    assert min(reports[0]["grad_norms"]) > 0

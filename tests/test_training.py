@@ -1,0 +1,209 @@
+"""Whole runs of scripts/train.py on a tiny model: records, invariants 1, 4 and 6, faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--eval_tokens", "600", "--log_every", "1"]
+
+
+def adapter(folder: Path) -> torch.Tensor:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def last_prompt(folder: Path) -> torch.Tensor:
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "state.safetensors")["prompt"]
+
+
+def check(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def test_no_perturbation_zero_lambda_and_zero_noise_are_plain_prompt_tuning(run_train, tiny_model, tmp_path):
+    variants = {
+        "none": ["--perturbation", "none"],
+        "lambda": ["--perturbation", "pgd", "--reg_weight", "0"],
+        "sigma": ["--perturbation", "gaussian", "--sigma", "0"],
+        "noisy": ["--perturbation", "gaussian", "--sigma", "1"],
+    }
+    prompts = {}
+    for name, extra in variants.items():
+        out = tmp_path / name
+        check(run_train([*QUICK, "--model", tiny_model, "--max_steps", "3", "--output_dir", out, *extra]))
+        prompts[name] = last_prompt(out)
+    assert torch.equal(prompts["none"], prompts["lambda"])
+    assert torch.equal(prompts["none"], prompts["sigma"])
+    assert not torch.equal(prompts["none"], prompts["noisy"])
+
+
+def test_records(run_train, tiny_model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    args = [
+        *QUICK,
+        "--model",
+        tiny_model,
+        "--task",
+        "CB",
+        "--max_steps",
+        "4",
+        "--eval_every",
+        "2",
+        "--perturbation",
+        "pgd",
+    ]
+    done = check(run_train([*args, "--output_dir", out]))
+    result = json.loads((out / "result.json").read_text())
+    wanted = {"task", "model", "perturbation", "prompt", "seed", "world_size", "steps", "metrics", "majority",
+              "step_seconds_median", "tokens_per_second", "peak_memory_bytes"}  # fmt: skip
+    assert wanted <= result.keys()
+    assert (result["task"], result["steps"], result["world_size"]) == ("CB", 4, 1)
+    assert set(result["metrics"]) == {"accuracy", "macro_f1"}
+    assert "majority class" in done.stdout
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if line["kind"] == "select"] == [2, 4]
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    scalars = set(board.Tags()["scalars"])
+    train = {"loss", "cross_entropy", "divergence", "delta_norm", "prompt_norm", "grad_norm", "learning_rate",
+             "tokens_per_second", "peak_memory_bytes"}  # fmt: skip
+    assert {f"train/{name}" for name in train} | {"select/accuracy", "eval/accuracy", "eval/macro_f1"} <= scalars
+    logged = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    assert {e.step: pytest.approx(e.value, rel=1e-5) for e in board.Scalars("train/loss")} == logged
+    config = json.loads((out / "config.json").read_text())
+    assert config["run"]["perturbation"] == "pgd"
+    assert config["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert config["versions"]["torch"] == torch.__version__
+    assert len(config["training_data_sha256"]) == 64
+
+
+def start(args: list, tmp_path: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)]
+    return subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_equals_uninterrupted(run_train, tiny_model, tmp_path):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "pgd", "--max_steps", "30", "--save_every", "5",
+            "--eval_every", "10", "--weight_decay", "0.01"]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    check(run_train([*args, "--output_dir", whole]))
+    process = start([*args, "--output_dir", broken], tmp_path)
+    wait_for(broken / "checkpoints" / "step-000010", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (broken / "result.json").exists()
+    done = check(run_train([*args, "--output_dir", broken, "--resume", "auto"]))
+    assert "resumed behind step" in done.stdout
+    assert torch.equal(last_prompt(broken), last_prompt(whole))
+    assert torch.equal(adapter(broken), adapter(whole))
+    losses = [
+        {line["step"]: line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+         if line["kind"] == "train"} for out in (whole, broken)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path):
+    """P * H is odd here, so the last rank's part of the prompt is padded."""
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", "--max_steps", "6", "--save_every", "3",
+            "--keep_checkpoints", "5"]  # fmt: skip
+    two, one = tmp_path / "two", tmp_path / "one"
+    check(run_train([*args, "--output_dir", two], nproc=2))
+    saved = two / "checkpoints" / "step-000003"
+    check(run_train([*args, "--output_dir", one, "--resume", saved]))
+    difference = (last_prompt(one) - last_prompt(two)).norm() / last_prompt(two).norm()
+    assert float(difference) < 1e-5
+    assert json.loads((one / "result.json").read_text())["world_size"] == 1
+
+
+def test_sigterm_saves_and_stops_and_resumes(run_train, tiny_model, tmp_path):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "none", "--max_steps", "400", "--save_every", "0",
+            "--eval_every", "0", "--lr_schedule", "constant"]  # fmt: skip
+    out = tmp_path / "run"
+    process = start([*args, "--output_dir", out], tmp_path)
+    wait_for(out / "log.jsonl", process)
+    while (out / "log.jsonl").read_text().count("\n") < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output[1][-2000:]
+    assert "--resume auto" in output[0]
+    saved = sorted((out / "checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    assert not list((out / "checkpoints").glob(".*"))
+    step = int(saved[0].name.removeprefix("step-"))
+    assert 3 <= step < 400
+
+
+def test_non_finite_loss_names_the_step_and_saves_nothing_broken(run_train, tiny_model, tmp_path):
+    out = tmp_path / "run"
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", "--max_steps", "6", "--save_every", "2"]
+    done = run_train([*args, "--sigma", "1e42", "--output_dir", out, "--log_every", "4"])
+    assert done.returncode == 2
+    assert "not finite at step 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(out.glob("checkpoints/step-*"))
+    assert not (out / "result.json").exists()
+    assert not (out / "adapter").exists()
+
+
+def test_adapter_round_trip_through_evaluate_and_peft(run_train, tiny_model, tmp_path):
+    """Invariant 6's second half: evaluate.py and peft give the scores that training's evaluation reported."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ptp_ds.data import load_split, tokenise
+    from ptp_ds.tasks import load_task
+
+    out, scores_file = tmp_path / "run", tmp_path / "scores.json"
+    check(run_train([*QUICK, "--model", tiny_model, "--max_steps", "3", "--output_dir", out, "--lr", "0.3"]))
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--adapter", str(out / "adapter"), "--model",
+               str(tiny_model), "--json", str(scores_file), "--eval_tokens", "600"]  # fmt: skip
+    check(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
+    report, result = json.loads(scores_file.read_text()), json.loads((out / "result.json").read_text())
+    assert report["metrics"] == result["metrics"]
+    assert report["cross_entropy"] == result["eval_cross_entropy"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), out / "adapter").eval()
+    task, tokenizer = load_task("COPA"), AutoTokenizer.from_pretrained(tiny_model)
+    examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 400).examples
+    for example, ours in zip(examples[:6], report["scores"], strict=False):
+        for answer, score in zip(example.candidate_ids, ours, strict=True):
+            ids = torch.tensor([[*example.context_ids, *answer]])
+            with torch.no_grad():
+                log_probs = model(input_ids=ids).logits[0].log_softmax(-1)
+            first = log_probs.shape[0] - len(answer) - 1
+            theirs = sum(float(log_probs[first + place, token]) for place, token in enumerate(answer))
+            assert abs(theirs - score) < 1e-5 * max(1.0, abs(score))
+
+
+def test_adapter_starts_another_run(run_train, tiny_model, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "none", "--max_steps", "1"]
+    check(run_train([*args, "--output_dir", first]))
+    extra = ["--prompt_init", "adapter", "--init_adapter", first / "adapter", "--lr", "1e-12"]
+    check(run_train([*args, "--output_dir", second, *extra]))
+    torch.testing.assert_close(last_prompt(second), adapter(first), atol=1e-6, rtol=1e-6)
