@@ -112,8 +112,8 @@ def refusal(model: Any, reason: str) -> str:
     """The sentence that refuses a family by name."""
     family = getattr(model.config, "model_type", type(model).__name__)
     return (
-        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use a causal family that "
-        "goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2)."
+        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use a causal one that "
+        "goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2)"
     )
 
 

@@ -5,6 +5,7 @@ import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
+    host_group: Any = None  # a gloo group beside nccl; None where the main group is gloo itself
 
     @property
     def is_main(self) -> bool:
@@ -34,6 +36,14 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor
+
+    def host_max(self, value: int) -> int:
+        """The largest of the ranks' whole numbers, over host memory: no device is waited for."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.host_group)
+        return int(tensor)
 
     def from_main(self, value: int) -> int:
         """Rank 0's whole number, on every rank."""
@@ -105,7 +115,9 @@ def start_processes() -> Ranks:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, here)))
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=30))
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    host_group = torch.distributed.new_group(backend="gloo") if backend == "nccl" and world > 1 else None
+    return Ranks(rank, world, local_rank, device, host_group)
 
 
 def stop_processes() -> None:

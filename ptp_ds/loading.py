@@ -112,15 +112,13 @@ def _fill_from_files(model: Any, folder: Path, ranks: Ranks) -> None:
             f"{folder} has no {missing[0]!r} and {len(missing) - 1} more; the files' names are not the module's: "
             "load it once with transformers, save its state dict under the module's names, and give that folder."
         )
-    handles: dict[Path, Any] = {}
+    handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
+    tensors = {name: handles[files[stored]].get_slice(stored) for name, stored in names.items() if stored is not None}
+    for name, parameter in model.named_parameters():  # on all ranks, before any of them waits for another
+        found, wanted = tuple(tensors[name].get_shape()), tuple(parameter.ds_shape)
+        if found != wanted:
+            raise ValueError(f"{folder}: {names[name]} has shape {found}, its config.json says {wanted}.")
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if ranks.is_main:
-                stored = names[name]
-                assert stored is not None
-                if files[stored] not in handles:
-                    handles[files[stored]] = safe_open(files[stored], framework="pt")
-                tensor = handles[files[stored]].get_tensor(stored)
-                if tensor.shape != parameter.shape:
-                    raise ValueError(f"{folder}: {stored} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}.")
-                parameter.copy_(tensor)
+                parameter.copy_(tensors[name][...])

@@ -1,0 +1,299 @@
+"""Splits from jsonl and from the hub's layout, and the orders in which rows are held out, seen and dealt."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptp_ds.data import BatchOrder, deal, hold_out, load_split, tokenise
+from ptp_ds.tasks import load_task
+
+CB_ROWS = [
+    {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral", "idx": 0},
+    {"premise": "He knew that it rains.", "hypothesis": "it rains", "label": "entailment", "idx": 1},
+    {"premise": "He was wrong that it rains.", "hypothesis": "it rains", "label": "contradiction", "idx": 2},
+]
+CB_NAMES = ["entailment", "contradiction", "neutral"]
+COPA_ROWS = [
+    {"premise": "The ice melted.", "choice1": "It was warm.", "choice2": "It froze.", "question": "cause", "label": 0},
+    {"premise": "The ice melted.", "choice1": "It froze.", "choice2": "It dripped.", "question": "effect", "label": 1},
+]
+
+
+def load(task: str, folder: Path, split: str = "train"):
+    return load_split(load_task(task), split, str(folder), None)
+
+
+# jsonl
+
+
+def test_rows_are_numbered_by_line_and_digested(tmp_path, write_rows):
+    file = write_rows(tmp_path / "CB" / "train.jsonl", [CB_ROWS[0], "", "  ", CB_ROWS[1]])
+    split = load("CB", tmp_path)
+    assert list(split.rows) == CB_ROWS[:2]
+    assert list(split.where) == [f"{file}:1", f"{file}:4"]
+    write_rows(tmp_path / "other" / "CB" / "train.jsonl", CB_ROWS[:2])
+    assert load("CB", tmp_path / "other").digest == split.digest
+    write_rows(tmp_path / "other" / "CB" / "train.jsonl", CB_ROWS[1::-1])
+    assert load("CB", tmp_path / "other").digest != split.digest
+
+
+def test_unicode_line_separator_stays_inside_its_row(tmp_path, write_rows):
+    row = {**CB_ROWS[0], "premise": "It\u2028rains\u2029now\x85 he said."}
+    write_rows(tmp_path / "CB" / "train.jsonl", [row, CB_ROWS[1]])
+    assert list(load("CB", tmp_path).rows) == [row, CB_ROWS[1]]
+
+
+def test_windows_line_ends(tmp_path):
+    (tmp_path / "CB").mkdir()
+    (tmp_path / "CB" / "train.jsonl").write_bytes("\r\n".join(map(json.dumps, CB_ROWS)).encode())
+    assert list(load("CB", tmp_path).rows) == CB_ROWS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"premise": "a"', r"train\.jsonl:3: not valid JSON \(.*, column 16\)"),
+        ("nonsense", r"train\.jsonl:3: not valid JSON \(Expecting value, column 1\)"),
+        ("[1]", r"train\.jsonl:3: expected a JSON object, found list"),
+        ('"text"', r"train\.jsonl:3: expected a JSON object, found str"),
+    ],
+)
+def test_malformed_lines(tmp_path, write_rows, line, message):
+    write_rows(tmp_path / "CB" / "train.jsonl", [CB_ROWS[0], "", line])
+    with pytest.raises(ValueError, match=message):
+        load("CB", tmp_path)
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "CB").mkdir()
+    (tmp_path / "CB" / "train.jsonl").write_bytes(b'{"premise": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl: not UTF-8 text \(invalid start byte at byte 13\)"):
+        load("CB", tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[], ["", "   "]])
+def test_empty_split(tmp_path, write_rows, rows):
+    write_rows(tmp_path / "CB" / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="Split 'train' of task CB has no rows"):
+        load("CB", tmp_path)
+
+
+def test_missing_folders_and_files(tmp_path, write_rows):
+    with pytest.raises(ValueError, match=r"--data_dir .*nowhere: there is no such folder"):
+        load("CB", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"No folder 'CB' in --data_dir .*; it holds no folders\."):
+        load("CB", tmp_path)
+    write_rows(tmp_path / "RTE" / "train.jsonl", CB_ROWS)
+    with pytest.raises(ValueError, match=r"No folder 'CB' in --data_dir .*; it holds RTE\."):
+        load("CB", tmp_path)
+    with pytest.raises(ValueError, match=r"No file .*RTE/val\.jsonl; splits there: train\."):
+        load("RTE", tmp_path, "val")
+    (tmp_path / "CB").mkdir()
+    with pytest.raises(ValueError, match=r"No file .*CB/val\.jsonl; splits there: none\."):
+        load("CB", tmp_path, "val")
+
+
+def test_task_without_demo_data(tmp_path):
+    own = tmp_path / "own.json"
+    spec = {"name": "Own", "text": "{a}:", "label": "y", "verbalizers": {"0": " a", "1": " b"}, "metrics": ["accuracy"]}
+    own.write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match="No folder 'Own' in the packaged demo data; it holds BoolQ, CB, COPA, RTE"):
+        load_split(load_task(str(own)), "train", None, None)
+
+
+def test_demo_data_is_the_default():
+    assert len(load_split(load_task("CB"), "val", None, None).rows) == 48
+
+
+def test_two_sources_are_refused():
+    with pytest.raises(ValueError, match="Can't read both --data_dir and --dataset; choose one"):
+        load_split(load_task("CB"), "train", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**CB_ROWS[0], "label": "maybe"}, r"train\.jsonl:2: label 'maybe' is not one of entailment, contradiction, neutral"),
+        ({"premise": "a", "label": "neutral"}, r"train\.jsonl:2: the row has no field 'hypothesis'; task CB needs it"),
+    ],
+)  # fmt: skip
+def test_bad_rows_name_their_line(tmp_path, write_rows, tokenizer, row, message):
+    write_rows(tmp_path / "CB" / "train.jsonl", [CB_ROWS[0], row])
+    with pytest.raises(ValueError, match=message):
+        tokenise(load_task("CB"), load("CB", tmp_path), tokenizer, 400)
+
+
+@pytest.mark.xfail(strict=True, reason="the message names neither file nor line")
+def test_lone_surrogate_names_its_line(tmp_path, write_rows, tokenizer):
+    line = '{"premise": "a \\ud800 b", "hypothesis": "c", "label": "neutral"}'
+    write_rows(tmp_path / "CB" / "train.jsonl", [CB_ROWS[0], line])
+    with pytest.raises(ValueError, match=r"train\.jsonl:2"):
+        tokenise(load_task("CB"), load("CB", tmp_path), tokenizer, 400)
+
+
+# the hub's layout
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """hub_folder(config, splits, label): a local folder as a hub data set has it; label is its feature."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(config: str, splits: dict, label) -> Path:
+        folder = tmp_path / "hub"
+        (folder / config).mkdir(parents=True)
+        lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            features = {name: datasets.Value("string") for name in rows[0]}
+            features.update({name: datasets.Value("int32") for name in rows[0] if name == "idx"})
+            features["label"] = label
+            table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+            table.to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+        (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
+        return folder
+
+    return write
+
+
+def same_examples(task: str, jsonl_folder: Path, hub: Path, tokenizer, split: str):
+    read = load_task(task)
+    files, table = load(task, jsonl_folder, split), load_split(read, split, None, str(hub))
+    assert tokenise(read, table, tokenizer, 400) == tokenise(read, files, tokenizer, 400)
+    return table
+
+
+def test_hub_layout_gives_the_files_examples(tmp_path, write_rows, hub_folder, tokenizer):
+    import datasets
+
+    numbered = [{**row, "label": CB_NAMES.index(row["label"])} for row in CB_ROWS]
+    hub = hub_folder("cb", {"train": numbered, "validation": numbered[1:]}, datasets.ClassLabel(names=CB_NAMES))
+    write_rows(tmp_path / "CB" / "train.jsonl", CB_ROWS)
+    write_rows(tmp_path / "CB" / "val.jsonl", CB_ROWS[1:])
+    table = same_examples("CB", tmp_path, hub, tokenizer, "train")
+    assert list(table.where) == [f"{hub}/cb/train row {number}" for number in range(3)]
+    assert table.digest == load("CB", tmp_path).digest
+    assert len(same_examples("CB", tmp_path, hub, tokenizer, "val").rows) == 2
+
+
+@pytest.mark.parametrize("names", [None, ["choice1", "choice2"]])
+def test_hub_layout_with_whole_numbers_as_labels(tmp_path, write_rows, hub_folder, tokenizer, names):
+    import datasets
+
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    hub = hub_folder("copa", {"train": COPA_ROWS}, label)
+    write_rows(tmp_path / "COPA" / "train.jsonl", COPA_ROWS)
+    same_examples("COPA", tmp_path, hub, tokenizer, "train")
+
+
+def test_hub_layout_with_false_and_true(tmp_path, write_rows, hub_folder, tokenizer):
+    import datasets
+
+    rows = [{"question": "is it", "passage": "It is.", "label": 1}, {"question": "is it", "passage": "No.", "label": 0}]
+    hub = hub_folder("boolq", {"train": rows}, datasets.ClassLabel(names=["False", "True"]))
+    write_rows(tmp_path / "BoolQ" / "train.jsonl", [{**row, "label": bool(row["label"])} for row in rows])
+    same_examples("BoolQ", tmp_path, hub, tokenizer, "train")
+
+
+def test_hub_rows_without_a_label_are_refused(hub_folder, tokenizer):
+    import datasets
+
+    rows = [{**CB_ROWS[0], "label": 1}, {**CB_ROWS[1], "label": -1}]
+    hub = hub_folder("cb", {"test": rows}, datasets.ClassLabel(names=CB_NAMES))
+    task = load_task("CB")
+    with pytest.raises(ValueError, match=r"/cb/test row 1: label '-1' is not one of"):
+        tokenise(task, load_split(task, "test", None, str(hub)), tokenizer, 400)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a null label of a ClassLabel column is compared with 0")
+def test_hub_rows_with_a_null_label_are_refused(hub_folder, tokenizer):
+    import datasets
+
+    rows = [{**CB_ROWS[0], "label": 1}, {**CB_ROWS[1], "label": None}]
+    hub = hub_folder("cb", {"test": rows}, datasets.ClassLabel(names=CB_NAMES))
+    task = load_task("CB")
+    with pytest.raises(ValueError, match=r"/cb/test row 1: label 'None' is not one of"):
+        tokenise(task, load_split(task, "test", None, str(hub)), tokenizer, 400)
+
+
+def test_hub_errors_are_one_sentence(tmp_path, hub_folder):
+    import datasets
+
+    hub = hub_folder("cb", {"train": [{**CB_ROWS[0], "label": 1}]}, datasets.ClassLabel(names=CB_NAMES))
+    for task, split, dataset in (("RTE", "train", hub), ("CB", "val", hub), ("CB", "train", tmp_path / "none")):
+        name = {"val": "validation"}.get(split, split)
+        message = f"--dataset {dataset}: can't load configuration '{task.lower()}', split '{name}' "
+        with pytest.raises(ValueError, match="can't load configuration") as caught:
+            load_split(load_task(task), split, None, str(dataset))
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+
+# held-out rows, batches, hands
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(100, 0.15, 15), (2, 0.9, 1), (2, 0.01, 1), (5, 0.999, 4)])
+def test_hold_out_parts(count, share, held):
+    train, select = hold_out(count, share, seed=3)
+    assert len(select) == held
+    assert sorted(train + select) == list(range(count))
+    assert train == sorted(train)
+    assert select == sorted(select)
+
+
+def test_hold_out_is_seeded():
+    assert hold_out(100, 0.2, 1) == hold_out(100, 0.2, 1)
+    assert hold_out(100, 0.2, 1) != hold_out(100, 0.2, 2)
+
+
+def test_hold_out_needs_two_rows():
+    with pytest.raises(ValueError, match="Can't hold out rows for selection from 1 training row; give --select_split"):
+        hold_out(1, 0.5, 0)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (10, 4), (3, 8), (1, 2)])
+def test_every_row_once_an_epoch(count, batch_size):
+    order = BatchOrder(count, batch_size, seed=5)
+    epochs = 4
+    steps = -(-epochs * count // batch_size)
+    seen = [row for step in range(steps) for row in order.batch(step)]
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    forward = [BatchOrder(20, 8, 1).batch(step) for step in range(12)]
+    torch.manual_seed(99)
+    order = BatchOrder(20, 8, 1)
+    assert [order.batch(step) for step in reversed(range(12))] == forward[::-1]
+    assert [BatchOrder(20, 8, 2).batch(step) for step in range(12)] != forward
+    assert forward[0] != forward[5], "epochs are shuffled anew"
+
+
+def lengths_of(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, 300, (count,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize(("count", "hands"), [(8, 1), (8, 2), (12, 4), (16, 8), (4, 4)])
+def test_dealing_is_equal_complete_and_in_order(count, hands):
+    lengths = lengths_of(count, count)
+    dealt = deal(lengths, hands)
+    assert [len(hand) for hand in dealt] == [count // hands] * hands
+    assert sorted(place for hand in dealt for place in hand) == list(range(count))
+    assert all(hand == sorted(hand) for hand in dealt)
+    assert deal(list(lengths), hands) == dealt
+
+
+def test_dealing_balances_tokens():
+    fullest = {"dealt": 0, "in order": 0}
+    for seed in range(20):
+        lengths = lengths_of(seed, 16)
+        in_order = [list(range(start, start + 4)) for start in range(0, 16, 4)]
+        for name, hands in (("dealt", deal(lengths, 4)), ("in order", in_order)):
+            fullest[name] += max(sum(lengths[place] for place in hand) for hand in hands)
+    mean = sum(sum(lengths_of(seed, 16)) / 4 for seed in range(20))
+    assert fullest["dealt"] - mean < 0.25 * (fullest["in order"] - mean)
