@@ -12,7 +12,7 @@ from ptp_ds.tasks.template import parse_task
 
 ROOMY = 100_000
 BOOLQ = {
-    "passage": "The first one is of the town." + " It is of the river and of the people in the town." * 30,
+    "passage": "The first one is of the town." + " It is of the people and of the town." * 30,
     "question": "does the passage tell of a river",
     "label": True,
 }

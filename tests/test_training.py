@@ -159,6 +159,29 @@ def test_sigterm_saves_and_stops_and_resumes(run_train, tiny_model, tmp_path):
     assert 3 <= step < 400
 
 
+def test_sigterm_to_the_launcher_saves_on_all_ranks_and_leaves_none(tiny_model, tmp_path):
+    """The owner's command on this machine, two ranks, no ssh; DeepSpeed's own runner would leave the ranks behind."""
+    out = tmp_path / "run"
+    script = [str(ROOT / "scripts" / "train.py"), "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "none", "--max_steps", "2000", "--save_every", "0",
+            "--eval_every", "0", "--output_dir", out]  # fmt: skip
+    launcher = [sys.executable, "-m", "ptp_ds.launch", "--hostfile", str(ROOT / "hostfiles" / "local"), *script]
+    process = subprocess.Popen(
+        [*launcher, *map(str, args)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(out / "log.jsonl", process)
+    while (out / "log.jsonl").read_text().count("\n") < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "stopped by signal 15" in output[0], output[1][-2000:]
+    assert len(list((out / "checkpoints").glob("step-*"))) == 1
+    left = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False).stdout
+    assert left == ""
+
+
 def test_non_finite_loss_names_the_step_and_saves_nothing_broken(run_train, tiny_model, tmp_path):
     out = tmp_path / "run"
     args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", "--max_steps", "6", "--save_every", "2"]

@@ -1,0 +1,118 @@
+"""Attention over the tree against one dense masked softmax, on random trees, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptp_ds.attention import attend_tree, plan_tree
+from ptp_ds.packing import Block
+
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("fixed")
+
+
+@st.composite
+def blocks(draw):
+    """A block of 1 to 5 segments, each the child of an earlier one; depth-first order is kept by construction."""
+    parents, path = [-1], [0]
+    for segment in range(1, draw(st.integers(1, 5))):
+        keep = draw(st.integers(1, len(path)))
+        path = path[:keep]
+        parents.append(path[-1])
+        path.append(segment)
+    lengths = [draw(st.integers(1, 6)) for _ in parents]
+    starts = [sum(lengths[:place]) for place in range(len(lengths))]
+    return Block(sum(lengths), tuple(starts), tuple(parents))
+
+
+def dense(q, k, v, rows, trunk, scale, softcap, window):
+    """The same attention with one [P + T, P + T] mask built token by token from its definition."""
+    path, position, tokens = [], [], 0
+    for place in range(trunk):
+        path.append(set(range(place + 1)))
+        position.append(place)
+    tokens = trunk
+    for block in rows:
+        ends = [*block.starts[1:], block.length]
+        for start, end, parent in zip(block.starts, ends, block.parents, strict=True):
+            before = set(range(trunk)) if parent < 0 else path[tokens + ends[parent] - 1]
+            for place in range(start, end):
+                path.append(before | set(range(tokens + start, tokens + place + 1)))
+                position.append(len(path[-1]) - 1)
+        tokens += block.length
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool)
+    for query in range(tokens):
+        for key in path[query]:
+            hidden[query, key] = window is not None and position[query] - position[key] >= window
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+@given(
+    rows=st.lists(blocks(), min_size=1, max_size=5), trunk=st.integers(0, 4), groups=st.sampled_from([1, 2]),
+    softcap=st.sampled_from([None, 0.7]), window=st.sampled_from([None, 3]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_equals_dense_attention(rows, trunk, groups, softcap, window, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = trunk + sum(block.length for block in rows)
+
+    def draw(heads):
+        return torch.randn(tokens, heads, 4, dtype=torch.float64, generator=generator).requires_grad_()
+
+    q, k, v, weight = draw(2 * groups), draw(2), draw(2), draw(2 * groups).detach()
+    plan = plan_tree(rows, trunk, trunk, "cpu")
+    out = attend_tree(q, k, v, plan, scale=0.5, softcap=softcap, window=window)
+    expected = dense(q, k, v, rows, trunk, 0.5, softcap, window)
+    torch.testing.assert_close(out, expected, atol=1e-9 if softcap is None else 1e-6, rtol=0)
+    ours = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for actual, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-8 if softcap is None else 1e-5, rtol=0)
+
+
+def test_cached_trunk_gets_its_gradient():
+    block, trunk = Block(5, (0, 3), (-1, 0)), 3
+    q, k, v = (torch.randn(8, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+    whole = attend_tree(
+        q,
+        k,
+        v,
+        plan_tree(
+            [
+                block,
+            ],
+            trunk,
+            trunk,
+            "cpu",
+        ),
+        scale=1.0,
+    )[trunk:]
+    cache = (k[:trunk], v[:trunk])
+    cached = attend_tree(q[trunk:], k[trunk:], v[trunk:], plan_tree([block], 0, trunk, "cpu"), cache, scale=1.0)
+    torch.testing.assert_close(cached, whole, atol=1e-12, rtol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(out.sum(), (k, v)) for out in (cached, whole)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_gradcheck():
+    rows = [Block(3, (0,), (-1,)), Block(4, (0, 2, 3), (-1, 0, 0))]
+    inputs = [torch.randn(9, 2, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attend_tree(q, k, v, plan_tree(rows, 2, 2, "cpu"), scale=0.5), inputs
+    )
+
+
+def test_the_bare_model_says_how_it_must_be_called():
+    from reference import make_model
+
+    from ptp_ds.backbone import Backbone
+
+    backbone = Backbone(make_model("llama"))
+    with pytest.raises(ValueError, match="outside a packed pass"):
+        backbone.model(input_ids=torch.tensor([[1, 2]]))

@@ -1,0 +1,242 @@
+"""What a user can get wrong, end to end: exit code 2, one sentence on stderr, no traceback, nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptp_ds.checkpoint import Checkpoint, save_checkpoint
+from ptp_ds.export import write_adapter
+from ptp_ds.loading import load_config
+from ptp_ds.run import main, prepare
+
+CB_ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def sentence(stderr: str) -> str:
+    """The one error line of a run."""
+    assert "Traceback" not in stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, stderr
+    assert errors[0].startswith("error: ")
+    return errors[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def base(tiny_model) -> list[str]:
+    """Flags of a run that would work: two steps on the demo data."""
+    return ["--model", str(tiny_model), "--task", "CB", "--prompt_length", "4", "--max_steps", "2"]
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capfd) -> Callable[[list[str]], str]:
+    """refuse(argv) runs it in tmp_path, checks that it is refused and leaves no trace, and returns the sentence."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("ptp_ds.run.start_processes", lambda: pytest.fail("a bad run must not start processes"))
+
+    def run(argv: list[str]) -> str:
+        before = snapshot(tmp_path)
+        capfd.readouterr()
+        assert main(argv) == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert snapshot(tmp_path) == before
+        return sentence(printed.err)
+
+    return run
+
+
+def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare([*base, "--output_dir", "out"])
+    assert (len(prepared.train), len(prepared.select), len(prepared.evaluation)) == (82, 14, 48)
+    assert snapshot(tmp_path) == {}, "preparing a run must not write"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--promt_length", "3"], "Unknown argument '--promt_length' (did you mean '--prompt_length'?). See --help."),
+        (["--max_steps", "many"], "Argument --max_steps: invalid int value: 'many'. See --help."),
+        (["--sigma", "-1"], "--sigma is -1.0; expected a finite number of 0 or more."),
+        (["--prompt", "deep"], "--prompt deep is planned but not built yet. See --help for what works today."),
+        (["--task", "CD"], "Unknown task 'CD' (did you mean CB?): give one of "),
+        (["--model", "no-one/nothing"], "Unknown model 'no-one/nothing': the hub gave "),
+        (["--model", "a/b/c"], "Unknown model 'a/b/c': it is neither a folder nor a hub id. Give --model a folder"),
+        (["--model", "."], "--model .: the folder holds no config.json; give a folder saved by save_pretrained."),
+        (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder."),
+        (["--eval_split", "dev"], "No file "),
+        (["--ds_config", "none.json"], "--ds_config none.json: No such file or directory; see ds_configs/ "),
+        (["--config", "none.json"], "--config none.json: No such file or directory."),
+        (["--resume", "nowhere"], "--resume nowhere: there is no such folder; give a checkpoints/step-... folder or auto."),
+        (["--prompt_length", "600"], "--prompt_length 600 leaves no room in the backbone's context of 512 tokens."),
+        (["--prompt_length", "512"], "--prompt_length 512 leaves no room in the backbone's context of 512 tokens."),
+        (["--max_length", "513"], "--max_length 513 exceeds the backbone's context of 512 tokens."),
+        (["--prompt_init", "adapter", "--init_adapter", "no"], "Adapter no: no adapter_config.json there; "),
+        (["--dataset", "no-such-folder"], "--dataset no-such-folder: can't load configuration 'cb', split 'train' "),
+    ],
+)
+def test_flags(base, refuse, extra, message):
+    assert refuse([*base, *extra]).startswith(message)
+
+
+def test_rows_that_the_prompt_leaves_no_room_for(base, refuse):
+    found = refuse([*base, "--prompt_length", "500"])
+    assert "tokens longer than the 12 that fit behind the prompt" in found
+    assert "CB/train.jsonl:1: " in found
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"premise": "It', ":2: not valid JSON (Unterminated string"),
+        ("[1, 2]", ":2: expected a JSON object, found list."),
+        (json.dumps({**CB_ROW, "label": "maybe"}), ":2: label 'maybe' is not one of entailment, contradiction, neutral"),
+        (json.dumps({"premise": "It", "label": "neutral"}), ":2: the row has no field 'hypothesis'; task CB needs it."),
+        (json.dumps({**CB_ROW, "premise": None}), ":2: field 'premise' must be non-empty text, not None."),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_bad_rows(base, refuse, tmp_path, write_rows, split, line, message):
+    for name in ("train", "val"):
+        write_rows(tmp_path / "data" / "CB" / f"{name}.jsonl", [CB_ROW, line if name == split else CB_ROW])
+    assert refuse([*base, "--data_dir", "data"]).startswith(f"data/CB/{split}.jsonl{message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 64, "zero_optimization": {"stage": 3}},
+         'ds.json says train_batch_size = 64, but the default of --batch_size makes it 8; set it to "auto"'),
+        ({"optimizer": {}, "zero_optimization": {"stage": 3}}, "--ds_config ds.json: remove 'optimizer': "),
+        ({"zero_optimization": {"stage": 1}}, "--ds_config ds.json: zero_optimization.stage must be 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "stagee": 3}},
+         "--ds_config ds.json: unknown key 'zero_optimization.stagee' (did you mean 'stage'?)."),
+    ],
+)  # fmt: skip
+def test_deepspeed_files(base, refuse, tmp_path, content, message):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    assert refuse([*base, "--ds_config", "ds.json"]).startswith(message)
+
+
+def test_batch_that_ranks_cannot_share(base, refuse, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert refuse(base).startswith("--batch_size 8 can't be dealt to 3 ranks x 1 micro-batches in equal parts; use 6 or 9.")
+
+
+@pytest.mark.parametrize("held", ["config.json", "result.json", "checkpoints/step-000001/state.json"])
+def test_output_folder_of_another_run(base, refuse, tmp_path, held):
+    (tmp_path / "out" / held).parent.mkdir(parents=True)
+    (tmp_path / "out" / held).write_text("kept")
+    found = refuse([*base, "--output_dir", "out"])
+    assert found == "--output_dir out holds another run; continue it with --resume auto or give a new folder."
+
+
+def test_output_folder_that_is_a_file(base, refuse, tmp_path):
+    (tmp_path / "out").write_text("kept")
+    assert refuse([*base, "--output_dir", "out"]) == "--output_dir out is a file; give a folder."
+
+
+@pytest.fixture
+def saved(base, tmp_path, monkeypatch) -> Path:
+    """out/checkpoints/step-000001 of the run of `base`."""
+    monkeypatch.chdir(tmp_path)
+    identity = prepare(base).identity
+    return save_checkpoint(Path("out/checkpoints"), Checkpoint(1, {"prompt": torch.zeros(4, 32)}, None, identity), keep=1)
+
+
+def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
+    for resume in ("auto", str(saved)):
+        prepared = prepare([*base, "--output_dir", "out", "--resume", resume])
+        assert prepared.checkpoint is not None
+        assert prepared.checkpoint.step == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--task", "RTE"], "its task is {'name': 'CB'"),
+        (["--seed", "1"], "its seed is 0, this run's is 1."),
+        (["--prompt_length", "5"], "its prompt_length is 4, this run's is 5."),
+        (["--perturbation", "pgd"], "its perturbation is 'gaussian', this run's is 'pgd'."),
+        (["--train_split", "val", "--eval_split", "train"], "its training data is '"),
+    ],
+)
+def test_checkpoint_of_another_run(base, refuse, saved, extra, named):
+    found = refuse([*base, "--output_dir", "out", "--resume", "auto", *extra])
+    assert found.startswith(f"out/checkpoints/step-000001 is a checkpoint of another run: {named}")
+
+
+def test_damaged_checkpoint(base, refuse, saved):
+    with open(saved / "state.safetensors", "ab") as file:
+        file.write(b"more")
+    found = refuse([*base, "--output_dir", "out", "--resume", "auto"])
+    assert found.startswith("out/checkpoints/step-000001/state.safetensors is missing or altered (its sha256 differs)")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 16), "Adapter other has width 16, the model's is 32: another model's adapter."),
+        ((7, 32), "Adapter other has 7 tokens; set --prompt_length 7."),
+    ],
+)
+def test_adapter_of_another_run(base, refuse, tmp_path, tiny_model, shape, message):
+    write_adapter(tmp_path / "other", torch.zeros(shape), "model", load_config(tiny_model), {})
+    assert refuse([*base, "--prompt_init", "adapter", "--init_adapter", "other"]) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "model/config.json describes no model that transformers knows ("),
+        ('{"model_type": "no-such-family"}', "model/config.json describes no model that transformers knows ("),
+        ('{"model_type": "vit"}', "model: model family 'vit' has no causal language model in transformers."),
+    ],
+)
+def test_model_folders_of_another_kind(base, refuse, tmp_path, content, message):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    assert refuse([*base, "--model", "model"]).startswith(message)
+
+
+def test_model_folder_without_a_tokenizer(base, refuse, tmp_path, tiny_model):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert refuse([*base, "--model", "model"]).startswith("model holds no tokenizer that transformers can load (")
+
+
+# the same through scripts/train.py
+
+
+def test_script_refuses_an_unknown_flag(run_train, base, tmp_path):
+    done = run_train([*base, "--max_step", "1"])
+    assert done.returncode == 2
+    assert sentence(done.stderr) == "Unknown argument '--max_step' (did you mean '--max_steps'?). See --help."
+    assert snapshot(tmp_path) == {}
+
+
+def test_script_refuses_a_malformed_line(run_train, base, tmp_path, write_rows):
+    write_rows(tmp_path / "data" / "CB" / "train.jsonl", [CB_ROW, "{"])
+    before = snapshot(tmp_path)
+    done = run_train([*base, "--data_dir", "data", "--output_dir", "out"])
+    assert done.returncode == 2
+    assert sentence(done.stderr).startswith("data/CB/train.jsonl:2: not valid JSON (")
+    assert done.stdout == ""
+    assert snapshot(tmp_path) == before
+
+
+def test_two_ranks_print_one_sentence(run_train, base, tmp_path):
+    done = run_train([*base, "--prompt_length", "600", "--output_dir", "out"], nproc=2)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error: --prompt_length 600 leaves no room in the backbone's context of 512 tokens."]
+    assert not (tmp_path / "out").exists()

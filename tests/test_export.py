@@ -1,0 +1,147 @@
+"""Adapters in peft's format: round trip, loading by peft, and every way in which one can be wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ptp_ds.export import read_adapter, read_card, write_adapter
+from ptp_ds.loading import load_config
+
+CARD = {"task": {"name": "CB"}, "result": {"metrics": {"accuracy": 0.5}}}
+
+
+def prompt_values(length: int = 5, width: int = 32) -> torch.Tensor:
+    return torch.randn(length, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model) -> Path:
+    """An adapter of 5 tokens for the tiny model."""
+    folder = tmp_path / "adapter"
+    write_adapter(folder, prompt_values(), str(tiny_model), load_config(tiny_model), CARD)
+    return folder
+
+
+def test_round_trip(adapter):
+    assert sorted(file.name for file in adapter.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json",
+    ]  # fmt: skip
+    prompt = read_adapter(adapter, width=32, length=5)
+    assert prompt.dtype == torch.float32
+    assert torch.equal(prompt, prompt_values())
+    assert torch.equal(read_adapter(str(adapter)), prompt)
+    assert read_card(adapter) == CARD
+
+
+def test_bf16_prompts_are_written_and_read_as_fp32(tmp_path, tiny_model):
+    half = prompt_values().to(torch.bfloat16)
+    write_adapter(tmp_path / "adapter", half, "model", load_config(tiny_model), {})
+    assert torch.equal(read_adapter(tmp_path / "adapter"), half.float())
+
+
+def test_config_names_the_model_and_its_shape(adapter, tiny_model):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert (config["num_virtual_tokens"], config["token_dim"]) == (5, 32)
+    assert (config["num_attention_heads"], config["num_layers"]) == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_peft_loads_it_and_computes_with_it(adapter, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    assert torch.equal(loaded.get_prompt(1)[0], prompt_values())
+    ids = torch.tensor([[10, 20, 30]])
+    with torch.no_grad():
+        expected = base(inputs_embeds=torch.cat([prompt_values()[None], base.get_input_embeddings()(ids)], 1)).logits
+        found = loaded(input_ids=ids).logits
+    assert torch.allclose(found[:, -3:], expected[:, -3:], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_adapters_of_peft_itself_are_read(tmp_path, tiny_model):
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
+    model.save_pretrained(tmp_path / "theirs")
+    prompt = read_adapter(tmp_path / "theirs", width=32, length=3)
+    assert torch.equal(prompt, model.get_prompt(1)[0].detach())
+    assert read_card(tmp_path / "theirs") == {}
+
+
+def refused(folder: Path, message: str, **needed) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_adapter(folder, **needed)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def rewrite(folder: Path, **tensors: torch.Tensor) -> None:
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING", None])
+def test_other_peft_types(adapter, kind):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": kind}))
+    refused(adapter, f"is of peft type {kind!r}; only PROMPT_TUNING is supported")
+
+
+def test_config_that_is_no_object(adapter):
+    (adapter / "adapter_config.json").write_text("[]")
+    refused(adapter, "is of peft type None; only PROMPT_TUNING is supported")
+    (adapter / "adapter_config.json").write_text("{")
+    refused(adapter, r"adapter_config\.json is not valid JSON")
+
+
+def test_missing_files(adapter, tmp_path):
+    refused(tmp_path / "nowhere", r"no adapter_config\.json there; give a folder written by this project or peft")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused(adapter, r"no adapter_model\.safetensors; adapters in pickle files are not loaded")
+
+
+def test_wrong_shapes(adapter):
+    refused(adapter, "has width 32, the model's is 64: another model's adapter", width=64)
+    refused(adapter, "has 5 tokens; set --prompt_length 5", length=6)
+    rewrite(adapter, prompt_embeddings=torch.zeros(5))
+    refused(adapter, r"the prompt has shape \(5,\); expected \[length, width\]")
+    rewrite(adapter, prompt_embeddings=torch.zeros(0, 32))
+    refused(adapter, r"the prompt has shape \(0, 32\); expected \[length, width\]")
+
+
+def test_other_tensors(adapter):
+    rewrite(adapter, prompt_embeddings=prompt_values(), extra=torch.zeros(1))
+    refused(adapter, "holds .*extra.*; expected prompt_embeddings alone")
+    rewrite(adapter, embeddings=prompt_values())
+    refused(adapter, "holds embeddings; expected prompt_embeddings alone")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(adapter, value):
+    prompt = prompt_values()
+    prompt[2, 3] = value
+    rewrite(adapter, prompt_embeddings=prompt)
+    refused(adapter, "the prompt holds values that are not finite")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -8])
+def test_truncated_file(adapter, kept):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refused(adapter, r"adapter_model\.safetensors is damaged \(")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_cards_that_cannot_be_read_count_as_none(adapter, content):
+    (adapter / "ptp_ds.json").unlink()
+    if content is not None:
+        (adapter / "ptp_ds.json").write_text(content)
+    assert read_card(adapter) == {}

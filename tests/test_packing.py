@@ -1,0 +1,61 @@
+"""Packing: positions, visibility, picks and scores of small rows worked out by hand."""
+
+import pytest
+import torch
+
+from ptp_ds.packing import Block, Example, pack
+
+
+def example(context, candidates, index=0):
+    return Example(context_ids=context, movable=[True] * len(context), candidate_ids=candidates, gold=0, index=index)
+
+
+def test_branches_start_behind_the_context():
+    row = pack([example([5, 6, 7], [[1, 2], [3], [4, 8, 9]])])
+    assert row.token_ids.tolist() == [5, 6, 7, 1, 4, 8]  # no token for the last one of an answer
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 3, 4]
+    assert row.movable.tolist() == [True] * 3 + [False] * 3
+    assert row.kept.tolist() == [2, 3, 4, 5]
+    assert row.pick_row.tolist() == [0, 1, 0, 0, 2, 3]
+    assert row.pick_token.tolist() == [1, 2, 3, 4, 8, 9]
+    assert row.pick_cell.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_visibility_of_a_nested_tree():
+    block = Block(5, (0, 2, 3, 4), (-1, 0, 1, 0))  # 0 1 | 2 under 0 | 3 under 2's segment | 4 under 0
+    assert block.depths().tolist() == [0, 1, 2, 3, 2]
+    assert block.visible().astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
+    ]  # fmt: skip
+
+
+def test_scores_sum_log_probabilities_and_mark_absent_answers():
+    row = pack([example([5], [[1, 2], [3]]), example([6], [[0]], index=1)])
+    logits = torch.randn(row.kept.shape[0], 10, generator=torch.Generator().manual_seed(0))
+    log_probs = logits.log_softmax(-1)
+    scores = row.scores(logits)
+    assert scores.shape == (1, 2, 2)
+    torch.testing.assert_close(scores[0, 0], torch.stack([log_probs[0, 1] + log_probs[1, 2], log_probs[0, 3]]))
+    torch.testing.assert_close(scores[0, 1, 0], log_probs[2, 0])
+    assert scores[0, 1, 1] == float("-inf")
+
+
+def test_twin_doubles_streams():
+    row = pack([example([5, 6], [[1, 2], [3]])])
+    both = row.with_twin(row)
+    assert (both.streams, both.num_tokens, both.num_examples) == (2, 2 * row.num_tokens, 1)
+    logits = torch.randn(2 * row.kept.shape[0], 10)
+    scores = both.scores(logits)
+    torch.testing.assert_close(scores[0], row.scores(logits[: row.kept.shape[0]])[0])
+    torch.testing.assert_close(scores[1], row.scores(logits[row.kept.shape[0] :])[0])
+
+
+def test_lengths_of_an_example():
+    one = example([5, 6, 7], [[1, 2], [3], [4, 8, 9]])
+    assert (one.packed_length, one.path_length) == (6, 5)
+
+
+@pytest.mark.parametrize("rows", [[], [example([], [[1]])], [example([1], [[]])]])
+def test_empty_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="empty"):
+        pack(rows)

@@ -1,0 +1,81 @@
+"""Noise: its size, what may move, and that it depends on (seed, step, example) alone; projections and steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import make_examples
+
+from ptp_ds.config import RunConfig
+from ptp_ds.packing import Example, pack
+from ptp_ds.perturb import PERTURBATIONS, Noise
+from ptp_ds.perturb.ball import NORMS, example_norm, project, radius_of, random_start, steepest
+from ptp_ds.step import settings_of
+
+
+def long_row(movable):
+    return pack([Example(context_ids=[1] * 400, movable=movable, candidate_ids=[[1], [2]], gold=0, index=0)])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "uniform"])
+def test_noise_has_its_size_and_keeps_off_template_tokens(name):
+    row = long_row([place % 2 == 0 for place in range(400)])
+    settings = settings_of(RunConfig(sigma=0.3), 5.0)
+    delta = PERTURBATIONS[name].find(None, row, torch.zeros(400, 64), settings, Noise(0, 0))
+    moved = delta[row.movable]
+    assert moved.square().sum(-1).mean().sqrt().item() == pytest.approx(0.3 * 5.0, rel=0.03)
+    assert abs(moved.mean().item()) < 0.01
+    assert float(delta[~row.movable].abs().max()) == 0.0
+
+
+def test_noise_belongs_to_the_example_not_to_its_place():
+    rows = make_examples("multi")
+    whole = Noise(1, 2).normal(pack(rows), 8)
+    alone = [Noise(1, 2).normal(pack([row]), 8) for row in rows]
+    assert torch.equal(whole, torch.cat(alone))
+    backwards = Noise(1, 2).normal(pack(rows[::-1]), 8)
+    assert torch.equal(backwards, torch.cat(alone[::-1]))
+    for other in (Noise(1, 3), Noise(2, 2)):
+        assert not torch.equal(other.normal(pack(rows), 8), whole)
+    assert not torch.equal(Noise(1, 2).normal(pack(rows), 8, "start"), whole)
+
+
+def sizes(delta, row, norm):
+    return {"frobenius": example_norm(delta, row), "token_l2": delta.norm(dim=-1), "linf": delta.abs().amax(-1)}[norm]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_and_steps(norm):
+    row = pack(make_examples("multi"))
+    delta = torch.randn(row.num_tokens, 16, generator=torch.Generator().manual_seed(0))
+    bound = radius_of(norm, 0.5, 16)
+    inside = project(delta, row, norm, 0.5)
+    assert float(sizes(inside, row, norm).max()) <= bound
+    assert float(sizes(inside, row, norm).min()) > 0.9 * bound
+    torch.testing.assert_close(project(inside * 0.5, row, norm, 0.5), inside * 0.5)
+    step = steepest(delta, row, norm, 0.5)
+    torch.testing.assert_close(sizes(step, row, norm), torch.full_like(sizes(step, row, norm), bound))
+    rival = project(torch.randn(delta.shape, generator=torch.Generator().manual_seed(1)) * 9, row, norm, 0.5)
+    assert float((step * delta).sum()) > float((rival * delta).sum())
+    assert torch.equal(steepest(torch.zeros_like(delta), row, norm, 0.5), torch.zeros_like(delta))
+    start = random_start(delta.clamp(-1, 1), row, norm, 0.5)
+    assert 0 < float(sizes(start, row, norm).max()) <= bound
+
+
+def test_unknown_norm():
+    row = pack(make_examples("single"))
+    with pytest.raises(ValueError, match="frobenius, token_l2, linf"):
+        project(torch.ones(row.num_tokens, 4), row, "l1", 1.0)
+
+
+def test_example_norm_is_per_example():
+    row = pack(make_examples("single"))
+    delta = torch.arange(row.num_tokens * 2, dtype=torch.float32).view(-1, 2)
+    expected = [part.norm() for part in delta.split(row.lengths)]
+    torch.testing.assert_close(example_norm(delta, row), torch.stack(expected))
+
+
+def test_settings_default_step_length():
+    run = RunConfig(perturbation="pgd", epsilon=0.4, ascent_steps=3)
+    assert settings_of(run, 1.0).alpha == pytest.approx(0.2)
+    assert settings_of(replace(run, alpha=0.7), 1.0).alpha == 0.7

@@ -1,0 +1,56 @@
+"""Learning rate and lambda, step by step."""
+
+import math
+
+import pytest
+
+from ptp_ds.config import RunConfig
+from ptp_ds.step import reg_weight_at
+from ptp_ds.trainer import learning_rate
+
+
+def rates(**settings) -> list[float]:
+    run = RunConfig(**{"lr": 0.8, "warmup_steps": 4, "max_steps": 12, **settings})
+    return [learning_rate(run, step) for step in range(run.max_steps)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_warm_up_is_linear_and_ends_at_the_rate(schedule):
+    assert rates(lr_schedule=schedule)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+
+
+def test_linear_decay_reaches_zero_behind_the_last_step():
+    assert rates()[4:] == pytest.approx([0.1 * left for left in range(8, 0, -1)])
+
+
+def test_cosine_decay():
+    expected = [0.4 * (1 + math.cos(math.pi * done / 8)) for done in range(8)]
+    assert rates(lr_schedule="cosine")[4:] == pytest.approx(expected)
+
+
+def test_constant():
+    assert rates(lr_schedule="constant")[3:] == [0.8] * 9
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (0, 7), (3, 3), (50, 10), (1, 2)])
+def test_rates_are_positive_and_never_exceed_lr(schedule, warmup, steps):
+    found = rates(lr_schedule=schedule, warmup_steps=warmup, max_steps=steps)
+    assert all(0 < rate <= 0.8 * (1 + 1e-12) for rate in found)
+    peak = found.index(max(found))
+    assert found[: peak + 1] == sorted(found[: peak + 1])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_rate():
+    assert rates(warmup_steps=0)[0] == 0.8
+
+
+def test_lambda_is_constant_without_warm_up():
+    run = RunConfig(reg_weight=2.5)
+    assert [reg_weight_at(run, step) for step in (0, 1, 59)] == [2.5] * 3
+
+
+def test_lambda_rises_from_above_zero_to_its_weight():
+    run = RunConfig(reg_weight=2.0, reg_warmup_steps=3)
+    assert [reg_weight_at(run, step) for step in range(6)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
