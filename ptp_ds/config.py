@@ -55,7 +55,7 @@ class RunConfig:
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
     sigma: float = _flag(0.3, "gaussian, uniform: noise size of a token, in mean embedding norms")
-    epsilon: float = _flag(0.3, "pgd: radius of the ball, in mean embedding norms")
+    epsilon: float = _flag(0.03, "pgd: radius of the ball, in mean embedding norms")
     alpha: float | None = _flag(None, "pgd: length of an ascent step, in mean embedding norms; default 1.5 epsilon / K")
     ascent_steps: int = _flag(2, "pgd: K, ascent steps")
     norm: str = _flag("frobenius", "pgd: the ball's norm", NORMS)

@@ -1,6 +1,7 @@
 """What a user can get wrong, end to end: exit code 2, one sentence on stderr, no traceback, nothing written."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--eval_split", "dev"], "No file "),
         (["--ds_config", "none.json"], "--ds_config none.json: No such file or directory; see ds_configs/ "),
         (["--config", "none.json"], "--config none.json: No such file or directory."),
-        (["--resume", "nowhere"], "--resume nowhere: there is no such folder; give a checkpoints/step-... folder or auto."),
+        (
+            ["--resume", "nowhere"],
+            "--resume nowhere: there is no such folder; give a checkpoints/step-... folder or auto.",
+        ),
         (["--prompt_length", "600"], "--prompt_length 600 leaves no room in the backbone's context of 512 tokens."),
         (["--prompt_length", "512"], "--prompt_length 512 leaves no room in the backbone's context of 512 tokens."),
         (["--max_length", "513"], "--max_length 513 exceeds the backbone's context of 512 tokens."),
@@ -99,7 +103,10 @@ def test_rows_that_the_prompt_leaves_no_room_for(base, refuse):
     [
         ('{"premise": "It', ":2: not valid JSON (Unterminated string"),
         ("[1, 2]", ":2: expected a JSON object, found list."),
-        (json.dumps({**CB_ROW, "label": "maybe"}), ":2: label 'maybe' is not one of entailment, contradiction, neutral"),
+        (
+            json.dumps({**CB_ROW, "label": "maybe"}),
+            ":2: label 'maybe' is not one of entailment, contradiction, neutral",
+        ),
         (json.dumps({"premise": "It", "label": "neutral"}), ":2: the row has no field 'hypothesis'; task CB needs it."),
         (json.dumps({**CB_ROW, "premise": None}), ":2: field 'premise' must be non-empty text, not None."),
     ],
@@ -129,7 +136,9 @@ def test_deepspeed_files(base, refuse, tmp_path, content, message):
 
 def test_batch_that_ranks_cannot_share(base, refuse, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert refuse(base).startswith("--batch_size 8 can't be dealt to 3 ranks x 1 micro-batches in equal parts; use 6 or 9.")
+    assert refuse(base).startswith(
+        "--batch_size 8 can't be dealt to 3 ranks x 1 micro-batches in equal parts; use 6 or 9."
+    )
 
 
 @pytest.mark.parametrize("held", ["config.json", "result.json", "checkpoints/step-000001/state.json"])
@@ -150,7 +159,9 @@ def saved(base, tmp_path, monkeypatch) -> Path:
     """out/checkpoints/step-000001 of the run of `base`."""
     monkeypatch.chdir(tmp_path)
     identity = prepare(base).identity
-    return save_checkpoint(Path("out/checkpoints"), Checkpoint(1, {"prompt": torch.zeros(4, 32)}, None, identity), keep=1)
+    return save_checkpoint(
+        Path("out/checkpoints"), Checkpoint(1, {"prompt": torch.zeros(4, 32)}, None, identity), keep=1
+    )
 
 
 def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
@@ -234,8 +245,14 @@ def test_script_refuses_a_malformed_line(run_train, base, tmp_path, write_rows):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.xfail(strict=True, reason="torchrun ends rank 0 before it prints when another rank fails first")
 def test_two_ranks_print_one_sentence(run_train, base, tmp_path):
-    done = run_train([*base, "--prompt_length", "600", "--output_dir", "out"], nproc=2)
+    late = tmp_path / "late" / "sitecustomize.py"  # rank 0 starts last: its sentence must come all the same
+    late.parent.mkdir()
+    late.write_text("import os, time\ntime.sleep(2 * (os.environ.get('LOCAL_RANK') == '0'))\n")
+    path = os.pathsep.join([str(late.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    args = [*base, "--prompt_length", "600", "--output_dir", "out"]
+    done = run_train(args, env={"PYTHONPATH": path}, nproc=2)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error: --prompt_length 600 leaves no room in the backbone's context of 512 tokens."]

@@ -73,13 +73,27 @@ def test_a_step_saved_again_is_replaced(tmp_path):
     assert names_in(tmp_path) == ["step-000005"]
 
 
-@pytest.mark.xfail(strict=True, reason="newest is decided by the folder's name as text, and later steps are kept")
-@pytest.mark.parametrize("steps", [(999_999, 1_000_000), (20, 30, 10)])
-def test_the_checkpoint_just_written_is_kept(tmp_path, steps):
-    for step in steps:
-        folder = save_checkpoint(tmp_path, checkpoint(step), keep=1)
-        assert folder.is_dir()
-    assert load_checkpoint(list_checkpoints(tmp_path)[-1]).step == steps[-1]
+@pytest.mark.xfail(strict=True, reason="which one is newest is decided by the folders' names as text")
+def test_a_million_steps(tmp_path):
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, checkpoint(step), keep=1)
+    assert saved_steps(tmp_path) == [1_000_000]
+
+
+@pytest.mark.xfail(strict=True, reason="later checkpoints push out the one just written")
+def test_a_run_resumed_from_an_older_checkpoint_keeps_what_it_writes(tmp_path):
+    for step in (20, 40, 60):
+        save_checkpoint(tmp_path, checkpoint(step), keep=3)
+    assert save_checkpoint(tmp_path, checkpoint(30), keep=2).is_dir()
+    assert 30 in saved_steps(tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="any folder whose name begins with step- counts")
+def test_other_folders_are_no_checkpoints(tmp_path):
+    save_checkpoint(tmp_path / "checkpoints", checkpoint(5), keep=1)
+    (tmp_path / "checkpoints" / "step-old").mkdir()
+    found = find_checkpoint("auto", tmp_path)
+    assert found == tmp_path / "checkpoints" / "step-000005"
 
 
 # damage

