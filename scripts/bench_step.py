@@ -217,10 +217,18 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
+def default_data() -> str | None:
+    """The developers' copy of SuperGLUE beside the checkout where there is one, else None: the packaged demo data."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "superglue"
+    return str(folder) if folder.is_dir() else None
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--data_dir", help="folder with <Task>/train.jsonl; default: the packaged demo data")
+    parser.add_argument(
+        "--data_dir", default=default_data(), help="folder with <Task>/train.jsonl (default: %(default)s)"
+    )
     parser.add_argument("--split", default="train")
     parser.add_argument("--tasks", nargs="+", default=["RTE"])
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
@@ -244,7 +252,8 @@ def main() -> int:
     resolved = resolve_ds_config(read_ds_config(args.ds_config), run, set(), ranks.world, width)
     dtype = str(resolved.dtype).removeprefix("torch.")
     print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads; seconds are medians of "
-          f"{args.pairs} batches, ratios medians of pairs; {json.dumps(versions())}")  # fmt: skip
+          f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
+          f"{json.dumps(versions())}")  # fmt: skip
     print("task   rows prompt method       ours   peft a   peft b     a/ours b/ours ours/b0   tokens  peft's")
     table = []
     for length in args.prompt_lengths:

@@ -27,8 +27,8 @@ def main(folder: Path) -> int:
     (folder / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\n{report['date']}  {name}  torch {torch.__version__}  exit codes {codes}")
     for row in report["bench"] or []:
-        print(f"step  {row['task']:6} rows {row['rows']:3} prompt {row['prompt_length']:3} {row['method']:9} "
-              f"{row['ours_seconds'] * 1e3:8.1f} ms  a/ours {row['ratio_peft']:.2f}  b/ours {row['ratio_peft_keep']:.2f}"
+        print(f"step {row['task']:6} rows {row['rows']:3} prompt {row['prompt_length']:3} {row['method']:9} "
+              f"{row['ours_seconds'] * 1e3:8.1f} ms a/ours {row['ratio_peft']:.2f} b/ours {row['ratio_peft_keep']:.2f}"
               )  # fmt: skip
     if report["train"]:
         train = report["train"]

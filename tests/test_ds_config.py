@@ -210,5 +210,5 @@ def test_batch_that_ranks_cannot_share(batch, world, accumulate, choices):
 )
 def test_blocks_of_the_wrong_type_are_refused(tmp_path, content):
     file = written(tmp_path, content)
-    with pytest.raises(ValueError, match="ds.json"):
+    with pytest.raises(ValueError, match=r"ds\.json"):
         resolve_ds_config(read_ds_config(file), RunConfig(ds_config=file), set(), 1, 32)

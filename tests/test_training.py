@@ -231,3 +231,20 @@ def test_adapter_starts_another_run(run_train, tiny_model, tmp_path):
     extra = ["--prompt_init", "adapter", "--init_adapter", first / "adapter", "--lr", "1e-12"]
     check(run_train([*args, "--output_dir", second, *extra]))
     torch.testing.assert_close(last_prompt(second), adapter(first), atol=1e-6, rtol=1e-6)
+
+
+def test_bf16_backbone_keeps_an_fp32_master(run_train, tiny_model, tmp_path):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", 
+            "--max_steps", "3", "--save_every", "2", "--lr", "1e-4", "--keep_checkpoints", "3"]  # fmt: skip
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        check(run_train([*args, "--precision", precision, "--output_dir", out]))
+        losses[precision] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    prompt = last_prompt(tmp_path / "bf16")
+    assert not torch.equal(prompt, prompt.bfloat16().float())
+    again = tmp_path / "again"
+    saved = tmp_path / "bf16" / "checkpoints" / "step-000002"
+    check(run_train([*args, "--precision", "bf16", "--output_dir", again, "--resume", saved]))
+    assert torch.equal(last_prompt(again), prompt)
