@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ptp_ds.models import sha256_of
 
 _STATE, _META = "state.safetensors", "state.json"
 _FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def write_folder(target: Path, fill: Any) -> None:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
-        os.rename(work, target)
+        try:
+            os.rename(work, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
         _sync(target.parent)
     except BaseException:
@@ -69,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes root/step-NNNNNN, removes all but the newest `keep`, and returns the folder. Rank 0 only."""
+    """Writes root/step-NNNNNN and returns it; of the checkpoints up to it, the newest `keep` stay. Rank 0 only."""
 
     def fill(folder: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
@@ -82,14 +89,16 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     target = root / f"step-{checkpoint.step:06d}"
     write_folder(target, fill)
-    for old in list_checkpoints(root)[:-keep]:
+    found = list_checkpoints(root)
+    for old in found[: found.index(target) + 1][:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under root, oldest first; unfinished ones have another name."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    named = [(_NAME.fullmatch(path.name), path) for path in root.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
@@ -110,9 +119,10 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads and verifies a checkpoint; ValueError where a file is missing, altered or of another format."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        step, digest = int(meta["step"]), meta["sha256"]
-        identity, best = dict(meta["identity"]), meta["best"]
+        meta = dict(json.loads((folder / _META).read_text(encoding="utf-8")))
+        if meta.get("format", _FORMAT) == _FORMAT:  # another format may have other fields
+            step, digest = int(meta["step"]), meta["sha256"]
+            identity, best = dict(meta["identity"]), meta["best"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/{_META} can't be read ({type(error).__name__}); resume from another one.") from None
     if meta.get("format") != _FORMAT:
@@ -132,6 +142,10 @@ def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: P
     for name, value in identity.items():
         saved = checkpoint.identity.get(name)
         if saved != value:
+            if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
+                name, saved, value = next(
+                    (f"{name} {key}", saved.get(key), value.get(key)) for key in value if saved.get(key) != value[key]
+                )
             raise ValueError(
                 f"{folder} is a checkpoint of another run: its {name} is {saved!r}, this run's is {value!r}. "
                 "Resume with the same settings, or start a new run in another --output_dir."

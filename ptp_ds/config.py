@@ -105,6 +105,8 @@ class RunConfig:
                  f"more than the prompt's {self.prompt_length} tokens")  # fmt: skip
         if self.data_dir is not None and self.dataset is not None:
             raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+        if self.eval_split == self.train_split:
+            raise ValueError(f"--eval_split and --train_split are both {self.eval_split!r}; report another split.")
         if self.select_split is not None and self.select_split == self.eval_split:
             raise ValueError(
                 f"--select_split and --eval_split are both {self.eval_split!r}: the best prompt must not be chosen "

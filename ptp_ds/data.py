@@ -39,7 +39,7 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
         rows, where = _read_jsonl(_find_file(task, split, data_dir))
     if not rows:
         raise ValueError(f"Split {split!r} of task {task.name} has no rows; give a file with at least one.")
-    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
+    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows)
     return Split(rows, where, hashlib.sha256(canonical.encode()).hexdigest())
 
 
@@ -73,6 +73,10 @@ def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
             raise ValueError(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno}).") from None
         if not isinstance(row, dict):
             raise ValueError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{file}:{number}: half a surrogate pair (\\udXXX) stands alone.") from None
         rows.append(row)
         where.append(f"{file}:{number}")
     return rows, where
@@ -95,7 +99,7 @@ def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[st
     if names:  # the hub stores class numbers; the files store the class's name, or its number where that is the label
         by_lower = {label.lower(): label for label in task.labels}
         for row in rows:
-            if row[task.label] >= 0:
+            if row[task.label] is not None and row[task.label] >= 0:
                 row[task.label] = by_lower.get(names[row[task.label]].lower(), str(row[task.label]))
     return rows, [f"{dataset}/{task.name.lower()}/{name} row {number}" for number in range(len(rows))]
 
@@ -167,9 +171,10 @@ def _field_of_tokens(row: Rendered, offsets: Sequence[tuple[int, int]]) -> list[
         field_of_char.extend([name] * len(text))
     fields: list[str | None] = []
     for start, end in offsets:
-        while start < end and context[start].isspace():
-            start += 1
-        names = set(field_of_char[start:end])
+        first = start
+        while first < end and context[first].isspace():
+            first += 1
+        names = set(field_of_char[first if first < end else start : end])  # spaces alone: the field that they lie in
         fields.append(names.pop() if len(names) == 1 else None)
     return fields
 
@@ -179,6 +184,11 @@ def _truncate(
 ) -> tuple[list[int], list[str | None]]:
     positions = [position for position, name in enumerate(fields) if name == task.truncate and name is not None]
     if len(positions) <= excess:
+        if task.truncate is None:
+            raise ValueError(
+                f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and task "
+                f"{task.name} names no field to shorten; set 'truncate' in its template."
+            )
         raise ValueError(
             f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its "
             f"field {task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."

@@ -55,6 +55,9 @@ def read_ds_config(file: str) -> dict[str, Any]:
             raise ValueError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
         if key not in _KEYS:
             raise ValueError(f"--ds_config {file}: unknown key {key!r}{nearest(key, _KEYS)}.")
+    for block in ("bf16", "fp16"):
+        if not isinstance(raw.get(block, {}), dict) or _enabled(raw, block) not in (True, False, "auto"):
+            raise ValueError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
@@ -72,6 +75,12 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
     for key in zero:
         if key not in known:
             raise ValueError(f"--ds_config {file}: unknown key 'zero_optimization.{key}'{nearest(key, known)}.")
+    for block in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(block, {}), dict):
+            raise ValueError(
+                f'--ds_config {file}: zero_optimization.{block} must be an object such as {{"device": "cpu"}}; '
+                "leave it out to keep everything on the device."
+            )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise ValueError(
             f"--ds_config {file}: remove offload_optimizer: the optimizer holds the prompt only, a few megabytes."
@@ -139,6 +148,8 @@ def resolve_ds_config(
                 config["zero_optimization"][block]["pin_memory"] = False
                 notes.append(f"zero_optimization.{block}.pin_memory = false (no GPU here)")
     config.setdefault("steps_per_print", 1 << 30)  # our own log says more
+    if left := _autos(config):
+        raise ValueError(f'{run.ds_config}: {left[0]} can\'t be "auto"; give a value or leave it out.')
     return ResolvedDeepSpeed(config, notes, dtype)
 
 
@@ -159,6 +170,13 @@ def _resolve_precision(config: dict[str, Any], run: RunConfig, notes: list[str])
     return torch.bfloat16 if wanted else torch.float32
 
 
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values that are still "auto"."""
+    blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
+    nested = [name for key, block in blocks.items() for name in _autos(block, f"{prefix}{key}.")]
+    return [f"{prefix}{key}" for key, value in config.items() if value == "auto"] + nested
+
+
 def _resolve_buckets(zero: dict[str, Any], width: int, notes: list[str]) -> None:
     sizes = {
         "reduce_bucket_size": width * width,
@@ -166,8 +184,6 @@ def _resolve_buckets(zero: dict[str, Any], width: int, notes: list[str]) -> None
         "stage3_param_persistence_threshold": 10 * width,
     }
     for key, value in zero.items():
-        if value == "auto":
-            if key not in sizes:
-                raise ValueError(f'zero_optimization.{key} can\'t be "auto"; give a value or leave it out.')
+        if value == "auto" and key in sizes:
             zero[key] = sizes[key]
             notes.append(f"zero_optimization.{key} = {sizes[key]} (from the width {width})")

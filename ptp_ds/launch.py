@@ -7,6 +7,7 @@ leaves the ranks behind when it is terminated: SIGTERM is passed on to them, so 
 scripts/setup_env.sh installs it in .venv/bin; elsewhere use `python -m ptp_ds.launch` in the place of `deepspeed`.
 """
 
+import itertools
 import os
 import signal
 import socket
@@ -29,11 +30,10 @@ def hosts_of(hostfile: str) -> list[str]:
 def local_only_flags(argv: Sequence[str]) -> list[str]:
     """The flags that keep ssh out of a run whose hostfile names this machine alone; none in any other case."""
     hostfile = None
-    for place, word in enumerate(argv):
-        if word.endswith(".py"):
-            break  # what follows belongs to the script
-        if word in ("-H", "--hostfile") and place + 1 < len(argv):
-            hostfile = argv[place + 1]
+    own = list(itertools.takewhile(lambda word: not word.endswith(".py"), argv))  # what follows belongs to the script
+    for place, word in enumerate(own):
+        if word in ("-H", "--hostfile") and place + 1 < len(own):
+            hostfile = own[place + 1]
         elif word.startswith("--hostfile="):
             hostfile = word.split("=", 1)[1]
         elif word.startswith(("--no_ssh", "--master_addr", "--force_multi")):
@@ -41,7 +41,7 @@ def local_only_flags(argv: Sequence[str]) -> list[str]:
     hosts = hosts_of(hostfile) if hostfile else []
     if len(hosts) != 1 or hosts[0] not in {*_LOCAL, socket.gethostname()}:
         return []
-    port = [] if any(word.startswith("--master_port") for word in argv) else ["--master_port", str(free_port())]
+    port = [] if any(word.startswith("--master_port") for word in own) else ["--master_port", str(free_port())]
     return ["--no_ssh_check", "--master_addr", "127.0.0.1", *port]
 
 

@@ -90,8 +90,11 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
 def row_room(max_length: int | None, prompt_length: int, config: Any) -> int:
     """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
     limit = max_row_length(config)
-    if max_length is not None and max_length > limit:
-        raise ValueError(f"--max_length {max_length} exceeds the backbone's context of {limit} tokens.")
+    if max_length is not None and not prompt_length < max_length <= limit:
+        raise ValueError(
+            f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's context "
+            f"of {limit}."
+        )
     room = min(limit, max_length or limit) - prompt_length
     if room < 1:
         raise ValueError(f"--prompt_length {prompt_length} leaves no room in the backbone's context of {limit} tokens.")
@@ -285,9 +288,14 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def report_error(error: ValueError) -> int:
-    """Prints the sentence once a host, on rank 0 alone where there is one host, and returns exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+    """Prints the sentence once a host, on rank 0 alone where there is one host, and returns exit code 2.
+
+    A launcher ends all ranks as soon as one exits, so a host's other ranks wait for its first one to speak and exit; a
+    rank that nothing has ended by then failed alone, and speaks itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(30)
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    print(f"{prefix}: {error}", file=sys.stderr, flush=True)
     return 2

@@ -61,6 +61,8 @@ def _task_of(args: argparse.Namespace) -> Task:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.eval_tokens < 1:
+        raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
     task = _task_of(args)
     split = load_split(task, args.split, args.data_dir, args.dataset)
     raw = read_ds_config(args.ds_config)

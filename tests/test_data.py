@@ -125,7 +125,6 @@ def test_bad_rows_name_their_line(tmp_path, write_rows, tokenizer, row, message)
         tokenise(load_task("CB"), load("CB", tmp_path), tokenizer, 400)
 
 
-@pytest.mark.xfail(strict=True, reason="the message names neither file nor line")
 def test_lone_surrogate_names_its_line(tmp_path, write_rows, tokenizer):
     line = '{"premise": "a \\ud800 b", "hypothesis": "c", "label": "neutral"}'
     write_rows(tmp_path / "CB" / "train.jsonl", [CB_ROWS[0], line])
@@ -208,7 +207,6 @@ def test_hub_rows_without_a_label_are_refused(hub_folder, tokenizer):
         tokenise(task, load_split(task, "test", None, str(hub)), tokenizer, 400)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a null label of a ClassLabel column is compared with 0")
 def test_hub_rows_with_a_null_label_are_refused(hub_folder, tokenizer):
     import datasets
 

@@ -195,7 +195,6 @@ def test_batch_that_ranks_cannot_share(batch, world, accumulate, choices):
         resolved(stage3(), world=world, batch_size=batch, gradient_accumulation_steps=accumulate)
 
 
-@pytest.mark.xfail(strict=True, raises=(AttributeError, pytest.fail.Exception), reason="blocks' types are not checked")
 @pytest.mark.parametrize(
     "content",
     [

@@ -87,7 +87,6 @@ def test_the_scripts_arguments_are_its_own(tmp_path):
     assert local_only_flags(["--hostfile", file, "scripts/train.py", "--force_multi"]) == WITHOUT_SSH
 
 
-@pytest.mark.xfail(strict=True, reason="--master_port is looked for behind the script's name too")
 def test_a_port_among_the_scripts_arguments_is_its_own(tmp_path):
     file = hostfile(tmp_path, "localhost slots=2\n")
     assert local_only_flags(["--hostfile", file, "scripts/train.py", "--master_port", "9"]) == WITHOUT_SSH

@@ -167,7 +167,6 @@ def test_template_errors(spec, message):
         parse_task(spec, "t")
 
 
-@pytest.mark.xfail(strict=True, reason="these parts of a template are not checked yet")
 @pytest.mark.parametrize(
     "changes",
     [

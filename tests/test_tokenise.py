@@ -100,7 +100,6 @@ def test_special_tokens_are_never_movable(tiny_model):
     assert all(eos not in candidate for candidate in example.candidate_ids)
 
 
-@pytest.mark.xfail(strict=True, reason="tokens of spaces alone count as template words")
 def test_spaces_inside_a_field_are_movable(tokenizer):
     example = one(load_task("Reviews"), {"review": "Zoe   paints", "label": "positive"}, tokenizer)
     spaces = [place for place, token in enumerate(example.context_ids) if tokenizer.decode([token]).isspace()]

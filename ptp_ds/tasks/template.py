@@ -143,6 +143,10 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error}).") from None
 
 
+def _maps_texts(words: Any) -> bool:
+    return isinstance(words, dict) and all(isinstance(word, str) and word for word in words.values())
+
+
 def parse_task(spec: Any, where: str) -> Task:
     """Checks a template's plain data and returns the Task."""
     if not isinstance(spec, dict):
@@ -163,6 +167,9 @@ def parse_task(spec: Any, where: str) -> Task:
     for key in ("name", "text", "label"):
         if not isinstance(spec[key], str) or not spec[key]:
             raise ValueError(f"{where}: {key!r} must be non-empty text.")
+    for key in ("metrics", "fixed"):
+        if not isinstance(spec.get(key, []), list) or not all(isinstance(name, str) for name in spec.get(key, [])):
+            raise ValueError(f"{where}: {key!r} must be a list of names.")
     unknown_metrics = [metric for metric in spec["metrics"] if metric not in METRICS]
     if unknown_metrics or not spec["metrics"]:
         raise ValueError(f"{where}: metrics {unknown_metrics} are unknown; choose from {', '.join(METRICS)}.")
@@ -171,8 +178,18 @@ def parse_task(spec: Any, where: str) -> Task:
         if filter_name and filter_name not in _FILTERS:
             raise ValueError(f"{where}: unknown filter {filter_name!r}; choose from {', '.join(_FILTERS)}.")
     in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
-    if spec.get("truncate") is not None and spec["truncate"] not in in_text:
-        raise ValueError(f"{where}: 'truncate' names {spec['truncate']!r}, which the text doesn't hold.")
+    if not in_text or re.search(r"[{}]", _SLOT.sub("", "".join((spec["text"], *answers.values())))):
+        raise ValueError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
+    values = spec.get("values", {})
+    if not isinstance(values, dict) or not all(_maps_texts(words) for words in values.values()):
+        raise ValueError(f"{where}: 'values' must map fields to objects of raw value: text.")
+    truncate = [] if spec.get("truncate") is None else [spec["truncate"]]
+    used = {name for name, _ in slots}
+    fixed = spec.get("fixed", [])
+    for key, names, known in (("truncate", truncate, in_text), ("values", values, used), ("fixed", fixed, used)):
+        for name in names:
+            if not isinstance(name, str) or name not in known:
+                raise ValueError(f"{where}: {key!r} names {name!r}, which the text doesn't hold.")
     return Task(
         name=spec["name"], text=spec["text"], label=spec["label"], metrics=tuple(spec["metrics"]),
         answers={canonical_label(key): value for key, value in answers.items()}, truncate=spec.get("truncate"),
