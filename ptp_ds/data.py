@@ -186,8 +186,8 @@ def _truncate(
     if len(positions) <= excess:
         if task.truncate is None:
             raise ValueError(
-                f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and task "
-                f"{task.name} names no field to shorten; set 'truncate' in its template."
+                f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and "
+                f"task {task.name} names no field to shorten; set 'truncate' in its template."
             )
         raise ValueError(
             f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its "

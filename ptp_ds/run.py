@@ -92,8 +92,8 @@ def row_room(max_length: int | None, prompt_length: int, config: Any) -> int:
     limit = max_row_length(config)
     if max_length is not None and not prompt_length < max_length <= limit:
         raise ValueError(
-            f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's context "
-            f"of {limit}."
+            f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's "
+            f"context of {limit}."
         )
     room = min(limit, max_length or limit) - prompt_length
     if room < 1:

@@ -234,7 +234,7 @@ def test_adapter_starts_another_run(run_train, tiny_model, tmp_path):
 
 
 def test_bf16_backbone_keeps_an_fp32_master(run_train, tiny_model, tmp_path):
-    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", 
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian",
             "--max_steps", "3", "--save_every", "2", "--lr", "1e-4", "--keep_checkpoints", "3"]  # fmt: skip
     losses = {}
     for precision in ("fp32", "bf16"):
