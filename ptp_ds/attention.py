@@ -226,29 +226,32 @@ def attend_tree(
     """
     heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.trunk_length
     groups = all_heads // heads
-    k_trunk, v_trunk = trunk if trunk is not None else (k_TKD[:length], v_TKD[:length])
+    # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
+    (q_trunk, q_rows), (k_own, k_rows), (v_own, v_rows) = (
+        x.split([length, x.shape[0] - length]) for x in (q_THD, k_TKD, v_TKD)
+    )
+    k_trunk, v_trunk = trunk if trunk is not None else (k_own, v_own)
     k_trunk, v_trunk = k_trunk.transpose(0, 1)[None], v_trunk.transpose(0, 1)[None]
     parts = []
     if length:
         mask = plan.mask(-1, q_THD.dtype, groups, window)
-        out = _attend(_fold(q_THD[None, :length], heads), k_trunk, v_trunk, mask, scale, softcap)
+        out = _attend(_fold(q_trunk[None], heads), k_trunk, v_trunk, mask, scale, softcap)
         parts.append(_unfold(out, length, all_heads))
     if not plan.buckets:
         return parts[0]
+    sizes = [bucket.rows * bucket.length for bucket in plan.buckets]
     q, k, v = (
-        _Pad.apply(x[length:].reshape(x.shape[0] - length, -1), plan.to_padded, plan.to_packed)
-        for x in (q_THD, k_TKD, v_TKD)
+        _Pad.apply(x.reshape(x.shape[0], -1), plan.to_padded, plan.to_packed).split(sizes)
+        for x in (q_rows, k_rows, v_rows)
     )
-    outs, start = [], 0
+    outs = []
     for number, bucket in enumerate(plan.buckets):
         rows, size = bucket.rows, bucket.length
-        here = slice(start, start + rows * size)
-        start += rows * size
-        q_b = _fold(q[here].view(rows, size, all_heads, -1), heads)
-        k_b, v_b = (x[here].view(rows, size, heads, -1).transpose(1, 2) for x in (k, v))
+        q_b = _fold(q[number].view(rows, size, all_heads, -1), heads)
+        k_b, v_b = (x[number].view(rows, size, heads, -1).transpose(1, 2) for x in (k, v))
         k_b = torch.cat([k_trunk.expand(rows, -1, -1, -1), k_b], dim=2)
         v_b = torch.cat([v_trunk.expand(rows, -1, -1, -1), v_b], dim=2)
-        mask = plan.mask(number, q.dtype, groups, window)
+        mask = plan.mask(number, q_THD.dtype, groups, window)
         outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap), size, all_heads))
     padded = torch.cat(outs)
     packed = _Unpad.apply(padded.view(padded.shape[0], -1), plan.to_packed)
