@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import child_environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +21,6 @@ prepare_environment()
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 512  # positions of the tiny model
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _demo_texts() -> list[str]:
@@ -103,10 +103,9 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         if nproc > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
             launcher += ["--master_port", str(free_port())]
-        inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
         return subprocess.run(
             [*launcher, str(ROOT / "scripts" / "train.py"), *map(str, args)],
-            env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
+            env=child_environment(env),
             cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False,
         )  # fmt: skip
 

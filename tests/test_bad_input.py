@@ -174,7 +174,7 @@ def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        (["--task", "RTE"], "its task is {'name': 'CB'"),
+        (["--task", "RTE"], "its task name is 'CB'"),
         (["--seed", "1"], "its seed is 0, this run's is 1."),
         (["--prompt_length", "5"], "its prompt_length is 4, this run's is 5."),
         (["--perturbation", "pgd"], "its perturbation is 'gaussian', this run's is 'pgd'."),

@@ -180,7 +180,7 @@ def test_find_checkpoint(tmp_path):
         ({"seed": 4}, "its seed is 3, this run's is 4"),
         ({"lr": 0.2}, r"its lr is 0\.1, this run's is 0\.2"),
         ({"max_length": 99}, "its max_length is None, this run's is 99"),
-        ({"task": {"name": "RTE"}}, "its task is .*'CB'.*, this run's is .*'RTE'"),
+        ({"task": {"name": "RTE"}}, "its task name is 'CB', this run's is 'RTE'"),
         ({"new setting": 1}, "its new setting is None, this run's is 1"),
     ],
 )

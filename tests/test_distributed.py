@@ -1,13 +1,13 @@
 """Invariants 4 and 5: sharded equals unsharded, ranks and micro-batches don't change a step, frozen stays frozen."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import child_environment
 from safetensors.torch import load_file
 
 from ptp_ds.distributed import free_port
@@ -53,12 +53,11 @@ def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model,
 @pytest.mark.parametrize(("perturbation", "bound"), [("gaussian", 0.15), ("pgd", 0.25)])
 def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, bound):
     """8 layers: one is 11 % of the backbone. An adversarial step may hold two, never more."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
         str(ROOT / "tests" / "sharding_worker.py"), perturbation, str(tmp_path),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2)]
     for report in reports:

@@ -1,7 +1,6 @@
 """Whole runs of scripts/train.py on a tiny model: records, invariants 1, 4 and 6, faults."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import child_environment
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,10 +90,9 @@ def test_records(run_train, tiny_model, tmp_path):
 
 
 def start(args: list, tmp_path: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)]
     return subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=child_environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -168,7 +167,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks_and_leaves_none(tiny_model, 
     launcher = [sys.executable, "-m", "ptp_ds.launch", "--hostfile", str(ROOT / "hostfiles" / "local"), *script]
     process = subprocess.Popen(
         [*launcher, *map(str, args)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=child_environment(),
     )  # fmt: skip
     wait_for(out / "log.jsonl", process)
     while (out / "log.jsonl").read_text().count("\n") < 3:
@@ -207,7 +206,7 @@ def test_adapter_round_trip_through_evaluate_and_peft(run_train, tiny_model, tmp
     check(run_train([*QUICK, "--model", tiny_model, "--max_steps", "3", "--output_dir", out, "--lr", "0.3"]))
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--adapter", str(out / "adapter"), "--model",
                str(tiny_model), "--json", str(scores_file), "--eval_tokens", "600"]  # fmt: skip
-    check(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
+    check(subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=120, check=False))
     report, result = json.loads(scores_file.read_text()), json.loads((out / "result.json").read_text())
     assert report["metrics"] == result["metrics"]
     assert report["cross_entropy"] == result["eval_cross_entropy"]
