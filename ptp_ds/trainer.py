@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,13 @@ class Trainer:
             self.engine.step(lr)
             meter.add(loss, row, step)
 
+    @cached_property
+    def _order(self) -> BatchOrder:
+        return BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
+
     def micro_batches(self, step: int) -> list[PackedRow]:
         """This rank's packed rows of optimizer step `step`, one a micro-batch."""
-        order = BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
-        batch = [self.train_examples[number] for number in order.batch(step)]
+        batch = [self.train_examples[number] for number in self._order.batch(step)]
         accumulate = self.run.gradient_accumulation_steps
         hands = deal([example.packed_length for example in batch], self.ranks.world * accumulate)
         mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
