@@ -24,6 +24,7 @@ setup(
         "accelerate>=1.15.0,<2",
         "safetensors>=0.8.0,<0.9",
         "numpy>=2.4.6,<3",
+        "psutil>=7.2.2,<8",
         "tqdm>=4.70.1,<5",
     ],
     extras_require={

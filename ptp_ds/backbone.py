@@ -1,16 +1,22 @@
 """The frozen language model: packed scoring through transformers' public interfaces, and its start-up check."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.attention import ATTENTION_NAME, KeysValues, plan_tree, tree_pass
+from ptp_ds.activations import Activations, SavedBytes
+from ptp_ds.attention import ATTENTION_NAME, local_sizes
+from ptp_ds.frozen_ops import replace_frozen
+from ptp_ds.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, passing
 from ptp_ds.packing import Example, PackedRow, pack
 from ptp_ds.seeding import make_generator
+from ptp_ds.sharding import Shards
+from ptp_ds.tree_plan import plan_tree
 
-TrunkCache = dict[nn.Module, KeysValues]
 _LONG_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the whole row
 
 
@@ -18,18 +24,25 @@ class Backbone(nn.Module):
     """A causal transformers model that is never trained, never in train mode, and sees packed rows only.
 
     model: any *ForCausalLM whose attention goes through AttentionInterface and whose forward takes inputs_embeds,
-    position_ids and logits_to_keep. Its files are neither copied nor patched.
+    position_ids and logits_to_keep. Its files are neither copied nor patched: each layer object's forward follows
+    ptp_ds.layerwise, everything else is the family's own.
     """
 
     model: Any  # a transformers model; its methods are found at run time
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, activations: Activations | None = None) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.activations = activations or Activations()
         try:
             model.set_attn_implementation(ATTENTION_NAME)
         except (ValueError, ImportError, AttributeError):
             raise ValueError(refusal(model, "it accepts no attention function from outside")) from None
+        layers = decoder_layers(model)
+        self.shards = Shards(layers, model)
+        with self.shards.layer(0):
+            replace_frozen(layers[0].modules() if layers else (), list(model.modules()))
+        self.stack = LayerStack(layers, self.shards)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen model has no dropout, so both streams of a row see the same function."""
@@ -49,63 +62,100 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).device
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, H] frozen token embeddings, no gradient. A module call, so ZeRO-3 gathers and releases them."""
-        with torch.no_grad():
+        """[T] -> [T, H] frozen token embeddings, no gradient."""
+        with torch.no_grad(), self.shards.edges():
             return self.model.get_input_embeddings()(token_ids)
 
+    def chunks(self, row: PackedRow, trunk_keys: int, max_rows: int | None = None) -> list[Chunk]:
+        """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
+        cuts, tokens = [0], 0
+        for number, block in enumerate(row.blocks):
+            full = max_rows is not None and number - cuts[-1] >= max_rows
+            if number > cuts[-1] and (full or tokens + block.length > self.activations.chunk_tokens):
+                cuts.append(number)
+                tokens = 0
+            tokens += block.length
+        return [
+            _chunk(row, first, last, trunk_keys) for first, last in zip(cuts, [*cuts[1:], len(row.blocks)], strict=True)
+        ]
+
+    def run(self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor) -> Tensor:
+        """Logits [N, V] at the scored positions of the pass' sections, in order."""
+        with passing(layer_pass), self.shards.edges():
+            out = self.model(
+                inputs_embeds=inputs_TH[None], position_ids=positions_T[None], use_cache=False,
+                logits_to_keep=layer_pass.scored(),
+            )  # fmt: skip
+        return out.logits[0]
+
     def score(
-        self, row: PackedRow, embeds_TH: Tensor, prompt_PH: Tensor | None = None, trunk: TrunkCache | None = None,
-        record: TrunkCache | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, row: PackedRow, embeds_TH: Tensor, prompt_PH: Tensor | None = None, trunk: TrunkCache | None = None
+    ) -> Tensor:
         """Candidate log-probabilities [S, B, C] of a packed row in one pass.
 
-        Give prompt_PH to compute the trunk in this pass (and `record` to keep its keys and values, with their graph),
-        or `trunk`, a cache recorded before, to attend to it without computing it again.
+        Give prompt_PH to compute the trunk in this pass, or `trunk`, a cache of it, to attend to it without computing
+        it again.
         """
         if (prompt_PH is None) == (trunk is None):
             raise ValueError("score needs either prompt_PH or trunk, one of the two.")
-        if trunk is not None:
-            length, keys, inputs = 0, _trunk_length(trunk), embeds_TH
-            positions = row.position_ids + keys
-        else:
-            assert prompt_PH is not None
-            length = keys = prompt_PH.shape[0]
+        graph = torch.is_grad_enabled()
+        length = prompt_PH.shape[0] if prompt_PH is not None else _trunk_length(trunk or {})
+        sections = [Section(chunk, graph, to_trunk=prompt_PH is not None) for chunk in self.chunks(row, length)]
+        inputs, positions = embeds_TH, row.position_ids + length
+        if prompt_PH is not None:
+            sections.insert(0, Section(trunk_chunk(length, embeds_TH.device), graph))
             inputs = torch.cat([prompt_PH.to(embeds_TH.dtype), embeds_TH])
-            trunk_positions = torch.arange(length, device=row.position_ids.device)
-            positions = torch.cat([trunk_positions, row.position_ids + length])
-        plan = plan_tree(row.blocks, length, keys, embeds_TH.device)
-        with tree_pass(plan, trunk, record):
-            logits = self._logits(inputs, positions, row.kept + length)
-        return row.scores(logits)
+            positions = torch.cat([torch.arange(length, device=positions.device), positions])
+        recompute = graph and self.activations.recompute(inputs.shape[0])
+        layer_pass = LayerPass(sections, {} if trunk is None else trunk, recompute)
+        return row.scores(self.run(layer_pass, inputs, positions))
 
     def cache_trunk(self, prompt_PH: Tensor) -> TrunkCache:
         """Keys and values of the prompt for every layer, detached: computed once, used by any number of rows."""
-        record: TrunkCache = {}
         length = prompt_PH.shape[0]
-        positions = torch.arange(length, device=prompt_PH.device)
-        plan = plan_tree((), length, length, prompt_PH.device)
-        with torch.no_grad(), tree_pass(plan, None, record):
-            self._logits(prompt_PH.to(self.dtype), positions, positions[-1:])
-        return record
-
-    def _logits(self, inputs_TH: Tensor, positions_T: Tensor, kept_N: Tensor) -> Tensor:
-        out = self.model(
-            inputs_embeds=inputs_TH[None], position_ids=positions_T[None], use_cache=False, logits_to_keep=kept_N
-        )
-        return out.logits[0]
+        layer_pass = LayerPass([Section(trunk_chunk(length, prompt_PH.device), graph=False)], {})
+        with torch.no_grad():
+            self.run(layer_pass, prompt_PH.to(self.dtype), torch.arange(length, device=prompt_PH.device))
+        return layer_pass.trunk
 
     def mean_embedding_norm(self, chunk: int = 16384) -> float:
         """Mean l2 norm over the vocabulary's embeddings: the unit of sigma and epsilon."""
         count = self.model.get_input_embeddings().num_embeddings
         total = 0.0
-        for start in range(0, count, chunk):
-            ids = torch.arange(start, min(start + chunk, count), device=self.device)
-            total += self.embed(ids).float().norm(dim=-1).sum().item()
+        with self.shards.edges():
+            for start in range(0, count, chunk):
+                ids = torch.arange(start, min(start + chunk, count), device=self.device)
+                total += self.embed(ids).float().norm(dim=-1).sum().item()
         return total / count
 
 
-def _trunk_length(trunk: Mapping[nn.Module, KeysValues]) -> int:
-    return next(iter(trunk.values()))[0].shape[0]
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated layers: the members of its longest ModuleList."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def trunk_chunk(length: int, device: torch.device) -> Chunk:
+    """The prompt's P tokens: scored nowhere, attended to by every row."""
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return Chunk(length, plan_tree((), length, length, device), None, nowhere, is_trunk=True)
+
+
+def _chunk(row: PackedRow, first: int, last: int, trunk_keys: int) -> Chunk:
+    """Blocks `first` to `last` of the row, with a plan of their own."""
+    blocks, scored = row.blocks[first:last], row.scored[first:last]
+    device = row.token_ids.device
+    starts, places = 0, []
+    for block, asked in zip(blocks, scored, strict=True):
+        places.append(starts + asked)
+        starts += block.length
+    plan = plan_tree(blocks, 0, trunk_keys, device)
+    last_plan = plan_tree(blocks, 0, trunk_keys, device, scored)
+    return Chunk(starts, plan, last_plan, torch.from_numpy(np.concatenate(places)).to(device))
+
+
+def _trunk_length(trunk: TrunkCache) -> int:
+    return next(iter(trunk.values()))[0][0].shape[0]
 
 
 def refusal(model: Any, reason: str) -> str:
@@ -147,7 +197,7 @@ def check_backbone(backbone: Backbone) -> None:
 
     Checks that every layer called the tree attention, that scores agree with the family's own eager attention,
     that the prompt gets a finite non-zero gradient, and that no layer asks for a local window that its attention
-    call doesn't name.
+    call doesn't name. Measures what kept activations cost (Backbone.activations).
     """
     model = backbone.model
     generator = make_generator(0, "check")
@@ -159,38 +209,64 @@ def check_backbone(backbone: Backbone) -> None:
     ]
     prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device)).detach().clone().requires_grad_()
     row = pack(examples).to(backbone.device)
-    calls, local = _packed_check(backbone, row, prompt)
+    with backbone.shards.edges():
+        found = _packed_check(backbone, row, prompt)
     expected = backbone.model.config.get_text_config().num_hidden_layers
-    if calls["attention"] != expected:
-        raise ValueError(refusal(model, f"{calls['attention']} of its {expected} layers used our attention function"))
-    if local:
-        raise ValueError(refusal(model, f"it masks a local window of {min(local)} in a way that attention can't see"))
-    gradient = calls["gradient"]
-    if not bool(torch.isfinite(gradient).all()) or not bool(gradient.abs().sum() > 0):
+    if len(found.layers) != expected:
+        raise ValueError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
+    if found.local:
+        raise ValueError(
+            refusal(model, f"it masks a local window of {min(found.local)} in a way that attention can't see")
+        )
+    if not bool(torch.isfinite(found.gradient).all()) or not bool(found.gradient.abs().sum() > 0):
         raise ValueError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
     model.set_attn_implementation("eager")
     try:
-        plain = [_plain_scores(model, backbone.embed, prompt.detach(), example) for example in examples]
+        with backbone.shards.edges():
+            plain = [_plain_scores(model, backbone.embed, prompt.detach(), example) for example in examples]
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
-    packed = calls["scores"]
-    error = max(float((packed[i, : len(p)] - p).abs().max()) for i, p in enumerate(plain))
+    error = max(float((found.scores[i, : len(p)] - p).abs().max()) for i, p in enumerate(plain))
     bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
     if not error <= bound:
         raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
 
 
-def _packed_check(backbone: Backbone, row: PackedRow, prompt: Tensor) -> tuple[dict, set[int]]:
-    plan = plan_tree(row.blocks, prompt.shape[0], prompt.shape[0], prompt.device)
-    positions = torch.cat([torch.arange(prompt.shape[0], device=prompt.device), row.position_ids + prompt.shape[0]])
-    with tree_pass(plan) as state:
-        inputs = torch.cat([prompt, backbone.embed(row.token_ids)])
-        logits = backbone._logits(inputs, positions, row.kept + prompt.shape[0])
+@dataclass(frozen=True)
+class _Found:
+    """layers: those whose attention was ours. local: window sizes that their attention call doesn't name."""
+
+    layers: set[int]
+    local: set[int]
+    scores: Tensor
+    gradient: Tensor
+
+
+def _packed_check(backbone: Backbone, row: PackedRow, prompt: Tensor) -> _Found:
+    length = prompt.shape[0]
+    sections = [Section(trunk_chunk(length, prompt.device), True)]
+    sections += [Section(chunk, True) for chunk in backbone.chunks(row, length)]
+    layer_pass = LayerPass(sections, {})
+    positions = torch.cat([torch.arange(length, device=prompt.device), row.position_ids + length])
+    seen: set[int] = set()
+    token, saved = local_sizes.set(seen), SavedBytes(backbone.parameters())
+    inputs = torch.cat([prompt, backbone.embed(row.token_ids)])
+    try:
+        with saved.counting():
+            logits = backbone.run(layer_pass, inputs, positions)
+    except RuntimeError as error:  # a family's own attention, with masks for the whole row
+        raise ValueError(
+            refusal(backbone.model, f"its layers fail on a packed row ({str(error).splitlines()[0]})")
+        ) from None
+    finally:
+        local_sizes.reset(token)
+    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / inputs.shape[0])
+    layers = {number for number, calls in layer_pass.attention_calls.items() if calls}
     scores = row.scores(logits)
-    if state.calls == 0:  # nothing below would say more than that
-        return {"attention": 0}, set()
+    if not layers:  # nothing below would say more than that
+        return _Found(layers, set(), scores, prompt)
     (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), prompt)
-    local = {size for size in state.local_sizes if size not in state.windows}
+    local = {size for size in seen if size not in layer_pass.windows}
     chunk = getattr(backbone.model.config.get_text_config(), "attention_chunk_size", None)
     local.discard(chunk)  # max_row_length keeps rows within one chunk
-    return {"attention": state.calls, "gradient": gradient, "scores": scores[0].detach()}, local
+    return _Found(layers, local, scores[0].detach(), gradient)

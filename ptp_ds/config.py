@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ptp_ds.activations import ACTIVATIONS
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS
@@ -61,6 +62,9 @@ class RunConfig:
     norm: str = _flag("frobenius", "pgd: the ball's norm", NORMS)
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
     gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
+    activations: str = _flag("auto", "keep layers' activations, compute them again in backward, or keep while they fit",
+                             ACTIVATIONS)  # fmt: skip
+    chunk_tokens: int = _flag(4096, "tokens that a layer handles at a time (whole rows): bounds memory under recompute")
     lr: float = _flag(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _flag(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
@@ -92,7 +96,7 @@ class RunConfig:
     def validate(self) -> None:
         """Raises ValueError for the first field that is out of range or contradicts another."""
         for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
-                     "log_every", "eval_tokens", "keep_checkpoints"):  # fmt: skip
+                     "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
         for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number of 0 or more")

@@ -1,46 +1,42 @@
-"""The DeepSpeed engine around the prompt, and its state in a form that knows no number of ranks."""
+"""The DeepSpeed engine around the prompt, and its state in a form that knows no number of ranks.
+
+The frozen backbone is no part of the engine's module: DeepSpeed shards it (zero.Init) and ptp_ds.sharding gathers it.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.ds_config import ResolvedDeepSpeed
-from ptp_ds.step import PromptedBackbone
+from ptp_ds.prompts import SoftPrompt
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def decoder_layer_class(model: nn.Module) -> type | None:
-    """The class of the backbone's repeated layers: the members of its longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    return type(max(lists, key=len)[0]) if lists else None
 
 
 class Engine:
     """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state."""
 
     def __init__(
-        self, model: PromptedBackbone, resolved: ResolvedDeepSpeed, ranks: Ranks, weight_decay: float = 0.0
-    ) -> None:
+        self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_modules
 
-        self.ranks, self.stage = ranks, resolved.stage
-        self.shape = tuple(model.prompt.weight.shape)
-        layer = decoder_layer_class(model.backbone.model)
-        if self.stage == 3 and layer is not None:
-            set_z3_leaf_modules(model, [layer])  # one gather a decoder layer
+        self.ranks, self.stage, self.backbone = ranks, resolved.stage, backbone
+        self.shape = tuple(prompt.weight.shape)
         # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
-        optimizer = torch.optim.AdamW([model.prompt.weight], lr=0.0, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW([prompt.weight], lr=0.0, weight_decay=weight_decay)
+        # Micro-batches are sections of one packed row (ptp_ds.layerwise): for DeepSpeed a step is one batch.
+        config = {**resolved.config, "gradient_accumulation_steps": 1}
+        config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] // ranks.world
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+            model=prompt.to(ranks.device), optimizer=optimizer, config=config, dist_init_required=False
         )
         self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
-        self.model: PromptedBackbone = self.deepspeed.module
-        self._hooked = [module for module in self.model.modules() if "post_bwd_fn" in module.__dict__]
-        self._inputs_due: list[tuple[Any, int]] = []
+        self.prompt_module: SoftPrompt = self.deepspeed.module
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
@@ -54,25 +50,19 @@ class Engine:
             return optimizer.fp32_partitioned_groups_flat[0]
         return optimizer.single_partition_of_fp32_groups[0]
 
-    def forward(self, *args: Any) -> Tensor:
-        """The engine's forward: PromptedBackbone.forward with ZeRO's bookkeeping."""
-        out = self.deepspeed(*args)
-        self._inputs_due = [(module, getattr(module, "ds_grads_remaining", 0)) for module in self._hooked]
-        return out
+    def prompt_values(self) -> Tensor:
+        """[P, H] the prompt in the engine's dtype, with its graph: once an optimizer step."""
+        return self.deepspeed()
 
     def backward_sum(self, loss_sum: Tensor, global_count: int) -> None:
         """Backward of (sum over this rank's examples) / (examples of the optimizer step on all ranks).
 
         DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: a sum of sums remains.
         """
-        # ZeRO-3 releases a layer in backward when its count of input gradients reaches 0. Ascent passes between this
-        # forward and its backward reset the counts; without their old values every layer would stay gathered.
-        for module, count in self._inputs_due:
-            module.ds_grads_remaining = count
         self.deepspeed.backward(loss_sum * (self.ranks.world / global_count), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """Ends a micro-batch; at the last one of an optimizer step, clips and updates the prompt."""
+        """Clips and updates the prompt."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -116,7 +106,7 @@ class Engine:
         import deepspeed
 
         self._master.data.copy_(self._part(prompt_PH).view_as(self._master))
-        weight = self.model.prompt.weight
+        weight = self.prompt_module.weight
         sharded = [weight] if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), torch.no_grad():
             weight.copy_(prompt_PH.view(self.shape))
@@ -134,7 +124,7 @@ class Engine:
         """(backbone elements this rank keeps between steps, elements of the whole backbone)."""
         kept = whole = 0
         parameter: Any
-        for parameter in self.model.backbone.parameters():
+        for parameter in self.backbone.parameters():
             if hasattr(parameter, "ds_tensor"):
                 kept += parameter.ds_tensor.numel()
                 whole += parameter.ds_numel

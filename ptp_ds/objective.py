@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptp_ds.precision import at_least_fp32
+
 
 def log_probabilities(scores_BC: Tensor) -> Tensor:
-    """[B, C] fp32 log-softmax over the candidates; -inf where a candidate does not exist."""
-    return scores_BC.float().log_softmax(-1)
+    """[B, C] log-softmax over the candidates; -inf where a candidate does not exist."""
+    return at_least_fp32(scores_BC).log_softmax(-1)
 
 
 def cross_entropy_sum(scores_BC: Tensor, gold_B: Tensor) -> Tensor:

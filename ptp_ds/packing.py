@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptp_ds.precision import at_least_fp32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -85,8 +87,9 @@ class PackedRow:
 
     token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T] in
     [0, S*B): the block a token belongs to. blocks: host-side shape of each block, stream by stream.
-    kept [N]: positions whose logits are needed. pick_row, pick_token, pick_cell [M]: candidate token m is read at
-    logits[pick_row[m], pick_token[m]] and added to flat score cell pick_cell[m] of [S*B*C].
+    scored: for each block, the places in it whose logits are needed, in order, N in all. pick_row, pick_token,
+    pick_cell [M]: candidate token m is read at logits[pick_row[m], pick_token[m]] and added to flat score cell
+    pick_cell[m] of [S*B*C].
     present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split.
     """
 
@@ -95,7 +98,7 @@ class PackedRow:
     movable: Tensor
     example_of: Tensor
     blocks: tuple[Block, ...]
-    kept: Tensor
+    scored: tuple[np.ndarray, ...]
     pick_row: Tensor
     pick_token: Tensor
     pick_cell: Tensor
@@ -133,17 +136,22 @@ class PackedRow:
             "position_ids": (self.position_ids, twin.position_ids),
             "movable": (self.movable, twin.movable),
             "example_of": (self.example_of, twin.example_of + len(self.blocks)),
-            "kept": (self.kept, twin.kept + self.num_tokens),
-            "pick_row": (self.pick_row, twin.pick_row + self.kept.shape[0]),
+            "pick_row": (self.pick_row, twin.pick_row + sum(map(len, self.scored))),
             "pick_token": (self.pick_token, twin.pick_token),
             "pick_cell": (self.pick_cell, twin.pick_cell + cells),
         }
         tensors: dict[str, Any] = {name: torch.cat(pair) for name, pair in joined.items()}
-        return replace(self, **tensors, blocks=self.blocks + twin.blocks, streams=self.streams + twin.streams)
+        return replace(
+            self,
+            **tensors,
+            blocks=self.blocks + twin.blocks,
+            scored=self.scored + twin.scored,
+            streams=self.streams + twin.streams,
+        )
 
     def scores(self, logits_NV: Tensor) -> Tensor:
-        """[S, B, C] fp32: log-probability of each candidate (sum over its tokens); -inf where it does not exist."""
-        logits = logits_NV.float()
+        """[S, B, C] in fp32 or better: log-probability of each candidate, summed over its tokens; -inf where absent."""
+        logits = at_least_fp32(logits_NV)
         normaliser = torch.logsumexp(logits, dim=-1)
         log_probs = logits[self.pick_row, self.pick_token] - normaliser[self.pick_row]
         flat = log_probs.new_zeros(self.streams * self.present.numel()).index_add(0, self.pick_cell, log_probs)
@@ -161,12 +169,12 @@ def pack(examples: Sequence[Example]) -> PackedRow:
     blocks: list[Block] = []
     tokens: list[int] = []
     movable: list[bool] = []
-    kept: list[int] = []
+    scored: list[np.ndarray] = []
+    rows = 0
     pick_row: list[int] = []
     pick_token: list[int] = []
     pick_cell: list[int] = []
     width = max(len(example.candidate_ids) for example in examples)
-    offset = 0
     for number, example in enumerate(examples):
         context = len(example.context_ids)
         if context == 0 or not all(example.candidate_ids):
@@ -174,13 +182,11 @@ def pack(examples: Sequence[Example]) -> PackedRow:
         starts, parents, length = [0], [-1], context
         tokens.extend(example.context_ids)
         movable.extend(example.movable)
-        root = len(kept)
-        kept.append(offset + context - 1)
+        root, places = rows, [context - 1]
         for candidate_number, candidate in enumerate(example.candidate_ids):
             branch = candidate[:-1]
-            rows = [root, *range(len(kept), len(kept) + len(branch))]
-            kept.extend(offset + length + i for i in range(len(branch)))
-            pick_row.extend(rows)
+            pick_row.extend([root, *(root + len(places) + i for i in range(len(branch)))])
+            places.extend(length + i for i in range(len(branch)))
             pick_token.extend(candidate)
             pick_cell.extend([number * width + candidate_number] * len(candidate))
             if branch:
@@ -190,7 +196,8 @@ def pack(examples: Sequence[Example]) -> PackedRow:
                 movable.extend([False] * len(branch))
                 length += len(branch)
         blocks.append(Block(length, tuple(starts), tuple(parents)))
-        offset += length
+        scored.append(np.array(places))
+        rows += len(places)
     present = torch.zeros(len(examples), width, dtype=torch.bool)
     for number, example in enumerate(examples):
         present[number, : len(example.candidate_ids)] = True
@@ -201,7 +208,7 @@ def pack(examples: Sequence[Example]) -> PackedRow:
         movable=torch.tensor(movable),
         example_of=torch.repeat_interleave(torch.arange(len(blocks)), lengths),
         blocks=tuple(blocks),
-        kept=torch.tensor(kept),
+        scored=tuple(scored),
         pick_row=torch.tensor(pick_row),
         pick_token=torch.tensor(pick_token),
         pick_cell=torch.tensor(pick_cell),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.activations import Activations, memory_budget
 from ptp_ds.backbone import Backbone, check_backbone, max_row_length
 from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, write_json
 from ptp_ds.config import RunConfig, parse_run
@@ -28,7 +29,7 @@ from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
 from ptp_ds.prompts import SoftPrompt, initial_prompt
-from ptp_ds.step import PromptedBackbone, settings_of
+from ptp_ds.step import settings_of
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.trainer import Progress, Trainer, median_or_zero, progress_from
 
@@ -182,8 +183,10 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         write_json(output_dir / "config.json", describe_run(prepared, ranks))
     backbone = load_backbone(prepared.folder, prepared.resolved, ranks)
     prompt = SoftPrompt(torch.zeros(run.prompt_length, backbone.width))
-    engine = Engine(PromptedBackbone(prompt, backbone), prepared.resolved, ranks, run.weight_decay)
-    check_backbone(backbone)  # behind the engine's start: from here on ZeRO-3 gathers what a pass needs
+    backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
+    check_backbone(backbone)
+    say(ranks, f"  activations: {backbone.activations.describe()}")
+    engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     progress = Progress()
     if prepared.checkpoint is None:
         engine.set_prompt(initial_values(prepared, backbone))
@@ -218,7 +221,7 @@ def _report(
     run = prepared.run
     prompt = progress.best_prompt
     assert prompt is not None, "the last step always evaluates"
-    result = evaluate(engine.model.backbone, prompt, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
+    result = evaluate(engine.backbone, prompt, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
     monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))

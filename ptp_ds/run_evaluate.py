@@ -14,15 +14,12 @@ from ptp_ds.config import RunConfig, StrictParser, nearest
 from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.engine import Engine
 from ptp_ds.evaluate import evaluation_of, score_examples
 from ptp_ds.export import read_adapter, read_card
 from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import say
-from ptp_ds.prompts import SoftPrompt
 from ptp_ds.run import report_error, row_room
-from ptp_ds.step import PromptedBackbone
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
 
@@ -78,9 +75,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     tokenised = tokenise(task, split, tokenizer, room)
     ranks = start_processes()
     backbone = load_backbone(folder, resolved, ranks)
-    engine = Engine(PromptedBackbone(SoftPrompt(prompt), backbone), resolved, ranks)
     check_backbone(backbone)
-    scores = score_examples(engine.model.backbone, prompt, tokenised.examples, ranks, args.eval_tokens)
+    scores = score_examples(backbone, prompt, tokenised.examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, tokenised.examples, task)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     say(ranks, f"{task.name} {args.split} ({result.examples} rows): {shown}  |  majority {result.majority:.4f}")

@@ -1,38 +1,23 @@
 """The train step: what is computed for one packed row, in the order of the formula in ptp_ds.objective."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ptp_ds.backbone import Backbone, TrunkCache
+from ptp_ds.backbone import Backbone
 from ptp_ds.config import RunConfig
+from ptp_ds.engine import Engine
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import PackedRow
-from ptp_ds.perturb import PERTURBATIONS, CleanPass, Noise, PerturbSettings
+from ptp_ds.perturb import PERTURBATIONS, Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.prompts import SoftPrompt
-
-
-class PromptedBackbone(nn.Module):
-    """What the DeepSpeed engine wraps: the trained prompt in front of the frozen backbone."""
-
-    def __init__(self, prompt: SoftPrompt, backbone: Backbone) -> None:
-        super().__init__()
-        self.prompt = prompt
-        self.backbone = backbone
-
-    def forward(self, row: PackedRow, embeds_TH: Tensor, record: TrunkCache | None = None) -> Tensor:
-        """[S, B, C] candidate log-probabilities, prompt and all streams in one pass; `record`: see Backbone.score."""
-        return self.backbone.score(row, embeds_TH, self.prompt(), record=record)
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Sums over the row's examples, on the device. objective carries total's gradient; the rest is for the log."""
+    """Sums over the row's examples, on the device. total carries the gradient; the rest is for the log."""
 
-    objective: Tensor
     total: Tensor
     cross_entropy: Tensor
     divergence: Tensor
@@ -54,32 +39,41 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 
 def ptp_loss(
-    forward: Callable[..., Tensor], model: PromptedBackbone, row: PackedRow, run: RunConfig, settings: PerturbSettings,
-    noise: Noise,
+    prompt_PH: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
+    max_rows: int | None = None,
 ) -> StepLoss:  # fmt: skip
-    """The summed loss of one packed row. forward: the engine's (or the model itself, outside training).
+    """The summed loss of one packed row, with its gradient to prompt_PH. max_rows: rows of a micro-batch.
 
     Without a perturbation the pass is plain prompt tuning, the very same operations. Noise is known beforehand, so both
-    streams run as one pass; an adversarial delta climbs from the clean pass, which is then not computed again.
+    streams run as one pass; an adversarial delta climbs against the clean scores first.
     """
-    clean_TH = model.backbone.embed(row.token_ids)
-    tokens = model.prompt.length + row.num_tokens
-    if not run.perturbs:
-        total = cross_entropy_sum(forward(row, clean_TH)[0], row.gold)
-        zero = torch.zeros((), device=total.device)
-        return StepLoss(total, total.detach(), total.detach(), zero, zero, tokens)
-    perturbation = PERTURBATIONS[run.perturbation]
-    clean_pass = CleanPass(forward, model.backbone, row, clean_TH) if perturbation.adversarial else None
-    delta_TH = perturbation.find(clean_pass, row, clean_TH, settings, noise)
-    if clean_pass is None:
-        both_TH = torch.cat([clean_TH, clean_TH + delta_TH.to(clean_TH.dtype)])
-        clean_BC, perturbed_BC = forward(row.with_twin(row), both_TH)
-    else:
-        clean_BC, perturbed_BC = clean_pass.scores_BC, clean_pass.perturbed(delta_TH)
+    with backbone.shards.edges():
+        clean_TH = backbone.embed(row.token_ids)
+        shared = SharedPass(backbone, prompt_PH, row, clean_TH, max_rows)
+        tokens = prompt_PH.shape[0] + row.num_tokens
+        if not run.perturbs:
+            total = cross_entropy_sum(shared.clean(), row.gold)
+            zero = torch.zeros((), device=total.device)
+            return StepLoss(total, total.detach(), zero, zero, tokens)
+        delta_TH = PERTURBATIONS[run.perturbation].find(shared, row, clean_TH, settings, noise)
+        clean_BC, perturbed_BC = shared.both(delta_TH)
     cross_entropy = cross_entropy_sum(clean_BC, row.gold)
     divergence = divergence_sum(run.divergence, clean_BC, perturbed_BC, row.gold)
     total = cross_entropy + reg_weight_at(run, noise.step) * divergence
-    objective = total if clean_pass is None else clean_pass.surrogate(total)
     delta_norm = example_norm(delta_TH, row).sum()
-    parts = (total.detach(), cross_entropy.detach(), divergence.detach())
-    return StepLoss(objective, *parts, delta_norm, tokens + row.num_tokens)
+    return StepLoss(total, cross_entropy.detach(), divergence.detach(), delta_norm, tokens + row.num_tokens)
+
+
+def optimizer_step(
+    engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float
+) -> StepLoss:
+    """One optimizer step on this rank's rows: forward, backward, update. `row` holds all its micro-batches.
+
+    The backbone's embeddings and head are gathered once for all of it, each layer once a pass.
+    """
+    with engine.backbone.shards.edges():
+        max_rows = row.num_examples // run.gradient_accumulation_steps
+        loss = ptp_loss(engine.prompt_values(), engine.backbone, row, run, settings, noise, max_rows)
+        engine.backward_sum(loss.total, run.batch_size)
+    engine.step(lr)
+    return loss

@@ -22,7 +22,7 @@ from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example, PackedRow, pack
 from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.signals import StopRequest
-from ptp_ds.step import StepLoss, ptp_loss
+from ptp_ds.step import StepLoss, optimizer_step
 from ptp_ds.tasks import Task
 
 
@@ -75,25 +75,22 @@ class Trainer:
         return progress
 
     def _optimizer_step(self, step: int, meter: "Meter") -> None:
-        lr = learning_rate(self.run, step)
+        row = self.rows_of(step)
         noise = Noise(self.run.seed, step)
-        for row in self.micro_batches(step):
-            loss = ptp_loss(self.engine.forward, self.engine.model, row, self.run, self.settings, noise)
-            self.engine.backward_sum(loss.objective, self.run.batch_size)
-            self.engine.step(lr)
-            meter.add(loss, row, step)
+        loss = optimizer_step(self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step))
+        meter.add(loss, row, step)
 
     @cached_property
     def _order(self) -> BatchOrder:
         return BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
 
-    def micro_batches(self, step: int) -> list[PackedRow]:
-        """This rank's packed rows of optimizer step `step`, one a micro-batch."""
+    def rows_of(self, step: int) -> PackedRow:
+        """This rank's rows of optimizer step `step`, packed, one micro-batch behind the other."""
         batch = [self.train_examples[number] for number in self._order.batch(step)]
         accumulate = self.run.gradient_accumulation_steps
         hands = deal([example.packed_length for example in batch], self.ranks.world * accumulate)
         mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
-        return [pack([batch[place] for place in hand]).to(self.ranks.device) for hand in mine]
+        return pack([batch[place] for hand in mine for place in hand]).to(self.ranks.device)
 
     def _after_step(self, progress: Progress, meter: "Meter") -> None:
         step, run = progress.step, self.run
@@ -136,7 +133,7 @@ class Trainer:
     def _select(self, progress: Progress) -> None:
         prompt = self.engine.prompt()
         result = evaluate(
-            self.engine.model.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens
+            self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens
         )
         marker = ""
         if result.better_than(progress.best):
@@ -211,10 +208,10 @@ class Meter:
         self._clock = time.perf_counter()
 
     def add(self, loss: StepLoss, row: PackedRow, step: int) -> None:
-        """Adds one micro-batch's sums, without a host sync."""
+        """Adds one step's sums, without a host sync."""
         self._steps.add(step)
         parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
-        self._sums[:4] += torch.stack([part.double() for part in parts])
+        self._sums[:4] += torch.stack([part.detach().double() for part in parts])
         self._sums[4] += row.num_examples
         self._sums[5] += loss.tokens
         bad = ~torch.isfinite(loss.total) & (self._bad < 0)

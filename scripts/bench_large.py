@@ -28,7 +28,7 @@ from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
-from ptp_ds.step import PromptedBackbone, ptp_loss, settings_of
+from ptp_ds.step import optimizer_step, settings_of
 
 SHAPES = {  # Llama 3 8B's configuration; tiny is for a check of this script itself
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -58,9 +58,7 @@ def measure(engine: Engine, run: RunConfig, unit: float, row: PackedRow, ranks: 
             torch.cuda.synchronize()
         start = time.perf_counter()
         settings = settings_of(run, unit)
-        loss = ptp_loss(engine.forward, engine.model, row, run, settings, Noise(0, step))
-        engine.backward_sum(loss.objective, run.batch_size)
-        engine.step(1e-3)
+        loss = optimizer_step(engine, row, run, settings, Noise(0, step), 1e-3)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -97,11 +95,12 @@ def main() -> int:
     model = build_sharded(config, resolved)
     fill_randomly(model)
     prompt = SoftPrompt(torch.zeros(args.prompt_length, config.hidden_size))
-    engine = Engine(PromptedBackbone(prompt, Backbone(model)), resolved, ranks)
-    check_backbone(engine.model.backbone)
+    backbone = Backbone(model)
+    check_backbone(backbone)
+    engine = Engine(prompt, backbone, resolved, ranks)
     generator = make_generator(0, "prompt")
     engine.set_prompt(0.02 * torch.randn(args.prompt_length, config.hidden_size, generator=generator))
-    unit = engine.model.backbone.mean_embedding_norm()
+    unit = backbone.mean_embedding_norm()
     row, table = random_row(args.rows, config.vocab_size, ranks.rank).to(ranks.device), []
     for method in ("none", "gaussian", "pgd"):
         chosen = RunConfig(ds_config=args.ds_config, batch_size=run.batch_size, perturbation=method)

@@ -35,7 +35,7 @@ from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt, initial_prompt
 from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
-from ptp_ds.step import PromptedBackbone, ptp_loss, settings_of
+from ptp_ds.step import optimizer_step, settings_of
 from ptp_ds.tasks import load_task
 
 METHODS = ("none", "gaussian", "pgd")
@@ -133,11 +133,9 @@ class Ours:
         run = replace(run, perturbation=method, batch_size=len(examples))
         row = pack(examples).to(self.device)
         settings = settings_of(run, self.unit)
-        loss = ptp_loss(self.engine.forward, self.engine.model, row, run, settings, Noise(run.seed, number))
-        self.engine.backward_sum(loss.objective, len(examples))
-        self.engine.step(1e-3)
+        loss = optimizer_step(self.engine, row, run, settings, Noise(run.seed, number), 1e-3)
         self.tokens = loss.tokens
-        return float(loss.total)
+        return float(loss.total.detach())
 
 
 def timed(call: Callable[[], float], device: torch.device) -> tuple[float, float]:
@@ -259,7 +257,7 @@ def main() -> int:
     for length in args.prompt_lengths:
         backbone: Backbone = load_backbone(folder, resolved, ranks)
         prompt = initial_prompt("vocab", length, backbone, tokenizer, seed=0, text=None, answers=[])
-        engine = Engine(PromptedBackbone(SoftPrompt(prompt), backbone), resolved, ranks)
+        engine = Engine(SoftPrompt(prompt), backbone, resolved, ranks)
         ours = Ours(engine, backbone.mean_embedding_norm(), ranks.device)
         peft = [PeftLoop(folder, prompt, resolved.dtype, ranks.device, keep) for keep in (False, True)]
         for name in args.tasks:

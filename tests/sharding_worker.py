@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone, check_backbone
 from ptp_ds.config import RunConfig
 from ptp_ds.distributed import start_processes, stop_processes
@@ -17,7 +18,7 @@ from ptp_ds.loading import build_sharded, fill_randomly
 from ptp_ds.packing import Example, pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.step import PromptedBackbone, ptp_loss, settings_of
+from ptp_ds.step import optimizer_step, settings_of
 
 # Nothing stays gathered for its own sake: DeepSpeed's defaults would hide what is counted here.
 STRICT = {
@@ -33,11 +34,14 @@ def snapshot(model: torch.nn.Module) -> list[Any]:
     return parts
 
 
-def main(perturbation: str, folder: Path) -> None:
+def main(perturbation: str, activations: str, folder: Path) -> None:
     ranks = start_processes()
     file = folder / f"strict-{ranks.rank}.json"
     file.write_text(json.dumps({"zero_optimization": STRICT}))
-    run = RunConfig(ds_config=str(file), perturbation=perturbation, batch_size=4 * ranks.world)
+    run = RunConfig(
+        ds_config=str(file), perturbation=perturbation, batch_size=4 * ranks.world, gradient_accumulation_steps=4,
+        ascent_steps=2,
+    )  # fmt: skip
     resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, 64)
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
@@ -46,14 +50,16 @@ def main(perturbation: str, folder: Path) -> None:
     model = build_sharded(config, resolved)
     torch.manual_seed(ranks.rank)
     fill_randomly(model)
-    engine = Engine(PromptedBackbone(SoftPrompt(torch.zeros(7, 64)), Backbone(model)), resolved, ranks)
-    check_backbone(engine.model.backbone)
+    backbone = Backbone(model, Activations(activations))
+    check_backbone(backbone)
+    engine = Engine(SoftPrompt(torch.zeros(7, 64)), backbone, resolved, ranks)
     engine.set_prompt(torch.randn(7, 64, generator=torch.Generator().manual_seed(0)))
     before, modes = snapshot(model), [module.training for module in model.modules()]
-    peak, fetched = [0], []
+    peak, fetched, gathers = [0], [], []
 
     def count(*_: object) -> None:
-        peak[0] = max(peak[0], sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"))
+        held = sum(p.ds_numel for p in model.model.layers.parameters() if p.ds_status.name != "NOT_AVAILABLE")
+        peak[0] = max(peak[0], held)
 
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(count)
@@ -65,14 +71,16 @@ def main(perturbation: str, folder: Path) -> None:
                     candidate_ids=[[1, 2], [3]], gold=1, index=size) for size in (5, 9, 17, 3)
         ]  # fmt: skip
         row = pack(examples)
-        loss = ptp_loss(engine.forward, engine.model, row, run, settings_of(run, 1.0), Noise(0, step))
-        engine.backward_sum(loss.objective, run.batch_size)
-        engine.step(0.01)
+        backbone.shards.traffic.reset()
+        optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01)
         fetched.append(engine.grad_norm())
+        gathers.append(backbone.shards.traffic.gathers)
     kept, whole = engine.sharded_elements()
     same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
     report = {
-        "kept": kept, "whole": whole, "peak_share": peak[0] / whole, "grad_norms": fetched, "backbone_unchanged": same,
+        "kept": kept, "whole": whole, "gathers": gathers, "peak_layers": backbone.shards.traffic.peak_layers,
+        "peak_of_layers": peak[0] / sum(p.ds_numel for p in model.model.layers.parameters()),
+        "grad_norms": fetched, "backbone_unchanged": same,
         "modes_unchanged": modes == [module.training for module in model.modules()] and not any(modes),
         "gathered_between_steps": sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"),
         "no_gradient": all(p.grad is None and not p.requires_grad for p in model.parameters()),
@@ -82,4 +90,4 @@ def main(perturbation: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

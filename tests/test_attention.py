@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptp_ds.attention import attend_tree, plan_tree
 from ptp_ds.packing import Block
+from ptp_ds.tree_attention import attend_tree
+from ptp_ds.tree_plan import plan_tree
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("fixed")

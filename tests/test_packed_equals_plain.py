@@ -7,15 +7,20 @@ import torch
 import torch.nn.functional as F
 from reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
+from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone, check_backbone
 from ptp_ds.config import RunConfig
+from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import pack
-from ptp_ds.perturb import PERTURBATIONS, CleanPass, Noise
+from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.prompts import SoftPrompt
-from ptp_ds.step import PromptedBackbone, ptp_loss, settings_of
+from ptp_ds.step import ptp_loss, settings_of
 
 SHAPES = ("single", "multi", "ragged")
+
+
+def make_prompt(dtype=torch.float32):
+    return 0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def divergence(kind, clean, perturbed, gold):
@@ -50,7 +55,7 @@ def plain_step(family, prompt, examples, deltas, kind, weight):
 def test_clean_scores_and_prompt_gradient(family, shape):
     examples = make_examples(shape)
     model = make_model(family)
-    prompt = (0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    prompt = make_prompt().requires_grad_()
     expected = [plain_scores(model, prompt, example) for example in examples]
     (plain_gradient,) = torch.autograd.grad(sum(scores.log_softmax(-1)[-1] for scores in expected), prompt)
     backbone = Backbone(model)
@@ -69,21 +74,21 @@ def test_clean_scores_and_prompt_gradient(family, shape):
 def test_step_gradient(family, perturbation):
     examples = make_examples("multi")
     backbone = Backbone(make_model(family))
-    model = PromptedBackbone(SoftPrompt(0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))), backbone)
+    prompt = make_prompt().requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, noise = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4)
     row = pack(examples)
-    loss = ptp_loss(model, model, row, run, settings, noise)
-    loss.objective.backward()
+    loss = ptp_loss(prompt, backbone, row, run, settings, noise)
+    loss.total.backward()
     clean = backbone.embed(row.token_ids)
-    clean_pass = CleanPass(model, backbone, row, clean)
-    delta = PERTURBATIONS[perturbation].find(clean_pass, row, clean, settings, noise)
+    shared = SharedPass(backbone, prompt, row, clean)
+    delta = PERTURBATIONS[perturbation].find(shared, row, clean, settings, noise)
     assert float(delta[row.movable].abs().min(-1).values.max()) > 0
-    prompt = model.prompt.weight.detach().clone().requires_grad_()
-    total = plain_step(family, prompt, examples, delta, "sym_kl", 0.7)
-    (expected,) = torch.autograd.grad(total, prompt)
-    torch.testing.assert_close(loss.total, total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(model.prompt.weight.grad, expected) < 1e-4
+    plain = prompt.detach().clone().requires_grad_()
+    total = plain_step(family, plain, examples, delta, "sym_kl", 0.7)
+    (expected,) = torch.autograd.grad(total, plain)
+    torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
+    assert relative_error(prompt.grad, expected) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["kl", "sym_kl", "js", "ce"])
@@ -91,42 +96,43 @@ def test_step_gradient(family, perturbation):
 def test_divergences(kind, shape):
     examples = make_examples(shape)
     backbone = Backbone(make_model("llama"))
-    model = PromptedBackbone(SoftPrompt(0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))), backbone)
+    prompt = make_prompt().requires_grad_()
     run = RunConfig(perturbation="gaussian", divergence=kind, sigma=1.0)
     settings, noise, row = settings_of(run, backbone.mean_embedding_norm()), Noise(0, 0), pack(examples)
-    loss = ptp_loss(model, model, row, run, settings, noise)
-    loss.objective.backward()
-    delta = PERTURBATIONS["gaussian"].find(None, row, backbone.embed(row.token_ids), settings, noise)
-    prompt = model.prompt.weight.detach().clone().requires_grad_()
-    total = plain_step("llama", prompt, examples, delta, kind, 1.0)
-    (expected,) = torch.autograd.grad(total, prompt)
-    torch.testing.assert_close(loss.total, total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(model.prompt.weight.grad, expected) < 1e-4
+    loss = ptp_loss(prompt, backbone, row, run, settings, noise)
+    loss.total.backward()
+    clean = backbone.embed(row.token_ids)
+    shared = SharedPass(backbone, prompt, row, clean)
+    delta = PERTURBATIONS["gaussian"].find(shared, row, clean, settings, noise)
+    plain = prompt.detach().clone().requires_grad_()
+    total = plain_step("llama", plain, examples, delta, kind, 1.0)
+    (expected,) = torch.autograd.grad(total, plain)
+    torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
+    assert relative_error(prompt.grad, expected) < 1e-4
 
 
-def test_clean_pass_kept_equals_one_pass_over_both():
-    """An adversarial step (kept clean pass, surrogate) has the gradient of one packed pass with the same delta."""
-    backbone = Backbone(make_model("llama", torch.float64))
-    prompt = 0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
-    model = PromptedBackbone(SoftPrompt(prompt), backbone).double()
+@pytest.mark.parametrize("max_rows", [None, 2])
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_shared_step_equals_one_pass_over_both(activations, max_rows):
+    """Kept clean rows, recomputed activations and micro-batches: the gradient of one pass with the same delta."""
+    model = make_model("llama", torch.float64)
+    backbone = Backbone(model, Activations(activations))
+    prompt = make_prompt(torch.float64).requires_grad_()
     run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
     settings, row = settings_of(run, 1.0), pack(make_examples("ragged"))
-    ptp_loss(model, model, row, run, settings, Noise(0, 0)).objective.backward()
-    kept = model.prompt.weight.grad.clone()
-    model.prompt.weight.grad = None
+    ptp_loss(prompt, backbone, row, run, settings, Noise(0, 0), max_rows).total.backward()
     clean = backbone.embed(row.token_ids)
-    delta = PERTURBATIONS["pgd"].find(CleanPass(model, backbone, row, clean), row, clean, settings, Noise(0, 0))
-    scores = model(row.with_twin(row), torch.cat([clean, clean + delta]))
-    from ptp_ds.objective import cross_entropy_sum, divergence_sum
-
+    delta = PERTURBATIONS["pgd"].find(SharedPass(backbone, prompt, row, clean), row, clean, settings, Noise(0, 0))
+    plain = prompt.detach().clone().requires_grad_()
+    scores = backbone.score(row.with_twin(row), torch.cat([clean, clean + delta]), plain)
     total = cross_entropy_sum(scores[0], row.gold) + divergence_sum("js", scores[0], scores[1], row.gold)
-    total.backward()
-    assert relative_error(kept, model.prompt.weight.grad) < 1e-6
+    (expected,) = torch.autograd.grad(total, plain)
+    assert relative_error(prompt.grad, expected) < 1e-9
 
 
 def test_cached_trunk_equals_prompt_in_the_row():
     backbone, row = Backbone(make_model("mistral")), pack(make_examples("multi"))
-    prompt = 0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    prompt = make_prompt()
     clean = backbone.embed(row.token_ids)
     with torch.no_grad():
         together = backbone.score(row, clean, prompt)
@@ -147,9 +153,9 @@ def test_families_outside_the_interface_are_refused_by_name(family):
 
 def test_check_notices_wrong_attention(monkeypatch):
     """The check can fail: with the trunk hidden from the rows it refuses llama."""
-    import ptp_ds.attention as attention
+    import ptp_ds.tree_plan as tree_plan
 
-    real = attention.TreePlan._make_mask
+    real = tree_plan.TreePlan._make_mask
 
     def blind(self, bucket, dtype, groups, window):
         mask = real(self, bucket, dtype, groups, window).clone()
@@ -157,25 +163,26 @@ def test_check_notices_wrong_attention(monkeypatch):
             mask[..., : self.trunk_keys - 1] = torch.finfo(dtype).min
         return mask
 
-    monkeypatch.setattr(attention.TreePlan, "_make_mask", blind)
+    monkeypatch.setattr(tree_plan.TreePlan, "_make_mask", blind)
     with pytest.raises(ValueError, match="packed scores differ"):
         check_backbone(Backbone(make_model("llama")))
 
 
 @pytest.mark.parametrize(("keyword", "value"), [("s_aux", torch.zeros(4)), ("position_bias", torch.zeros(1))])
 def test_unknown_attention_keywords_are_refused(keyword, value):
-    from ptp_ds.attention import _tree_attention, plan_tree, tree_pass
+    from ptp_ds.attention import Call, _tree_attention, attending
+    from ptp_ds.tree_plan import plan_tree
 
     row = pack(make_examples("single"))
     q = torch.randn(1, 4, row.num_tokens, 8)
-    with tree_pass(plan_tree(row.blocks, 0, 0, "cpu")), pytest.raises(ValueError, match=keyword):
+    with attending(Call(plan_tree(row.blocks, 0, 0, "cpu"))), pytest.raises(ValueError, match=keyword):
         _tree_attention(torch.nn.Identity(), q, q, q, None, scaling=1.0, **{keyword: value})
 
 
 def test_soft_cap_and_window_matter_here():
     """The settings of reference.FAMILIES are no dead letter: without them the scores are far from the packed ones."""
     example = make_examples("single")[3]
-    prompt = 0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    prompt = make_prompt()
     for family, change in (("gemma2", {"attn_logit_softcapping": None}), ("mistral", {"sliding_window": None})):
         model = make_model(family)
         capped = plain_scores(model, prompt, example)
@@ -197,15 +204,14 @@ def test_twins_must_match():
 def test_norm_of_pgd_delta_stays_in_the_ball_at_every_step():
     """Invariant 3, for each norm: after every ascent step, and nothing moves that must not."""
     backbone, row = Backbone(make_model("llama")), pack(make_examples("multi"))
-    prompt = SoftPrompt(0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
-    model, clean = PromptedBackbone(prompt, backbone), backbone.embed(row.token_ids)
+    prompt, clean = make_prompt(), backbone.embed(row.token_ids)
     unit = backbone.mean_embedding_norm()
-    clean_pass = CleanPass(model, backbone, row, clean)
+    shared = SharedPass(backbone, prompt, row, clean)
     run = RunConfig(perturbation="pgd", epsilon=0.4, alpha=0.3)
     for norm in ("frobenius", "token_l2", "linf"):
         for steps in (1, 2, 3):
             settings = settings_of(replace(run, norm=norm, ascent_steps=steps), unit)
-            delta = PERTURBATIONS["pgd"].find(clean_pass, row, clean, settings, Noise(0, 0))
+            delta = PERTURBATIONS["pgd"].find(shared, row, clean, settings, Noise(0, 0))
             sizes = {"frobenius": example_norm(delta, row), "token_l2": delta.norm(dim=-1),
                      "linf": delta.abs().amax(-1) * 32**0.5}[norm]  # fmt: skip
             assert 0.2 * unit < float(sizes.max()) <= 0.4 * unit
@@ -213,17 +219,14 @@ def test_norm_of_pgd_delta_stays_in_the_ball_at_every_step():
 
 
 def test_ascent_raises_the_divergence():
-    from ptp_ds.objective import divergence_sum
-
     backbone, row = Backbone(make_model("llama")), pack(make_examples("multi"))
-    prompt = SoftPrompt(0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
-    model, clean = PromptedBackbone(prompt, backbone), backbone.embed(row.token_ids)
-    clean_pass, found = CleanPass(model, backbone, row, clean), []
+    prompt, clean = make_prompt(), backbone.embed(row.token_ids)
+    shared, found = SharedPass(backbone, prompt, row, clean), []
     for steps in (1, 4):
         run = RunConfig(perturbation="pgd", epsilon=0.2, alpha=0.1, ascent_steps=steps)
         settings = settings_of(run, backbone.mean_embedding_norm())
-        delta = PERTURBATIONS["pgd"].find(clean_pass, row, clean, settings, Noise(0, 0))
-        found.append(divergence_sum("kl", clean_pass.scores_BC, clean_pass.perturbed(delta), row.gold).item())
-    noise = PERTURBATIONS["pgd"].find(clean_pass, row, clean, replace(settings, steps=0), Noise(0, 0))
-    start = float(divergence_sum("kl", clean_pass.scores_BC, clean_pass.perturbed(noise), row.gold))
+        delta = PERTURBATIONS["pgd"].find(shared, row, clean, settings, Noise(0, 0))
+        found.append(divergence_sum("kl", *shared.both(delta), row.gold).item())
+    noise = PERTURBATIONS["pgd"].find(shared, row, clean, replace(settings, steps=0), Noise(0, 0))
+    start = float(divergence_sum("kl", *shared.both(noise), row.gold))
     assert found[1] > found[0] > start

@@ -15,7 +15,7 @@ def test_branches_start_behind_the_context():
     assert row.token_ids.tolist() == [5, 6, 7, 1, 4, 8]  # no token for the last one of an answer
     assert row.position_ids.tolist() == [0, 1, 2, 3, 3, 4]
     assert row.movable.tolist() == [True] * 3 + [False] * 3
-    assert row.kept.tolist() == [2, 3, 4, 5]
+    assert [places.tolist() for places in row.scored] == [[2, 3, 4, 5]]
     assert row.pick_row.tolist() == [0, 1, 0, 0, 2, 3]
     assert row.pick_token.tolist() == [1, 2, 3, 4, 8, 9]
     assert row.pick_cell.tolist() == [0, 0, 1, 2, 2, 2]
@@ -31,7 +31,7 @@ def test_visibility_of_a_nested_tree():
 
 def test_scores_sum_log_probabilities_and_mark_absent_answers():
     row = pack([example([5], [[1, 2], [3]]), example([6], [[0]], index=1)])
-    logits = torch.randn(row.kept.shape[0], 10, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(len(row.scored[0]) + len(row.scored[1]), 10, generator=torch.Generator().manual_seed(0))
     log_probs = logits.log_softmax(-1)
     scores = row.scores(logits)
     assert scores.shape == (1, 2, 2)
@@ -44,10 +44,10 @@ def test_twin_doubles_streams():
     row = pack([example([5, 6], [[1, 2], [3]])])
     both = row.with_twin(row)
     assert (both.streams, both.num_tokens, both.num_examples) == (2, 2 * row.num_tokens, 1)
-    logits = torch.randn(2 * row.kept.shape[0], 10)
+    logits = torch.randn(2 * len(row.scored[0]), 10)
     scores = both.scores(logits)
-    torch.testing.assert_close(scores[0], row.scores(logits[: row.kept.shape[0]])[0])
-    torch.testing.assert_close(scores[1], row.scores(logits[row.kept.shape[0] :])[0])
+    torch.testing.assert_close(scores[0], row.scores(logits[: len(row.scored[0])])[0])
+    torch.testing.assert_close(scores[1], row.scores(logits[len(row.scored[0]) :])[0])
 
 
 def test_lengths_of_an_example():

@@ -5,7 +5,7 @@ PERTURBATIONS. Only tokens with row.movable may get a non-zero delta. Noise is g
 run as one pass. An adversarial one climbs from the clean pass.
 """
 
-from ptp_ds.perturb.base import CleanPass, Noise, Perturbation, PerturbSettings
+from ptp_ds.perturb.base import Noise, Perturbation, PerturbSettings, SharedPass
 from ptp_ds.perturb.gaussian import gaussian
 from ptp_ds.perturb.pgd import pgd
 from ptp_ds.perturb.uniform import uniform
@@ -16,4 +16,4 @@ PERTURBATIONS: dict[str, Perturbation] = {
     "pgd": Perturbation(pgd, adversarial=True),
 }
 
-__all__ = ["PERTURBATIONS", "CleanPass", "Noise", "PerturbSettings", "Perturbation"]
+__all__ = ["PERTURBATIONS", "SharedPass", "Noise", "PerturbSettings", "Perturbation"]

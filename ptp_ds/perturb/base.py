@@ -1,14 +1,16 @@
-"""What a perturbation is given: settings, its noise, and, where it is adversarial, the clean pass to climb from."""
+"""What a perturbation is given: settings, its noise, and, the passes that it shares with the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone import Backbone, TrunkCache
+from ptp_ds.backbone import Backbone, trunk_chunk
+from ptp_ds.layerwise import LayerPass, Section, TrunkCache
 from ptp_ds.objective import divergence_sum
 from ptp_ds.packing import PackedRow
+from ptp_ds.precision import at_least_fp32
 from ptp_ds.seeding import make_generator
 
 
@@ -56,53 +58,70 @@ class Noise:
         return self._per_example(row, width, purpose, lambda out, gen: out.uniform_(-1.0, 1.0, generator=gen))
 
 
-class CleanPass:
-    """Prompt and clean stream, passed once with their graph kept; later passes run on its cached trunk.
+class SharedPass:
+    """Prompt and clean rows, computed once, and any number of perturbed passes against them.
 
-    Ascent steps take delta's gradient alone: none for the prompt, and no pass over its tokens. The last perturbed pass
-    is differentiated down to the cached keys, values and clean scores, and `surrogate` carries that gradient into the
-    kept graph. So a step costs one pass over the prompt and K + 2 over the rows, forward and backward.
+    The first ascent takes prompt and clean rows along, so that K ascents and the last pass are K + 1 passes; their
+    graph is kept for the last one. Ascents take delta's gradient alone: none for the prompt, no pass over its tokens.
+    max_rows: rows that a layer handles in one go (a micro-batch).
     """
 
-    def __init__(self, forward: Callable[..., Tensor], backbone: Backbone, row: PackedRow, clean_TH: Tensor) -> None:
-        self.backbone, self.row, self.clean_TH = backbone, row, clean_TH
-        self._graph_trunk: TrunkCache = {}
-        self._graph_scores = forward(row, clean_TH, self._graph_trunk)[0]
-        self.scores_BC = self._graph_scores.detach().requires_grad_()
-        self._trunk = {
-            layer: (keys.detach().requires_grad_(), values.detach().requires_grad_())
-            for layer, (keys, values) in self._graph_trunk.items()
-        }
-        self._fixed_trunk = {layer: (keys.detach(), values.detach()) for layer, (keys, values) in self._trunk.items()}
+    def __init__(
+        self, backbone: Backbone, prompt_PH: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None
+    ) -> None:
+        self.backbone, self.prompt_PH, self.row, self.clean_TH = backbone, prompt_PH, row, clean_TH
+        self._length = prompt_PH.shape[0]
+        self._chunks = backbone.chunks(row, self._length, max_rows)
+        trunk = Section(trunk_chunk(self._length, clean_TH.device), graph=True)
+        self._shared = [trunk, *(Section(chunk, graph=True, to_input=False) for chunk in self._chunks)]
+        self._trunk: TrunkCache = {}
+        self._recompute = backbone.activations.recompute(self._length + 2 * row.num_tokens)
+        self._clean_BC: Tensor | None = None
+
+    def clean(self) -> Tensor:
+        """[B, C] clean scores with gradient to the prompt."""
+        return self.row.scores(self._run(self._shared, None, self.prompt_PH, live=None))[0]
 
     def gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] fp32 gradient of the summed divergence at `delta_TH` (summed: rows don't depend on each other)."""
         delta = delta_TH.detach().requires_grad_()
-        scores = self._perturbed(delta, self._fixed_trunk)
-        objective = divergence_sum(divergence, self.scores_BC.detach(), scores, self.row.gold)
-        return torch.autograd.grad(objective, delta)[0].float()
+        perturbed = [Section(chunk, graph=True, to_trunk=False) for chunk in self._chunks]
+        if self._clean_BC is None:
+            logits = self._run([*self._shared, *perturbed], delta, self.prompt_PH.detach(), live=perturbed)
+            clean_BC, scores_BC = self.row.with_twin(self.row).scores(logits)
+            self._clean_BC = clean_BC.detach()
+        else:
+            scores_BC = self.row.scores(self._run(perturbed, delta, None, live=perturbed))[0]
+        objective = divergence_sum(divergence, self._clean_BC, scores_BC, self.row.gold)
+        return at_least_fp32(torch.autograd.grad(objective, delta)[0])
 
-    def perturbed(self, delta_TH: Tensor) -> Tensor:
-        """[B, C] scores at clean + delta, with gradient to the cached trunk."""
-        return self._perturbed(delta_TH, self._trunk)
+    def both(self, delta_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean and perturbed scores [B, C] with gradient to the prompt, and to delta where it asks for one."""
+        to_input = delta_TH.requires_grad
+        perturbed = [Section(chunk, graph=True, to_input=to_input) for chunk in self._chunks]
+        logits = self._run([*self._shared, *perturbed], delta_TH, self.prompt_PH, live=None)
+        clean_BC, perturbed_BC = self.row.with_twin(self.row).scores(logits)
+        return clean_BC, perturbed_BC
 
-    def _perturbed(self, delta_TH: Tensor, trunk: TrunkCache) -> Tensor:
-        return self.backbone.score(self.row, self.clean_TH + delta_TH.to(self.clean_TH.dtype), trunk=trunk)[0]
-
-    def surrogate(self, total: Tensor) -> Tensor:
-        """A scalar whose gradient with respect to the prompt is that of `total`; its value means nothing."""
-        leaves = [self.scores_BC, *(tensor for pair in self._trunk.values() for tensor in pair)]
-        graph = [self._graph_scores, *(tensor for pair in self._graph_trunk.values() for tensor in pair)]
-        gradients = torch.autograd.grad(total, leaves)
-        present = torch.isfinite(graph[0])  # absent candidates score -inf
-        terms = [(torch.where(present, graph[0], 0.0) * gradients[0]).sum()]
-        terms += [(tensor * gradient).sum() for tensor, gradient in zip(graph[1:], gradients[1:], strict=True)]
-        return torch.stack([term.float() for term in terms]).sum()
+    def _run(
+        self, sections: Sequence[Section], delta_TH: Tensor | None, prompt_PH: Tensor | None,
+        live: Sequence[Section] | None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of one pass: prompt and clean rows where prompt_PH is given, perturbed ones with a delta."""
+        inputs, positions, behind = [], [], self.row.position_ids + self._length
+        if prompt_PH is not None:
+            inputs += [prompt_PH.to(self.clean_TH.dtype), self.clean_TH]
+            positions += [torch.arange(self._length, device=behind.device), behind]
+        if delta_TH is not None:
+            inputs.append(self.clean_TH + delta_TH.to(self.clean_TH.dtype))
+            positions.append(behind)
+        layer_pass = LayerPass(sections, self._trunk, self._recompute, live)
+        return self.backbone.run(layer_pass, torch.cat(inputs), torch.cat(positions))
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """find(clean_pass, row, clean_TH, settings, noise) -> delta_TH. adversarial: whether it needs a CleanPass."""
+    """find(shared, row, clean_TH, settings, noise) -> delta_TH. adversarial: whether it climbs first."""
 
-    find: Callable[[CleanPass | None, PackedRow, Tensor, PerturbSettings, Noise], Tensor]
+    find: Callable[[SharedPass, PackedRow, Tensor, PerturbSettings, Noise], Tensor]
     adversarial: bool

@@ -4,12 +4,10 @@ from torch import Tensor
 
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb.ball import movable_only
-from ptp_ds.perturb.base import CleanPass, Noise, PerturbSettings
+from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass
 
 
-def uniform(
-    clean_pass: CleanPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
-) -> Tensor:
+def uniform(shared: SharedPass, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise) -> Tensor:
     """delta ~ U(-a, a) per coordinate with a = sigma m sqrt(3 / H)."""
     width = clean_TH.shape[-1]
     scale = settings.sigma * settings.unit * (3.0 / width) ** 0.5

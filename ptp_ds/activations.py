@@ -1,0 +1,72 @@
+"""Whether layers keep their activations for backward or compute them again, and how many tokens they take at a time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("auto", "keep", "recompute")
+_SHARE = 0.5  # of the memory that is free at the start: kept activations may fill so much
+
+
+@dataclass(frozen=True)
+class Activations:
+    """keep: every layer's graph stays until its backward. recompute: its input alone, L x T x H numbers in all, and one
+    chunk's graph at a time, for about 1.4 times the work. auto: keep while it fits.
+
+    chunk_tokens: tokens that a layer handles at a time (whole rows, at least one). bytes_per_token: what keeping costs,
+    all layers together. budget_bytes: what it may cost.
+    """
+
+    mode: str = "keep"
+    chunk_tokens: int = 4096
+    bytes_per_token: float = 0.0
+    budget_bytes: float = float("inf")
+
+    def recompute(self, tokens: int) -> bool:
+        """Whether a step over `tokens` tokens, prompt and both streams, recomputes."""
+        return self.mode == "recompute" or (self.mode == "auto" and tokens * self.bytes_per_token > self.budget_bytes)
+
+    def describe(self) -> str:
+        """One line for the run's start."""
+        if self.mode != "auto" or not self.bytes_per_token:
+            return self.mode
+        most = int(self.budget_bytes / self.bytes_per_token)
+        return (
+            f"keep up to {most} tokens a step ({self.bytes_per_token / 2**20:.2f} MiB each of "
+            f"{self.budget_bytes / 2**30:.1f} GiB), else recompute"
+        )
+
+
+class SavedBytes:
+    """Counts what autograd saves inside `counting`: each storage once, parameters left out."""
+
+    def __init__(self, parameters: Iterator[Tensor]) -> None:
+        self._known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.total = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Every tensor that is saved for backward inside is counted."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known and not isinstance(tensor, torch.nn.Parameter):
+            self._known.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def memory_budget(device: torch.device) -> float:
+    """Bytes that kept activations may take on this rank: half of what is free now, shared out among a host's ranks."""
+    if device.type == "cuda":
+        return _SHARE * torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return _SHARE * psutil.virtual_memory().available / max(1, here)

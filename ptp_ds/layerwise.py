@@ -1,0 +1,310 @@
+"""Frozen layers over a packed row, section by section: what a layer computes once, keeps, recomputes and shares.
+
+A pass through the model carries sections: the trunk (the prompt), then runs of consecutive rows of the clean and of the
+perturbed stream. Each layer is one autograd function over all of them, so that
+
+- its weights are needed once forward and once backward, whatever the number of sections (ptp_ds.sharding);
+- the trunk's keys and values are computed once and their gradient is summed over all rows of both streams;
+- a section passed before (the clean rows, when only the perturbation has changed) is not computed again: its
+  outputs and its graph are taken from the first time;
+- a section keeps its graph, or only its input and computes the rest again in its backward ("recompute");
+- the last layer computes queries and feed-forward at scored positions only, and nothing but keys for the trunk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ptp_ds.attention import Call, KeysReady, attending
+from ptp_ds.precision import at_least_fp32
+from ptp_ds.sharding import Shards
+from ptp_ds.tree_attention import KeysValues
+from ptp_ds.tree_plan import TreePlan
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive blocks of a packed row, or the trunk, that a layer handles in one go.
+
+    length: its tokens. plan: how they attend; last_plan: the same for queries at `scored` positions [n] alone.
+    """
+
+    length: int
+    plan: TreePlan
+    last_plan: TreePlan | None
+    scored: Tensor
+    is_trunk: bool = False
+
+
+@dataclass
+class _Held:
+    """What one layer of one section leaves for its backward and for passes that know the section already."""
+
+    leaf: Tensor
+    output: Tensor
+    trunk_leaves: list[Tensor]
+    own: list[KeysValues]
+
+
+@dataclass(eq=False)
+class Section:
+    """A chunk on its way through the layers. graph: whether anything of it is differentiated.
+
+    to_input, to_trunk: whether gradient goes to its input embeddings and to the trunk's keys and values.
+    """
+
+    chunk: Chunk
+    graph: bool
+    to_input: bool = True
+    to_trunk: bool = True
+    held: dict[int, _Held] = field(default_factory=dict)
+
+
+TrunkCache = dict[int, list[KeysValues]]  # layer -> keys and values [P, heads, d] of its attention calls
+
+
+@dataclass(eq=False)
+class LayerPass:
+    """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
+
+    trunk: the trunk's keys and values, detached; filled where the pass holds the trunk itself.
+    """
+
+    sections: Sequence[Section]
+    trunk: TrunkCache
+    recompute: bool = False
+    live: Sequence[Section] | None = None
+    windows: set[int | None] = field(default_factory=set)
+    attention_calls: dict[int, int] = field(default_factory=dict)
+    _outputs: tuple[Tensor, list[Tensor]] | None = None
+
+    def scored(self) -> Tensor:
+        """[N] scored positions among the pass' tokens, in order."""
+        places = [section.chunk.scored + start for section, (start, _) in zip(self.sections, self.spans(), strict=True)]
+        return torch.cat(places)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(start, stop) of each section among the pass' tokens."""
+        spans, start = [], 0
+        for section in self.sections:
+            spans.append((start, start + section.chunk.length))
+            start = spans[-1][1]
+        return spans
+
+    def is_live(self, section: Section) -> bool:
+        """Whether the section's outputs get a gradient in this pass."""
+        return section.graph and (self.live is None or any(section is other for other in self.live))
+
+
+_pass: ContextVar[LayerPass | None] = ContextVar("ptp_layer_pass", default=None)
+
+
+@contextmanager
+def passing(layer_pass: LayerPass) -> Iterator[LayerPass]:
+    """Layers inside follow `layer_pass`; outside of any pass they are the family's own."""
+    token = _pass.set(layer_pass)
+    try:
+        yield layer_pass
+    finally:
+        _pass.reset(token)
+
+
+class LayerStack:
+    """A model's layers, each with its forward replaced by one that follows the current LayerPass.
+
+    The module tree, its names and its parameters stay as they are.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], shards: Shards) -> None:
+        self.count, self.shards = len(layers), shards
+        self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        for number, layer in enumerate(layers):
+            layer.forward = partial(self._forward, number)  # type: ignore[method-assign]
+
+    def _forward(self, number: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer_pass = _pass.get()
+        if layer_pass is None:
+            with self.shards.layer(number, self._after(number)):
+                return self._originals[number](hidden_states, *args, **kwargs)
+        work = _LayerWork(self, number, layer_pass, args, kwargs)
+        out = _LayerFunction.apply(hidden_states, work)
+        return (out, *work.extras) if work.extras is not None else out
+
+    def _after(self, number: int) -> int | None:
+        return number + 1 if number + 1 < self.count else None
+
+    def original(self, number: int) -> Callable[..., Any]:
+        """The family's own forward of layer `number`."""
+        return self._originals[number]
+
+
+class _LayerFunction(torch.autograd.Function):
+    """[1, T, H] -> [1, T, H] through one layer; behind the last one, zero where nothing is scored."""
+
+    @staticmethod
+    def forward(ctx, hidden, work):  # type: ignore[override]
+        ctx.work = work
+        return work.forward(hidden.detach())
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        work, ctx.work = ctx.work, None
+        return work.backward(grad), None
+
+
+class _LayerWork:
+    """One layer in one pass."""
+
+    def __init__(
+        self, stack: LayerStack, number: int, layer_pass: LayerPass, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        self.stack, self.number, self.layer_pass = stack, number, layer_pass
+        self.args, self.kwargs = args, kwargs
+        self.is_last = number == stack.count - 1
+        self.spans = layer_pass.spans()
+        self.extras: tuple[None, ...] | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        layer_pass = self.layer_pass
+        inputs = self._inputs(hidden)
+        outputs = []
+        with self.stack.shards.layer(self.number, self.stack._after(self.number)):
+            for section, span, x in zip(layer_pass.sections, self.spans, inputs, strict=True):
+                held = section.held.get(self.number)
+                if held is None:
+                    held = self._run(section, span, x)
+                    if section.graph:
+                        section.held[self.number] = held
+                if section.chunk.is_trunk:
+                    layer_pass.trunk[self.number] = [(k.detach(), v.detach()) for k, v in held.own]
+                outputs.append(held.output.detach())
+        whole = torch.cat(outputs, dim=1)
+        if self.is_last:  # families shape their output like their input: zeros where nothing is scored
+            return torch.zeros_like(hidden).index_copy_(1, layer_pass.scored(), whole)
+        layer_pass._outputs = (whole, outputs)
+        return whole
+
+    def _inputs(self, hidden: Tensor) -> list[Tensor]:
+        """Each section's part of `hidden`: the tensor that the layer before kept, where nothing changed in between."""
+        before = self.layer_pass._outputs
+        if before is not None and before[0].data_ptr() == hidden.data_ptr() and before[0].shape == hidden.shape:
+            return before[1]
+        return [hidden[:, start:stop] for start, stop in self.spans]
+
+    def _run(self, section: Section, span: tuple[int, int], x: Tensor) -> _Held:
+        trunk = None if section.chunk.is_trunk else self.layer_pass.trunk[self.number]
+        with torch.set_grad_enabled(section.graph):
+            leaf = x.detach().requires_grad_(section.graph and (section.to_input or self.number > 0))
+            flat = [tensor.detach() for pair in trunk or () for tensor in pair]
+            for tensor in flat:
+                tensor.requires_grad_(section.graph and section.to_trunk)
+            call = partial(self._call, section.chunk, span)
+            if section.graph and self.layer_pass.recompute:
+                output, *own = checkpoint(call, leaf, *flat, use_reentrant=False, preserve_rng_state=False)
+            else:
+                output, *own = call(leaf, *flat)
+        pairs = list(zip(own[::2], own[1::2], strict=True))
+        return _Held(leaf, output, flat, pairs)
+
+    def _call(self, chunk: Chunk, span: tuple[int, int], x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        """(output, then, for the trunk, the keys and values of each attention call)."""
+        trunk = None if chunk.is_trunk else list(zip(flat[::2], flat[1::2], strict=True))
+        if not self.is_last:
+            with attending(Call(chunk.plan, trunk)) as call:
+                output = self._layer(x, slice(*span))
+        else:
+            with attending(Call(chunk.plan, trunk, keys_only=True)) as call:
+                with suppress(KeysReady):
+                    self._layer(x, slice(*span))
+            if chunk.is_trunk or chunk.last_plan is None:
+                output = x[:, :0]
+            else:
+                keys = call.recorded[0] if call.recorded else None
+                places = chunk.scored + span[0]
+                with attending(Call(chunk.last_plan, trunk, keys=keys)) as call:
+                    output = self._layer(x.index_select(1, chunk.scored), places)
+        self.layer_pass.windows |= call.windows
+        self.layer_pass.attention_calls[self.number] = len(call.recorded)
+        own = [tensor for pair in call.recorded for tensor in pair] if chunk.is_trunk else []
+        return (output, *own)
+
+    def _layer(self, x: Tensor, places: slice | Tensor) -> Tensor:
+        tokens = self.spans[-1][1]
+        args, kwargs = _take(self.args, places, tokens), _take(self.kwargs, places, tokens)
+        result = self.stack.original(self.number)(x, *args, **kwargs)
+        if isinstance(result, tuple):
+            self.extras = (None,) * (len(result) - 1)
+            result = result[0]
+        return result
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the pass' inputs to this layer, zero where a section isn't live."""
+        layer_pass = self.layer_pass
+        pieces: list[Tensor] = []
+        if self.is_last:
+            grad = grad.index_select(1, layer_pass.scored())
+        grads = grad.split([self._output_length(section.chunk) for section in layer_pass.sections], dim=1)
+        trunk_grads: list[Tensor] | None = None
+        with self.stack.shards.layer(self.number, self.number - 1 if self.number else None):
+            for section, piece in zip(reversed(layer_pass.sections), reversed(grads), strict=True):
+                if not layer_pass.is_live(section):
+                    pieces.append(piece.new_zeros(1, section.chunk.length, piece.shape[-1]))
+                    continue
+                held = section.held.pop(self.number)
+                to_input, to_trunk = self._section_gradients(section, held, piece, trunk_grads)
+                pieces.append(to_input)
+                if to_trunk:
+                    trunk_grads = to_trunk if trunk_grads is None else _added(trunk_grads, to_trunk)
+        return torch.cat(pieces[::-1], dim=1)
+
+    def _output_length(self, chunk: Chunk) -> int:
+        return chunk.scored.shape[0] if self.is_last else chunk.length
+
+    def _section_gradients(
+        self, section: Section, held: _Held, grad: Tensor, trunk_grads: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(gradient of the section's input, gradients of the trunk's keys and values)."""
+        outputs, gradients = ([held.output], [grad]) if grad.shape[1] else ([], [])
+        if section.chunk.is_trunk and trunk_grads is not None:
+            own = [tensor for pair in held.own for tensor in pair]
+            outputs, gradients = (
+                outputs + own,
+                gradients + [gradient.to(tensor.dtype) for gradient, tensor in zip(trunk_grads, own, strict=True)],
+            )
+        wanted = [tensor for tensor in (held.leaf, *held.trunk_leaves) if tensor.requires_grad]
+        found = list(torch.autograd.grad(outputs, wanted, gradients)) if outputs and wanted else []
+        to_input = found.pop(0) if held.leaf.requires_grad and found else torch.zeros_like(held.leaf)
+        return to_input, found
+
+
+def _added(sums: list[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """fp32 sums of gradients (fp64 stays)."""
+    return [at_least_fp32(a) + b for a, b in zip(sums, more, strict=True)]
+
+
+def _take(value: Any, places: slice | Tensor, tokens: int) -> Any:
+    """What a model hands its layers, for some of its `tokens` tokens: tensors with a token axis are cut, the rest stay.
+
+    The token axis is the second behind a batch of one, or the only one.
+    """
+    if isinstance(value, Tensor):
+        axis = 1 if value.dim() > 1 and value.shape[0] == 1 and value.shape[1] == tokens else 0
+        if value.dim() > axis and value.shape[axis] == tokens and (axis or value.dim() == 1):
+            return value.index_select(axis, places) if isinstance(places, Tensor) else _cut(value, axis, places)
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_take(item, places, tokens) for item in value)
+    if isinstance(value, dict):
+        return {key: _take(item, places, tokens) for key, item in value.items()}
+    return value
+
+
+def _cut(value: Tensor, axis: int, places: slice) -> Tensor:
+    return value.narrow(axis, places.start, places.stop - places.start)

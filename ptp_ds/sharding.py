@@ -1,0 +1,116 @@
+"""A sharded backbone's weights, gathered layer by layer: once where a layer works, the next one's in flight.
+
+DeepSpeed's own partitions and collectives are used (ZeRO-3, hpZ's secondary shards, parameter offload), not its module
+hooks: a hook gathers a layer at every call and can't know that the same layer works on both streams, on all rows and
+micro-batches. Without ZeRO-3 everything here does nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+EDGES = -1  # everything outside the layers: embeddings, final norm, head
+
+
+@dataclass
+class Traffic:
+    """What was gathered since `reset`: calls for each layer (EDGES: the rest), bytes, and the most held at once."""
+
+    gathers: dict[int, int] = field(default_factory=dict)
+    gathered_bytes: int = 0
+    held_elements: int = 0
+    peak_elements: int = 0
+    peak_layers: int = 0
+
+    def reset(self) -> None:
+        """Starts counting again; what is held stays counted as held."""
+        self.gathers, self.gathered_bytes = {}, 0
+        self.peak_elements, self.peak_layers = self.held_elements, 0
+
+
+class Shards:
+    """Gathers and releases the partitions of `layers` and of the rest of `root`.
+
+    All ranks must enter the same contexts in the same order, since every gather is a collective.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], root: nn.Module) -> None:
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        self._groups: dict[int, list[Any]] = {
+            number: _sharded(layer.parameters()) for number, layer in enumerate(layers)
+        }
+        self._groups[EDGES] = _sharded(p for p in root.parameters() if id(p) not in in_layers)
+        self._handles: dict[int, Any] = {}
+        self._edge_users = 0
+        self.traffic = Traffic()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether there is anything to gather."""
+        return any(self._groups.values())
+
+    @contextmanager
+    def layer(self, number: int, following: int | None = None) -> Iterator[None]:
+        """Layer `number` whole inside; the gather of layer `following` starts before the work and goes on beside it."""
+        self._start(number)
+        self._wait(number)
+        if following is not None and following in self._groups:
+            self._start(following)
+        try:
+            yield
+        finally:
+            self._release(number)
+
+    @contextmanager
+    def edges(self) -> Iterator[None]:
+        """Embeddings, final norm and head whole inside; contexts may nest, the outermost one gathers."""
+        if self._edge_users == 0:
+            self._start(EDGES)
+            self._wait(EDGES)
+        self._edge_users += 1
+        try:
+            yield
+        finally:
+            self._edge_users -= 1
+            if self._edge_users == 0:
+                self._release(EDGES)
+
+    def drop(self) -> None:
+        """Releases a layer whose gather was started for work that didn't come (an error, a pass that ended early)."""
+        for number in list(self._handles):
+            if number != EDGES:
+                self._wait(number)
+                self._release(number)
+
+    def _start(self, number: int) -> None:
+        parameters = self._groups[number]
+        if not parameters or number in self._handles:
+            return
+        self._handles[number] = parameters[0].all_gather_coalesced(parameters)
+        traffic, size = self.traffic, sum(parameter.ds_numel for parameter in parameters)
+        traffic.gathers[number] = traffic.gathers.get(number, 0) + 1
+        traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in parameters)
+        traffic.held_elements += size
+        traffic.peak_elements = max(traffic.peak_elements, traffic.held_elements)
+        traffic.peak_layers = max(traffic.peak_layers, sum(held != EDGES for held in self._handles))
+
+    def _wait(self, number: int) -> None:
+        if number in self._handles:
+            self._handles[number].wait()
+
+    def _release(self, number: int) -> None:
+        if number not in self._handles:
+            return
+        del self._handles[number]
+        parameters = self._groups[number]
+        parameters[0].partition(parameters)
+        self.traffic.held_elements -= sum(parameter.ds_numel for parameter in parameters)
+
+
+def _sharded(parameters: Any) -> list[Any]:
+    """Each parameter that ZeRO-3 has partitioned, once, in order."""
+    found: dict[int, Any] = {id(p): p for p in parameters if hasattr(p, "ds_tensor")}
+    return list(found.values())

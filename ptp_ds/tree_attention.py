@@ -1,0 +1,113 @@
+"""Attention over the packed row's tree: the trunk attends to itself, every block to the trunk and to itself.
+
+Blocks are gathered into a few buckets of similar length, so that the only padding is inside the attention product, and
+each bucket is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a
+key head are folded into the query length, so grouped-query keys are never repeated.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptp_ds.precision import at_least_fp32
+from ptp_ds.tree_plan import Slots, TreePlan
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class _Pad(torch.autograd.Function):
+    """[T, D] block tokens to [sum R*length, D] bucket slots; padding repeats a token and sends no gradient back.
+
+    A plain index_select would scatter-add in its backward, row by row; here both directions are gathers.
+    """
+
+    @staticmethod
+    def forward(ctx, x, to_padded, to_packed):  # type: ignore[override]
+        ctx.save_for_backward(to_packed)
+        return x.index_select(0, to_padded)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The way back: [sum R*length, D] to [T, D]; padding slots get a zero gradient, so padding moves no key."""
+
+    @staticmethod
+    def forward(ctx, x, to_packed):  # type: ignore[override]
+        ctx.save_for_backward(to_packed)
+        ctx.slots = x.shape[0]
+        return x.index_select(0, to_packed)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad.new_zeros(ctx.slots, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    logits = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    return torch.softmax(at_least_fp32(logits + mask), dim=-1).to(v.dtype) @ v
+
+
+def _fold(x: Tensor, heads: int) -> Tensor:
+    """[R, Q, heads * g, d] -> [R, heads, g * Q, d]: query heads of one key head lie behind each other."""
+    rows, length, all_heads, width = x.shape
+    return x.view(rows, length, heads, all_heads // heads, width).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, width)
+
+
+def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
+    """The inverse of _fold, with rows and length joined: [R * Q, heads * g, d]."""
+    rows, heads, _, width = x.shape
+    split = x.view(rows, heads, all_heads // heads, length, width).permute(0, 3, 1, 2, 4)
+    return split.reshape(rows * length, all_heads, width)
+
+
+def attend_tree(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of one layer over the packed row: [P + T, heads, d] -> [P + T, heads, d].
+
+    q has heads * g query heads, k and v heads key heads. With `trunk` (cached keys and values [P, heads, d]) the row
+    holds blocks only. window: keys at a distance of `window` positions or more are not seen.
+    """
+    heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.trunk_length
+    groups = all_heads // heads
+    # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
+    (q_trunk, q_rows), (k_own, k_rows), (v_own, v_rows) = (
+        x.split([length, x.shape[0] - length]) for x in (q_THD, k_TKD, v_TKD)
+    )
+    k_trunk, v_trunk = trunk if trunk is not None else (k_own, v_own)
+    k_trunk, v_trunk = k_trunk.transpose(0, 1)[None], v_trunk.transpose(0, 1)[None]
+    parts = []
+    if length:
+        mask = plan.mask(-1, q_THD.dtype, groups, window)
+        out = _attend(_fold(q_trunk[None], heads), k_trunk, v_trunk, mask, scale, softcap)
+        parts.append(_unfold(out, length, all_heads))
+    if not plan.buckets:
+        return parts[0]
+    q = _padded(q_rows, plan.query_slots, [bucket.rows * bucket.queries for bucket in plan.buckets])
+    key_sizes = [bucket.rows * bucket.keys for bucket in plan.buckets]
+    k, v = (_padded(x, plan.key_slots, key_sizes) for x in (k_rows, v_rows))
+    outs = []
+    for number, bucket in enumerate(plan.buckets):
+        rows = bucket.rows
+        q_b = _fold(q[number].view(rows, bucket.queries, all_heads, -1), heads)
+        k_b, v_b = (x[number].view(rows, bucket.keys, heads, -1).transpose(1, 2) for x in (k, v))
+        k_b = torch.cat([k_trunk.expand(rows, -1, -1, -1), k_b], dim=2)
+        v_b = torch.cat([v_trunk.expand(rows, -1, -1, -1), v_b], dim=2)
+        mask = plan.mask(number, q_THD.dtype, groups, window)
+        outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap), bucket.queries, all_heads))
+    padded = torch.cat(outs)
+    packed = _Unpad.apply(padded.view(padded.shape[0], -1), plan.query_slots.to_packed)
+    parts.append(packed.view(-1, all_heads, padded.shape[-1]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _padded(x_THD: Tensor, slots: Slots, sizes: list[int]) -> tuple[Tensor, ...]:
+    """[T, heads, d] -> for each bucket [rows * length, heads * d]."""
+    return _Pad.apply(x_THD.reshape(x_THD.shape[0], -1), slots.to_padded, slots.to_packed).split(sizes)

@@ -1,0 +1,60 @@
+"""Frozen norms and gated feed-forwards: the family's own values and gradients, and which modules are replaced."""
+
+import pytest
+import torch
+from reference import make_model
+from torch import nn
+
+from ptp_ds.frozen_ops import FrozenRMSNorm, GatedSilu, replace_frozen
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(5, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda x: FrozenRMSNorm.apply(x, weight, 1e-5), [x])
+    gate, up = (torch.randn(2, 7, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(GatedSilu.apply, [gate, up])
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("llama", {"LlamaRMSNorm", "LlamaMLP"}), ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}), ("gemma2", {"Gemma2RMSNorm"}),
+     ("gpt2", set()), ("opt", set()), ("phi", set())],
+)  # fmt: skip
+def test_what_is_replaced(family, expected):
+    """gemma2's feed-forward has another activation, the others have LayerNorm: their own code stays."""
+    model = make_model(family)
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    modules = [module for module in model.modules() if type(module).__name__ in expected]
+    widths = {module: getattr(module, "weight", module_weight(module)).shape[-1] for module in modules}
+    before = [module(x[..., : widths[module]]) for module in modules]
+    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    for module, wanted in zip(modules, before, strict=True):
+        torch.testing.assert_close(module(x[..., : widths[module]]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def module_weight(module):
+    return next(module.parameters())
+
+
+def test_a_norm_that_computes_something_else_is_left_alone():
+    class Odd(nn.Module):
+        eps = 1e-5
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.weight * (x - x.mean(-1, keepdim=True))
+
+    odd = Odd().requires_grad_(False)
+    assert replace_frozen([odd], [odd]) == set()
+    assert "forward" not in odd.__dict__
+
+
+def test_other_precisions_keep_the_familys_own_rounding():
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model("llama", dtype)
+        assert replace_frozen(model.modules(), list(model.modules())) == set()
