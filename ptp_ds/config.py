@@ -18,7 +18,7 @@ from ptp_ds.perturb import PERTURBATIONS
 from ptp_ds.perturb.ball import NORMS
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
-_PLANNED = {"prompt": ("deep",), "perturbation": ("mask", "free", "a2t")}
+_PLANNED = {"prompt": ("deep",), "perturbation": ("mask", "a2t")}
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -56,10 +56,12 @@ class RunConfig:
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
     sigma: float = _flag(0.3, "gaussian, uniform: noise size of a token, in mean embedding norms")
-    epsilon: float = _flag(0.03, "pgd: radius of the ball, in mean embedding norms")
-    alpha: float | None = _flag(None, "pgd: length of an ascent step, in mean embedding norms; default 1.5 epsilon / K")
-    ascent_steps: int = _flag(2, "pgd: K, ascent steps")
-    norm: str = _flag("frobenius", "pgd: the ball's norm", NORMS)
+    epsilon: float = _flag(0.03, "pgd, free: radius of the ball, in mean embedding norms")
+    alpha: float | None = _flag(
+        None, "pgd, free: length of an ascent step, in mean embedding norms; default 1.5 epsilon / K"
+    )
+    ascent_steps: int = _flag(2, "K: pgd's ascent steps; free: optimizer steps on one batch, an ascent step in each")
+    norm: str = _flag("frobenius", "pgd, free: the ball's norm", NORMS)
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
     gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
     activations: str = _flag("auto", "keep layers' activations, compute them again in backward, or keep while they fit",
@@ -88,9 +90,19 @@ class RunConfig:
         return self.alpha if self.alpha is not None else 1.5 * self.epsilon / max(1, self.ascent_steps)
 
     @property
+    def carries(self) -> bool:
+        """Whether deltas are carried from one optimizer step to the next."""
+        return self.perturbs and PERTURBATIONS[self.perturbation].carries
+
+    @property
+    def batch_repeats(self) -> int:
+        """Optimizer steps that use one batch."""
+        return self.ascent_steps if self.carries else 1
+
+    @property
     def perturbs(self) -> bool:
         """Whether a second stream is computed: not for lambda = 0 or a delta that can only be zero."""
-        size = self.epsilon if self.perturbation == "pgd" else self.sigma
+        size = self.epsilon if self.perturbation in ("pgd", "free") else self.sigma
         return self.perturbation != "none" and self.reg_weight > 0 and size > 0
 
     def validate(self) -> None:
@@ -126,7 +138,8 @@ class RunConfig:
     def without_effect(self, explicit: set[str]) -> list[str]:
         """Flags that were given but that the chosen perturbation does not read."""
         reads = {"none": set(), "gaussian": {"sigma"}, "uniform": {"sigma"},
-                 "pgd": {"epsilon", "alpha", "ascent_steps", "norm"}}  # fmt: skip
+                 "pgd": {"epsilon", "alpha", "ascent_steps", "norm"},
+                 "free": {"epsilon", "alpha", "ascent_steps", "norm"}}  # fmt: skip
         special = {"sigma", "epsilon", "alpha", "ascent_steps", "norm"}
         unread = special - reads[self.perturbation]
         if self.perturbation == "none":

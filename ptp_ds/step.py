@@ -12,6 +12,7 @@ from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.free import advance
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StepLoss:
     divergence: Tensor
     delta_norm: Tensor
     tokens: int
+    delta: Tensor | None = None
 
 
 def settings_of(run: RunConfig, unit: float) -> PerturbSettings:
@@ -40,16 +42,18 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 def ptp_loss(
     prompt_PH: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
-    max_rows: int | None = None,
+    max_rows: int | None = None, carried_TH: Tensor | None = None,
 ) -> StepLoss:  # fmt: skip
-    """The summed loss of one packed row, with its gradient to prompt_PH. max_rows: rows of a micro-batch.
+    """The summed loss of one packed row, with its gradient to prompt_PH.
+
+    max_rows: rows of a micro-batch. carried_TH: the step before's delta, for a perturbation that carries it.
 
     Without a perturbation the pass is plain prompt tuning, the very same operations. Noise is known beforehand, so both
     streams run as one pass; an adversarial delta climbs against the clean scores first.
     """
     with backbone.shards.edges():
         clean_TH = backbone.embed(row.token_ids)
-        shared = SharedPass(backbone, prompt_PH, row, clean_TH, max_rows)
+        shared = SharedPass(backbone, prompt_PH, row, clean_TH, max_rows, carried_TH)
         tokens = prompt_PH.shape[0] + row.num_tokens
         if not run.perturbs:
             total = cross_entropy_sum(shared.clean(), row.gold)
@@ -61,19 +65,24 @@ def ptp_loss(
     divergence = divergence_sum(run.divergence, clean_BC, perturbed_BC, row.gold)
     total = cross_entropy + reg_weight_at(run, noise.step) * divergence
     delta_norm = example_norm(delta_TH, row).sum()
-    return StepLoss(total, cross_entropy.detach(), divergence.detach(), delta_norm, tokens + row.num_tokens)
+    return StepLoss(total, cross_entropy.detach(), divergence.detach(), delta_norm, tokens + row.num_tokens, delta_TH)
 
 
 def optimizer_step(
-    engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float
-) -> StepLoss:
-    """One optimizer step on this rank's rows: forward, backward, update. `row` holds all its micro-batches.
+    engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float,
+    carried_TH: Tensor | None = None,
+) -> tuple[StepLoss, Tensor | None]:  # fmt: skip
+    """One optimizer step on this rank's rows: forward, backward, update. Returns the loss and the delta to carry on.
 
-    The backbone's embeddings and head are gathered once for all of it, each layer once a pass.
+    `row` holds all micro-batches. The backbone's embeddings and head are gathered once, each layer once a pass.
     """
     with engine.backbone.shards.edges():
         max_rows = row.num_examples // run.gradient_accumulation_steps
-        loss = ptp_loss(engine.prompt_values(), engine.backbone, row, run, settings, noise, max_rows)
+        loss = ptp_loss(engine.prompt_values(), engine.backbone, row, run, settings, noise, max_rows, carried_TH)
         engine.backward_sum(loss.total, run.batch_size)
     engine.step(lr)
-    return loss
+    delta = loss.delta
+    if delta is None or not run.carries:
+        return loss, None
+    assert delta.grad is not None
+    return loss, advance(delta, delta.grad, row, settings)

@@ -41,6 +41,16 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
+    carried: "Carried | None" = None
+
+
+@dataclass
+class Carried:
+    """Deltas for the next step's batch, its second use or later. mine: this rank's [T, H]; whole: all ranks', [T', H],
+    in the order of the global batch, as a checkpoint holds them."""
+
+    mine: Tensor | None = None
+    whole: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Trainer:
         stop, meter = StopRequest(self.ranks), Meter(self.ranks)
         try:
             while progress.step < self.run.max_steps:
-                self._optimizer_step(progress.step, meter)
+                self._optimizer_step(progress, meter)
                 progress.step += 1
                 self.monitor.tick(progress.step)
                 progress.stopped_by = stop.agreed()
@@ -74,23 +84,56 @@ class Trainer:
             stop.restore()
         return progress
 
-    def _optimizer_step(self, step: int, meter: "Meter") -> None:
+    def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
+        step = progress.step
         row = self.rows_of(step)
         noise = Noise(self.run.seed, step)
-        loss = optimizer_step(self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step))
+        loss, delta = optimizer_step(
+            self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step), self._carried(progress)
+        )
+        progress.carried = Carried(mine=delta) if delta is not None else None
         meter.add(loss, row, step)
 
     @cached_property
     def _order(self) -> BatchOrder:
         return BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
 
-    def rows_of(self, step: int) -> PackedRow:
-        """This rank's rows of optimizer step `step`, packed, one micro-batch behind the other."""
-        batch = [self.train_examples[number] for number in self._order.batch(step)]
+    def _dealt(self, step: int) -> tuple[list[Example], list[int]]:
+        """The global batch of optimizer step `step` and this rank's places in it, micro-batch by micro-batch."""
+        batch = [self.train_examples[number] for number in self._order.batch(step // self.run.batch_repeats)]
         accumulate = self.run.gradient_accumulation_steps
         hands = deal([example.packed_length for example in batch], self.ranks.world * accumulate)
         mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
-        return pack([batch[place] for hand in mine for place in hand]).to(self.ranks.device)
+        return batch, [place for hand in mine for place in hand]
+
+    def rows_of(self, step: int) -> PackedRow:
+        """This rank's rows of optimizer step `step`, packed, one micro-batch behind the other."""
+        batch, places = self._dealt(step)
+        return pack([batch[place] for place in places]).to(self.ranks.device)
+
+    def _carried(self, progress: Progress) -> Tensor | None:
+        """[T, H] this rank's carried deltas for the step to come; None at a batch's first use."""
+        if progress.carried is None or progress.step % self.run.batch_repeats == 0:
+            return None
+        if progress.carried.mine is None:
+            assert progress.carried.whole is not None
+            batch, places = self._dealt(progress.step)
+            parts = progress.carried.whole.split([example.packed_length for example in batch])
+            progress.carried.mine = torch.cat([parts[place] for place in places]).to(self.ranks.device)
+        return progress.carried.mine
+
+    def _whole_carried(self, progress: Progress) -> Tensor | None:
+        """All ranks' carried deltas in the order of the global batch, on the CPU; all ranks must call it."""
+        mine = self._carried(progress)
+        if mine is None:
+            return None
+        batch, places = self._dealt(progress.step)
+        lengths = [example.packed_length for example in batch]
+        whole = mine.new_zeros(sum(lengths), mine.shape[1])
+        parts = whole.split(lengths)
+        for place, part in zip(places, mine.split([lengths[place] for place in places]), strict=True):
+            parts[place].copy_(part)
+        return self.ranks.sum(whole).cpu()
 
     def _after_step(self, progress: Progress, meter: "Meter") -> None:
         step, run = progress.step, self.run
@@ -150,6 +193,9 @@ class Trainer:
         tensors = self.engine.state()
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
+        carried = self._whole_carried(progress)
+        if carried is not None:
+            tensors["carried_delta"] = carried
         best = None
         if progress.best is not None:
             best = {"step": progress.best_step, "evaluation": progress.best.as_dict()}
@@ -176,6 +222,8 @@ def learning_rate(run: RunConfig, step: int) -> float:
 def progress_from(checkpoint: Checkpoint) -> Progress:
     """The progress that a checkpoint recorded."""
     progress = Progress(step=checkpoint.step)
+    if "carried_delta" in checkpoint.tensors:
+        progress.carried = Carried(whole=checkpoint.tensors["carried_delta"])
     if checkpoint.best is not None:
         progress.best = Evaluation(**checkpoint.best["evaluation"])
         progress.best_step = int(checkpoint.best["step"])

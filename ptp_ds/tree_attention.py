@@ -1,8 +1,11 @@
 """Attention over the packed row's tree: the trunk attends to itself, every block to the trunk and to itself.
 
-Blocks are gathered into a few buckets of similar length, so that the only padding is inside the attention product, and
-each bucket is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a
-key head are folded into the query length, so grouped-query keys are never repeated.
+On a CPU rows take two parts, to the trunk and to themselves, merged by log-sum-exp (MergedAttention).
+
+The reference serves everything else: soft caps, short windows, the trunk itself, scored positions alone, CUDA. It
+gathers blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each
+bucket is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are
+folded into the query length, so grouped-query keys are never repeated.
 """
 
 import torch
@@ -45,6 +48,81 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.slots, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
+def merges(plan: TreePlan, q_THD: Tensor) -> bool:
+    """Whether MergedAttention serves this call: on a CPU, every token asking, behind a trunk."""
+    return q_THD.device.type == "cpu" and plan.every_token_asks and plan.trunk_keys > 0 and bool(plan.blocks)
+
+
+class MergedAttention(torch.autograd.Function):
+    """Rows' attention in two parts, to the trunk and to themselves, joined by their log-sum-exps.
+
+    The trunk's keys and values lie there once for all rows; no row joins or pads keys. Each part's backward is that of
+    ordinary attention with the joined output and log-sum-exp: its probabilities are then the joint ones
+    (FlashAttention, Dao et al. 2022, section 3.1). The trunk's keys and values get gradients summed over all rows.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_trunk, v_trunk, plan, scale):  # type: ignore[override]
+        groups = q.shape[1] // k.shape[1]
+        q = _spread(q, 1)
+        k, v, k_trunk, v_trunk = (_spread(x, groups) for x in (k, v, k_trunk, v_trunk))
+        out_trunk, lse_trunk = _flash(q, k_trunk, v_trunk, 0.0, False, scale=scale)
+        out, lse = torch.empty_like(out_trunk), torch.empty_like(lse_trunk)
+        for number, (start, length) in enumerate(_block_spans(plan)):
+            part = (x.narrow(2, start, length) for x in (q, k, v))
+            mask = plan.block_mask(number, q.dtype)
+            out_b, lse_b = _flash(*part, 0.0, mask is None, attn_mask=mask, scale=scale)
+            out.narrow(2, start, length).copy_(out_b)
+            lse.narrow(2, start, length).copy_(lse_b)
+        share = torch.sigmoid(lse_trunk - lse).unsqueeze(-1).to(out.dtype)
+        out.lerp_(out_trunk, share)
+        ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, torch.logaddexp(lse, lse_trunk))
+        ctx.plan, ctx.scale, ctx.groups = plan, scale, groups
+        return out[0].transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
+        grad, scale = _spread(grad, 1), ctx.scale
+        d_q, d_k_trunk, d_v_trunk = _flash_backward(grad, q, k_trunk, v_trunk, out, lse, 0.0, False, scale=scale)
+        d_k, d_v = torch.empty_like(k), torch.empty_like(v)
+        if any(ctx.needs_input_grad[:3]):  # the first layer's clean rows move nothing
+            for number, (start, length) in enumerate(_block_spans(ctx.plan)):
+                part = (x.narrow(2, start, length) for x in (grad, q, k, v, out, lse))
+                mask = ctx.plan.block_mask(number, q.dtype)
+                d_q_b, d_k_b, d_v_b = _flash_backward(*part, 0.0, mask is None, attn_mask=mask, scale=scale)
+                d_q.narrow(2, start, length).add_(d_q_b)
+                d_k.narrow(2, start, length).copy_(d_k_b)
+                d_v.narrow(2, start, length).copy_(d_v_b)
+        gathered = (_gathered(x, ctx.groups) for x in (d_k, d_v, d_k_trunk, d_v_trunk))
+        return _gathered(d_q, 1), *gathered, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _spread(x_THD: Tensor, groups: int) -> Tensor:
+    """[T, heads, d] -> [1, heads * groups, T, d], each head `groups` times."""
+    x = x_THD if groups == 1 else x_THD.repeat_interleave(groups, dim=1)
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _gathered(x: Tensor, groups: int) -> Tensor:
+    """The transpose of _spread: [1, heads * groups, T, d] -> [T, heads, d], summed over a head's copies."""
+    x_THD = x[0].transpose(0, 1)
+    return x_THD if groups == 1 else x_THD.unflatten(1, (-1, groups)).sum(2)
+
+
+def _block_spans(plan: TreePlan) -> list[tuple[int, int]]:
+    """(start, length) of each block among the row's tokens."""
+    spans, start = [], 0
+    for block in plan.blocks:
+        spans.append((start, block.length))
+        start += block.length
+    return spans
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K]."""
     if softcap is None:
@@ -75,6 +153,17 @@ def attend_tree(
     q has heads * g query heads, k and v heads key heads. With `trunk` (cached keys and values [P, heads, d]) the row
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
     """
+    window = None if window is not None and window >= plan.longest_path else window
+    if trunk is not None and softcap is None and window is None and merges(plan, q_THD):
+        return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
+    return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, trunk, scale=scale, softcap=softcap, window=window)
+
+
+def attend_tree_reference(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """attend_tree by buckets and masks, keys of the trunk and of the row joined: for every feature and device."""
     heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.trunk_length
     groups = all_heads // heads
     # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.

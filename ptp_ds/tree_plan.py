@@ -49,7 +49,30 @@ class TreePlan:
     key_slots: Slots
     query_slots: Slots
     device: torch.device
+    blocks: tuple[Block, ...] = ()
     _masks: dict = field(default_factory=dict)
+
+    @property
+    def every_token_asks(self) -> bool:
+        """Whether queries and keys are the same tokens."""
+        return self.query_slots is self.key_slots
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the longest path through trunk and block, at most."""
+        return self.trunk_keys + max((block.length for block in self.blocks), default=0)
+
+    def block_mask(self, number: int, dtype: torch.dtype) -> Tensor | None:
+        """[1, 1, length, length] additive mask of one block among its own tokens; None where it is plainly causal."""
+        block = self.blocks[number]
+        if len(block.starts) == 1:
+            return None
+        key = ("block", number, dtype)
+        if key not in self._masks:
+            hidden = torch.from_numpy(~block.visible())
+            additive = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[key] = additive[None, None].to(self.device)
+        return self._masks[key]
 
     def mask(self, bucket: int, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
         """[1 or R, 1, groups * Q, P + K] additive mask of a bucket, made once per plan; -1 is the trunk."""
@@ -147,4 +170,4 @@ def plan_tree(
     device = torch.device(device)
     key_slots = _slots(key_rows, int(starts[-1]), device)
     query_slots = key_slots if asked is None else _slots(query_rows, int(ask_starts[-1]), device)
-    return TreePlan(trunk_length, trunk_keys, buckets, key_slots, query_slots, device)
+    return TreePlan(trunk_length, trunk_keys, buckets, key_slots, query_slots, device, tuple(blocks))

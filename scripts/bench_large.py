@@ -58,7 +58,7 @@ def measure(engine: Engine, run: RunConfig, unit: float, row: PackedRow, ranks: 
             torch.cuda.synchronize()
         start = time.perf_counter()
         settings = settings_of(run, unit)
-        loss = optimizer_step(engine, row, run, settings, Noise(0, step), 1e-3)
+        loss, _ = optimizer_step(engine, row, run, settings, Noise(0, step), 1e-3)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

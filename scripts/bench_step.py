@@ -133,7 +133,7 @@ class Ours:
         run = replace(run, perturbation=method, batch_size=len(examples))
         row = pack(examples).to(self.device)
         settings = settings_of(run, self.unit)
-        loss = optimizer_step(self.engine, row, run, settings, Noise(run.seed, number), 1e-3)
+        loss, _ = optimizer_step(self.engine, row, run, settings, Noise(run.seed, number), 1e-3)
         self.tokens = loss.tokens
         return float(loss.total.detach())
 

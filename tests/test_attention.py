@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptp_ds.packing import Block
-from ptp_ds.tree_attention import attend_tree
+from ptp_ds.tree_attention import MergedAttention, attend_tree
 from ptp_ds.tree_plan import plan_tree
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
@@ -71,6 +71,18 @@ def test_equals_dense_attention(rows, trunk, groups, softcap, window, seed):
     out = attend_tree(q, k, v, plan, scale=0.5, softcap=softcap, window=window)
     expected = dense(q, k, v, rows, trunk, 0.5, softcap, window)
     torch.testing.assert_close(out, expected, atol=1e-9 if softcap is None else 1e-6, rtol=0)
+    if trunk and window is None:  # behind a cached trunk, merged by log-sum-exp where there is no soft cap
+        cached = attend_tree(
+            q[trunk:], k[trunk:], v[trunk:], plan_tree(rows, 0, trunk, "cpu"), (k[:trunk], v[:trunk]), scale=0.5,
+            softcap=softcap,
+        )  # fmt: skip
+        torch.testing.assert_close(cached, expected[trunk:], atol=1e-9 if softcap is None else 1e-6, rtol=0)
+        merged, wanted = (
+            torch.autograd.grad((rest * weight[trunk:]).sum(), (q, k, v), retain_graph=True)
+            for rest in (cached, expected[trunk:])
+        )
+        for actual, right in zip(merged, wanted, strict=True):
+            torch.testing.assert_close(actual, right, atol=1e-8 if softcap is None else 1e-5, rtol=0)
     ours = torch.autograd.grad((out * weight).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for actual, wanted in zip(ours, theirs, strict=True):
@@ -107,6 +119,30 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda q, k, v: attend_tree(q, k, v, plan_tree(rows, 2, 2, "cpu"), scale=0.5), inputs
     )
+
+
+def test_gradcheck_of_the_merged_function():
+    rows = [Block(3, (0,), (-1,)), Block(4, (0, 2, 3), (-1, 0, 0))]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 4, 3), (7, 2, 3), (7, 2, 3), (2, 2, 3), (2, 2, 3)]
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    plan = plan_tree(rows, 0, 2, "cpu")
+    assert torch.autograd.gradcheck(lambda *x: MergedAttention.apply(*x, plan, 0.5), inputs)
+
+
+def test_merged_is_what_a_cpu_runs(monkeypatch):
+    import ptp_ds.tree_attention as tree_attention
+
+    def fail(*_args, **_kwargs):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(tree_attention, "attend_tree_reference", fail)
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    plan, trunk = plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, "cpu"), (torch.randn(3, 2, 8), torch.randn(3, 2, 8))
+    assert attend_tree(q, k, v, plan, trunk, scale=1.0).shape == (5, 4, 8)
+    assert attend_tree(q, k, v, plan, trunk, scale=1.0, window=9).shape == (5, 4, 8)  # no path is longer than 8
+    with pytest.raises(AssertionError, match="reference"):
+        attend_tree(q, k, v, plan, trunk, scale=1.0, window=4)
 
 
 def test_the_bare_model_says_how_it_must_be_called():

@@ -108,8 +108,7 @@ def test_flag_errors(argv, message):
     ("argv", "named"),
     [
         (["--prompt", "deep"], "--prompt deep"),
-        (["--seed", "1", "--perturbation", "free"], "--perturbation free"),
-        (["--perturbation=mask"], "--perturbation mask"),
+        (["--seed", "1", "--perturbation=mask"], "--perturbation mask"),
         (["--perturbation", "a2t"], "--perturbation a2t"),
     ],
 )
@@ -165,6 +164,7 @@ def test_contradictions(settings, message):
     [
         ("none", {"sigma", "epsilon", "alpha", "ascent_steps", "norm", "reg_weight", "reg_warmup_steps", "divergence"}),
         ("gaussian", {"epsilon", "alpha", "ascent_steps", "norm"}),
+        ("free", {"sigma"}),
         ("uniform", {"epsilon", "alpha", "ascent_steps", "norm"}),
         ("pgd", {"sigma"}),
     ],

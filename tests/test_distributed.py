@@ -50,6 +50,31 @@ def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model,
         assert abs(other_result["eval_cross_entropy"] - result["eval_cross_entropy"]) < 1e-5
 
 
+def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
+    """keep and recompute, 1 and 2 ranks, 1 and 4 micro-batches, small chunks: one curve."""
+    settings = {
+        "keep": (1, ["--activations", "keep"]),
+        "recompute": (1, ["--activations", "recompute", "--chunk_tokens", "100"]),
+        "two ranks": (2, ["--activations", "recompute"]),
+        "micro-batches": (1, ["--activations", "keep", "--gradient_accumulation_steps", "4"]),
+    }
+    curves = {}
+    for name, (nproc, extra) in settings.items():
+        out = tmp_path / name.replace(" ", "-")
+        done = run_train(
+            ["--model", tiny_model, "--perturbation", "pgd", "--max_steps", "50", "--log_every", "1", "--batch_size",
+             "8", "--prompt_length", "5", "--eval_every", "0", "--save_every", "0", "--eval_tokens", "4000",
+             "--output_dir", out, *extra], nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        curves[name] = torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
+        assert curves[name].shape == (50,)
+    assert float(curves["keep"][:5].mean() - curves["keep"][-5:].mean()) > 0
+    for name, curve in curves.items():
+        torch.testing.assert_close(curve, curves["keep"], atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize(
     ("perturbation", "activations", "passes"),
     [("gaussian", "keep", 1), ("pgd", "keep", 3), ("pgd", "recompute", 3)],

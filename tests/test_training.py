@@ -126,10 +126,11 @@ def test_killed_and_resumed_equals_uninterrupted(run_train, tiny_model, tmp_path
     assert losses[0] == losses[1]
 
 
-def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path):
-    """P * H is odd here, so the last rank's part of the prompt is padded."""
-    args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", "--max_steps", "6", "--save_every", "3",
-            "--keep_checkpoints", "5"]  # fmt: skip
+@pytest.mark.parametrize("perturbation", ["gaussian", "free"])
+def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path, perturbation):
+    """P * H is odd here, so the last rank's part of the prompt is padded; free (K = 2) stops between a batch's uses."""
+    args = [*QUICK, "--model", tiny_model, "--perturbation", perturbation, "--max_steps", "6", "--save_every", "3",
+            "--keep_checkpoints", "5", "--lr", "0.01"]  # fmt: skip
     two, one = tmp_path / "two", tmp_path / "one"
     check(run_train([*args, "--output_dir", two], nproc=2))
     saved = two / "checkpoints" / "step-000003"
@@ -137,6 +138,23 @@ def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path):
     difference = (last_prompt(one) - last_prompt(two)).norm() / last_prompt(two).norm()
     assert float(difference) < 1e-5
     assert json.loads((one / "result.json").read_text())["world_size"] == 1
+
+
+def test_carried_deltas_resume_bit_for_bit(run_train, tiny_model, tmp_path):
+    """free, K = 3, saved behind steps 1 to 5: wherever a run goes on, it ends in the same prompt."""
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--ascent_steps", "3", "--max_steps", "6",
+            "--save_every", "1", "--keep_checkpoints", "9", "--epsilon", "0.5"]  # fmt: skip
+    whole = tmp_path / "whole"
+    check(run_train([*args, "--output_dir", whole]))
+    held = {
+        step: "carried_delta" in load_file(whole / "checkpoints" / f"step-{step:06}" / "state.safetensors")
+        for step in range(1, 7)
+    }
+    assert held == {1: True, 2: True, 3: False, 4: True, 5: True, 6: False}
+    for step in (2, 4):
+        again = tmp_path / f"again-{step}"
+        check(run_train([*args, "--output_dir", again, "--resume", whole / "checkpoints" / f"step-{step:06}"]))
+        assert torch.equal(last_prompt(again), last_prompt(whole)), step
 
 
 def test_sigterm_saves_and_stops_and_resumes(run_train, tiny_model, tmp_path):

@@ -63,12 +63,15 @@ class SharedPass:
 
     The first ascent takes prompt and clean rows along, so that K ascents and the last pass are K + 1 passes; their
     graph is kept for the last one. Ascents take delta's gradient alone: none for the prompt, no pass over its tokens.
-    max_rows: rows that a layer handles in one go (a micro-batch).
+    max_rows: rows that a layer handles in one go (a micro-batch). carried_TH: the deltas of the step before, for a
+    perturbation that carries them.
     """
 
     def __init__(
-        self, backbone: Backbone, prompt_PH: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None
-    ) -> None:
+        self, backbone: Backbone, prompt_PH: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
+        carried_TH: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.carried_TH = carried_TH
         self.backbone, self.prompt_PH, self.row, self.clean_TH = backbone, prompt_PH, row, clean_TH
         self._length = prompt_PH.shape[0]
         self._chunks = backbone.chunks(row, self._length, max_rows)
@@ -121,7 +124,10 @@ class SharedPass:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """find(shared, row, clean_TH, settings, noise) -> delta_TH. adversarial: whether it climbs first."""
+    """find(shared, row, clean_TH, settings, noise) -> delta_TH.
+
+    carries: whether a batch is used for K optimizer steps, its delta moved after each (perturb.free.advance).
+    """
 
     find: Callable[[SharedPass, PackedRow, Tensor, PerturbSettings, Noise], Tensor]
-    adversarial: bool
+    carries: bool = False

@@ -1,0 +1,91 @@
+"""The other side of the benchmark: what a user of peft writes for prompt tuning with the same regulariser."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptp_ds.config import RunConfig
+from ptp_ds.objective import cross_entropy_sum, divergence_sum
+from ptp_ds.packing import Example
+
+
+class PeftLoop:
+    """What a user of peft writes: padded rows, one full pass for each stream and ascent step."""
+
+    def __init__(self, folder: Path, prompt_PH: Tensor, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
+        from peft import PromptTuningConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt_PH.shape[0])
+        self.model, self.keep, self.device = get_peft_model(base, settings), keep, device
+        weight = self.model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            weight.copy_(prompt_PH)
+        self.optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+        self.embed = base.get_input_embeddings()
+
+    def pad(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Sequences [rows x candidates or rows, L], their mask and where the answers lie."""
+        single = all(len(candidate) == 1 for example in examples for candidate in example.candidate_ids)
+        rows: list[tuple[list[int], list[list[int]]]] = []
+        for example in examples:
+            answers = [list(answer) for answer in example.candidate_ids]
+            if single:
+                rows.append((list(example.context_ids), answers))
+            else:
+                rows.extend((list(example.context_ids) + answer[:-1], [answer]) for answer in answers)
+        longest = max(len(ids) for ids, _ in rows)
+        ids_RL = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask_RL = torch.zeros(len(rows), longest, dtype=torch.long)
+        for number, (ids, _) in enumerate(rows):
+            place = slice(longest - len(ids), longest) if self.keep else slice(0, len(ids))
+            ids_RL[number, place], mask_RL[number, place] = torch.tensor(ids), 1
+        self.rows, self.single, self.longest = rows, single, longest
+        self.gold = torch.tensor([example.gold for example in examples], device=self.device)
+        return {"ids": ids_RL.to(self.device), "mask": mask_RL.to(self.device)}
+
+    def scores(self, embeds_RLH: Tensor, mask_RL: Tensor) -> Tensor:
+        """[B, C] candidate log-probabilities by peft's own forward."""
+        most = max(len(answer) for _, answers in self.rows for answer in answers)
+        keep = {"logits_to_keep": most} if self.keep else {}
+        logits = self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **keep).logits
+        parts = []
+        for number, (ids, answers) in enumerate(self.rows):
+            size = len(answers[0])
+            end = logits.shape[1] if self.keep else logits.shape[1] - self.longest + len(ids)
+            log_probs = logits[number, end - size : end].float().log_softmax(-1)
+            for answer in answers:
+                parts.append(log_probs[torch.arange(size), torch.tensor(answer)].sum())
+        return torch.stack(parts).view(self.gold.shape[0], -1)
+
+    def step(self, examples: list[Example], method: str, run: RunConfig, unit: float) -> float:
+        """One optimizer step; returns the summed loss."""
+        padded = self.pad(examples)
+        with torch.no_grad():
+            clean = self.embed(padded["ids"])
+        scores = self.scores(clean, padded["mask"])
+        loss = cross_entropy_sum(scores, self.gold)
+        if method != "none":
+            scale = run.sigma * unit / clean.shape[-1] ** 0.5
+            delta = torch.randn_like(clean) * scale * padded["mask"][..., None]
+            for _ in range(run.ascent_steps if method == "pgd" else 0):
+                delta = self._ascend(clean, delta, padded["mask"], scores.detach(), run, unit)
+            perturbed = self.scores(clean + delta, padded["mask"])
+            loss = loss + run.reg_weight * divergence_sum(run.divergence, scores, perturbed, self.gold)
+        (loss / len(examples)).backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _ascend(
+        self, clean: Tensor, delta: Tensor, mask: Tensor, scores: Tensor, run: RunConfig, unit: float
+    ) -> Tensor:
+        delta = delta.detach().requires_grad_()
+        objective = divergence_sum(run.divergence, scores, self.scores(clean + delta, mask), self.gold)
+        (gradient,) = torch.autograd.grad(objective, delta)
+        moved = delta + run.step_length * unit * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        moved = moved.detach() * mask[..., None]
+        return moved * (run.epsilon * unit / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
