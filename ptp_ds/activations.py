@@ -22,7 +22,7 @@ class Activations:
     """
 
     mode: str = "keep"
-    chunk_tokens: int = 4096
+    chunk_tokens: int = 2048
     bytes_per_token: float = 0.0
     budget_bytes: float = float("inf")
 

@@ -66,7 +66,7 @@ class RunConfig:
     gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
     activations: str = _flag("auto", "keep layers' activations, compute them again in backward, or keep while they fit",
                              ACTIVATIONS)  # fmt: skip
-    chunk_tokens: int = _flag(4096, "tokens that a layer handles at a time (whole rows): bounds memory under recompute")
+    chunk_tokens: int = _flag(2048, "tokens that a layer handles at a time (whole rows): bounds memory under recompute")
     lr: float = _flag(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _flag(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")

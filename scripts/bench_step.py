@@ -5,7 +5,9 @@
 
 (a) peft as documented: rows padded on the right, full logits. (b) the best of it: padded on the left and
 logits_to_keep=1 (or as many as the longest answer). Both carry the same regulariser: clean pass, K ascent passes for
-delta's gradient, perturbed pass, one backward, AdamW step. A ratio is the median over batches of peft / ours.
+delta's gradient, perturbed pass, one backward, AdamW step; free is timed against one perturbed pass. A ratio is the
+median over batches of peft / ours. floor: the least time of the step's matrix products, 4 N T floating-point operations
+for each pass with gradient over T real tokens, the prompt's once a step, at the matrix rate measured in the same run.
 """
 
 import argparse
@@ -14,14 +16,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_measure import PeakMemory, floor_operations, matrix_rate, wait, weights_of
+from peft_loop import PeftLoop
 from torch import Tensor
 
-from ptp_ds.backbone import Backbone
+from ptp_ds.activations import Activations
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
@@ -29,97 +33,17 @@ from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.engine import Engine
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import EMBEDDED_MODEL, resolve_model
-from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import Example, pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt, initial_prompt
 from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
+from ptp_ds.sharding import EDGES
 from ptp_ds.step import optimizer_step, settings_of
 from ptp_ds.tasks import load_task
 
-METHODS = ("none", "gaussian", "pgd")
-
-
-class PeftLoop:
-    """What a user of peft writes: padded rows, one full pass for each stream and ascent step."""
-
-    def __init__(self, folder: Path, prompt_PH: Tensor, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
-        from peft import PromptTuningConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt_PH.shape[0])
-        self.model, self.keep, self.device = get_peft_model(base, settings), keep, device
-        weight = self.model.prompt_encoder["default"].embedding.weight
-        with torch.no_grad():
-            weight.copy_(prompt_PH)
-        self.optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
-        self.embed = base.get_input_embeddings()
-
-    def pad(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Sequences [rows x candidates or rows, L], their mask and where the answers lie."""
-        single = all(len(candidate) == 1 for example in examples for candidate in example.candidate_ids)
-        rows: list[tuple[list[int], list[list[int]]]] = []
-        for example in examples:
-            answers = [list(answer) for answer in example.candidate_ids]
-            if single:
-                rows.append((list(example.context_ids), answers))
-            else:
-                rows.extend((list(example.context_ids) + answer[:-1], [answer]) for answer in answers)
-        longest = max(len(ids) for ids, _ in rows)
-        ids_RL = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_RL = torch.zeros(len(rows), longest, dtype=torch.long)
-        for number, (ids, _) in enumerate(rows):
-            place = slice(longest - len(ids), longest) if self.keep else slice(0, len(ids))
-            ids_RL[number, place], mask_RL[number, place] = torch.tensor(ids), 1
-        self.rows, self.single, self.longest = rows, single, longest
-        self.gold = torch.tensor([example.gold for example in examples], device=self.device)
-        return {"ids": ids_RL.to(self.device), "mask": mask_RL.to(self.device)}
-
-    def scores(self, embeds_RLH: Tensor, mask_RL: Tensor) -> Tensor:
-        """[B, C] candidate log-probabilities by peft's own forward."""
-        most = max(len(answer) for _, answers in self.rows for answer in answers)
-        keep = {"logits_to_keep": most} if self.keep else {}
-        logits = self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **keep).logits
-        parts = []
-        for number, (ids, answers) in enumerate(self.rows):
-            size = len(answers[0])
-            end = logits.shape[1] if self.keep else logits.shape[1] - self.longest + len(ids)
-            log_probs = logits[number, end - size : end].float().log_softmax(-1)
-            for answer in answers:
-                parts.append(log_probs[torch.arange(size), torch.tensor(answer)].sum())
-        return torch.stack(parts).view(self.gold.shape[0], -1)
-
-    def step(self, examples: list[Example], method: str, run: RunConfig, unit: float) -> float:
-        """One optimizer step; returns the summed loss."""
-        padded = self.pad(examples)
-        with torch.no_grad():
-            clean = self.embed(padded["ids"])
-        scores = self.scores(clean, padded["mask"])
-        loss = cross_entropy_sum(scores, self.gold)
-        if method != "none":
-            scale = run.sigma * unit / clean.shape[-1] ** 0.5
-            delta = torch.randn_like(clean) * scale * padded["mask"][..., None]
-            for _ in range(run.ascent_steps if method == "pgd" else 0):
-                delta = self._ascend(clean, delta, padded["mask"], scores.detach(), run, unit)
-            perturbed = self.scores(clean + delta, padded["mask"])
-            loss = loss + run.reg_weight * divergence_sum(run.divergence, scores, perturbed, self.gold)
-        (loss / len(examples)).backward()
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-    def _ascend(
-        self, clean: Tensor, delta: Tensor, mask: Tensor, scores: Tensor, run: RunConfig, unit: float
-    ) -> Tensor:
-        delta = delta.detach().requires_grad_()
-        objective = divergence_sum(run.divergence, scores, self.scores(clean + delta, mask), self.gold)
-        (gradient,) = torch.autograd.grad(objective, delta)
-        moved = delta + run.step_length * unit * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        moved = moved.detach() * mask[..., None]
-        return moved * (run.epsilon * unit / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+METHODS = ("none", "gaussian", "free", "pgd")
+SIDES = {"a": "peft", "b": "peft_keep"}
 
 
 class Ours:
@@ -127,6 +51,7 @@ class Ours:
 
     def __init__(self, engine: Engine, unit: float, device: torch.device) -> None:
         self.engine, self.unit, self.device = engine, unit, device
+        self.backbone = engine.backbone
 
     def step(self, examples: list[Example], method: str, run: RunConfig, number: int) -> float:
         """One optimizer step; returns the summed loss."""
@@ -134,18 +59,53 @@ class Ours:
         row = pack(examples).to(self.device)
         settings = settings_of(run, self.unit)
         loss, _ = optimizer_step(self.engine, row, run, settings, Noise(run.seed, number), 1e-3)
-        self.tokens = loss.tokens
+        self.row_tokens, self.tokens = row.num_tokens, loss.tokens
         return float(loss.total.detach())
+
+    def peak_bytes(self, examples: list[Example], method: str, run: RunConfig) -> int:
+        """Peak bytes that a step needs beside the weights; also warms the step up."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(examples, method, run, 0)
+            return torch.cuda.max_memory_allocated() - before
+        with PeakMemory(weights_of(self.backbone)) as memory:
+            self.step(examples, method, run, 0)
+        return memory.peak
+
+    def traffic(self) -> dict[str, Any]:
+        """Gathers since the last reset: the most of any layer, bytes, and the most elements held at once."""
+        traffic = self.backbone.shards.traffic
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.backbone.parameters())
+        layers = [count for number, count in traffic.gathers.items() if number != EDGES]
+        return {"gathers_per_layer": max(layers, default=0), "gathered_bytes": traffic.gathered_bytes,
+                "peak_gathered_share": traffic.peak_elements / whole}  # fmt: skip
+
+
+@dataclass
+class Timings:
+    """Seconds of each side, batch by batch, in the same order."""
+
+    ours: list[float] = field(default_factory=list)
+    peft: list[float] = field(default_factory=list)
+    peft_keep: list[float] = field(default_factory=list)
+
+    def median(self, side: str) -> float | None:
+        """Median seconds; None for a side that wasn't timed."""
+        return statistics.median(getattr(self, side)) if getattr(self, side) else None
+
+    def ratio(self, side: str) -> float | None:
+        """Median of side / ours over the batches."""
+        pairs = list(zip(getattr(self, side), self.ours, strict=False))
+        return statistics.median(theirs / ours for theirs, ours in pairs) if pairs else None
 
 
 def timed(call: Callable[[], float], device: torch.device) -> tuple[float, float]:
     """(seconds, the call's value), waiting for the device at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(device)
     start = time.perf_counter()
     value = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(device)
     return time.perf_counter() - start, value
 
 
@@ -160,37 +120,38 @@ def draw_batches(examples: list[Example], rows: int, count: int, seed: int) -> l
     return batches[:count]
 
 
-def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, peft: list[PeftLoop], run: RunConfig,
-            plain_keep: list[float]) -> dict[str, Any]:  # fmt: skip
+def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, peft: dict[str, PeftLoop],
+            run: RunConfig, plain_keep: list[float], start: Tensor) -> dict[str, Any]:  # fmt: skip
     """One row of the table. plain_keep: (b)'s seconds without regulariser, batch by batch; filled by method none."""
-    method, device = setting["method"], ours.device
-    times: dict[str, list[float]] = {"ours": [], "peft": [], "peft_keep": []}
-    tokens: dict[str, int] = {"ours": 0, "peft": 0}
+    method, prompt, device = setting["method"], setting["prompt_length"], ours.device
+    times, floors, tokens = Timings(), [], {"ours": 0, "peft": 0}
+    peak = ours.peak_bytes(batches[0], method, run)
+    ours.engine.set_prompt(start)
+    for loop in peft.values():
+        loop.optimizer.param_groups[0]["params"][0].data.copy_(start)
     for number, batch in enumerate(batches):
+        ours.backbone.shards.traffic.reset()
         seconds, loss = timed(lambda batch=batch, number=number: ours.step(batch, method, run, number), device)
-        times["ours"].append(seconds)
-        for name, loop in zip(("peft", "peft_keep"), peft, strict=True):
+        times.ours.append(seconds)
+        work = floor_operations(ours.backbone, method, run.ascent_steps, prompt, ours.row_tokens)
+        floors.append(work / matrix_rate(ours.backbone, ours.row_tokens, device) / seconds)
+        for name, loop in peft.items():
             seconds, value = timed(lambda batch=batch, loop=loop: loop.step(batch, method, run, ours.unit), device)
-            times[name].append(seconds)
+            getattr(times, name).append(seconds)
+            tokens["peft"] += len(loop.rows) * (prompt + loop.longest) * (1 if method == "none" else 2) // len(peft)
             if number == 0 and method == "none" and name == "peft":
                 check_same_loss(loss, value, setting["dtype"])
-        if method == "none":
-            plain_keep.append(times["peft_keep"][-1])
-        streams = 1 if method == "none" else 2
         tokens["ours"] += ours.tokens
-        tokens["peft"] += streams * len(peft[0].rows) * (setting["prompt_length"] + peft[0].longest)
-    ratios = {
-        name: statistics.median(p / o for p, o in zip(times[name], times["ours"], strict=True))
-        for name in ("peft", "peft_keep")
-    }
+    if method == "none":
+        plain_keep.extend(times.peft_keep)
     row = {
-        **setting, "ours_seconds": statistics.median(times["ours"]), "peft_seconds": statistics.median(times["peft"]),
-        "peft_keep_seconds": statistics.median(times["peft_keep"]), "ratio_peft": ratios["peft"],
-        "ratio_peft_keep": ratios["peft_keep"], "tokens_ours": tokens["ours"] // len(batches),
-        "tokens_peft": tokens["peft"] // len(batches),
+        **setting, "ours_seconds": times.median("ours"), "peft_seconds": times.median("peft"),
+        "peft_keep_seconds": times.median("peft_keep"), "ratio_peft": times.ratio("peft"),
+        "ratio_peft_keep": times.ratio("peft_keep"), "floor_share": statistics.median(floors), "peak_bytes": peak,
+        **ours.traffic(), "tokens_ours": tokens["ours"] // len(batches), "tokens_peft": tokens["peft"] // len(batches),
     }  # fmt: skip
     if plain_keep:
-        shares = [o / plain for o, plain in zip(times["ours"], plain_keep, strict=True)]
+        shares = [mine / plain for mine, plain in zip(times.ours, plain_keep, strict=True)]
         row["share_of_peft_keep_without_regulariser"] = statistics.median(shares)
     return row
 
@@ -204,13 +165,45 @@ def check_same_loss(ours: float, theirs: float, dtype: str) -> None:
         )
 
 
+def compare_activations(ours: Ours, examples: list[Example], run: RunConfig, prompt_length: int) -> list[dict]:
+    """keep and recompute on one gaussian step of about 4096 packed tokens, in turn: peak bytes and median seconds."""
+    chosen: list[Example] = []
+    while prompt_length + 2 * sum(example.packed_length for example in chosen) < 4096 and len(chosen) < len(examples):
+        chosen.append(examples[len(chosen)])
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {"keep": [], "recompute": []}
+    for turn in range(4):
+        for mode, timings in seconds.items():
+            ours.backbone.activations = Activations(mode)
+            if turn == 0:  # warms up as well
+                peak = ours.peak_bytes(chosen, "gaussian", run)
+                rows[mode] = {"activations": mode, "packed_tokens": ours.tokens, "peak_bytes": peak}
+            else:
+                timings.append(timed(lambda: ours.step(chosen, "gaussian", run, 0), ours.device)[0])
+    ours.backbone.activations = Activations()
+    for mode, row in rows.items():
+        row["seconds"] = statistics.median(seconds[mode])
+        row["time_ratio"] = statistics.median(a / b for a, b in zip(seconds[mode], seconds["keep"], strict=True))
+        row["peak_ratio"] = row["peak_bytes"] / rows["keep"]["peak_bytes"]
+        peak = row["peak_bytes"] / 2**20
+        print(f"{mode:10} {row['packed_tokens']} packed tokens: peak {peak:.0f} MiB "
+              f"({row['peak_ratio']:.2f} of keep), {row['seconds']:.2f} s ({row['time_ratio']:.2f})")  # fmt: skip
+    return list(rows.values())
+
+
+def shown(value: float | None, width: int, digits: int = 2) -> str:
+    """A number in a column, a dash where there is none."""
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
 def print_row(row: dict[str, Any]) -> None:
     share = row.get("share_of_peft_keep_without_regulariser")
     print(
-        f"{row['task']:6} {row['rows']:4} {row['prompt_length']:5} {row['method']:9} {row['ours_seconds']:8.2f} "
-        f"{row['peft_seconds']:8.2f} {row['peft_keep_seconds']:8.2f} {row['ratio_peft']:7.2f} "
-        f"{row['ratio_peft_keep']:7.2f} {share if share is None else format(share, '8.2f')} "
-        f"{row['tokens_ours']:8} {row['tokens_peft']:8}",
+        f"{row['task']:6} {row['rows']:4} {row['prompt_length']:5} {row['method']:9}"
+        + "".join(shown(row[name], 9) for name in ("ours_seconds", "peft_seconds", "peft_keep_seconds"))
+        + "".join(shown(value, 7) for value in (row["ratio_peft"], row["ratio_peft_keep"], share, row["floor_share"]))
+        + f" {row['peak_bytes'] / 2**20:8.0f} {row['gathers_per_layer']:7} {row['peak_gathered_share']:7.2f}"
+        + f" {row['tokens_ours']:7} {row['tokens_peft']:7}",
         flush=True,
     )
 
@@ -232,11 +225,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
     parser.add_argument("--prompt_lengths", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--against", nargs="*", default=["a", "b"], choices=tuple(SIDES), help="peft's sides to time")
     parser.add_argument("--pairs", type=int, default=3, help="batches timed for each setting")
+    parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG.replace("zero3", "zero2"))
+    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write one row a setting to this file")
     return parser.parse_args()
+
+
+def bench_length(args: argparse.Namespace, length: int, open_ours: Callable[[int], tuple]) -> list[dict[str, Any]]:
+    """The table's rows for one prompt length."""
+    ours, peft, prompt, tokenizer, dtype = open_ours(length)
+    run, table = RunConfig(ds_config=args.ds_config, precision=args.precision), []
+    for name in args.tasks:
+        task = load_task(name)
+        split = load_split(task, args.split, args.data_dir, None)
+        examples = list(tokenise(task, split, tokenizer, 2048).examples)
+        for rows in args.rows:
+            batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
+            for loop in peft.values():  # warm-up, on a batch that isn't timed
+                loop.step(batches[-1], "none", run, ours.unit)
+            plain_keep: list[float] = []
+            for method in args.methods:
+                setting = {"task": name, "rows": rows, "prompt_length": length, "method": method, "dtype": dtype}
+                table.append(measure(setting, batches[:-1], ours, peft, run, plain_keep, prompt))
+                print_row(table[-1])
+        if args.activations:
+            setting = {"task": name, "prompt_length": length, "method": "gaussian", "dtype": dtype}
+            table += [{**setting, **row} for row in compare_activations(ours, examples, run, length)]
+    return table
 
 
 def main() -> int:
@@ -245,39 +263,29 @@ def main() -> int:
     ranks = start_processes()
     folder = resolve_model(args.model)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    width = config.get_text_config().hidden_size
     run = RunConfig(ds_config=args.ds_config, precision=args.precision)
-    resolved = resolve_ds_config(read_ds_config(args.ds_config), run, set(), ranks.world, width)
+    resolved = resolve_ds_config(
+        read_ds_config(args.ds_config), run, set(), ranks.world, config.get_text_config().hidden_size
+    )
     dtype = str(resolved.dtype).removeprefix("torch.")
-    print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads; seconds are medians of "
-          f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
-          f"{json.dumps(versions())}")  # fmt: skip
-    print("task   rows prompt method       ours   peft a   peft b     a/ours b/ours ours/b0   tokens  peft's")
-    table = []
-    for length in args.prompt_lengths:
-        backbone: Backbone = load_backbone(folder, resolved, ranks)
+
+    def open_ours(length: int) -> tuple:
+        backbone = load_backbone(folder, resolved, ranks)
         prompt = initial_prompt("vocab", length, backbone, tokenizer, seed=0, text=None, answers=[])
         engine = Engine(SoftPrompt(prompt), backbone, resolved, ranks)
         ours = Ours(engine, backbone.mean_embedding_norm(), ranks.device)
-        peft = [PeftLoop(folder, prompt, resolved.dtype, ranks.device, keep) for keep in (False, True)]
-        for name in args.tasks:
-            task = load_task(name)
-            split = load_split(task, args.split, args.data_dir, None)
-            examples = list(tokenise(task, split, tokenizer, 2048).examples)
-            for rows in args.rows:
-                batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
-                ours.step(batches[-1], "none", run, 0)  # warm-up, on a batch that isn't timed
-                for loop in peft:
-                    loop.step(batches[-1], "none", run, ours.unit)
-                plain_keep: list[float] = []
-                for method in args.methods:
-                    engine.set_prompt(prompt)
-                    setting = {"task": name, "rows": rows, "prompt_length": length, "method": method, "dtype": dtype}
-                    for loop in peft:
-                        loop.optimizer.param_groups[0]["params"][0].data.copy_(prompt)
-                    row = measure(setting, batches[:-1], ours, peft, run, plain_keep)
-                    table.append(row)
-                    print_row(row)
+        peft = {
+            SIDES[side]: PeftLoop(folder, prompt, resolved.dtype, ranks.device, keep=side == "b")
+            for side in sorted(args.against)
+        }
+        return ours, peft, prompt, tokenizer, dtype
+
+    print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads; seconds are medians of "
+          f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
+          f"{json.dumps(versions())}")  # fmt: skip
+    print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor peak MiB gathers  "
+          "peak w  tokens  peft's")  # fmt: skip
+    table = [row for length in args.prompt_lengths for row in bench_length(args, length, open_ours)]
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     stop_processes()

@@ -1,0 +1,85 @@
+"""What the benchmarks measure beside time: live memory, the machine's matrix rate, and the floor of a step's work."""
+
+import statistics
+import time
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ptp_ds.backbone import Backbone, decoder_layers
+
+
+class PeakMemory(TorchDispatchMode):
+    """Peak bytes of the tensors made inside the context and alive at one time; weights don't count. Slows work down."""
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live -= size
+
+
+def weights_of(backbone: Backbone) -> list[Tensor]:
+    """The storages that were there before a step: whole parameters, or this rank's partitions."""
+    parameters: list[Any] = list(backbone.parameters())
+    return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters] + list(backbone.buffers())
+
+
+def matrices_of(backbone: Backbone) -> list[tuple[int, int]]:
+    """Shapes of every weight matrix in the decoder layers."""
+    parameters: list[Any] = [p for layer in decoder_layers(backbone.model) for p in layer.parameters()]
+    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]
+    return [shape for shape in shapes if len(shape) == 2]
+
+
+def matrix_rate(backbone: Backbone, tokens: int, device: torch.device) -> float:
+    """Floating-point operations a second of one layer's own products over `tokens` tokens, without anything else."""
+    layers = len(decoder_layers(backbone.model))
+    shapes = matrices_of(backbone)[: len(matrices_of(backbone)) // layers]
+    weights = [torch.randn(shape, device=device, dtype=backbone.dtype) for shape in shapes]
+    inputs = {size: torch.randn(tokens, size, device=device, dtype=backbone.dtype) for _, size in shapes}
+    seconds = []
+    for _ in range(12):
+        wait(device)
+        start = time.perf_counter()
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * tokens * sum(a * b for a, b in shapes) / statistics.median(seconds[2:])
+
+
+def floor_operations(backbone: Backbone, method: str, ascents: int, prompt: int, tokens: int) -> float:
+    """4 N T for each pass with gradient over T real tokens, the prompt's once a step; N weights of the layers."""
+    passes = {"none": 1, "gaussian": 2, "uniform": 2, "free": 2, "pgd": ascents + 2}[method]
+    return 4.0 * sum(a * b for a, b in matrices_of(backbone)) * (passes * tokens + prompt)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
