@@ -63,6 +63,9 @@ class RunConfig:
     ascent_steps: int = _flag(2, "K: pgd's ascent steps; free: optimizer steps on one batch, an ascent step in each")
     norm: str = _flag("frobenius", "pgd, free: the ball's norm", NORMS)
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
+    tokens_per_step: int | None = _flag(
+        None, "instead of --batch_size: rows are drawn until their tokens, both streams, fill this budget"
+    )
     gradient_accumulation_steps: int = _flag(1, "micro-batches that one optimizer step is split into")
     activations: str = _flag("auto", "keep layers' activations, compute them again in backward, or keep while they fit",
                              ACTIVATIONS)  # fmt: skip
@@ -88,6 +91,11 @@ class RunConfig:
     def step_length(self) -> float:
         """alpha with its default, in mean embedding norms."""
         return self.alpha if self.alpha is not None else 1.5 * self.epsilon / max(1, self.ascent_steps)
+
+    @property
+    def streams(self) -> int:
+        """Streams of a step: 2 with a perturbation."""
+        return 2 if self.perturbs else 1
 
     @property
     def carries(self) -> bool:
@@ -119,6 +127,8 @@ class RunConfig:
         _require(0 < self.holdout < 1, "holdout", self.holdout, "a share between 0 and 1")
         _require(self.max_length is None or self.max_length > self.prompt_length, "max_length", self.max_length,
                  f"more than the prompt's {self.prompt_length} tokens")  # fmt: skip
+        _require(self.tokens_per_step is None or self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step,
+                 "a whole number of 1 or more")  # fmt: skip
         if self.data_dir is not None and self.dataset is not None:
             raise ValueError("Can't read both --data_dir and --dataset; choose one.")
         if self.eval_split == self.train_split:
@@ -144,6 +154,8 @@ class RunConfig:
         unread = special - reads[self.perturbation]
         if self.perturbation == "none":
             unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
+        if self.tokens_per_step is not None:
+            unread.add("batch_size")
         return sorted(unread & explicit)
 
 

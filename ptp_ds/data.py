@@ -217,7 +217,10 @@ class BatchOrder:
     def batch(self, step: int) -> list[int]:
         """Row numbers of optimizer step `step` (0-based), the whole global batch."""
         start = step * self.batch_size
-        return [self._at(position) for position in range(start, start + self.batch_size)]
+        return self._rows(start, start + self.batch_size)
+
+    def _rows(self, start: int, stop: int) -> list[int]:
+        return [self._at(position) for position in range(start, stop)]
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.count)
@@ -230,10 +233,39 @@ class BatchOrder:
         return self._cached[1]
 
 
-def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
-    """Deals positions 0..n-1 to `hands` in equal number, longest first and back and forth, so token counts balance.
+class BudgetOrder(BatchOrder):
+    """The same sequence cut into batches that fill a token budget, whatever their number of rows.
 
-    n must be a multiple of hands. The split depends on the lengths alone, and each hand keeps the batch's order.
+    lengths: packed tokens of each row, all streams. fewest: rows of a batch at least, even where they exceed the
+    budget. The cuts follow from the seed and the lengths alone, so a step is found again without any state.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, fewest: int, seed: int) -> None:
+        super().__init__(len(lengths), fewest, seed)
+        self.lengths, self.budget = lengths, budget
+        self._cuts = [0]
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of optimizer step `step`: as many as fit the budget, at most one epoch."""
+        while len(self._cuts) <= step + 1:
+            self._cuts.append(self._next_cut(self._cuts[-1]))
+        return self._rows(self._cuts[step], self._cuts[step + 1])
+
+    def _next_cut(self, start: int) -> int:
+        stop, tokens = start, 0
+        while stop - start < max(self.count, self.batch_size):
+            tokens += self.lengths[self._at(stop)]
+            if tokens > self.budget and stop - start >= self.batch_size:
+                break
+            stop += 1
+        return stop
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Deals positions 0..n-1 to `hands`, longest first and back and forth, so token counts balance.
+
+    Where n is a multiple of hands all get equally many, else some one more. The split depends on the lengths alone, and
+    each hand keeps the batch's order.
     """
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     dealt: list[list[int]] = [[] for _ in range(hands)]

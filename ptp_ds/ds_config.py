@@ -116,7 +116,9 @@ def resolve_ds_config(
     config = json.loads(json.dumps(raw))
     notes: list[str] = []
     hands = world * run.gradient_accumulation_steps
-    if run.batch_size % hands:
+    # A budget's batches vary in size; DeepSpeed, which doesn't scale our losses, gets one row a rank and micro-batch.
+    batch = run.batch_size if run.tokens_per_step is None else hands
+    if batch % hands:
         below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
         choices = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
@@ -124,9 +126,9 @@ def resolve_ds_config(
             f"micro-batches in equal parts; use {choices}."
         )
     owned = {
-        "train_batch_size": (run.batch_size, "batch_size"),
+        "train_batch_size": (batch, "batch_size"),
         "gradient_accumulation_steps": (run.gradient_accumulation_steps, "gradient_accumulation_steps"),
-        "train_micro_batch_size_per_gpu": (run.batch_size // hands, "batch_size"),
+        "train_micro_batch_size_per_gpu": (batch // hands, "batch_size"),
         "gradient_clipping": (run.max_grad_norm, "max_grad_norm"),
     }
     for key, (value, flag) in owned.items():

@@ -85,8 +85,9 @@ class Block:
 class PackedRow:
     """B examples x S streams as one row of T tokens; plain data, all tensors on one device.
 
-    token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T] in
-    [0, S*B): the block a token belongs to. blocks: host-side shape of each block, stream by stream.
+    token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T]: the
+    block a token belongs to, in [0, S*B), or [0, B) where a block holds both streams (text twins). blocks: host-side
+    shape of each block, stream by stream.
     scored: for each block, the places in it whose logits are needed, in order, N in all. pick_row, pick_token,
     pick_cell [M]: candidate token m is read at logits[pick_row[m], pick_token[m]] and added to flat score cell
     pick_cell[m] of [S*B*C].
@@ -159,60 +160,118 @@ class PackedRow:
         return scores.masked_fill(~self.present, float("-inf"))
 
 
+class _Packer:
+    """Gathers blocks, scored places and picks, example by example."""
+
+    def __init__(self, examples: Sequence[Example], streams: int) -> None:
+        if not examples:
+            raise ValueError("Can't pack an empty batch; give at least one example.")
+        for example in examples:
+            if not example.context_ids or not all(example.candidate_ids):
+                raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
+        self.examples, self.streams = examples, streams
+        self.width = max(len(example.candidate_ids) for example in examples)
+        self.tokens: list[int] = []
+        self.movable: list[bool] = []
+        self.blocks: list[Block] = []
+        self.scored: list[np.ndarray] = []
+        self.picks: list[tuple[int, int, int]] = []
+        self.rows = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._starts: list[int] = []
+        self._parents: list[int] = []
+        self._length = 0
+        self._places: dict[int, int] = {}
+
+    def segment(self, ids: Sequence[int], movable: Sequence[bool], parent: int) -> int:
+        """Appends a segment to the open block and returns its number; an empty one is its parent."""
+        if not len(ids):
+            return parent
+        self._starts.append(self._length)
+        self._parents.append(parent)
+        self.tokens.extend(ids)
+        self.movable.extend(movable)
+        self._length += len(ids)
+        return len(self._starts) - 1
+
+    def _row_of(self, place: int) -> int:
+        """The logits' row of a place of the open block, the same one whenever it is asked for."""
+        return self.rows + self._places.setdefault(place, len(self._places))
+
+    def answers(self, number: int, stream: int, context: int) -> None:
+        """Appends example `number`'s candidates as branches behind segment `context` and notes where each is scored."""
+        ends = [*self._starts[1:], self._length]
+        root = self._row_of(ends[context] - 1)
+        cells = (stream * len(self.examples) + number) * self.width
+        for cell, candidate in enumerate(self.examples[number].candidate_ids, start=cells):
+            branch = candidate[:-1]
+            start = self._length
+            self.segment(branch, [False] * len(branch), context)
+            rows = [root, *(self._row_of(start + place) for place in range(len(branch)))]
+            self.picks.extend((row, token, cell) for row, token in zip(rows, candidate, strict=True))
+
+    def close(self) -> None:
+        """Ends the open block."""
+        self.blocks.append(Block(self._length, tuple(self._starts), tuple(self._parents)))
+        self.scored.append(np.array(list(self._places)))
+        self.rows += len(self._places)
+        self._open()
+
+    def row(self) -> PackedRow:
+        present = torch.zeros(len(self.examples), self.width, dtype=torch.bool)
+        for number, example in enumerate(self.examples):
+            present[number, : len(example.candidate_ids)] = True
+        lengths = torch.tensor([block.length for block in self.blocks])
+        pick_row, pick_token, pick_cell = torch.tensor(self.picks).unbind(1)
+        return PackedRow(
+            token_ids=torch.tensor(self.tokens),
+            position_ids=torch.from_numpy(np.concatenate([block.depths() for block in self.blocks])),
+            movable=torch.tensor(self.movable),
+            example_of=torch.repeat_interleave(torch.arange(len(self.blocks)), lengths),
+            blocks=tuple(self.blocks),
+            scored=tuple(self.scored),
+            pick_row=pick_row.contiguous(),
+            pick_token=pick_token.contiguous(),
+            pick_cell=pick_cell.contiguous(),
+            present=present,
+            gold=torch.tensor([example.gold for example in self.examples]),
+            example_ids=tuple(example.index for example in self.examples),
+            streams=self.streams,
+        )
+
+
 def pack(examples: Sequence[Example]) -> PackedRow:
     """Packs examples into one clean row (S = 1) on the CPU; see PackedRow.
 
     Raises ValueError for no examples, an empty context or an empty candidate.
     """
-    if not examples:
-        raise ValueError("Can't pack an empty batch; give at least one example.")
-    blocks: list[Block] = []
-    tokens: list[int] = []
-    movable: list[bool] = []
-    scored: list[np.ndarray] = []
-    rows = 0
-    pick_row: list[int] = []
-    pick_token: list[int] = []
-    pick_cell: list[int] = []
-    width = max(len(example.candidate_ids) for example in examples)
+    packer = _Packer(examples, streams=1)
     for number, example in enumerate(examples):
-        context = len(example.context_ids)
-        if context == 0 or not all(example.candidate_ids):
-            raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
-        starts, parents, length = [0], [-1], context
-        tokens.extend(example.context_ids)
-        movable.extend(example.movable)
-        root, places = rows, [context - 1]
-        for candidate_number, candidate in enumerate(example.candidate_ids):
-            branch = candidate[:-1]
-            pick_row.extend([root, *(root + len(places) + i for i in range(len(branch)))])
-            places.extend(length + i for i in range(len(branch)))
-            pick_token.extend(candidate)
-            pick_cell.extend([number * width + candidate_number] * len(candidate))
-            if branch:
-                starts.append(length)
-                parents.append(0)
-                tokens.extend(branch)
-                movable.extend([False] * len(branch))
-                length += len(branch)
-        blocks.append(Block(length, tuple(starts), tuple(parents)))
-        scored.append(np.array(places))
-        rows += len(places)
-    present = torch.zeros(len(examples), width, dtype=torch.bool)
-    for number, example in enumerate(examples):
-        present[number, : len(example.candidate_ids)] = True
-    lengths = torch.tensor([block.length for block in blocks])
-    return PackedRow(
-        token_ids=torch.tensor(tokens),
-        position_ids=torch.from_numpy(np.concatenate([block.depths() for block in blocks])),
-        movable=torch.tensor(movable),
-        example_of=torch.repeat_interleave(torch.arange(len(blocks)), lengths),
-        blocks=tuple(blocks),
-        scored=tuple(scored),
-        pick_row=torch.tensor(pick_row),
-        pick_token=torch.tensor(pick_token),
-        pick_cell=torch.tensor(pick_cell),
-        present=present,
-        gold=torch.tensor([example.gold for example in examples]),
-        example_ids=tuple(example.index for example in examples),
-    )
+        context = packer.segment(example.context_ids, example.movable, -1)
+        packer.answers(number, 0, context)
+        packer.close()
+    return packer.row()
+
+
+def pack_text_twins(examples: Sequence[Example], twins: Sequence[Sequence[int]]) -> PackedRow:
+    """Packs examples with their text-perturbed contexts into one row (S = 2): tokens before the first change once.
+
+    twins: for each example its changed context_ids, of any length. A block is a tree: the shared start, the rest of
+    the clean context with its candidates, the rest of the changed one with the same candidates.
+    """
+    if len(twins) != len(examples) or not all(twins):
+        raise ValueError(f"Each of the {len(examples)} examples needs one twin of at least one token.")
+    packer = _Packer(examples, streams=2)
+    for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
+        clean = example.context_ids
+        pairs = zip(clean, twin, strict=False)
+        shared = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(clean), len(twin)))
+        start = packer.segment(clean[:shared], example.movable[:shared], -1)
+        context = packer.segment(clean[shared:], example.movable[shared:], start)
+        packer.answers(number, 0, context)
+        changed = packer.segment(twin[shared:], [False] * (len(twin) - shared), start)
+        packer.answers(number, 1, changed)
+        packer.close()
+    return packer.row()

@@ -80,7 +80,8 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
         assert checkpoint_folder is not None
         require_same_run(checkpoint, identity, checkpoint_folder)
     for name in run.without_effect(explicit):
-        _warn(f"warning: --{name} has no effect with --perturbation {run.perturbation}")
+        cause = "--tokens_per_step" if name == "batch_size" else f"--perturbation {run.perturbation}"
+        _warn(f"warning: --{name} has no effect with {cause}")
     truncated = sum(part.truncated for part in tokenised.values())
     return Prepared(
         run, task, folder, config, tokenizer, resolved, train, select, tokenised["eval"].examples, truncated, identity,
@@ -141,8 +142,8 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     """What a checkpoint must share with the run that resumes it."""
     names = (
         "model", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps", "sigma",
-        "epsilon", "alpha", "ascent_steps", "norm", "batch_size", "lr", "weight_decay", "warmup_steps", "lr_schedule",
-        "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+        "epsilon", "alpha", "ascent_steps", "norm", "batch_size", "tokens_per_step", "lr", "weight_decay",
+        "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"

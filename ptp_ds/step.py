@@ -70,16 +70,17 @@ def ptp_loss(
 
 def optimizer_step(
     engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float,
-    carried_TH: Tensor | None = None,
+    *, global_count: int, carried_TH: Tensor | None = None,
 ) -> tuple[StepLoss, Tensor | None]:  # fmt: skip
     """One optimizer step on this rank's rows: forward, backward, update. Returns the loss and the delta to carry on.
 
-    `row` holds all micro-batches. The backbone's embeddings and head are gathered once, each layer once a pass.
+    `row` holds all micro-batches; global_count: examples of the step over all ranks. The backbone's embeddings and
+    head are gathered once, each layer once a pass.
     """
     with engine.backbone.shards.edges():
-        max_rows = row.num_examples // run.gradient_accumulation_steps
+        max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
         loss = ptp_loss(engine.prompt_values(), engine.backbone, row, run, settings, noise, max_rows, carried_TH)
-        engine.backward_sum(loss.total, run.batch_size)
+        engine.backward_sum(loss.total, global_count)
     engine.step(lr)
     delta = loss.delta
     if delta is None or not run.carries:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptp_ds.checkpoint import Checkpoint, save_checkpoint
 from ptp_ds.config import RunConfig
-from ptp_ds.data import BatchOrder, deal
+from ptp_ds.data import BatchOrder, BudgetOrder, deal
 from ptp_ds.distributed import Ranks
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
@@ -86,17 +86,22 @@ class Trainer:
 
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
-        row = self.rows_of(step)
+        row, count = self.rows_of(step), len(self._dealt(step)[0])
         noise = Noise(self.run.seed, step)
         loss, delta = optimizer_step(
-            self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step), self._carried(progress)
-        )
+            self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
+            global_count=count, carried_TH=self._carried(progress),
+        )  # fmt: skip
         progress.carried = Carried(mine=delta) if delta is not None else None
         meter.add(loss, row, step)
 
     @cached_property
     def _order(self) -> BatchOrder:
-        return BatchOrder(len(self.train_examples), self.run.batch_size, self.run.seed)
+        run, count = self.run, len(self.train_examples)
+        if run.tokens_per_step is None:
+            return BatchOrder(count, run.batch_size, run.seed)
+        lengths = [run.streams * example.packed_length for example in self.train_examples]
+        return BudgetOrder(lengths, run.tokens_per_step, self.ranks.world * run.gradient_accumulation_steps, run.seed)
 
     def _dealt(self, step: int) -> tuple[list[Example], list[int]]:
         """The global batch of optimizer step `step` and this rank's places in it, micro-batch by micro-batch."""

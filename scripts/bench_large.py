@@ -8,14 +8,22 @@ The weights are random, so the scores mean nothing; shapes and dtype are the rea
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from bench_measure import floor_operations, matrix_rate, wait
+from peft_loop import PeftLoop
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ptp_ds.activations import Activations, memory_budget
 from ptp_ds.backbone import Backbone, check_backbone
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes
@@ -23,13 +31,14 @@ from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.engine import Engine
 from ptp_ds.loading import build_sharded, fill_randomly
 from ptp_ds.monitor import peak_memory_bytes
-from ptp_ds.packing import Example, PackedRow, pack
+from ptp_ds.packing import Example, pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
 from ptp_ds.step import optimizer_step, settings_of
 
+METHODS = ("none", "gaussian", "pgd")
 SHAPES = {  # Llama 3 8B's configuration; tiny is for a check of this script itself
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0},
@@ -38,43 +47,75 @@ SHAPES = {  # Llama 3 8B's configuration; tiny is for a check of this script its
 }  # fmt: skip
 
 
-def random_row(rows: int, vocabulary: int, rank: int) -> PackedRow:
+def random_examples(rows: int, vocabulary: int, rank: int) -> list[Example]:
     """Rows of 40 to 160 random tokens with two one-token answers, as RTE's are."""
     generator = make_generator(0, "large", rank)
     sizes = torch.randint(40, 161, (rows,), generator=generator).tolist()
-    examples = [
+    return [
         Example(context_ids=torch.randint(0, vocabulary, (size,), generator=generator).tolist(),
                 movable=[True] * size, candidate_ids=[[1], [2]], gold=number % 2, index=number)
         for number, size in enumerate(sizes)
     ]  # fmt: skip
-    return pack(examples)
 
 
-def measure(engine: Engine, run: RunConfig, unit: float, row: PackedRow, ranks: Ranks, steps: int) -> dict[str, float]:
-    """Median seconds of a step, its tokens per second over all ranks, and the peak memory of this rank."""
+def seconds_of(call: Callable[[int], float], device: torch.device, steps: int) -> float:
+    """Median seconds of `call(step)`, the first one left out; ValueError where a loss is not finite."""
     seconds = []
     for step in range(steps + 1):
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         start = time.perf_counter()
-        settings = settings_of(run, unit)
-        loss, _ = optimizer_step(engine, row, run, settings, Noise(0, step), 1e-3)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        loss = call(step)
+        wait(device)
         seconds.append(time.perf_counter() - start)
-    if not torch.isfinite(loss.total):
-        raise ValueError(f"The loss of {run.perturbation} is {float(loss.total)}; the benchmark's step is broken.")
-    median = statistics.median(seconds[1:])  # the first one warms up
+        if not math.isfinite(loss):
+            raise ValueError(f"The loss of step {step} is {loss}; the benchmark's step is broken.")
+    return statistics.median(seconds[1:])
+
+
+def measure(engine: Engine, run: RunConfig, unit: float, examples: list[Example], ranks: Ranks, steps: int) -> dict:
+    """Median seconds of a step, tokens per second over all ranks, this rank's peak memory and share of the matrix rate.
+
+    rate_share: 4 N T operations a pass with gradient, over the step's time, over the machine's own matrix rate.
+    """
+    row, settings = pack(examples).to(ranks.device), settings_of(run, unit)
+    tokens = [0]
+
+    def step(number: int) -> float:
+        loss, _ = optimizer_step(engine, row, run, settings, Noise(0, number), 1e-3, global_count=run.batch_size)
+        tokens[0] = loss.tokens
+        return float(loss.total.detach())
+
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    median = seconds_of(step, ranks.device, steps)
+    work = floor_operations(engine.backbone, run.perturbation, run.ascent_steps, engine.shape[0], row.num_tokens)
     return {
-        "step_seconds": median, "tokens": loss.tokens * ranks.world,
-        "tokens_per_second": loss.tokens * ranks.world / median, "peak_bytes": peak_memory_bytes(ranks.device),
+        "step_seconds": median, "tokens": tokens[0] * ranks.world,
+        "tokens_per_second": tokens[0] * ranks.world / median,
+        "peak_bytes": peak_memory_bytes(ranks.device), "ratio_peft_keep": None,
+        "rate_share": work / median / matrix_rate(engine.backbone, min(row.num_tokens, 8192), ranks.device),
     }  # fmt: skip
+
+
+def measure_peft(config: Any, dtype: torch.dtype, prompt: Tensor, run: RunConfig, unit: float, examples: list[Example],
+                 ranks: Ranks, steps: int) -> dict[str, float]:  # fmt: skip
+    """Median seconds of peft's step with logits_to_keep on the same rows, per regulariser; a part of them at a time.
+
+    peft keeps every activation, so its rows go in groups of --peft_rows; the time of a group is scaled to all rows.
+    """
+    with torch.device(ranks.device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    loop, found = PeftLoop(base, prompt, ranks.device, keep=True), {}
+    for method in METHODS:
+        found[method] = seconds_of(lambda _, m=method: loop.step(examples, m, run, unit), ranks.device, steps)
+    return found
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="8b", choices=tuple(SHAPES))
     parser.add_argument("--rows", type=int, default=32, help="rows on each rank")
+    parser.add_argument("--peft_rows", type=int, default=16, help="rows of peft's step, which keeps all activations")
     parser.add_argument("--prompt_length", type=int, default=100)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
@@ -92,22 +133,31 @@ def main() -> int:
     )
     run = RunConfig(ds_config=args.ds_config, batch_size=args.rows * ranks.world)
     resolved = resolve_ds_config(read_ds_config(args.ds_config), run, set(), ranks.world, config.hidden_size)
+    examples = random_examples(args.rows, config.vocab_size, ranks.rank)
+    generator = make_generator(0, "prompt")
+    start = 0.02 * torch.randn(args.prompt_length, config.hidden_size, generator=generator)
     model = build_sharded(config, resolved)
     fill_randomly(model)
-    prompt = SoftPrompt(torch.zeros(args.prompt_length, config.hidden_size))
-    backbone = Backbone(model)
+    activations = Activations("auto", budget_bytes=memory_budget(ranks.device))
+    backbone = Backbone(model, activations)
     check_backbone(backbone)
-    engine = Engine(prompt, backbone, resolved, ranks)
-    generator = make_generator(0, "prompt")
-    engine.set_prompt(0.02 * torch.randn(args.prompt_length, config.hidden_size, generator=generator))
-    unit = backbone.mean_embedding_norm()
-    row, table = random_row(args.rows, config.vocab_size, ranks.rank).to(ranks.device), []
-    for method in ("none", "gaussian", "pgd"):
-        chosen = RunConfig(ds_config=args.ds_config, batch_size=run.batch_size, perturbation=method)
+    engine = Engine(SoftPrompt(start), backbone, resolved, ranks)
+    unit, table = backbone.mean_embedding_norm(), []
+    for method in METHODS:
+        engine.set_prompt(start)
+        chosen = replace(run, perturbation=method)
         entry = {"shape": args.shape, "method": method, "dtype": str(resolved.dtype).removeprefix("torch."),
                  "rows": run.batch_size, "prompt_length": args.prompt_length, "world_size": ranks.world,
-                 **measure(engine, chosen, unit, row, ranks, args.steps)}  # fmt: skip
+                 "activations": backbone.activations.describe(),
+                 **measure(engine, chosen, unit, examples, ranks, args.steps)}  # fmt: skip
         table.append(entry)
+    if ranks.world == 1 and args.peft_rows:
+        few = examples[: args.peft_rows]
+        theirs = measure_peft(config, resolved.dtype, start, run, unit, few, ranks, args.steps)
+        for entry in table:  # rows are drawn alike, so seconds a row compare
+            per_row = theirs[entry["method"]] / len(few)
+            entry["ratio_peft_keep"] = per_row / (entry["step_seconds"] / entry["rows"])
+    for entry in table:
         if ranks.is_main:
             print(json.dumps(entry), flush=True)
     if args.json and ranks.is_main:

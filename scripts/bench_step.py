@@ -24,6 +24,7 @@ import torch
 from bench_measure import PeakMemory, floor_operations, matrix_rate, wait, weights_of
 from peft_loop import PeftLoop
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ptp_ds.activations import Activations
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
@@ -58,7 +59,9 @@ class Ours:
         run = replace(run, perturbation=method, batch_size=len(examples))
         row = pack(examples).to(self.device)
         settings = settings_of(run, self.unit)
-        loss, _ = optimizer_step(self.engine, row, run, settings, Noise(run.seed, number), 1e-3)
+        loss, _ = optimizer_step(
+            self.engine, row, run, settings, Noise(run.seed, number), 1e-3, global_count=len(examples)
+        )
         self.row_tokens, self.tokens = row.num_tokens, loss.tokens
         return float(loss.total.detach())
 
@@ -275,9 +278,12 @@ def main() -> int:
         engine = Engine(SoftPrompt(prompt), backbone, resolved, ranks)
         ours = Ours(engine, backbone.mean_embedding_norm(), ranks.device)
         peft = {
-            SIDES[side]: PeftLoop(folder, prompt, resolved.dtype, ranks.device, keep=side == "b")
+            SIDES[side]: PeftLoop(
+                AutoModelForCausalLM.from_pretrained(folder, dtype=resolved.dtype).to(ranks.device), prompt,
+                ranks.device, keep=side == "b",
+            )
             for side in sorted(args.against)
-        }
+        }  # fmt: skip
         return ours, peft, prompt, tokenizer, dtype
 
     print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads; seconds are medians of "

@@ -25,9 +25,9 @@ run() { # name, command...: runs it, keeps its output and exit code
 }
 rm -f "$out/exit_codes.txt"
 run tests "$python" -m pytest -q -m gpu
-run bench "$python" scripts/bench_step.py --rows 16 64 --prompt_lengths 20 100 --pairs 10 --json "$out/bench.json"
+run bench "$python" scripts/bench_step.py --rows 16 64 --prompt_lengths 20 100 --pairs 10 --activations --json "$out/bench.json"
 rm -rf "$out/train"
 run train "$python" scripts/train.py --max_steps 200 --eval_every 50 --batch_size 16 --output_dir "$out/train"
-run llama8b "$python" scripts/bench_large.py --shape 8b --json "$out/llama8b.json"
+run llama8b "$python" scripts/bench_large.py --shape 8b --rows 256 --json "$out/llama8b.json"
 "$python" scripts/gpu_report.py "$out" || failed=1
 exit "$failed"

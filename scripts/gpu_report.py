@@ -27,16 +27,21 @@ def main(folder: Path) -> int:
     (folder / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\n{report['date']}  {name}  torch {torch.__version__}  exit codes {codes}")
     for row in report["bench"] or []:
+        if "time_ratio" in row:
+            print(f"      {row['activations']:9} {row['packed_tokens']} tokens, peak {row['peak_ratio']:.2f} of keep, "
+                  f"time {row['time_ratio']:.2f}")  # fmt: skip
+            continue
         print(f"step {row['task']:6} rows {row['rows']:3} prompt {row['prompt_length']:3} {row['method']:9} "
-              f"{row['ours_seconds'] * 1e3:8.1f} ms a/ours {row['ratio_peft']:.2f} b/ours {row['ratio_peft_keep']:.2f}"
-              )  # fmt: skip
+              f"{row['ours_seconds'] * 1e3:8.1f} ms a/ours {row['ratio_peft']:.2f} b/ours {row['ratio_peft_keep']:.2f} "
+              f"floor {row['floor_share']:.2f}")  # fmt: skip
     if report["train"]:
         train = report["train"]
         print(f"train {train['task']} metrics {train['metrics']} majority {train['majority']:.3f} "
               f"{train['tokens_per_second']:.0f} tok/s")  # fmt: skip
     for row in (report["llama8b"] or {}).get("rows", []):
         print(f"8B    {row['method']:9} {row['step_seconds']:.3f} s/step  {row['tokens_per_second']:.0f} tok/s  "
-              f"{row['peak_bytes'] / 2**30:.1f} GiB")  # fmt: skip
+              f"{row['peak_bytes'] / 2**30:.1f} GiB  matrix rate used {row['rate_share']:.2f}  "
+              f"b/ours {row['ratio_peft_keep'] or float('nan'):.2f}")  # fmt: skip
     return 0 if all(code == "0" for code in codes.values()) else 1
 
 

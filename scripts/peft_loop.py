@@ -1,6 +1,6 @@
 """The other side of the benchmark: what a user of peft writes for prompt tuning with the same regulariser."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from ptp_ds.packing import Example
 class PeftLoop:
     """What a user of peft writes: padded rows, one full pass for each stream and ascent step."""
 
-    def __init__(self, folder: Path, prompt_PH: Tensor, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
+    def __init__(self, base: Any, prompt_PH: Tensor, device: torch.device, keep: bool) -> None:
+        """base: a transformers model on `device`. keep: whether logits are computed at the answers alone."""
         from peft import PromptTuningConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        base.eval()
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt_PH.shape[0])
         self.model, self.keep, self.device = get_peft_model(base, settings), keep, device
         weight = self.model.prompt_encoder["default"].embedding.weight

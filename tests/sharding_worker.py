@@ -72,7 +72,7 @@ def main(perturbation: str, activations: str, folder: Path) -> None:
         ]  # fmt: skip
         row = pack(examples)
         backbone.shards.traffic.reset()
-        optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01)
+        optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01, global_count=run.batch_size)
         fetched.append(engine.grad_norm())
         gathers.append(backbone.shards.traffic.gathers)
     kept, whole = engine.sharded_elements()

@@ -1,12 +1,13 @@
 """Splits from jsonl and from the hub's layout, and the orders in which rows are held out, seen and dealt."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from ptp_ds.data import BatchOrder, deal, hold_out, load_split, tokenise
+from ptp_ds.data import BatchOrder, BudgetOrder, deal, hold_out, load_split, tokenise
 from ptp_ds.tasks import load_task
 
 CB_ROWS = [
@@ -295,3 +296,28 @@ def test_dealing_balances_tokens():
             fullest[name] += max(sum(lengths[place] for place in hand) for hand in hands)
     mean = sum(sum(lengths_of(seed, 16)) / 4 for seed in range(20))
     assert fullest["dealt"] - mean < 0.25 * (fullest["in order"] - mean)
+
+
+# batches by token budget
+
+LENGTHS = [7, 3, 12, 5, 9, 4, 30, 6]
+
+
+@pytest.mark.parametrize("budget", [1, 20, 33, 1000])
+def test_budget_batches_are_full_and_miss_no_row(budget):
+    order = BudgetOrder(LENGTHS, budget, fewest=2, seed=3)
+    batches = [order.batch(step) for step in range(12)]
+    drawn = [number for batch in batches for number in batch]
+    assert drawn == BatchOrder(len(LENGTHS), 1, seed=3)._rows(0, len(drawn))  # the same rows in the same order
+    for batch, following in itertools.pairwise(batches):
+        tokens = sum(LENGTHS[number] for number in batch)
+        assert tokens <= budget or len(batch) == 2
+        assert len(batch) == len(LENGTHS) or tokens + LENGTHS[following[0]] > budget
+        assert 2 <= len(batch) <= len(LENGTHS)
+
+
+def test_a_budget_step_is_found_without_the_steps_before():
+    whole = BudgetOrder(LENGTHS, 25, fewest=1, seed=0)
+    batches = [whole.batch(step) for step in range(9)]
+    assert BudgetOrder(LENGTHS, 25, fewest=1, seed=0).batch(8) == batches[8]
+    assert batches != [BudgetOrder(LENGTHS, 25, fewest=1, seed=1).batch(step) for step in range(9)]

@@ -50,6 +50,26 @@ def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model,
         assert abs(other_result["eval_cross_entropy"] - result["eval_cross_entropy"]) < 1e-5
 
 
+def test_a_token_budget_gives_the_same_steps_on_any_number_of_ranks(run_train, tiny_model, tmp_path):
+    """Batches of uneven size, dealt unevenly to 2 ranks: sums over the global count make them one run."""
+    prompts, tokens = [], []
+    for nproc in (1, 2):
+        out = tmp_path / str(nproc)
+        done = run_train(
+            ["--model", tiny_model, "--task", "COPA", "--max_steps", "5", "--log_every", "1", "--tokens_per_step",
+             "250", "--prompt_length", "5", "--lr", "0.01", "--eval_tokens", "600", "--output_dir", out], nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        prompts.append(load_file(out / "checkpoints" / "step-000005" / "state.safetensors")["prompt"])
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        rates = [line["tokens_per_second"] * line["step_seconds"] for line in lines if line["kind"] == "train"]
+        tokens.append([round(rate) - 5 * nproc for rate in rates])  # each rank has a prompt of its own
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0])) > 1
+    assert 150 < min(tokens[0]) <= max(tokens[0]) <= 250
+    assert float((prompts[1] - prompts[0]).norm() / prompts[0].norm()) < 1e-5
+
+
 def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
     """keep and recompute, 1 and 2 ranks, 1 and 4 micro-batches, small chunks: one curve."""
     settings = {

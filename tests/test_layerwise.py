@@ -1,5 +1,6 @@
 """Layers by section: kept, recomputed, chunked and shared passes against plain loops in fp64, and what they compute."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from test_packed_equals_plain import divergence, make_prompt
 from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone
 from ptp_ds.config import RunConfig
-from ptp_ds.packing import pack
+from ptp_ds.packing import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.step import ptp_loss, settings_of
 
@@ -129,3 +130,35 @@ def test_module_tree_and_weights_stay_as_they_are(family):
     Backbone(model)
     assert list(model.state_dict()) == list(names)
     assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", ["single", "ragged"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_twins_in_double_precision(family, path, shape):
+    """Clean rows and changed ones with a shared start: scores and prompt gradient of separate plain passes."""
+    examples = make_examples(shape)
+    twins = [[*example.context_ids] for example in examples]
+    for number, twin in enumerate(twins):  # one unchanged, one changed at its first token, the others behind the middle
+        if number == 1:
+            twin[0] = (twin[0] + 1) % 96
+        elif number > 1:
+            place = len(twin) // 2
+            twin[place:] = [(token + 5) % 96 for token in twin[place:]][: len(twin)] + [7] * (number == 3)
+    row = pack_text_twins(examples, twins)
+    assert row.num_tokens < pack(examples).num_tokens + sum(map(len, twins))
+    prompt = make_prompt(torch.float64).requires_grad_()
+    backbone = Backbone(make_double(family), PATHS[path][0])
+    scores = backbone.score(row, backbone.embed(row.token_ids), prompt)
+    model = make_double(family)
+    model.set_attn_implementation("sdpa")
+    plain, total, expected = prompt.detach().clone().requires_grad_(), 0.0, 0.0
+    for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
+        for stream, context in enumerate((example.context_ids, twin)):
+            wanted = plain_scores(model, plain, replace(example, context_ids=context))
+            found = scores[stream, number, : len(wanted)]
+            torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
+            weight = torch.arange(1.0, len(wanted) + 1) * (stream + 1)
+            total, expected = total + (weight * found).sum(), expected + (weight * wanted).sum()
+    ours, theirs = torch.autograd.grad(total, prompt)[0], torch.autograd.grad(expected, plain)[0]
+    assert relative_error(ours, theirs) < 1e-9

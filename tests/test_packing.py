@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptp_ds.packing import Block, Example, pack
+from ptp_ds.packing import Block, Example, pack, pack_text_twins
 
 
 def example(context, candidates, index=0):
@@ -59,3 +59,34 @@ def test_lengths_of_an_example():
 def test_empty_rows_are_refused(rows):
     with pytest.raises(ValueError, match="empty"):
         pack(rows)
+
+
+def test_text_twins_share_what_lies_before_the_first_change():
+    row = pack_text_twins([example([5, 6, 7, 8], [[1, 2], [3]])], [[5, 6, 9, 8, 4]])
+    assert row.streams == 2
+    assert row.token_ids.tolist() == [5, 6, 7, 8, 1, 9, 8, 4, 1]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert row.blocks == (Block(9, (0, 2, 4, 5, 8), (-1, 0, 1, 0, 3)),)
+    assert [places.tolist() for places in row.scored] == [[3, 4, 7, 8]]
+    assert row.pick_cell.tolist() == [0, 0, 1, 2, 2, 3]
+
+
+def test_a_twin_without_a_change_is_not_computed_at_all():
+    row = pack_text_twins([example([5, 6], [[1], [2]])], [[5, 6]])
+    assert row.token_ids.tolist() == [5, 6]
+    assert [places.tolist() for places in row.scored] == [[1]]
+    scores = row.scores(torch.randn(1, 10, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(scores[0], scores[1])
+
+
+def test_twins_that_share_nothing():
+    row = pack_text_twins([example([5, 6], [[1], [2]])], [[7, 6, 6]])
+    assert row.blocks == (Block(5, (0, 2), (-1, -1)),)
+    assert row.position_ids.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_each_example_needs_a_twin():
+    with pytest.raises(ValueError, match="needs one twin"):
+        pack_text_twins([example([5], [[1]])], [])
+    with pytest.raises(ValueError, match="needs one twin"):
+        pack_text_twins([example([5], [[1]])], [[]])
