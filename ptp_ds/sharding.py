@@ -78,13 +78,6 @@ class Shards:
             if self._edge_users == 0:
                 self._release(EDGES)
 
-    def drop(self) -> None:
-        """Releases a layer whose gather was started for work that didn't come (an error, a pass that ended early)."""
-        for number in list(self._handles):
-            if number != EDGES:
-                self._wait(number)
-                self._release(number)
-
     def _start(self, number: int) -> None:
         parameters = self._groups[number]
         if not parameters or number in self._handles:

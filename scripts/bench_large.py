@@ -7,6 +7,7 @@ The weights are random, so the scores mean nothing; shapes and dtype are the rea
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -101,10 +102,10 @@ def measure_peft(config: Any, dtype: torch.dtype, prompt: Tensor, run: RunConfig
                  ranks: Ranks, steps: int) -> dict[str, float]:  # fmt: skip
     """Median seconds of peft's step with logits_to_keep on the same rows, per regulariser; a part of them at a time.
 
-    peft keeps every activation, so its rows go in groups of --peft_rows; the time of a group is scaled to all rows.
+    peft keeps every activation, so it gets --peft_rows of the rows; the caller compares seconds a row.
     """
     with torch.device(ranks.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
     loop, found = PeftLoop(base, prompt, ranks.device, keep=True), {}
     for method in METHODS:
         found[method] = seconds_of(lambda _, m=method: loop.step(examples, m, run, unit), ranks.device, steps)

@@ -4,10 +4,11 @@
     python scripts/bench_step.py --data_dir DATA --json bench.json
 
 (a) peft as documented: rows padded on the right, full logits. (b) the best of it: padded on the left and
-logits_to_keep=1 (or as many as the longest answer). Both carry the same regulariser: clean pass, K ascent passes for
-delta's gradient, perturbed pass, one backward, AdamW step; free is timed against one perturbed pass. A ratio is the
-median over batches of peft / ours. floor: the least time of the step's matrix products, 4 N T floating-point operations
-for each pass with gradient over T real tokens, the prompt's once a step, at the matrix rate measured in the same run.
+logits_to_keep=1 (or as many as the longest answer). Both take 16 rows at a time and carry the same regulariser: clean
+pass, K ascent passes for delta's gradient, perturbed pass, one backward, AdamW step; free is timed against one
+perturbed pass. A ratio is the median over batches of peft / ours. floor: the least time of the step's matrix products,
+4 N T floating-point operations for each pass with gradient over T real tokens, the prompt's once a step, at the matrix
+rate measured in the same run.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, p
         for name, loop in peft.items():
             seconds, value = timed(lambda batch=batch, loop=loop: loop.step(batch, method, run, ours.unit), device)
             getattr(times, name).append(seconds)
-            tokens["peft"] += len(loop.rows) * (prompt + loop.longest) * (1 if method == "none" else 2) // len(peft)
+            tokens["peft"] = tokens["peft"] + loop.tokens // len(peft)
             if number == 0 and method == "none" and name == "peft":
                 check_same_loss(loss, value, setting["dtype"])
         tokens["ours"] += ours.tokens

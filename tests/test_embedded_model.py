@@ -5,14 +5,19 @@ import importlib.util
 import pytest
 import torch
 from reference import plain_scores, relative_error
+from test_packed_equals_plain import divergence
 from transformers import AutoModelForCausalLM
 
+from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone
+from ptp_ds.config import RunConfig
 from ptp_ds.data import load_split, tokenise
 from ptp_ds.loading import load_tokenizer
 from ptp_ds.models import EMBEDDED_MODEL, resolve_model
 from ptp_ds.packing import pack
+from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.prompts import initial_prompt
+from ptp_ds.step import ptp_loss, settings_of
 from ptp_ds.tasks import load_task
 
 pytestmark = [
@@ -46,3 +51,26 @@ def test_packed_equals_plain_on_real_weights(folder, name):
     (plain_gradient,) = torch.autograd.grad(sum(s.log_softmax(-1)[0] for s in expected), prompt)
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
     assert relative_error(gradient, plain_gradient) < 1e-4
+
+
+@pytest.mark.parametrize(("perturbation", "activations"), [("gaussian", "keep"), ("pgd", "keep"), ("pgd", "recompute")])
+def test_step_gradient_on_real_weights(folder, perturbation, activations):
+    """A whole step in fp32 against one eager forward an example and stream, with the same delta."""
+    tokenizer, task = load_tokenizer(folder), load_task("Reviews")
+    examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 1024).examples[:3]
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").requires_grad_(False).eval()
+    backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder), Activations(activations))
+    prompt = initial_prompt("vocab", 20, backbone, tokenizer, seed=0, text=None, answers=[]).requires_grad_()
+    run = RunConfig(perturbation=perturbation)
+    settings, row, noise = settings_of(run, backbone.mean_embedding_norm()), pack(examples), Noise(0, 0)
+    ptp_loss(prompt, backbone, row, run, settings, noise).total.backward()
+    clean = backbone.embed(row.token_ids)
+    shared = SharedPass(backbone, prompt, row, clean)
+    deltas = PERTURBATIONS[perturbation].find(shared, row, clean, settings, noise).split(row.lengths)
+    plain, total = prompt.detach().clone().requires_grad_(), torch.zeros(())
+    for example, delta in zip(examples, deltas, strict=True):
+        scores = plain_scores(eager, plain, example)
+        perturbed = plain_scores(eager, plain, example, delta[: len(example.context_ids)])
+        total = total - scores.log_softmax(-1)[example.gold] + divergence("kl", scores, perturbed, example.gold)
+    (expected,) = torch.autograd.grad(total, plain)
+    assert relative_error(prompt.grad, expected) < 1e-5
