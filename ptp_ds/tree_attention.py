@@ -8,6 +8,8 @@ bucket is one call of torch's scaled_dot_product_attention with an additive mask
 folded into the query length, so grouped-query keys are never repeated.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,13 +69,13 @@ class MergedAttention(torch.autograd.Function):
         q = _spread(q, 1)
         k, v, k_trunk, v_trunk = (_spread(x, groups) for x in (k, v, k_trunk, v_trunk))
         out_trunk, lse_trunk = _flash(q, k_trunk, v_trunk, 0.0, False, scale=scale)
-        out, lse = torch.empty_like(out_trunk), torch.empty_like(lse_trunk)
-        for number, (start, length) in enumerate(_block_spans(plan)):
-            part = (x.narrow(2, start, length) for x in (q, k, v))
+        outs, lses = [], []
+        for number, part in enumerate(_by_block(plan, q, k, v)):
             mask = plan.block_mask(number, q.dtype)
             out_b, lse_b = _flash(*part, 0.0, mask is None, attn_mask=mask, scale=scale)
-            out.narrow(2, start, length).copy_(out_b)
-            lse.narrow(2, start, length).copy_(lse_b)
+            outs.append(out_b)
+            lses.append(lse_b)
+        out, lse = _joined(outs), torch.cat(lses, dim=2)
         share = torch.sigmoid(lse_trunk - lse).unsqueeze(-1).to(out.dtype)
         out.lerp_(out_trunk, share)
         ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, torch.logaddexp(lse, lse_trunk))
@@ -85,17 +87,16 @@ class MergedAttention(torch.autograd.Function):
         q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
         grad, scale = _spread(grad, 1), ctx.scale
         d_q, d_k_trunk, d_v_trunk = _flash_backward(grad, q, k_trunk, v_trunk, out, lse, 0.0, False, scale=scale)
-        d_k, d_v = torch.empty_like(k), torch.empty_like(v)
-        if any(ctx.needs_input_grad[:3]):  # the first layer's clean rows move nothing
-            for number, (start, length) in enumerate(_block_spans(ctx.plan)):
-                part = (x.narrow(2, start, length) for x in (grad, q, k, v, out, lse))
-                mask = ctx.plan.block_mask(number, q.dtype)
-                d_q_b, d_k_b, d_v_b = _flash_backward(*part, 0.0, mask is None, attn_mask=mask, scale=scale)
-                d_q.narrow(2, start, length).add_(d_q_b)
-                d_k.narrow(2, start, length).copy_(d_k_b)
-                d_v.narrow(2, start, length).copy_(d_v_b)
-        gathered = (_gathered(x, ctx.groups) for x in (d_k, d_v, d_k_trunk, d_v_trunk))
-        return _gathered(d_q, 1), *gathered, None, None
+        to_trunk = [_gathered(x, ctx.groups) for x in (d_k_trunk, d_v_trunk)]
+        if not any(ctx.needs_input_grad[:3]):  # the first layer's clean rows move nothing
+            return None, None, None, *to_trunk, None, None
+        parts = []
+        for number, part in enumerate(_by_block(ctx.plan, grad, q, k, v, out, lse)):
+            mask = ctx.plan.block_mask(number, q.dtype)
+            parts.append(_flash_backward(*part, 0.0, mask is None, attn_mask=mask, scale=scale))
+        own_q, d_k, d_v = (_joined(column) for column in zip(*parts, strict=True))
+        own = (_gathered(x, ctx.groups) for x in (d_k, d_v))
+        return _gathered(d_q.add_(own_q), 1), *own, *to_trunk, None, None
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -114,13 +115,15 @@ def _gathered(x: Tensor, groups: int) -> Tensor:
     return x_THD if groups == 1 else x_THD.unflatten(1, (-1, groups)).sum(2)
 
 
-def _block_spans(plan: TreePlan) -> list[tuple[int, int]]:
-    """(start, length) of each block among the row's tokens."""
-    spans, start = [], 0
-    for block in plan.blocks:
-        spans.append((start, block.length))
-        start += block.length
-    return spans
+def _by_block(plan: TreePlan, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each tensor's part [1, heads, length, ...] for one block after the other."""
+    lengths = [block.length for block in plan.blocks]
+    return zip(*(x.split(lengths, dim=2) for x in tensors), strict=True)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[1, heads, length, d] parts -> [1, heads, T, d], laid out token by token as the flash kernels do."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
