@@ -124,6 +124,7 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[nn.Module], shards: Shards) -> None:
         self.count, self.shards = len(layers), shards
+        self.extras: tuple[None, ...] | None = None  # what a family's layers return behind the hidden states
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, number)  # type: ignore[method-assign]
@@ -135,7 +136,7 @@ class LayerStack:
                 return self._originals[number](hidden_states, *args, **kwargs)
         work = _LayerWork(self, number, layer_pass, args, kwargs)
         out = _LayerFunction.apply(hidden_states, work)
-        return (out, *work.extras) if work.extras is not None else out
+        return out if self.extras is None else (out, *self.extras)
 
     def _after(self, number: int) -> int | None:
         return number + 1 if number + 1 < self.count else None
@@ -169,7 +170,6 @@ class _LayerWork:
         self.args, self.kwargs = args, kwargs
         self.is_last = number == stack.count - 1
         self.spans = layer_pass.spans()
-        self.extras: tuple[None, ...] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         layer_pass = self.layer_pass
@@ -240,7 +240,7 @@ class _LayerWork:
         args, kwargs = _take(self.args, places, tokens), _take(self.kwargs, places, tokens)
         result = self.stack.original(self.number)(x, *args, **kwargs)
         if isinstance(result, tuple):
-            self.extras = (None,) * (len(result) - 1)
+            self.stack.extras = (None,) * (len(result) - 1)
             result = result[0]
         return result
 

@@ -130,8 +130,9 @@ def test_a_shared_step_equals_one_pass_over_both(activations, max_rows):
     assert relative_error(prompt.grad, expected) < 1e-9
 
 
-def test_cached_trunk_equals_prompt_in_the_row():
-    backbone, row = Backbone(make_model("mistral")), pack(make_examples("multi"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_trunk_equals_prompt_in_the_row(family):
+    backbone, row = Backbone(make_model(family)), pack(make_examples("multi"))
     prompt = make_prompt()
     clean = backbone.embed(row.token_ids)
     with torch.no_grad():
