@@ -1,6 +1,6 @@
 """The frozen language model: packed scoring through transformers' public interfaces, and its start-up check."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from ptp_ds.activations import Activations, SavedBytes
 from ptp_ds.attention import ATTENTION_NAME, holding, local_sizes
 from ptp_ds.flash_attention import prove
 from ptp_ds.frozen_ops import replace_frozen
-from ptp_ds.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, passing
-from ptp_ds.packing import Example, PackedRow, pack
+from ptp_ds.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, detached, passing
+from ptp_ds.packing import Example, PackedRow, pack, shared_start
 from ptp_ds.prompts.deep import split_deep
 from ptp_ds.seeding import make_generator
 from ptp_ds.sharding import Shards
@@ -109,13 +109,10 @@ class Backbone(nn.Module):
         if (prompt_PH is None) == (trunk is None):
             raise ValueError("score needs either prompt_PH or trunk, one of the two.")
         graph = torch.is_grad_enabled()
-        cached = Trunk(_trunk_length(trunk)) if trunk is not None else None
-        source = self.trunk(prompt_PH, row.trunk_ids) if prompt_PH is not None else cached
-        assert source is not None
+        given = prompt_PH is not None
+        source = self.trunk(prompt_PH, row.trunk_ids) if prompt_PH is not None else Trunk(_trunk_length(trunk or {}))
         length = source.length
-        sections = [
-            Section(chunk, graph, to_trunk=prompt_PH is not None) for chunk in self.chunks(row, length, max_rows)
-        ]
+        sections = [Section(chunk, graph, to_trunk=given) for chunk in self.chunks(row, length, max_rows)]
         inputs, positions = embeds_TH, row.position_ids + length
         if source.inputs is not None:
             sections.insert(0, Section(trunk_chunk(length, embeds_TH.device), graph))
@@ -131,14 +128,18 @@ class Backbone(nn.Module):
         Raises ValueError for trunk_ids behind a deep prompt: tokens behind it belong to the rows.
         """
         inputs = prompt_PH.to(self.dtype)
-        shared = trunk_ids is not None and len(trunk_ids) > 0
+        tokens = None if trunk_ids is None or not len(trunk_ids) else trunk_ids
         if self.prompt == "deep":
-            if shared:
+            if tokens is not None:
                 raise ValueError("A deep prompt's trunk holds no tokens; pack the rows with shared=0.")
             return Trunk(inputs.shape[0], values=split_deep(inputs, self.model.config))
-        if trunk_ids is not None and shared:
-            inputs = torch.cat([inputs, self.embed(trunk_ids)])
+        if tokens is not None:
+            inputs = torch.cat([inputs, self.embed(tokens)])
         return Trunk(inputs.shape[0], inputs=inputs)
+
+    def shared_start(self, examples: Sequence[Example]) -> int:
+        """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
+        return shared_start(examples) if self.prompt == "soft" else 0
 
     def cache_trunk(self, prompt_PH: Tensor, trunk_ids: Tensor | None = None) -> TrunkCache:
         """Keys and values of the trunk for every layer, detached: computed once, used by any number of rows.
@@ -179,7 +180,7 @@ class Trunk:
         inputs = self.inputs.detach() if self.inputs is not None else None
         if self.values is None:
             return Trunk(self.length, inputs)
-        values = {layer: [(k.detach(), v.detach()) for k, v in pairs] for layer, pairs in self.values.items()}
+        values = {layer: detached(pairs) for layer, pairs in self.values.items()}
         return Trunk(self.length, inputs, values)
 
 

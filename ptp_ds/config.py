@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ptp_ds.activations import ACTIVATIONS
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
-from ptp_ds.perturb import PERTURBATIONS
+from ptp_ds.perturb import PERTURBATIONS, Perturbation
 from ptp_ds.perturb.ball import NORMS
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
@@ -106,9 +106,14 @@ class RunConfig:
         return 2 if self.perturbs else 1
 
     @property
+    def how(self) -> Perturbation | None:
+        """How the second stream differs; None where there is none."""
+        return PERTURBATIONS[self.perturbation] if self.perturbs else None
+
+    @property
     def carries(self) -> bool:
         """Whether deltas are carried from one optimizer step to the next."""
-        return self.perturbs and PERTURBATIONS[self.perturbation].carries
+        return self.how is not None and self.how.carries
 
     @property
     def batch_repeats(self) -> int:

@@ -76,7 +76,9 @@ def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{file}:{number}: half a surrogate pair (\\udXXX) stands alone.") from None
+            raise ValueError(
+                f"{file}:{number}: half a surrogate pair (\\udXXX) stands alone; write the whole character."
+            ) from None
         rows.append(row)
         where.append(f"{file}:{number}")
     return rows, where

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.objective import cross_entropy_sum
-from ptp_ds.packing import Example, group_length, pack_groups, share_contexts, shared_start
+from ptp_ds.packing import Example, group_length, pack_groups, share_contexts
 from ptp_ds.tasks import Outcome, Task, compute_metrics, majority_accuracy
 
 
@@ -67,7 +67,7 @@ def score_examples(
     table = torch.zeros(len(examples), width)
     counts = torch.zeros(len(examples), 1)
     with torch.no_grad():
-        shared = shared_start(examples) if backbone.prompt == "soft" else 0
+        shared = backbone.shared_start(examples)
         trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
         trunk = backbone.cache_trunk(prompt_PH.to(ranks.device), trunk_ids)
         groups = share_contexts(examples, budget)

@@ -112,12 +112,15 @@ def _of(x: Tensor, places: Tensor | None, axis: int = 0) -> Tensor:
 
 
 class FlashTreeAttention(torch.autograd.Function):
-    """[T, heads, d] queries, [T, key heads, d] keys and values, trunk [P, key heads, d] -> [T, heads, d]."""
+    """[T, heads, d] queries, [T, key heads, d] keys and values, trunk [P, key heads, d] -> [T, heads, d].
+
+    parts: the trunk's (trunk_part), then the row's own (parts_of); made once a plan.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, k_trunk, v_trunk, parts, scale):  # type: ignore[override]
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        trunk = trunk_part(q.shape[0], k_trunk.shape[0], q.device)
+        trunk, *parts = parts
         runs = trunk.cu_q.shape[0] - 1
         out_trunk, lse = flash_forward(q, k_trunk.repeat(runs, 1, 1), v_trunk.repeat(runs, 1, 1), trunk, scale)
         found = [(None, out_trunk, lse)]
@@ -170,7 +173,7 @@ def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
 
 def flashes(plan: TreePlan, q_THD: Tensor) -> bool:
     """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
-    fits = plan.every_token_asks and plan.trunk_keys > 0 and bool(plan.blocks) and q_THD.shape[-1] <= _MOST_WIDTH
+    fits = plan.rows_behind_a_trunk and q_THD.shape[-1] <= _MOST_WIDTH
     return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
 
 
@@ -179,7 +182,7 @@ def flash_attend(
 ) -> Tensor:
     """Attention of blocks behind a cached trunk; see ptp_ds.tree_attention.attend_tree."""
     if plan.parts is None:
-        plan.parts = parts_of(plan.blocks, q_THD.device)
+        plan.parts = [trunk_part(q_THD.shape[0], plan.trunk_keys, q_THD.device), *parts_of(plan.blocks, q_THD.device)]
     return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan.parts, scale)
 
 

@@ -70,6 +70,11 @@ class Section:
 TrunkCache = dict[int, list[KeysValues]]  # layer -> keys and values [P, heads, d] of its attention calls
 
 
+def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
+    """Keys and values without their graph."""
+    return [(k.detach(), v.detach()) for k, v in pairs]
+
+
 @dataclass(eq=False)
 class LayerPass:
     """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
@@ -158,9 +163,8 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         work, ctx.work = ctx.work, None
         to_input, to_trunk = work.backward(grad)
-        if not work.given():
-            return to_input, None
-        return to_input, None, *(to_trunk or [None] * len(work.given()))
+        given = len(work.given())
+        return to_input, None, *(to_trunk[:given] if to_trunk else [None] * given)
 
 
 class _LayerWork:
@@ -177,7 +181,7 @@ class _LayerWork:
     def forward(self, hidden: Tensor) -> Tensor:
         layer_pass = self.layer_pass
         if layer_pass.given is not None:
-            layer_pass.trunk[self.number] = [(k.detach(), v.detach()) for k, v in layer_pass.given[self.number]]
+            layer_pass.trunk[self.number] = detached(layer_pass.given[self.number])
         inputs = self._inputs(hidden)
         outputs = []
         with self.stack.shards.layer(self.number, self.stack._after(self.number)):
@@ -188,7 +192,7 @@ class _LayerWork:
                     if section.graph:
                         section.held[self.number] = held
                 if section.chunk.is_trunk:
-                    layer_pass.trunk[self.number] = [(k.detach(), v.detach()) for k, v in held.own]
+                    layer_pass.trunk[self.number] = detached(held.own)
                 outputs.append(held.output.detach())
         whole = torch.cat(outputs, dim=1)
         if self.is_last:  # families shape their output like their input: zeros where nothing is scored

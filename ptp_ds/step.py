@@ -10,7 +10,7 @@ from ptp_ds.config import RunConfig
 from ptp_ds.engine import Engine
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import PackedRow
-from ptp_ds.perturb import PERTURBATIONS, Noise, PerturbSettings, SharedPass
+from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.base import ascend
 
@@ -52,7 +52,7 @@ def ptp_loss(
     streams run as one pass; an adversarial delta climbs against the clean scores first. For a perturbation in text
     space the row holds both streams already (pack_text_twins).
     """
-    how = PERTURBATIONS[run.perturbation] if run.perturbs else None
+    how = run.how
     if (how is not None and how.twins is not None) != (row.streams == 2):
         raise ValueError(f"--perturbation {run.perturbation} got a row of {row.streams} streams; see pack_text_twins.")
     delta_TH = None

@@ -19,8 +19,8 @@ from ptp_ds.distributed import Ranks
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
-from ptp_ds.packing import Example, PackedRow, pack, pack_text_twins, shared_start
-from ptp_ds.perturb import PERTURBATIONS, Noise, PerturbSettings
+from ptp_ds.packing import Example, PackedRow, pack, pack_text_twins
+from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.signals import StopRequest
 from ptp_ds.step import StepLoss, optimizer_step
 from ptp_ds.tasks import Task
@@ -98,7 +98,7 @@ class Trainer:
 
     def _packed(self, examples: Sequence[Example], noise: Noise) -> PackedRow:
         """The examples as one row, with their twins where the perturbation changes the text."""
-        how = PERTURBATIONS[self.run.perturbation] if self.run.perturbs else None
+        how = self.run.how
         if how is None or how.twins is None:
             return pack(examples, self._shared)
         twins = how.twins(examples, self.settings, noise)
@@ -107,8 +107,8 @@ class Trainer:
 
     @cached_property
     def _shared(self) -> int:
-        """Tokens that every training row begins with; computed once, behind a soft prompt."""
-        return shared_start(self.train_examples) if self.run.prompt == "soft" else 0
+        """Tokens that every training row begins with and the trunk takes."""
+        return self.engine.backbone.shared_start(self.train_examples)
 
     def _lengths(self, examples: Sequence[Example]) -> list[int]:
         """Packed tokens of each example, one stream."""

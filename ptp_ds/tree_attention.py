@@ -54,7 +54,7 @@ class _Unpad(torch.autograd.Function):
 
 def merges(plan: TreePlan, q_THD: Tensor) -> bool:
     """Whether MergedAttention serves this call: on a CPU, every token asking, behind a trunk."""
-    return q_THD.device.type == "cpu" and plan.every_token_asks and plan.trunk_keys > 0 and bool(plan.blocks)
+    return q_THD.device.type == "cpu" and plan.rows_behind_a_trunk
 
 
 class MergedAttention(torch.autograd.Function):
@@ -181,10 +181,11 @@ def attend_tree(
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
     """
     window = None if window is not None and window >= plan.longest_path else window
-    if trunk is not None and softcap is None and window is None and merges(plan, q_THD):
-        return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
-    if trunk is not None and softcap is None and window is None and flashes(plan, q_THD):
-        return flash_attend(q_THD, k_TKD, v_TKD, plan, trunk, scale)
+    if trunk is not None and softcap is None and window is None:
+        if merges(plan, q_THD):
+            return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
+        if flashes(plan, q_THD):
+            return flash_attend(q_THD, k_TKD, v_TKD, plan, trunk, scale)
     return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, trunk, scale=scale, softcap=softcap, window=window)
 
 

@@ -90,6 +90,11 @@ class TreePlan:
         return self.query_slots is self.key_slots
 
     @property
+    def rows_behind_a_trunk(self) -> bool:
+        """Whether there is a trunk, rows behind it, and all of their tokens ask: what the merging functions serve."""
+        return self.every_token_asks and self.trunk_keys > 0 and bool(self.blocks)
+
+    @property
     def longest_path(self) -> int:
         """Tokens of the longest path through trunk and block, at most."""
         return self.trunk_keys + max((block.length for block in self.blocks), default=0)

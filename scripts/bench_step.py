@@ -13,6 +13,7 @@ rate measured in the same run.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -287,7 +288,8 @@ def main() -> int:
         }  # fmt: skip
         return ours, peft, prompt, tokenizer, dtype
 
-    print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads; seconds are medians of "
+    print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
+          f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}; seconds are medians of "
           f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
           f"{json.dumps(versions())}")  # fmt: skip
     print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor peak MiB gathers  "

@@ -1,5 +1,7 @@
 """Plain references and small models: everything here uses transformers as anyone would, one row at a time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,15 +72,26 @@ def make_examples(shape: str, seed: int = 0) -> list[Example]:
 
 def plain_scores(model: torch.nn.Module, prompt_PH: Tensor, example: Example, delta_LH: Tensor | None = None) -> Tensor:
     """[C] log-probability of each candidate: an ordinary forward a candidate, full logits, eager attention."""
+
+    def forward(rows_LH: Tensor) -> Tensor:
+        inputs = torch.cat([prompt_PH, rows_LH])[None]
+        return model(inputs_embeds=inputs, use_cache=False).logits[0, prompt_PH.shape[0] :]
+
+    return candidate_scores(model, forward, example, delta_LH)
+
+
+def candidate_scores(
+    model: torch.nn.Module, forward: Callable[[Tensor], Tensor], example: Example, delta_LH: Tensor | None = None
+) -> Tensor:
+    """[C] log-probabilities where `forward` maps the embeddings of a context and one candidate to their logits."""
     embed = model.get_input_embeddings()
     context = embed(torch.tensor(list(example.context_ids)))
     if delta_LH is not None:
         context = context + delta_LH
     scores = []
     for candidate in example.candidate_ids:
-        inputs = torch.cat([prompt_PH, context, embed(torch.tensor(list(candidate)))])[None]
-        log_probs = model(inputs_embeds=inputs, use_cache=False).logits[0].log_softmax(-1)
-        first = prompt_PH.shape[0] + len(example.context_ids) - 1
+        log_probs = forward(torch.cat([context, embed(torch.tensor(list(candidate)))])).log_softmax(-1)
+        first = len(example.context_ids) - 1
         scores.append(torch.stack([log_probs[first + place, token] for place, token in enumerate(candidate)]).sum())
     return torch.stack(scores)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
+from reference import FAMILIES, candidate_scores, make_examples, make_model, plain_scores, relative_error
 from test_packed_equals_plain import divergence, make_prompt
 from transformers import DynamicCache
 
@@ -32,22 +32,16 @@ def deep_prompt(model, dtype=torch.float32):
 
 def cached_scores(model, prompt_PD, example, delta_LH=None):
     """[C] log-probabilities by transformers' past_key_values, a candidate at a time."""
-    embed = model.get_input_embeddings()
-    context = embed(torch.tensor(list(example.context_ids)))
-    if delta_LH is not None:
-        context = context + delta_LH
-    scores = []
-    for candidate in example.candidate_ids:
-        cache = DynamicCache()
+
+    def forward(rows_LH):
+        cache, length = DynamicCache(), rows_LH.shape[0]
         for layer, ((k, v),) in split_deep(prompt_PD, model.config).items():
             cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
-        inputs = torch.cat([context, embed(torch.tensor(list(candidate)))])[None]
-        positions = torch.arange(5, 5 + inputs.shape[1])[None]
-        mask = torch.ones(1, 5 + inputs.shape[1], dtype=torch.long)
-        out = model(inputs_embeds=inputs, past_key_values=cache, position_ids=positions, attention_mask=mask)
-        log_probs, first = out.logits[0].log_softmax(-1), len(example.context_ids) - 1
-        scores.append(torch.stack([log_probs[first + n, token] for n, token in enumerate(candidate)]).sum())
-    return torch.stack(scores)
+        positions, mask = torch.arange(5, 5 + length)[None], torch.ones(1, 5 + length, dtype=torch.long)
+        out = model(inputs_embeds=rows_LH[None], past_key_values=cache, position_ids=positions, attention_mask=mask)
+        return out.logits[0]
+
+    return candidate_scores(model, forward, example, delta_LH)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - WINDOWED))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_attention import blocks
 
 from ptp_ds import flash_attention
-from ptp_ds.flash_attention import FlashTreeAttention, flash_attend, largest_error, parts_of, prove
+from ptp_ds.flash_attention import FlashTreeAttention, flash_attend, largest_error, parts_of, prove, trunk_part
 from ptp_ds.tree_attention import attend_reference
 from ptp_ds.tree_plan import plan_tree
 
@@ -104,7 +104,7 @@ def test_the_kernels_take_the_arguments_they_are_given():
     rows, meta = [flash_attention.Block(6, (0, 3, 5), (-1, 0, 0))], torch.device("meta")
     shapes = [(6, 4, 64), (6, 2, 64), (6, 2, 64), (5, 2, 64), (5, 2, 64)]
     leaves = [torch.empty(shape, dtype=torch.bfloat16, device=meta).requires_grad_() for shape in shapes]
-    out = FlashTreeAttention.apply(*leaves, parts_of(rows, meta), 0.125)
+    out = FlashTreeAttention.apply(*leaves, [trunk_part(6, 5, meta), *parts_of(rows, meta)], 0.125)
     found = torch.autograd.grad(out.sum(), leaves)
     assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
     assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}
