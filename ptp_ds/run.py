@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ptp_ds.activations import Activations, memory_budget
-from ptp_ds.backbone import Backbone, check_backbone, max_row_length
+from ptp_ds.backbone import Backbone, max_row_length
+from ptp_ds.check import check_backbone
 from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, write_json
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise

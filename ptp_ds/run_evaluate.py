@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ptp_ds.backbone import check_backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.checkpoint import write_json
 from ptp_ds.config import RunConfig, StrictParser, nearest
 from ptp_ds.data import load_split, tokenise
