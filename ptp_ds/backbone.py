@@ -57,6 +57,10 @@ class Backbone(nn.Module):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()))
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
 
+    def serve(self, prompt: str, rows: Rows) -> None:
+        """From now on: prompts of this kind, rows of this form."""
+        self.prompt, self.rows = prompt, rows
+
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen model has no dropout, so both streams of a row see the same function."""
         return super().train(False)

@@ -15,14 +15,25 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from ptp_ds.layerwise import Leaves
 from ptp_ds.seeding import make_generator
+from ptp_ds.tasks import Task
 
 HEADS = ("causal", "masked", "classes")
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,
 }  # fmt: skip
 _ENDINGS = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
-CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
+_CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
+_BETWEEN = ("pooler", "head", "pre_classifier")  # what some families have between the encoder and the classifier
 _LEAVES: dict[str, Leaves] = {"causal": "row", "masked": "scored", "classes": "columns"}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The head that a task asks of a model: see Head. outputs: the classifier's logits."""
+
+    kind: str = "causal"
+    choice: bool = False
+    outputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,11 @@ def head_kind(config: Any, wanted: str = "auto") -> str:
     return "classes" if type(config) in AutoModelForMaskedLM._model_mapping else "causal"
 
 
+def plan_head(config: Any, wanted: str, task: Task) -> HeadPlan:
+    """The head that a run needs: a class a label, or one logit an answer where answers differ from row to row."""
+    return HeadPlan(head_kind(config, wanted), task.choice, 1 if task.choice else len(task.answers))
+
+
 def auto_class(config: Any, kind: str, folder: Any) -> Any:
     """transformers' auto class for a head of this kind; ValueError naming a family that has none."""
     family = config.model_type
@@ -108,4 +124,14 @@ def auto_class(config: Any, kind: str, folder: Any) -> Any:
 
 def is_trained(name: str) -> bool:
     """Whether a tensor of a classification model belongs to its classifier."""
-    return name.split(".", 1)[0] in CLASSIFIERS
+    return name.split(".", 1)[0] in _CLASSIFIERS
+
+
+def module_to_save(name: str) -> str:
+    """The module of a trained tensor, by the name that peft's modules_to_save knows it by."""
+    return next(part for part in name.split(".") if part in (*_CLASSIFIERS, *_BETWEEN))
+
+
+def may_be_absent(name: str) -> bool:
+    """Whether a checkpoint of the bare encoder may lack this tensor: it is then trained with the classifier."""
+    return is_trained(name) or any(part in _BETWEEN for part in name.split("."))

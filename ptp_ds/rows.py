@@ -5,10 +5,13 @@ Both offer the same functions, so that training and evaluation need not know whi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from ptp_ds.data import tail_ids
+from ptp_ds.heads import HeadPlan
 from ptp_ds.packing import (
     Block,
     Example,
@@ -32,6 +35,7 @@ class TreeRows:
     """
 
     prompt: str = "soft"
+    behind: int = 0  # tokens of a row beside its context and all but one of its answer's
 
     def shared_start(self, examples: Sequence[Example]) -> int:
         """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
@@ -80,6 +84,11 @@ class SeparateRows:
     mask_id: int = 0
     tail: tuple[int, ...] = ()
     choice: bool = False
+
+    @property
+    def behind(self) -> int:
+        """Tokens of a row beside its context and all but one of its answer's."""
+        return 0 if self.kind == "causal" else 1 + len(self.tail)
 
     def shared_start(self, examples: Sequence[Example]) -> int:
         """Nothing is shared."""
@@ -140,6 +149,19 @@ class SeparateRows:
 
 
 Rows = TreeRows | SeparateRows
+
+
+def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int) -> Rows:
+    """The rows of a model with such a head. Raises ValueError for a masked one without a mask token."""
+    if plan.kind == "causal":
+        return TreeRows(prompt)
+    mask = tokenizer.mask_token_id
+    if plan.kind == "masked" and mask is None:
+        raise ValueError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")
+    in_rows = prompt_length if prompt == "soft" else 0
+    return SeparateRows(
+        kind=plan.kind, prompt_length=in_rows, mask_id=mask or 0, tail=tail_ids(tokenizer), choice=plan.choice
+    )
 
 
 @dataclass

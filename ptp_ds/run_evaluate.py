@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.evaluate import evaluation_of, score_examples
-from ptp_ds.export import adapter_kind, read_adapter, read_card
-from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.export import adapter_kind, read_adapter, read_card, read_head
+from ptp_ds.heads import HeadPlan, auto_class, plan_head
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import say
 from ptp_ds.prompts import prompt_width
+from ptp_ds.rows import rows_for
 from ptp_ds.run import report_error, row_room
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
@@ -59,6 +62,21 @@ def _task_of(args: argparse.Namespace) -> Task:
     return parse_task(kept, f"the card of {args.adapter}")
 
 
+def _plan(args: argparse.Namespace, config: Any, task: Task) -> tuple[HeadPlan, Task]:
+    """The head that the adapter was trained with, and the task with its classes in the trained order."""
+    card = read_card(args.adapter)
+    plan = plan_head(config, card.get("head", {}).get("kind", "auto"), task)
+    trained = list((card.get("task") or {}).get("answers") or task.answers)
+    if plan.kind != "classes" or plan.choice or trained == list(task.answers):
+        return plan, task
+    if set(trained) != set(task.answers):
+        raise ValueError(
+            f"The classifier of {args.adapter} tells {', '.join(trained)} apart; task {task.name} has "
+            f"{', '.join(task.answers)}."
+        )
+    return plan, replace(task, answers={label: task.answers[label] for label in trained})
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
         raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
@@ -68,18 +86,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     kind = adapter_kind(args.adapter)
     folder = resolve_model(args.model)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    causal_class(config, folder)
+    plan, task = _plan(args, config, task)
+    auto_class(config, plan.kind, folder)
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
     run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
                     ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
-    room = row_room(args.max_length, prompt.shape[0], config)
+    rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
+    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     tokenised = tokenise(task, split, tokenizer, room)
     ranks = start_processes()
-    backbone = load_backbone(folder, resolved, ranks)
+    backbone = load_backbone(folder, resolved, ranks, plan)
     check_backbone(backbone)
-    backbone.prompt = kind
-    scores = score_examples(backbone, prompt, tokenised.examples, ranks, args.eval_tokens)
+    backbone.serve(kind, rows)
+    values = backbone.head.join(prompt, read_head(args.adapter, backbone.head.trained))
+    scores = score_examples(backbone, values, tokenised.examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, tokenised.examples, task)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     say(ranks, f"{task.name} {args.split} ({result.examples} rows): {shown}  |  majority {result.majority:.4f}")

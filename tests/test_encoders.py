@@ -67,9 +67,7 @@ def make_values(backbone):
     generator = torch.Generator().manual_seed(1)
     width = backbone.width if backbone.prompt == "soft" else deep_width(backbone.model.config)
     prompt = 0.3 * torch.randn(PROMPT, width, generator=generator)
-    tensors = {
-        name: 0.3 * torch.randn(shape, generator=generator) for name, shape in backbone.head.trained.items()
-    }
+    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in backbone.head.trained.items()}
     return backbone.head.join(prompt, tensors)
 
 
