@@ -164,7 +164,8 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     names = (
         "model", "head", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps",
         "sigma", "epsilon", "alpha", "ascent_steps", "norm", "mask_share", "mask_token", "batch_size",
-        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed",
+        "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
