@@ -35,6 +35,7 @@ class Backbone(nn.Module):
     """
 
     model: Any  # a transformers model; its methods are found at run time
+    packs = True  # whether rows share one pass through layers of ours
 
     def __init__(
         self, model: Any, activations: Activations | None = None, prompt: str = "soft", head: Head | None = None,
@@ -47,19 +48,26 @@ class Backbone(nn.Module):
         self.first_position = first_position(model)
         self.model = model.eval().requires_grad_(False)
         self.activations = activations or Activations()
+        self.takes_attention, self._own_attention = True, model.config._attn_implementation
         try:
             model.set_attn_implementation(ATTENTION_NAME)
         except (ValueError, ImportError, AttributeError):
-            raise ValueError(refusal(model, "it accepts no attention function from outside")) from None
+            self.takes_attention = False
         layers = decoder_layers(model)
         self.shards = Shards(layers, model)
         with self.shards.layer(0):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()))
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
 
-    def serve(self, prompt: str, rows: Rows) -> None:
-        """From now on: prompts of this kind, rows of this form."""
+    def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
+        """From now on: prompts of this kind and length, rows of this form."""
         self.prompt, self.rows = prompt, rows
+
+    def release(self) -> None:
+        """Gives the model its own layers and attention back."""
+        self.stack.release()
+        if self.takes_attention:
+            self.model.set_attn_implementation(self._own_attention)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen model has no dropout, so both streams of a row see the same function."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from ptp_ds.attention import ATTENTION_NAME, holding, local_sizes
 from ptp_ds.backbone import Backbone, refusal
 from ptp_ds.layerwise import LayerPass
 from ptp_ds.packing import Example, PackedRow
-from ptp_ds.rows import Rows, SeparateRows
+from ptp_ds.padded import PaddedBackbone
+from ptp_ds.rows import Rows, SeparateRows, TreeRows
 from ptp_ds.seeding import make_generator
 
 _PROMPT = 4  # virtual tokens of the check
@@ -27,6 +27,21 @@ class _Found:
     local: set[int]
     scores: Tensor
     gradient: Tensor
+
+
+def checked(backbone: Backbone) -> tuple[Backbone, str]:
+    """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is."""
+    try:
+        check_backbone(backbone)
+        return backbone, ""
+    except ValueError as error:
+        reason = str(error)
+    if backbone.shards.sharded:
+        raise ValueError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
+                         "--ds_config ds_configs/zero2.json.")  # fmt: skip
+    padded = PaddedBackbone(backbone)
+    check_backbone(padded)
+    return padded, reason
 
 
 def check_backbone(backbone: Backbone) -> None:
@@ -51,16 +66,13 @@ def check_backbone(backbone: Backbone) -> None:
         prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device))
         tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(model.config, 0).items()}
         values = backbone.head.join(prompt, tensors).detach().requires_grad_()
-        rows = backbone.rows if backbone.head.kind == "causal" else plain_rows
+        shares = backbone.head.kind == "causal" and backbone.packs
+        rows = TreeRows() if shares else plain_rows
         with _as(backbone, rows, "soft"):
             found = _packed(backbone, backbone.rows.pack(examples).to(backbone.device), values)
-    _refuse(model, found)
-    model.set_attn_implementation("eager")
-    try:
-        with backbone.shards.edges():
-            plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), values.detach())
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
+    _refuse(backbone, found)
+    with backbone.shards.edges(), _eager(backbone):
+        plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), values.detach())
     present = torch.isfinite(plain)
     error = float((found.scores - plain)[present].abs().max())
     bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
@@ -81,9 +93,23 @@ def _as(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
         backbone.activations = replace(backbone.activations, mode=mode)
 
 
-def _refuse(model: Any, found: _Found) -> None:
+@contextmanager
+def _eager(backbone: Backbone) -> Iterator[None]:
+    """The family's own attention inside."""
+    if not backbone.packs:
+        yield
+        return
+    backbone.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        backbone.model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _refuse(backbone: Backbone, found: _Found) -> None:
+    model = backbone.model
     expected = model.config.get_text_config().num_hidden_layers
-    if len(found.layers) != expected:
+    if len(found.layers) != expected and backbone.packs:
         raise ValueError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
     if found.local:
         raise ValueError(
@@ -105,6 +131,8 @@ def plain_scores(backbone: Backbone, row: PackedRow, values: Tensor) -> Tensor:
 
 
 def _packed(backbone: Backbone, row: PackedRow, values: Tensor) -> _Found:
+    if backbone.packs and not backbone.takes_attention:
+        raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
     seen: set[int] = set()
     passes: list[LayerPass] = []
     saved = SavedBytes(backbone.parameters())
@@ -118,7 +146,7 @@ def _packed(backbone: Backbone, row: PackedRow, values: Tensor) -> _Found:
     tokens = sum(section.chunk.length for section in passes[0].sections)
     backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
     layers = {number for number, calls in passes[0].attention_calls.items() if calls}
-    if not layers:  # nothing below would say more than that
+    if not layers and backbone.packs:  # nothing below would say more than that
         return _Found(layers, set(), scores[0], values)
     (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), values)
     named = {size for size in passes[0].windows if size is not None}

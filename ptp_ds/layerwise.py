@@ -141,9 +141,15 @@ class LayerStack:
         self.modules, self.shards = len(layers), shards
         self.count = count or len(layers)  # layers of a pass: more than modules where modules are used again
         self.extras: tuple[None, ...] | None = None  # what a family's layers return behind the hidden states
+        self._layers = layers
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, number)  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Gives the layers their own forward back."""
+        for layer in self._layers:
+            del layer.forward
 
     def _forward(self, module: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer_pass = _pass.get()

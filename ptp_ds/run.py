@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptp_ds.activations import Activations, memory_budget
 from ptp_ds.backbone import Backbone, first_position, max_row_length
-from ptp_ds.check import check_backbone
+from ptp_ds.check import checked
 from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, write_json
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
@@ -213,7 +213,9 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     width = prompt_width(run.prompt, prepared.config)
     prompt = PROMPTS[run.prompt](torch.zeros(run.prompt_length + backbone.head.rows(width), width))
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
-    check_backbone(backbone)
+    backbone, refused = checked(backbone)
+    if refused:
+        say(ranks, f"  generic path, padded and slower: {refused.split(' Use one ')[0]}")
     say(ranks, f"  activations: {backbone.activations.describe()}")
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     progress = Progress()
@@ -223,7 +225,7 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         engine.load_state(prepared.checkpoint.tensors)
         progress = progress_from(prepared.checkpoint)
         say(ranks, f"resumed behind step {progress.step}")
-    backbone.serve(run.prompt, prepared.rows)
+    backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     unit = backbone.mean_embedding_norm() if run.perturbs else 1.0
     monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
     settings = settings_of(run, unit, prepared.mask_id)

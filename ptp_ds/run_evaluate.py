@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptp_ds.check import check_backbone
+from ptp_ds.check import checked
 from ptp_ds.checkpoint import write_json
 from ptp_ds.config import RunConfig, StrictParser, nearest
 from ptp_ds.data import load_split, tokenise
@@ -97,8 +97,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     tokenised = tokenise(task, split, tokenizer, room)
     ranks = start_processes()
     backbone = load_backbone(folder, resolved, ranks, plan)
-    check_backbone(backbone)
-    backbone.serve(kind, rows)
+    backbone, _ = checked(backbone)
+    backbone.serve(kind, rows, prompt.shape[0])
     values = backbone.head.join(prompt, read_head(args.adapter, backbone.head.trained))
     scores = score_examples(backbone, values, tokenised.examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, tokenised.examples, task)

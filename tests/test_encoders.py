@@ -32,6 +32,13 @@ ENCODERS = {
     "modernbert": {**_BERT, "num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 8,
                    "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None,
                    "sep_token_id": None},
+    "distilbert": {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
+                   "max_position_embeddings": 96, "pad_token_id": 1},
+}  # fmt: skip
+# Families that take the generic path (tests/test_padded.py).
+GENERIC = {
+    "deberta-v2": {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 32},
+    "mpnet": _BERT,
 }  # fmt: skip
 KINDS = {"masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification}
 PROMPT = 5
@@ -39,7 +46,7 @@ PROMPT = 5
 
 def make_encoder(family, kind, labels=3):
     torch.manual_seed(11)
-    config = AutoConfig.for_model(family, **ENCODERS[family])
+    config = AutoConfig.for_model(family, **{**ENCODERS, **GENERIC}[family])
     config.num_labels = labels
     model = KINDS[kind].from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
