@@ -205,6 +205,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         text = (field.metadata["help"] + shown).replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
     parser.add_argument("--config", help="JSON file with any of these settings; flags win over it")
+    parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
 

@@ -25,6 +25,7 @@ from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_confi
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
 from ptp_ds.export import read_adapter, write_adapter
+from ptp_ds.families import describe_families
 from ptp_ds.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
@@ -316,9 +317,13 @@ def describe_run(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     """scripts/train.py: returns the exit code; user errors are one sentence on rank 0."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--list_families" in argv:
+        print(describe_families())
+        return 0
     prepare_environment()
     try:
-        prepared = prepare(sys.argv[1:] if argv is None else argv, description)
+        prepared = prepare(argv, description)
         ranks = start_processes()
         return train_run(prepared, ranks)
     except ValueError as error:
