@@ -39,6 +39,20 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
         rows, where = _read_jsonl(_find_file(task, split, data_dir))
     if not rows:
         raise ValueError(f"Split {split!r} of task {task.name} has no rows; give a file with at least one.")
+    return _split_of(rows, where)
+
+
+def load_rows(file: str) -> Split:
+    """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
+    if not Path(file).is_file():
+        raise ValueError(f"--input {file}: there is no such file; give one with a JSON object a line.")
+    rows, where = _read_jsonl(Path(file))
+    if not rows:
+        raise ValueError(f"--input {file} has no rows; give a file with at least one.")
+    return _split_of(rows, where)
+
+
+def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
     canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows)
     return Split(rows, where, hashlib.sha256(canonical.encode()).hexdigest())
 
