@@ -22,6 +22,7 @@ from ptp_ds.export import adapter_kind, read_adapter
 from ptp_ds.generate import generate, stop_tokens
 from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
+from ptp_ds.packing import Example
 from ptp_ds.predictions import require_writable, write_jsonl
 from ptp_ds.prompts import prompt_width
 from ptp_ds.run import report_error, row_room
@@ -127,24 +128,28 @@ def _serve(args: argparse.Namespace) -> Served:
     return Served(folder, load_tokenizer(folder), kind, prompt, room, dtype, device)
 
 
-def _score(served: Served, task: Task, split: Split, budget: int) -> Tensor:
-    """[N, C] the log-probabilities that scripts/evaluate.py computes."""
-    tokenised = tokenise(task, split, served.tokenizer, served.room, labelled=False)
+def _examples(served: Served, task: Task, split: Split, left: int = 0) -> Sequence[Example]:
+    """The rows' examples, with room for `left` tokens behind each; says how many had to be shortened for that."""
+    tokenised = tokenise(task, split, served.tokenizer, served.room - left, labelled=False)
     if tokenised.truncated:
-        print(
-            f"{tokenised.truncated} rows were longer than the context: shortened in {task.truncate!r}", file=sys.stderr
-        )
+        behind = f" and {left} tokens behind it" if left else ""
+        text = f"{tokenised.truncated} rows were longer than the context{behind}: shortened in {task.truncate!r}"
+        print(text, file=sys.stderr)
+    return tokenised.examples
+
+
+def _score(served: Served, examples: Sequence[Example], budget: int) -> Tensor:
+    """[N, C] the log-probabilities that scripts/evaluate.py computes."""
     ranks = Ranks(0, 1, 0, served.device)
     whole = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], served.dtype)
     backbone = load_backbone(served.folder, whole, ranks)
     check_backbone(backbone)
     backbone.prompt = served.kind
-    return score_examples(backbone, served.prompt, tokenised.examples, ranks, budget)
+    return score_examples(backbone, served.prompt, examples, ranks, budget)
 
 
-def _generate(served: Served, task: Task, split: Split, count: int) -> list[str]:
+def _generate(served: Served, examples: Sequence[Example], count: int) -> list[str]:
     """Each context's continuation. The model is loaded anew: a Backbone's is bound to packed rows."""
-    examples = tokenise(task, split, served.tokenizer, served.room - count, labelled=False).examples
     model: Any = AutoModelForCausalLM.from_pretrained(served.folder, dtype=served.dtype, attn_implementation="eager")
     model = model.to(served.device).eval()
     stops = stop_tokens(model, served.tokenizer)
@@ -167,9 +172,11 @@ def _predict(args: argparse.Namespace) -> None:
     task = adapter_task(args.adapter, args.task)
     split = load_rows(args.input) if args.text is None else Split([row_of_text(task, args.text)], ["--text"], "")
     served = _serve(args)
-    lines = answer_lines(task, split, _score(served, task, split, args.eval_tokens))
+    examples = _examples(served, task, split)
+    contexts = [] if args.generate is None else _examples(served, task, split, args.generate)
+    lines = answer_lines(task, split, _score(served, examples, args.eval_tokens))
     if args.generate is not None:
-        texts = _generate(served, task, split, args.generate)
+        texts = _generate(served, contexts, args.generate)
         lines = [{**line, "generated": text} for line, text in zip(lines, texts, strict=True)]
     if args.output is not None:
         write_jsonl(Path(args.output), lines)

@@ -117,7 +117,9 @@ def test_answers_that_a_row_lacks_get_no_probability():
 def test_long_rows_are_shortened_and_told(adapter, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"review": "A film of the town. " * 300}))
     assert main([*adapter(task="Reviews"), "--input", str(tmp_path / "rows.jsonl"), "--generate", "3"]) == 0
-    assert "1 rows were longer than the context: shortened in 'review'\n" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 rows were longer than the context: shortened in 'review'\n" in told
+    assert "1 rows were longer than the context and 3 tokens behind it: shortened in 'review'\n" in told
 
 
 @pytest.mark.parametrize(
