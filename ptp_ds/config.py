@@ -53,6 +53,9 @@ class RunConfig:
     max_length: int | None = _flag(None, "longest row in tokens, prompt included; default: the backbone's context")
     prompt: str = _flag("soft", "P trained vectors in front of the row, or P keys and values in every layer",
                         ("soft", "deep"))  # fmt: skip
+    head: str = _flag("auto", "what predicts: the causal or the masked language model with answer words, or a "
+                      "classifier trained with the prompt; auto: as the model was saved, classes for bare encoders",
+                      ("auto", "causal", "masked", "classes"))  # fmt: skip
     prompt_length: int = _flag(20, "P, number of virtual tokens")
     prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip

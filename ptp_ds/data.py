@@ -173,6 +173,12 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
     return Tokenised(examples, truncated)
 
 
+def tail_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts behind a text."""
+    ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    return tuple(ids[len(_encode(tokenizer, ["a"])[0][0]) :])
+
+
 def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """(ids, character offsets) of each text with the tokenizer's own leading special tokens, none behind."""
     batch = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.objective import cross_entropy_sum
-from ptp_ds.packing import Example, group_length, pack_groups, share_contexts
+from ptp_ds.packing import Example
 from ptp_ds.tasks import Outcome, Task, compute_metrics, majority_accuracy
 
 
@@ -57,7 +57,7 @@ def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int
 
 
 def score_examples(
-    backbone: Backbone, prompt_PH: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int
 ) -> Tensor:
     """[N, C] fp32 candidate log-probabilities on the CPU, the same on every rank; -inf where a candidate is absent.
 
@@ -66,17 +66,18 @@ def score_examples(
     width = max(len(example.candidate_ids) for example in examples)
     table = torch.zeros(len(examples), width)
     counts = torch.zeros(len(examples), 1)
+    rows = backbone.rows
     with torch.no_grad():
-        shared = backbone.shared_start(examples)
+        values, shared = values.to(ranks.device), rows.shared_start(examples)
         trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
-        trunk = backbone.cache_trunk(prompt_PH.to(ranks.device), trunk_ids)
-        groups = share_contexts(examples, budget)
-        lengths = [group_length([examples[number] for number in group]) for group in groups]
+        trunk = backbone.cache_trunk(values, trunk_ids)
+        groups = rows.groups(examples, budget)
+        lengths = [rows.group_length([examples[number] for number in group]) for group in groups]
         for units in plan_packs(lengths, budget, ranks.world)[ranks.rank :: ranks.world]:
             numbers = [number for unit in units for number in groups[unit]]
-            row = pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
+            row = rows.pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
             row = row.to(ranks.device)
-            scores = backbone.score(row, backbone.embed(row.token_ids), trunk=trunk)[0].cpu()
+            scores = backbone.score(row, backbone.inputs(row, values), values, trunk=trunk)[0].cpu()
             table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
             counts[numbers] += 1
     table = ranks.sum(table.to(ranks.device)).cpu() / ranks.sum(counts.to(ranks.device)).cpu()
@@ -86,10 +87,10 @@ def score_examples(
 
 
 def evaluate(
-    backbone: Backbone, prompt_PH: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int
 ) -> Evaluation:
     """Metrics of a split; all ranks must call it."""
-    scores_NC = score_examples(backbone, prompt_PH, examples, ranks, budget)
+    scores_NC = score_examples(backbone, values, examples, ranks, budget)
     return evaluation_of(scores_NC, examples, task)
 
 

@@ -1,9 +1,12 @@
 """Adapters in peft's format, in and out: adapter_config.json and adapter_model.safetensors.
 
-A soft prompt is peft's PROMPT_TUNING, a deep one its PREFIX_TUNING.
+A soft prompt is peft's PROMPT_TUNING, a deep one its PREFIX_TUNING; a trained classifier lies beside it as peft's
+modules_to_save. peft knows no masked language models: FEATURE_EXTRACTION is its type that runs any model's own forward.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +16,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ptp_ds.checkpoint import write_folder
+from ptp_ds.heads import HeadPlan, module_to_save
 from ptp_ds.prompts.deep import deep_shape
 
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
 _KEY = "prompt_embeddings"
 _TYPES = {"PROMPT_TUNING": "soft", "PREFIX_TUNING": "deep"}
+_TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS"}
+_HEAD = "base_model."  # peft's prefix of a head's tensors
 
 
 def write_adapter(
-    target: Path, prompt_PH: Tensor, base_model: str, backbone_config: Any, card: dict[str, Any], kind: str = "soft"
-) -> None:
+    target: Path, prompt_PH: Tensor, base_model: str, backbone_config: Any, card: dict[str, Any], kind: str = "soft",
+    plan: HeadPlan | None = None, head: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Writes a folder that peft's PeftModel.from_pretrained loads; `card` (task, scores, versions) lies beside.
 
-    kind: soft, or deep with prompt_PH [P, D].
+    kind: soft, or deep with prompt_PH [P, D]. plan, head: the model's head and its trained tensors.
     """
+    plan, head = plan or HeadPlan(), head or {}
     text = backbone_config.get_text_config()
     config = {
         "peft_type": next(name for name, prompt in _TYPES.items() if prompt == kind),
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[plan.kind],
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "num_virtual_tokens": prompt_PH.shape[0],
@@ -46,9 +54,13 @@ def write_adapter(
         _, heads, width = deep_shape(backbone_config)
         config |= {"token_dim": heads * width, "num_attention_heads": heads, "encoder_hidden_size": heads * width,
                    "prefix_projection": False}  # fmt: skip
+    if head:
+        config["modules_to_save"] = sorted({module_to_save(name) for name in head})
+    card = {**card, "head": asdict(plan)}
 
     def fill(folder: Path) -> None:
-        save_file({_KEY: prompt_PH.float().contiguous()}, folder / _WEIGHTS, metadata={"format": "pt"})
+        tensors = {_KEY: prompt_PH.float().clone()} | {_HEAD + name: t.float().clone() for name, t in head.items()}
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
@@ -91,8 +103,9 @@ def read_adapter(
         raise ValueError(f"Adapter {folder}: no {_WEIGHTS}; adapters in pickle files are not loaded.")
     try:
         with safe_open(file, framework="pt") as handle:
-            if list(handle.keys()) != [_KEY]:
-                raise ValueError(f"Adapter {folder} holds {', '.join(handle.keys())}; expected {_KEY} alone.")
+            names = list(handle.keys())
+            if [name for name in names if not name.startswith(_HEAD)] != [_KEY]:
+                raise ValueError(f"Adapter {folder} holds {', '.join(names)}; expected {_KEY} alone.")
             shape = tuple(handle.get_slice(_KEY).get_shape())
             if len(shape) != 2 or not all(shape):
                 raise ValueError(f"Adapter {folder}: the prompt has shape {shape}; expected [length, width].")
@@ -108,6 +121,23 @@ def read_adapter(
     if not bool(torch.isfinite(prompt).all()):
         raise ValueError(f"Adapter {folder}: the prompt holds values that are not finite.")
     return prompt
+
+
+def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The trained head's tensors beside an adapter's prompt, fp32, by the model's names.
+
+    wanted: names and shapes that the model has. ValueError where the adapter's differ.
+    """
+    with safe_open(Path(folder) / _WEIGHTS, framework="pt") as handle:
+        names = [name for name in list(handle.keys()) if name != _KEY]
+        found = {name.removeprefix(_HEAD): handle.get_tensor(name).float() for name in names}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != dict(wanted):
+        raise ValueError(
+            f"Adapter {folder} holds a head of {shapes or 'nothing'}; "
+            f"this model and task need {dict(wanted) or 'none'}."
+        )
+    return found
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

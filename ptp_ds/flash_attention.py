@@ -70,7 +70,7 @@ def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
                 above.setdefault(distance, {}).setdefault((number, parent), []).append(places)
                 distance, parent = distance + 1, block.parents[parent]
         start += block.length
-    parts = [_part(own, device, gathered=False, causal=True)]
+    parts = [_part(own, device, gathered=False, causal=blocks[0].causal)]
     for asked in above.values():
         pairs = [(np.concatenate(queries), segments[key]) for key, queries in asked.items()]
         parts.append(_part(pairs, device, gathered=True, causal=False))

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,18 @@ def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
     return [(k.detach(), v.detach()) for k, v in pairs]
 
 
+# What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
+# "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
+Leaves = Literal["row", "scored", "columns"]
+
+
 @dataclass(eq=False)
 class LayerPass:
     """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
 
     trunk: the trunk's keys and values, detached; filled where the pass holds the trunk itself, or from `given`: keys
-    and values that are inputs of the pass (a deep prompt), with the graph that their gradient goes back to.
+    and values that are inputs of the pass (a deep prompt), with the graph that their gradient goes back to; empty where
+    rows have no trunk. leaves: what the last layer hands to the model's head (see Leaves).
     """
 
     sections: Sequence[Section]
@@ -88,8 +94,10 @@ class LayerPass:
     recompute: bool = False
     live: Sequence[Section] | None = None
     given: TrunkCache | None = None
+    leaves: "Leaves" = "row"
     windows: set[int | None] = field(default_factory=set)
     attention_calls: dict[int, int] = field(default_factory=dict)
+    _entered: int = 0
     _outputs: tuple[Tensor, list[Tensor]] | None = None
 
     def scored(self) -> Tensor:
@@ -104,6 +112,11 @@ class LayerPass:
             spans.append((start, start + section.chunk.length))
             start = spans[-1][1]
         return spans
+
+    def enter(self) -> int:
+        """The number of the layer that the pass comes to now: a module that is used again counts again (albert)."""
+        self._entered += 1
+        return self._entered - 1
 
     def is_live(self, section: Section) -> bool:
         """Whether the section's outputs get a gradient in this pass."""
@@ -124,28 +137,31 @@ class LayerStack:
     The module tree, its names and its parameters stay as they are.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], shards: Shards) -> None:
-        self.count, self.shards = len(layers), shards
+    def __init__(self, layers: Sequence[nn.Module], shards: Shards, count: int | None = None) -> None:
+        self.modules, self.shards = len(layers), shards
+        self.count = count or len(layers)  # layers of a pass: more than modules where modules are used again
         self.extras: tuple[None, ...] | None = None  # what a family's layers return behind the hidden states
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, number)  # type: ignore[method-assign]
 
-    def _forward(self, number: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, module: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer_pass = _pass.get()
         if layer_pass is None:
-            with self.shards.layer(number, self._after(number)):
-                return self._originals[number](hidden_states, *args, **kwargs)
-        work = _LayerWork(self, number, layer_pass, args, kwargs)
+            with self.shards.layer(module, self.after(module)):
+                return self._originals[module](hidden_states, *args, **kwargs)
+        work = _LayerWork(self, module, layer_pass, args, kwargs)
         out = _LayerFunction.apply(hidden_states, work, *work.given())
         return out if self.extras is None else (out, *self.extras)
 
-    def _after(self, number: int) -> int | None:
-        return number + 1 if number + 1 < self.count else None
+    def after(self, module: int, step: int = 1) -> int | None:
+        """The module that follows (or, step -1, comes before); None at the end and where modules are used again."""
+        following = module + step
+        return following if self.modules == self.count and 0 <= following < self.count else None
 
-    def original(self, number: int) -> Callable[..., Any]:
-        """The family's own forward of layer `number`."""
-        return self._originals[number]
+    def original(self, module: int) -> Callable[..., Any]:
+        """The family's own forward of a layer."""
+        return self._originals[module]
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -171,11 +187,11 @@ class _LayerWork:
     """One layer in one pass."""
 
     def __init__(
-        self, stack: LayerStack, number: int, layer_pass: LayerPass, args: tuple, kwargs: dict[str, Any]
+        self, stack: LayerStack, module: int, layer_pass: LayerPass, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        self.stack, self.number, self.layer_pass = stack, number, layer_pass
+        self.stack, self.module, self.number, self.layer_pass = stack, module, layer_pass.enter(), layer_pass
         self.args, self.kwargs = args, kwargs
-        self.is_last = number == stack.count - 1
+        self.is_last = self.number == stack.count - 1
         self.spans = layer_pass.spans()
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -184,7 +200,7 @@ class _LayerWork:
             layer_pass.trunk[self.number] = detached(layer_pass.given[self.number])
         inputs = self._inputs(hidden)
         outputs = []
-        with self.stack.shards.layer(self.number, self.stack._after(self.number)):
+        with self.stack.shards.layer(self.module, self.stack.after(self.module)):
             for section, span, x in zip(layer_pass.sections, self.spans, inputs, strict=True):
                 held = section.held.get(self.number)
                 if held is None:
@@ -195,10 +211,24 @@ class _LayerWork:
                     layer_pass.trunk[self.number] = detached(held.own)
                 outputs.append(held.output.detach())
         whole = torch.cat(outputs, dim=1)
-        if self.is_last:  # families shape their output like their input: zeros where nothing is scored
-            return torch.zeros_like(hidden).index_copy_(1, layer_pass.scored(), whole)
+        if self.is_last:
+            return self._leave(hidden, whole)
         layer_pass._outputs = (whole, outputs)
         return whole
+
+    def _leave(self, hidden: Tensor, scored: Tensor) -> Tensor:
+        """What the head gets of the scored tokens [1, N, H]; see Leaves."""
+        if self.layer_pass.leaves == "columns":
+            return scored.transpose(0, 1)
+        if self.layer_pass.leaves == "scored":
+            return scored
+        return torch.zeros_like(hidden).index_copy_(1, self.layer_pass.scored(), scored)
+
+    def _arrive(self, grad: Tensor) -> Tensor:
+        """The transpose of _leave."""
+        if self.layer_pass.leaves == "columns":
+            return grad.transpose(0, 1)
+        return grad if self.layer_pass.leaves == "scored" else grad.index_select(1, self.layer_pass.scored())
 
     def given(self) -> list[Tensor]:
         """Keys and values of this layer that are inputs of the pass, flat."""
@@ -213,7 +243,7 @@ class _LayerWork:
         return [hidden[:, start:stop] for start, stop in self.spans]
 
     def _run(self, section: Section, span: tuple[int, int], x: Tensor) -> _Held:
-        trunk = None if section.chunk.is_trunk else self.layer_pass.trunk[self.number]
+        trunk = None if section.chunk.is_trunk else self.layer_pass.trunk.get(self.number)
         with torch.set_grad_enabled(section.graph):
             leaf = x.detach().requires_grad_(section.graph and (section.to_input or self.number > 0))
             flat = [tensor.detach() for pair in trunk or () for tensor in pair]
@@ -229,7 +259,7 @@ class _LayerWork:
 
     def _call(self, chunk: Chunk, span: tuple[int, int], x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         """(output, then, for the trunk, the keys and values of each attention call)."""
-        trunk = None if chunk.is_trunk else list(zip(flat[::2], flat[1::2], strict=True))
+        trunk = list(zip(flat[::2], flat[1::2], strict=True)) if flat else None
         if not self.is_last:
             with attending(Call(chunk.plan, trunk)) as call:
                 output = self._layer(x, slice(*span))
@@ -252,7 +282,7 @@ class _LayerWork:
     def _layer(self, x: Tensor, places: slice | Tensor) -> Tensor:
         tokens = self.spans[-1][1]
         args, kwargs = _take(self.args, places, tokens), _take(self.kwargs, places, tokens)
-        result = self.stack.original(self.number)(x, *args, **kwargs)
+        result = self.stack.original(self.module)(x, *args, **kwargs)
         if isinstance(result, tuple):
             self.stack.extras = (None,) * (len(result) - 1)
             result = result[0]
@@ -263,10 +293,10 @@ class _LayerWork:
         layer_pass = self.layer_pass
         pieces: list[Tensor] = []
         if self.is_last:
-            grad = grad.index_select(1, layer_pass.scored())
+            grad = self._arrive(grad)
         grads = grad.split([self._output_length(section.chunk) for section in layer_pass.sections], dim=1)
         trunk_grads: list[Tensor] | None = None
-        with self.stack.shards.layer(self.number, self.number - 1 if self.number else None):
+        with self.stack.shards.layer(self.module, self.stack.after(self.module, -1)):
             for section, piece in zip(reversed(layer_pass.sections), reversed(grads), strict=True):
                 if not layer_pass.is_live(section):
                     pieces.append(piece.new_zeros(1, section.chunk.length, piece.shape[-1]))

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.ds_config import ResolvedDeepSpeed
+from ptp_ds.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
 
 
 def load_config(folder: Path) -> Any:
@@ -31,36 +32,54 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer that transformers can load ({first}).") from None
 
 
-def causal_class(config: Any, folder: Path) -> type:
-    """The family's causal model class; ValueError naming a family that has none."""
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
-        raise ValueError(f"{folder}: model family {config.model_type!r} has no causal language model in transformers.")
-    found: Any = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+def load_backbone(
+    folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, plan: HeadPlan | None = None
+) -> Backbone:
+    """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3.
 
-
-def load_backbone(folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks) -> Backbone:
-    """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3."""
-    config = load_config(folder)
-    causal_class(config, folder)
+    plan: the head it predicts with, a causal one by default. Tensors that a checkpoint lacks are refused, but for those
+    of a classifier, which is trained.
+    """
+    plan, config = plan or HeadPlan(), load_config(folder)
+    auto = auto_class(config, plan.kind, folder)
+    if plan.kind == "classes":
+        config.num_labels = plan.outputs
     model: Any
     if deepspeed_config.stage != 3:
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=deepspeed_config.dtype)
-        return Backbone(model.to(ranks.device))
-    model = build_sharded(config, deepspeed_config)
-    _fill_from_files(model, folder, ranks)
-    return Backbone(model)
+        model, info = auto.from_pretrained(
+            folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True,
+            ignore_mismatched_sizes=plan.kind == "classes",
+        )  # fmt: skip
+        absent = set(info["missing_keys"])
+        _refuse_absent(absent, plan, folder)
+        model = model.to(ranks.device)
+    else:
+        model = build_sharded(config, deepspeed_config, auto)
+        absent = _fill_from_files(model, folder, ranks, plan)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
+    return Backbone(model, head=Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {}))
 
 
-def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed) -> Any:
+def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:
+    """ValueError where the files lack tensors that nothing here trains."""
+    missing = sorted(name for name in absent if plan.kind != "classes" or not may_be_absent(name))
+    if missing:
+        raise ValueError(
+            f"{folder} has no {missing[0]!r} and {len(missing) - 1} more of a {plan.kind} model; choose another "
+            "--head, or, where only the names differ, load it once with transformers, save its state dict under the "
+            "module's names, and give that folder."
+        )
+
+
+def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = AutoModelForCausalLM) -> Any:
     """The model with its parameters partitioned as they are made, values unset: no rank holds more than a tensor."""
     import deepspeed
     from transformers.initialization import no_init_weights
 
     config.pad_token_id = None  # transformers would zero a row of an embedding that is sharded already
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     model.tie_weights()  # no_init_weights leaves this out
     dtypes = {parameter.ds_tensor.dtype for parameter in model.parameters()}
     assert dtypes == {deepspeed_config.dtype}, f"zero.Init built {dtypes}, wanted {deepspeed_config.dtype}"
@@ -98,7 +117,8 @@ def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
 
 
 @torch.no_grad()
-def _fill_from_files(model: Any, folder: Path, ranks: Ranks) -> None:
+def _fill_from_files(model: Any, folder: Path, ranks: Ranks, plan: HeadPlan) -> set[str]:
+    """Fills every rank's part of the parameters; returns the names of those that the files lack."""
     import deepspeed
 
     try:
@@ -106,19 +126,18 @@ def _fill_from_files(model: Any, folder: Path, ranks: Ranks) -> None:
     except SafetensorError as error:
         raise ValueError(f"{folder}: the safetensors file is damaged ({error}).") from None
     names = {name: _stored_name(name, files, model.base_model_prefix) for name, _ in model.named_parameters()}
-    missing = [name for name, stored in names.items() if stored is None]
-    if missing:
-        raise ValueError(
-            f"{folder} has no {missing[0]!r} and {len(missing) - 1} more; the files' names are not the module's: "
-            "load it once with transformers, save its state dict under the module's names, and give that folder."
-        )
+    absent = {name for name, stored in names.items() if stored is None}
+    _refuse_absent(absent, plan, folder)
+    unread = {name for name in names if name in absent or (plan.kind == "classes" and is_trained(name))}
+    filled = {name: p for name, p in model.named_parameters() if name not in unread}
     handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
     tensors = {name: handles[files[stored]].get_slice(stored) for name, stored in names.items() if stored is not None}
-    for name, parameter in model.named_parameters():  # on all ranks, before any of them waits for another
+    for name, parameter in filled.items():  # on all ranks, before any of them waits for another
         found, wanted = tuple(tensors[name].get_shape()), tuple(parameter.ds_shape)
         if found != wanted:
             raise ValueError(f"{folder}: {names[name]} has shape {found}, its config.json says {wanted}.")
-    for name, parameter in model.named_parameters():
+    for name, parameter in filled.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if ranks.is_main:
                 parameter.copy_(tensors[name][...])
+    return absent

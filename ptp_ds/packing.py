@@ -66,11 +66,13 @@ class Block:
     """Tokens that attend to the trunk and to each other only: a tree of segments in depth-first order.
 
     starts[i]: offset of segment i in the block; parents[i]: the segment it continues, -1 for the block's root.
+    causal: whether a token sees only those before it; an encoder's block is one segment whose tokens see each other.
     """
 
     length: int
     starts: tuple[int, ...]
     parents: tuple[int, ...]
+    causal: bool = True
 
     def depths(self) -> np.ndarray:
         """[length] int: each token's distance from the end of the trunk (its position id less P)."""
@@ -82,7 +84,9 @@ class Block:
         return depth
 
     def visible(self) -> np.ndarray:
-        """[length, length] bool: query i sees key j, i.e. j is not after i and lies on i's path to the root."""
+        """[length, length] bool: query i sees key j: j is not after i and lies on i's path to the root."""
+        if not self.causal:
+            return np.ones((self.length, self.length), dtype=bool)
         causal = np.tri(self.length, dtype=bool)
         if len(self.starts) == 1:
             return causal
@@ -101,11 +105,13 @@ class PackedRow:
 
     trunk_ids [I]: tokens behind the prompt that every example begins with, part of the trunk and not of any block.
     token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T]: the
-    block a token belongs to, in [0, S*B), or [0, B) where a block holds both streams (text twins). blocks: host-side
-    shape of each block, stream by stream.
+    example a token belongs to, in [0, S*B), or [0, B) where an example's blocks hold both streams (text twins).
+    blocks: host-side shape of each block, stream by stream. members: blocks of each example, empty for one each.
+    slots, slot_of [n]: tokens that stand for a row of the prompt, and which: where the prompt lies in the blocks.
+    moves_with [T]: the token whose delta a token takes, where an example's blocks repeat its context; else None.
     scored: for each block, the places in it whose logits are needed, in order, N in all. pick_row, pick_token,
     pick_cell [M]: candidate token m is read at logits[pick_row[m], pick_token[m]] and added to flat score cell
-    pick_cell[m] of [S*B*C].
+    pick_cell[m] of [S*B*C]. normalises: whether a score is a log-probability, as of a vocabulary, or the logit itself.
     present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split.
     """
 
@@ -123,6 +129,11 @@ class PackedRow:
     example_ids: tuple[int, ...]
     trunk_ids: Tensor
     streams: int = 1
+    members: tuple[int, ...] = ()
+    slots: Tensor | None = None
+    slot_of: Tensor | None = None
+    moves_with: Tensor | None = None
+    normalises: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -134,8 +145,12 @@ class PackedRow:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each block, in row order."""
-        return [block.length for block in self.blocks]
+        """Tokens of each example, in row order."""
+        sizes = [block.length for block in self.blocks]
+        if not self.members:
+            return sizes
+        ends = np.cumsum(self.members)
+        return [sum(sizes[end - count : end]) for count, end in zip(self.members, ends, strict=True)]
 
     def to(self, device: torch.device | str) -> "PackedRow":
         """The same row with its tensors on `device` (asynchronously from pinned memory)."""
@@ -152,25 +167,37 @@ class PackedRow:
             "token_ids": (self.token_ids, twin.token_ids),
             "position_ids": (self.position_ids, twin.position_ids),
             "movable": (self.movable, twin.movable),
-            "example_of": (self.example_of, twin.example_of + len(self.blocks)),
+            "example_of": (self.example_of, twin.example_of + len(self.lengths)),
             "pick_row": (self.pick_row, twin.pick_row + sum(map(len, self.scored))),
             "pick_token": (self.pick_token, twin.pick_token),
             "pick_cell": (self.pick_cell, twin.pick_cell + cells),
         }
         tensors: dict[str, Any] = {name: torch.cat(pair) for name, pair in joined.items()}
+        if self.slots is not None and self.slot_of is not None and twin.slots is not None and twin.slot_of is not None:
+            tensors["slots"] = torch.cat([self.slots, twin.slots + self.num_tokens])
+            tensors["slot_of"] = torch.cat([self.slot_of, twin.slot_of])
+        if self.moves_with is not None and twin.moves_with is not None:
+            tensors["moves_with"] = torch.cat([self.moves_with, twin.moves_with + self.num_tokens])
         return replace(
             self,
             **tensors,
+            members=self.members + twin.members,
             blocks=self.blocks + twin.blocks,
             scored=self.scored + twin.scored,
             streams=self.streams + twin.streams,
         )
 
+    def moved(self, clean_TH: Tensor, delta_TH: Tensor) -> Tensor:
+        """[T, H] inputs with each token's delta, in the inputs' dtype."""
+        delta = delta_TH if self.moves_with is None else delta_TH.index_select(0, self.moves_with)
+        return clean_TH + delta.to(clean_TH.dtype)
+
     def scores(self, logits_NV: Tensor) -> Tensor:
         """[S, B, C] in fp32 or better: log-probability of each candidate, summed over its tokens; -inf where absent."""
         logits = at_least_fp32(logits_NV)
-        normaliser = torch.logsumexp(logits, dim=-1)
-        log_probs = logits[self.pick_row, self.pick_token] - normaliser[self.pick_row]
+        log_probs = logits[self.pick_row, self.pick_token]
+        if self.normalises:
+            log_probs = log_probs - torch.logsumexp(logits, dim=-1)[self.pick_row]
         flat = log_probs.new_zeros(self.streams * self.present.numel()).index_add(0, self.pick_cell, log_probs)
         scores = flat.view(self.streams, *self.present.shape)
         return scores.masked_fill(~self.present, float("-inf"))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ptp_ds.activations import Activations, memory_budget
-from ptp_ds.backbone import Backbone, check_backbone, max_row_length
+from ptp_ds.backbone import Backbone, first_position, max_row_length
+from ptp_ds.check import check_backbone
 from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, write_json
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
@@ -24,7 +25,8 @@ from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_confi
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.export import read_adapter, write_adapter
-from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.heads import HeadPlan, auto_class, plan_head
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
@@ -32,6 +34,7 @@ from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.predictions import check_numbers, prediction_lines, write_jsonl
 from ptp_ds.prompts import PROMPTS, initial_prompt, prompt_width
 from ptp_ds.prompts.deep import join_deep
+from ptp_ds.rows import Rows, rows_for
 from ptp_ds.step import settings_of
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.trainer import Progress, Trainer, median_or_zero, progress_from
@@ -47,6 +50,8 @@ class Prepared:
     task: Task
     folder: Path
     config: Any
+    plan: HeadPlan
+    rows: Rows
     tokenizer: Any
     resolved: ResolvedDeepSpeed
     train: Sequence[Example]
@@ -73,7 +78,8 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     splits = _load_splits(run, task)
     folder = resolve_model(run.model)
     config = load_config(folder)
-    causal_class(config, folder)
+    plan = plan_head(config, run.head, task)
+    auto_class(config, plan.kind, folder)
     width = config.get_text_config().hidden_size
     resolved = resolve_ds_config(raw, run, explicit, env_world(), width)
     adapter = None
@@ -81,7 +87,8 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
         adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, config), run.prompt_length, run.prompt)
     tokenizer = load_tokenizer(folder)
     mask_id = mask_token_id(tokenizer, run.mask_token)
-    room = row_room(run.max_length, run.prompt_length, config)
+    rows = rows_for(plan, tokenizer, run.prompt, run.prompt_length)
+    room = row_room(run.max_length, run.prompt_length, config, plan) - rows.behind
     tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
     train, select = _train_and_select(run, tokenised)
     predict_split, predict = _to_predict(run, task, tokenizer, room)
@@ -94,14 +101,17 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
         _warn(f"warning: --{name} has no effect with {cause}")
     truncated = sum(part.truncated for part in tokenised.values())
     return Prepared(
-        run, task, folder, config, tokenizer, resolved, train, select, tokenised["eval"].examples, truncated, identity,
-        output_dir, checkpoint, adapter, mask_id, predict_split, predict,
+        run, task, folder, config, plan, rows, tokenizer, resolved, train, select, tokenised["eval"].examples,
+        truncated, identity, output_dir, checkpoint, adapter, mask_id, predict_split, predict,
     )  # fmt: skip
 
 
-def row_room(max_length: int | None, prompt_length: int, config: Any) -> int:
+def row_room(max_length: int | None, prompt_length: int, config: Any, plan: HeadPlan | None = None) -> int:
     """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
     limit = max_row_length(config)
+    if plan is not None and plan.kind != "causal":
+        with torch.device("meta"):
+            limit -= first_position(auto_class(config, plan.kind, "").from_config(config))
     if max_length is not None and not prompt_length < max_length <= limit:
         raise ValueError(
             f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's "
@@ -166,9 +176,9 @@ def _train_and_select(run: RunConfig, tokenised: dict[str, Tokenised]) -> tuple[
 def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split]) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     names = (
-        "model", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps", "sigma",
-        "epsilon", "alpha", "ascent_steps", "norm", "mask_share", "mask_token", "batch_size", "tokens_per_step", "lr",
-        "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+        "model", "head", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps",
+        "sigma", "epsilon", "alpha", "ascent_steps", "norm", "mask_share", "mask_token", "batch_size",
+        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
@@ -179,13 +189,17 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
 def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
     """[P, H] the prompt's start, an adapter's or the initialiser's; for a deep one [P, D], its keys and values."""
     run = prepared.run
+    head = backbone.head
+    tensors = {name: tensor.to(backbone.device) for name, tensor in head.start(prepared.config, run.seed).items()}
     if prepared.adapter is not None:
-        return prepared.adapter
+        return head.join(prepared.adapter.to(backbone.device), tensors)
     start = initial_prompt(
         run.prompt_init, run.prompt_length, backbone, prepared.tokenizer, seed=run.seed, text=run.init_text,
         answers=[answer.strip() for answer in prepared.task.answers.values()],
     )  # fmt: skip
-    return join_deep(backbone.cache_trunk(start)) if run.prompt == "deep" else start
+    if run.prompt == "soft":
+        return head.join(start, tensors)
+    return head.join(join_deep(backbone.keys_of(start, head.join(start, tensors))), tensors)
 
 
 def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
@@ -208,8 +222,9 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     if ranks.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", describe_run(prepared, ranks))
-    backbone = load_backbone(prepared.folder, prepared.resolved, ranks)
-    prompt = PROMPTS[run.prompt](torch.zeros(run.prompt_length, prompt_width(run.prompt, prepared.config)))
+    backbone = load_backbone(prepared.folder, prepared.resolved, ranks, prepared.plan)
+    width = prompt_width(run.prompt, prepared.config)
+    prompt = PROMPTS[run.prompt](torch.zeros(run.prompt_length + backbone.head.rows(width), width))
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     check_backbone(backbone)
     say(ranks, f"  activations: {backbone.activations.describe()}")
@@ -221,7 +236,7 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         engine.load_state(prepared.checkpoint.tensors)
         progress = progress_from(prepared.checkpoint)
         say(ranks, f"resumed behind step {progress.step}")
-    backbone.prompt = run.prompt
+    backbone.serve(run.prompt, prepared.rows)
     unit = backbone.mean_embedding_norm() if run.perturbs else 1.0
     monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
     settings = settings_of(run, unit, prepared.mask_id)
@@ -249,9 +264,9 @@ def _report(
     prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, monitor: Monitor, output_dir: Path
 ) -> Evaluation:
     run = prepared.run
-    prompt = progress.best_prompt
-    assert prompt is not None, "the last step always evaluates"
-    result = evaluate(engine.backbone, prompt, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
+    values = progress.best_prompt
+    assert values is not None, "the last step always evaluates"
+    result = evaluate(engine.backbone, values, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
     monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))
@@ -265,7 +280,11 @@ def _report(
             "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
         }  # fmt: skip
         card = {"task": prepared.task.spec(), "result": summary, "versions": versions()}
-        write_adapter(output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt)
+        prompt, head = engine.backbone.head.split(values)
+        write_adapter(
+            output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt,
+            prepared.plan, head,
+        )  # fmt: skip
         write_json(output_dir / "result.json", summary)
     ranks.barrier()
     return result

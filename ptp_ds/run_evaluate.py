@@ -3,24 +3,27 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptp_ds.backbone import check_backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.checkpoint import write_json
 from ptp_ds.config import RunConfig, StrictParser, nearest
 from ptp_ds.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.evaluate import evaluation_of, score_examples
-from ptp_ds.export import adapter_kind, read_adapter, read_card
-from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.export import adapter_kind, read_adapter, read_card, read_head
+from ptp_ds.heads import HeadPlan, auto_class, plan_head
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import say
 from ptp_ds.predictions import check_numbers, prediction_lines, require_writable, write_jsonl
 from ptp_ds.prompts import prompt_width
+from ptp_ds.rows import rows_for
 from ptp_ds.run import report_error, row_room
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
@@ -62,6 +65,21 @@ def adapter_task(adapter: str, name: str | None) -> Task:
     return parse_task(kept, f"the card of {adapter}")
 
 
+def adapter_plan(adapter: str, config: Any, task: Task) -> tuple[HeadPlan, Task]:
+    """The head that the adapter was trained with, and the task with its classes in the trained order."""
+    card = read_card(adapter)
+    plan = plan_head(config, card.get("head", {}).get("kind", "auto"), task)
+    trained = list((card.get("task") or {}).get("answers") or task.answers)
+    if plan.kind != "classes" or plan.choice or trained == list(task.answers):
+        return plan, task
+    if set(trained) != set(task.answers):
+        raise ValueError(
+            f"The classifier of {adapter} tells {', '.join(trained)} apart; task {task.name} has "
+            f"{', '.join(task.answers)}."
+        )
+    return plan, replace(task, answers={label: task.answers[label] for label in trained})
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
         raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
@@ -75,20 +93,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     kind = adapter_kind(args.adapter)
     folder = resolve_model(args.model)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    causal_class(config, folder)
+    plan, task = adapter_plan(args.adapter, config, task)
+    auto_class(config, plan.kind, folder)
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
     run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
                     ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
-    room = row_room(args.max_length, prompt.shape[0], config)
+    rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
+    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     tokenised = tokenise(task, split, tokenizer, room, labelled)
     if args.predictions is not None:
         check_numbers(task, split, len(tokenised.examples))
     ranks = start_processes()
-    backbone = load_backbone(folder, resolved, ranks)
+    backbone = load_backbone(folder, resolved, ranks, plan)
     check_backbone(backbone)
-    backbone.prompt = kind
-    scores = score_examples(backbone, prompt, tokenised.examples, ranks, args.eval_tokens)
+    backbone.serve(kind, rows)
+    values = backbone.head.join(prompt, read_head(args.adapter, backbone.head.trained))
+    scores = score_examples(backbone, values, tokenised.examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, tokenised.examples, task) if labelled else None
     shown = f"{task.name} {args.split} ({len(tokenised.examples)} rows): "
     if result is not None:

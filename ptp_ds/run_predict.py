@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.backbone import check_backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.config import RunConfig, StrictParser
 from ptp_ds.data import Split, load_rows, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment
 from ptp_ds.ds_config import ResolvedDeepSpeed, native_bf16
 from ptp_ds.evaluate import score_examples
-from ptp_ds.export import adapter_kind, read_adapter
+from ptp_ds.export import adapter_kind, read_adapter, read_head
 from ptp_ds.generate import generate, stop_tokens
-from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.heads import HeadPlan, auto_class
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.packing import Example
 from ptp_ds.predictions import require_writable, write_jsonl
 from ptp_ds.prompts import prompt_width
+from ptp_ds.rows import Rows, rows_for
 from ptp_ds.run import report_error, row_room
-from ptp_ds.run_evaluate import adapter_task
+from ptp_ds.run_evaluate import adapter_plan, adapter_task
 from ptp_ds.tasks import Task
 
 _OF_FIELDS = ("flat", "pairs")  # readers whose rows are fields of text and nothing else
@@ -35,8 +37,15 @@ _OF_SEVERAL = ("multirc", "record")  # readers whose rows hold several questions
 
 @dataclass(frozen=True)
 class Served:
-    """An adapter on its model: kind of prompt, prompt [P, H] or [P, D], room: tokens that fit behind it."""
+    """An adapter on its model. kind, prompt: soft [P, H] or deep [P, D]. room: tokens of a row that fit behind it.
 
+    task: the one to answer, its classes in the order that a trained classifier knows.
+    """
+
+    adapter: str
+    task: Task
+    plan: HeadPlan
+    rows: Rows
     folder: Path
     tokenizer: Any
     kind: str
@@ -114,22 +123,27 @@ def answer_lines(task: Task, split: Split, scores_NC: Tensor) -> list[dict[str, 
     return lines
 
 
-def _serve(args: argparse.Namespace) -> Served:
+def _serve(args: argparse.Namespace, task: Task) -> Served:
     kind, folder = adapter_kind(args.adapter), resolve_model(args.model)
-    config = load_config(folder)
-    causal_class(config, folder)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    plan, task = adapter_plan(args.adapter, config, task)
+    auto_class(config, plan.kind, folder)
+    if args.generate is not None and plan.kind != "causal":
+        raise ValueError(f"--generate needs a causal model; {args.model} serves this adapter with a {plan.kind} head.")
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
-    room = row_room(args.max_length, prompt.shape[0], config)
+    rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
+    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     if args.generate is not None and args.generate >= room:
         raise ValueError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")
     half = native_bf16()[0] if args.precision == "auto" else args.precision == "bf16"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if half else torch.float32
-    return Served(folder, load_tokenizer(folder), kind, prompt, room, dtype, device)
+    return Served(args.adapter, task, plan, rows, folder, tokenizer, kind, prompt, room, dtype, device)
 
 
-def _examples(served: Served, task: Task, split: Split, left: int = 0) -> Sequence[Example]:
+def _examples(served: Served, split: Split, left: int = 0) -> Sequence[Example]:
     """The rows' examples, with room for `left` tokens behind each; says how many had to be shortened for that."""
+    task = served.task
     tokenised = tokenise(task, split, served.tokenizer, served.room - left, labelled=False)
     if tokenised.truncated:
         behind = f" and {left} tokens behind it" if left else ""
@@ -142,10 +156,11 @@ def _score(served: Served, examples: Sequence[Example], budget: int) -> Tensor:
     """[N, C] the log-probabilities that scripts/evaluate.py computes."""
     ranks = Ranks(0, 1, 0, served.device)
     whole = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], served.dtype)
-    backbone = load_backbone(served.folder, whole, ranks)
+    backbone = load_backbone(served.folder, whole, ranks, served.plan)
     check_backbone(backbone)
-    backbone.prompt = served.kind
-    return score_examples(backbone, served.prompt, examples, ranks, budget)
+    backbone.serve(served.kind, served.rows)
+    values = backbone.head.join(served.prompt, read_head(served.adapter, backbone.head.trained))
+    return score_examples(backbone, values, examples, ranks, budget)
 
 
 def _generate(served: Served, examples: Sequence[Example], count: int) -> list[str]:
@@ -171,17 +186,17 @@ def _show(task: Task, row: Mapping[str, Any], line: Mapping[str, Any]) -> None:
 def _predict(args: argparse.Namespace) -> None:
     task = adapter_task(args.adapter, args.task)
     split = load_rows(args.input) if args.text is None else Split([row_of_text(task, args.text)], ["--text"], "")
-    served = _serve(args)
-    examples = _examples(served, task, split)
-    contexts = [] if args.generate is None else _examples(served, task, split, args.generate)
-    lines = answer_lines(task, split, _score(served, examples, args.eval_tokens))
+    served = _serve(args, task)
+    examples = _examples(served, split)
+    contexts = [] if args.generate is None else _examples(served, split, args.generate)
+    lines = answer_lines(served.task, split, _score(served, examples, args.eval_tokens))
     if args.generate is not None:
         texts = _generate(served, contexts, args.generate)
         lines = [{**line, "generated": text} for line, text in zip(lines, texts, strict=True)]
     if args.output is not None:
         write_jsonl(Path(args.output), lines)
     elif args.text is not None:
-        _show(task, split.rows[0], lines[0])
+        _show(served.task, split.rows[0], lines[0])
     else:
         print("\n".join(map(json.dumps, lines)))
 

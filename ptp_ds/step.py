@@ -41,10 +41,10 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 
 def ptp_loss(
-    prompt_PH: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
+    values: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
     max_rows: int | None = None, carried_TH: Tensor | None = None,
 ) -> StepLoss:  # fmt: skip
-    """The summed loss of one packed row, with its gradient to prompt_PH.
+    """The summed loss of one packed row, with its gradient to `values`, all that is trained.
 
     max_rows: rows of a micro-batch. carried_TH: the step before's delta, for a perturbation that carries it.
 
@@ -57,23 +57,23 @@ def ptp_loss(
         raise ValueError(f"--perturbation {run.perturbation} got a row of {row.streams} streams; see pack_text_twins.")
     delta_TH = None
     with backbone.shards.edges():
-        clean_TH = backbone.embed(row.token_ids)
-        tokens = prompt_PH.shape[0] + row.trunk_ids.shape[0] + row.num_tokens
-        shared = SharedPass(backbone, prompt_PH, row, clean_TH, max_rows, carried_TH) if row.streams == 1 else None
+        clean_TH = backbone.inputs(row, values)
+        tokens = backbone.trunk_length(values, row) + row.num_tokens
+        shared = SharedPass(backbone, values, row, clean_TH, max_rows, carried_TH) if row.streams == 1 else None
         if how is None:
             assert shared is not None
             total = cross_entropy_sum(shared.clean(), row.gold)
             zero = torch.zeros((), device=total.device)
             return StepLoss(total, total.detach(), zero, zero, tokens)
         if how.find is not None:
-            delta_TH = how.find(shared, row, clean_TH, settings, noise)
+            delta_TH = how.find(shared, row, clean_TH.detach(), settings, noise)
         if shared is not None:
             assert delta_TH is not None
             clean_BC, perturbed_BC = shared.both(delta_TH)
             tokens += row.num_tokens
         else:
-            inputs_TH = clean_TH if delta_TH is None else clean_TH + delta_TH.to(clean_TH.dtype)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, prompt_PH, max_rows=max_rows)
+            inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
+            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, values, max_rows=max_rows)
     cross_entropy = cross_entropy_sum(clean_BC, row.gold)
     divergence = divergence_sum(run.divergence, clean_BC, perturbed_BC, row.gold)
     total = cross_entropy + reg_weight_at(run, noise.step) * divergence

@@ -19,8 +19,9 @@ from ptp_ds.distributed import Ranks
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
-from ptp_ds.packing import Example, PackedRow, pack, pack_text_twins
+from ptp_ds.packing import Example, PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings
+from ptp_ds.rows import Rows
 from ptp_ds.signals import StopRequest
 from ptp_ds.step import StepLoss, optimizer_step
 from ptp_ds.tasks import Task
@@ -100,19 +101,23 @@ class Trainer:
         """The examples as one row, with their twins where the perturbation changes the text."""
         how = self.run.how
         if how is None or how.twins is None:
-            return pack(examples, self._shared)
+            return self._rows.pack(examples, self._shared)
         twins = how.twins(examples, self.settings, noise)
         movable = [twin.movable for twin in twins] if how.find is not None else None
-        return pack_text_twins(examples, [twin.context_ids for twin in twins], movable, self._shared)
+        return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared)
 
     @cached_property
     def _shared(self) -> int:
         """Tokens that every training row begins with and the trunk takes."""
-        return self.engine.backbone.shared_start(self.train_examples)
+        return self._rows.shared_start(self.train_examples)
+
+    @property
+    def _rows(self) -> Rows:
+        return self.engine.backbone.rows
 
     def _lengths(self, examples: Sequence[Example]) -> list[int]:
         """Packed tokens of each example, one stream."""
-        return [example.packed_length - self._shared for example in examples]
+        return [self._rows.length(example) - self._shared for example in examples]
 
     @cached_property
     def _order(self) -> BatchOrder:

@@ -74,7 +74,7 @@ class MergedAttention(torch.autograd.Function):
         outs, lses = [], []
         for piece, part in _by_piece(plan, q, k, v):
             mask = _mask_of(plan, piece, q)
-            out_b, lse_b = _flash(*part, 0.0, mask is None, attn_mask=mask, scale=scale)
+            out_b, lse_b = _flash(*part, 0.0, mask is None and piece.causal, attn_mask=mask, scale=scale)
             outs.append(out_b)
             lses.append(lse_b)
         own, out = torch.cat(lses, dim=2), out_trunk
@@ -101,7 +101,8 @@ class MergedAttention(torch.autograd.Function):
         parts = []
         for piece, part in _by_piece(ctx.plan, grad, q, k, v, out, lse):
             mask = _mask_of(ctx.plan, piece, q)
-            parts.append(_flash_backward(*part, 0.0, mask is None, attn_mask=mask, scale=scale))
+            causal = mask is None and piece.causal
+            parts.append(_flash_backward(*part, 0.0, causal, attn_mask=mask, scale=scale))
         own_q, *columns = zip(*parts, strict=True)
         torch._foreach_add_(_split(ctx.plan, d_q), own_q)
         d_k, d_v = (_joined(column) for column in columns)
@@ -186,7 +187,27 @@ def attend_tree(
             return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
         if flashes(plan, q_THD):
             return flash_attend(q_THD, k_TKD, v_TKD, plan, trunk, scale)
+    if softcap is None and window is None and stands_alone(plan, q_THD):
+        return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
     return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, trunk, scale=scale, softcap=softcap, window=window)
+
+
+def stands_alone(plan: TreePlan, q_THD: Tensor) -> bool:
+    """Whether attend_alone serves this call: on a CPU, no trunk, every token asking, blocks of one segment."""
+    alone = plan.every_token_asks and not plan.trunk_keys and all(len(block.starts) == 1 for block in plan.blocks)
+    return alone and bool(plan.blocks) and q_THD.device.type == "cpu"
+
+
+def attend_alone(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, scale: float) -> Tensor:
+    """Blocks that see nothing but themselves (an encoder's), one after the other: nothing is padded or masked."""
+    groups = q_THD.shape[1] // k_TKD.shape[1]
+    q, k, v = _spread(q_THD, 1), _spread(k_TKD, groups), _spread(v_TKD, groups)
+    parts = _by_piece(plan, q, k, v)
+    outs = [
+        F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=piece.causal, scale=scale)
+        for piece, (q_b, k_b, v_b) in parts
+    ]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
 def attend_tree_reference(

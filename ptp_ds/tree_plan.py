@@ -39,10 +39,11 @@ class Slots:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that attend to themselves: causally, or by the mask of a block."""
+    """Tokens that attend to themselves: causally, all to all, or by the mask of a block."""
 
     length: int
     masked: int | None
+    causal: bool = True
 
 
 def _inner_slices(block: Block) -> list[tuple[slice, slice]]:
@@ -117,7 +118,7 @@ class TreePlan:
                     self._cover += [Piece(int(length), None) for length in lengths]
                     self._inner += [(_moved(q, start), _moved(k, start)) for q, k in inner]
                 else:
-                    self._cover.append(Piece(block.length, number if len(lengths) > 1 else None))
+                    self._cover.append(Piece(block.length, number if len(lengths) > 1 else None, block.causal))
                 start += block.length
         return self._cover, self._inner
 
@@ -152,7 +153,7 @@ class TreePlan:
             own = shape.key_depth + self.trunk_keys
             keys = np.concatenate([np.broadcast_to(trunk, (own.shape[0], self.trunk_keys)), own], axis=1)
         if window is not None:
-            visible = visible & (queries[:, :, None] - keys[:, None, :] < window)
+            visible = visible & (np.abs(queries[:, :, None] - keys[:, None, :]) < window)
         additive = torch.zeros(visible.shape, dtype=dtype)
         additive.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
         return additive.repeat(1, groups, 1)[:, None].to(self.device)
@@ -171,7 +172,9 @@ def _bucket_bounds(lengths: Sequence[int]) -> list[list[int]]:
 
 def _make_bucket(members: Sequence[Block]) -> _Bucket:
     longest = max(block.length for block in members)
-    if all(len(block.starts) == 1 for block in members):  # causal inside: padding lies behind every real query
+    if all(
+        len(block.starts) == 1 and block.causal for block in members
+    ):  # causal inside: padding lies behind every real query
         depth = np.arange(longest)[None]
         return _Bucket(len(members), longest, longest, np.tri(longest, dtype=bool)[None], depth, depth)
     visible = np.zeros((len(members), longest, longest), dtype=bool)

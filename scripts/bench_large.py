@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ptp_ds.activations import Activations, memory_budget
-from ptp_ds.backbone import Backbone, check_backbone
+from ptp_ds.backbone import Backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone, check_backbone
+from ptp_ds.backbone import Backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.config import RunConfig
 from ptp_ds.distributed import start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config

@@ -13,7 +13,8 @@ from ptp_ds.backbone import max_row_length
 from ptp_ds.config import RunConfig
 from ptp_ds.distributed import start_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.loading import causal_class, load_backbone, load_config, load_tokenizer
+from ptp_ds.heads import auto_class
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 
 
@@ -94,7 +95,7 @@ def test_folders_that_are_no_causal_model(tmp_path):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ValueError, match="'vit' has no causal language model"):
-        causal_class(load_config(tmp_path), tmp_path)
+        auto_class(load_config(tmp_path), "causal", tmp_path)
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
 from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone, check_backbone
+from ptp_ds.backbone import Backbone
+from ptp_ds.check import check_backbone
 from ptp_ds.config import RunConfig
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import pack, pack_text_twins

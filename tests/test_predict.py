@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tokenizer
 from processes import child_environment
 from test_tasks import ROWS
 
 from ptp_ds.data import DEMO_DATA, Split
 from ptp_ds.export import write_adapter
+from ptp_ds.heads import HeadPlan
 from ptp_ds.loading import load_config
 from ptp_ds.prompts import prompt_width
 from ptp_ds.run_predict import answer_lines, main, row_of_text
@@ -71,6 +72,41 @@ def test_probabilities_are_those_of_evaluates_scores(adapter, tmp_path):
         expected = torch.tensor(wanted).softmax(-1)
         torch.testing.assert_close(torch.tensor(list(line["probabilities"].values())), expected, atol=1e-6, rtol=1e-5)
         assert line["answer"] == str(int(expected.argmax()))
+
+
+@pytest.fixture
+def masked(tmp_path) -> list[str]:
+    """The flags of a random prompt on a tiny random BERT with its masked head."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    tokenizer, folder = make_tokenizer(), tmp_path / "bert"
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = {"task": load_task("Reviews").spec()}
+    write_adapter(
+        tmp_path / "adapter", torch.randn(4, 32), str(folder), config, card, plan=HeadPlan("masked", outputs=2)
+    )
+    return ["--adapter", str(tmp_path / "adapter"), "--model", str(folder)]
+
+
+def test_masked_heads_answer_as_evaluate_scores(masked, tmp_path, capsys):
+    report, rows = tmp_path / "report.json", DEMO_DATA / "Reviews" / "val.jsonl"
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *masked, "--json", str(report)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [list(line["probabilities"].values()) for line in answers(capsys, [*masked, "--input", str(rows)])]
+    expected = torch.tensor(json.loads(report.read_text())["scores"]).softmax(-1)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_only_causal_models_generate(masked, capsys):
+    assert main([*masked, "--text", "A fine film.", "--generate", "3"]) == 2
+    assert "serves this adapter with a masked head." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["soft", "deep"])

@@ -18,7 +18,7 @@ _TINY = 1e-30
 def example_norm(delta_TH: Tensor, row: PackedRow) -> Tensor:
     """[B] fp32 Frobenius norm of each example's rows of delta."""
     squares = delta_TH.float().square().sum(-1)
-    total = squares.new_zeros(len(row.blocks)).index_add_(0, row.example_of, squares)
+    total = squares.new_zeros(len(row.lengths)).index_add_(0, row.example_of, squares)
     return total.sqrt()
 
 

@@ -72,15 +72,16 @@ class SharedPass:
     """
 
     def __init__(
-        self, backbone: Backbone, prompt_PH: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
+        self, backbone: Backbone, values: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
         carried_TH: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.carried_TH = carried_TH
         self.backbone, self.row, self.clean_TH = backbone, row, clean_TH
-        self._source = backbone.trunk(prompt_PH, row.trunk_ids)
+        self._values, self._in_rows = values, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
+        self._source = backbone.trunk(values, row.trunk_ids)
         self._length = self._source.length
         self._chunks = backbone.chunks(row, self._length, max_rows)
-        self._shared = [Section(chunk, graph=True, to_input=False) for chunk in self._chunks]
+        self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.inputs is not None:
             self._shared.insert(0, Section(trunk_chunk(self._length, clean_TH.device), graph=True))
         self._trunk: TrunkCache = {}
@@ -96,17 +97,18 @@ class SharedPass:
         delta = delta_TH.detach().requires_grad_()
         perturbed = [Section(chunk, graph=True, to_trunk=False) for chunk in self._chunks]
         if self._clean_BC is None:
-            logits = self._run([*self._shared, *perturbed], delta, self._source.detached(), live=perturbed)
+            source = self._source.detached()
+            logits = self._run([*self._shared, *perturbed], delta, source, live=perturbed, prompt=False)
             clean_BC, scores_BC = self.row.with_twin(self.row).scores(logits)
             self._clean_BC = clean_BC.detach()
         else:
-            scores_BC = self.row.scores(self._run(perturbed, delta, None, live=perturbed))[0]
+            scores_BC = self.row.scores(self._run(perturbed, delta, None, live=perturbed, prompt=False))[0]
         objective = divergence_sum(divergence, self._clean_BC, scores_BC, self.row.gold)
         return at_least_fp32(torch.autograd.grad(objective, delta)[0])
 
     def both(self, delta_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Clean and perturbed scores [B, C] with gradient to the prompt, and to delta where it asks for one."""
-        to_input = delta_TH.requires_grad
+        to_input = delta_TH.requires_grad or self._in_rows
         perturbed = [Section(chunk, graph=True, to_input=to_input) for chunk in self._chunks]
         logits = self._run([*self._shared, *perturbed], delta_TH, self._source, live=None)
         clean_BC, perturbed_BC = self.row.with_twin(self.row).scores(logits)
@@ -114,22 +116,28 @@ class SharedPass:
 
     def _run(
         self, sections: Sequence[Section], delta_TH: Tensor | None, trunk: Trunk | None,
-        live: Sequence[Section] | None,
+        live: Sequence[Section] | None, prompt: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Logits of one pass: with a trunk its inputs, if any, and the clean rows; with a delta the perturbed ones."""
+        """Logits of one pass: with a trunk its inputs, if any, and the clean rows; with a delta the perturbed ones.
+
+        prompt: whether gradient goes to a prompt that stands in the rows, and to a trained head.
+        """
+        clean_TH, values = self.clean_TH, self._values
+        if not prompt:
+            clean_TH, values = clean_TH.detach(), values.detach()
         inputs, positions, behind = [], [], self.row.position_ids + self._length
         if trunk is not None and trunk.inputs is not None:
             inputs.append(trunk.inputs)
             positions.append(torch.arange(self._length, device=behind.device))
         if trunk is not None:
-            inputs.append(self.clean_TH)
+            inputs.append(clean_TH)
             positions.append(behind)
         if delta_TH is not None:
-            inputs.append(self.clean_TH + delta_TH.to(self.clean_TH.dtype))
+            inputs.append(self.row.moved(clean_TH, delta_TH))
             positions.append(behind)
         given = trunk.values if trunk is not None else None
         layer_pass = LayerPass(sections, self._trunk, self._recompute, live, given)
-        return self.backbone.run(layer_pass, torch.cat(inputs), torch.cat(positions))
+        return self.backbone.run(layer_pass, torch.cat(inputs), torch.cat(positions), values)
 
 
 def start_delta(row: PackedRow, width: int, settings: PerturbSettings, noise: Noise) -> Tensor:

@@ -11,7 +11,14 @@ PROMPTS: dict[str, type[SoftPrompt]] = {"soft": SoftPrompt, "deep": DeepPrompt}
 
 def prompt_width(kind: str, config: Any) -> int:
     """Numbers of one token of a prompt for a model's configuration."""
-    return deep_width(config) if kind == "deep" else config.get_text_config().hidden_size
+    return deep_width(config) if kind == "deep" else embedding_width(config)
+
+
+def embedding_width(config: Any) -> int:
+    """H: numbers of a token embedding, which some families project to their layers' width (albert, electra, opt)."""
+    text = config.get_text_config()
+    own = (getattr(text, name, None) for name in ("embedding_size", "word_embed_proj_dim"))
+    return next((width for width in own if width), text.hidden_size)
 
 
 __all__ = ["PROMPTS", "DeepPrompt", "SoftPrompt", "initial_prompt", "prompt_width"]

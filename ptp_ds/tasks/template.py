@@ -87,6 +87,11 @@ class Task:
         """Fields whose tokens count as template words: never perturbed."""
         return self.fixed | frozenset(self.values)
 
+    @property
+    def choice(self) -> bool:
+        """Whether answers differ from row to row: a choice among texts, not among classes."""
+        return not self.answers or any(_SLOT.search(answer) for answer in self.answers.values())
+
     def spec(self) -> dict[str, Any]:
         """The template as plain data, for config.json and for telling two templates apart."""
         return {

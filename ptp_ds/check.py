@@ -1,0 +1,129 @@
+"""The start-up check: a family whose packed pass differs from its own plain ones is refused before anything trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.activations import SavedBytes
+from ptp_ds.attention import ATTENTION_NAME, holding, local_sizes
+from ptp_ds.backbone import Backbone, refusal
+from ptp_ds.layerwise import LayerPass
+from ptp_ds.packing import Example, PackedRow
+from ptp_ds.rows import Rows, SeparateRows
+from ptp_ds.seeding import make_generator
+
+_PROMPT = 4  # virtual tokens of the check
+
+
+@dataclass(frozen=True)
+class _Found:
+    """layers: those whose attention was ours. local: window sizes that their attention call doesn't name."""
+
+    layers: set[int]
+    local: set[int]
+    scores: Tensor
+    gradient: Tensor
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """One packed pass against plain ones on two small rows; raises ValueError naming a family that doesn't agree.
+
+    Checks that every layer called the tree attention, that scores agree with the family's own eager attention,
+    that the prompt gets a finite non-zero gradient, and that no layer asks for a local window that its attention
+    call doesn't name. Measures what kept activations cost (Backbone.activations).
+    """
+    model = backbone.model
+    size = model.get_input_embeddings().num_embeddings
+    draw = torch.randint(0, size, (24,), generator=make_generator(0, "check")).tolist()
+    examples = [
+        Example(context_ids=draw[:5], movable=[True] * 5, candidate_ids=[draw[5:8], draw[8:9]], gold=0, index=0),
+        Example(context_ids=draw[9:12], movable=[True] * 3, candidate_ids=[draw[12:13]], gold=0, index=1),
+    ]
+    plain_rows = SeparateRows(kind=backbone.head.kind, prompt_length=_PROMPT, mask_id=draw[17], tail=(draw[18],),
+                              choice=backbone.head.choice)  # fmt: skip
+    if backbone.head.kind == "causal":
+        plain_rows = replace(plain_rows, tail=())
+    with backbone.shards.edges():
+        prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device))
+        tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(model.config, 0).items()}
+        values = backbone.head.join(prompt, tensors).detach().requires_grad_()
+        rows = backbone.rows if backbone.head.kind == "causal" else plain_rows
+        with _as(backbone, rows, "soft"):
+            found = _packed(backbone, backbone.rows.pack(examples).to(backbone.device), values)
+    _refuse(model, found)
+    model.set_attn_implementation("eager")
+    try:
+        with backbone.shards.edges():
+            plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), values.detach())
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    present = torch.isfinite(plain)
+    error = float((found.scores - plain)[present].abs().max())
+    bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
+    if not error <= bound:
+        raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
+
+
+@contextmanager
+def _as(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
+    """The backbone with these rows, a prompt of this kind and kept activations inside."""
+    before = backbone.rows, backbone.prompt, backbone.activations.mode
+    backbone.rows, backbone.prompt = rows, prompt
+    backbone.activations = replace(backbone.activations, mode="keep")
+    try:
+        yield
+    finally:
+        backbone.rows, backbone.prompt, mode = before
+        backbone.activations = replace(backbone.activations, mode=mode)
+
+
+def _refuse(model: Any, found: _Found) -> None:
+    expected = model.config.get_text_config().num_hidden_layers
+    if len(found.layers) != expected:
+        raise ValueError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
+    if found.local:
+        raise ValueError(
+            refusal(model, f"it masks a local window of {min(found.local)} in a way that attention can't see")
+        )
+    if not bool(torch.isfinite(found.gradient).all()) or not bool(found.gradient.abs().sum() > 0):
+        raise ValueError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
+
+
+@torch.no_grad()
+def plain_scores(backbone: Backbone, row: PackedRow, values: Tensor) -> Tensor:
+    """[B, C] scores by one ordinary forward of the family's own a block: the check's reference."""
+    inputs, logits, start = backbone.inputs(row, values), [], 0
+    for block, places in zip(row.blocks, row.scored, strict=True):
+        out = backbone.call_model(values, inputs_embeds=inputs[None, start : start + block.length]).logits
+        logits.append(out if backbone.head.kind == "classes" else out[0, torch.from_numpy(places)])
+        start += block.length
+    return row.scores(torch.cat(logits))[0]
+
+
+def _packed(backbone: Backbone, row: PackedRow, values: Tensor) -> _Found:
+    seen: set[int] = set()
+    passes: list[LayerPass] = []
+    saved = SavedBytes(backbone.parameters())
+    try:
+        with holding(local_sizes, seen), saved.counting():
+            scores = backbone.score(row, backbone.inputs(row, values), values, watch=passes.append)
+    except RuntimeError as error:  # a family's own attention, with masks for the whole row
+        raise ValueError(
+            refusal(backbone.model, f"its layers fail on a packed row ({str(error).splitlines()[0]})")
+        ) from None
+    tokens = sum(section.chunk.length for section in passes[0].sections)
+    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
+    layers = {number for number, calls in passes[0].attention_calls.items() if calls}
+    if not layers:  # nothing below would say more than that
+        return _Found(layers, set(), scores[0], values)
+    (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), values)
+    named = {size for size in passes[0].windows if size is not None}
+    if not row.blocks[0].causal:  # a bidirectional window of n on each side is named n + 1
+        named |= {size - 1 for size in named}
+    chunk = getattr(backbone.model.config.get_text_config(), "attention_chunk_size", None)
+    local = seen - named - {chunk}  # max_row_length keeps rows within one chunk
+    return _Found(layers, local, scores[0].detach(), backbone.head.split(gradient)[0])

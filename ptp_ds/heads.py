@@ -1,0 +1,137 @@
+"""What a model predicts with: its language-model head, its masked one, or a classifier that is trained with the prompt.
+
+A classifier's tensors are trained beside the prompt, and held with it in one matrix: the prompt's rows first, then the
+classifier's numbers, padded to whole rows (peft keeps them as modules_to_save).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from ptp_ds.layerwise import Leaves
+from ptp_ds.seeding import make_generator
+from ptp_ds.tasks import Task
+
+HEADS = ("causal", "masked", "classes")
+_AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,
+}  # fmt: skip
+_ENDINGS = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
+_CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
+_BETWEEN = ("pooler", "head", "pre_classifier")  # what some families have between the encoder and the classifier
+_LEAVES: dict[str, Leaves] = {"causal": "row", "masked": "scored", "classes": "columns"}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The head that a task asks of a model: see Head. outputs: the classifier's logits."""
+
+    kind: str = "causal"
+    choice: bool = False
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """kind: see HEADS. choice: whether the classifier gives one logit to each answer, as where answers differ from row
+    to row, in place of one a class. trained: names and shapes of the model's tensors that are trained.
+    """
+
+    kind: str = "causal"
+    choice: bool = False
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> Leaves:
+        """What the last layer hands to this head."""
+        return _LEAVES[self.kind]
+
+    @property
+    def numbers(self) -> int:
+        """Trained numbers beside the prompt."""
+        return sum(prod(shape) for shape in self.trained.values())
+
+    def rows(self, width: int) -> int:
+        """Rows of `width` that hold them."""
+        return -(-self.numbers // width)
+
+    def split(self, values_RW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the prompt [P, W], the head's tensors by name) of a matrix of trained values."""
+        length = values_RW.shape[0] - self.rows(values_RW.shape[1])
+        flat, tensors = values_RW[length:].reshape(-1), {}
+        for name, shape in self.trained.items():
+            tensors[name], flat = flat[: prod(shape)].view(shape), flat[prod(shape) :]
+        return values_RW[:length], tensors
+
+    def join(self, prompt_PW: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of split."""
+        width = prompt_PW.shape[1]
+        flat = [tensors[name].reshape(-1).to(prompt_PW) for name in self.trained]
+        padding = prompt_PW.new_zeros(self.rows(width) * width - self.numbers)
+        return torch.cat([prompt_PW, torch.cat([*flat, padding]).view(-1, width)])
+
+    def start(self, config: Any, seed: int) -> dict[str, Tensor]:
+        """Initial tensors, fp32: norms at one, biases at zero, the rest normal with the family's deviation."""
+        generator, found = make_generator(seed, "head"), {}
+        for name, shape in self.trained.items():
+            if name.endswith("bias"):
+                found[name] = torch.zeros(shape)
+            elif len(shape) == 1:
+                found[name] = torch.ones(shape)
+            else:
+                deviation = getattr(config, "initializer_range", 0.02)
+                found[name] = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+        return found
+
+
+def head_kind(config: Any, wanted: str = "auto") -> str:
+    """The kind of head that `wanted` (auto or one of HEADS) means for a model's configuration.
+
+    auto: what the checkpoint was saved with; a bare encoder gets a classifier. Raises ValueError where the family has
+    no such head, or where a causal model is asked for a classifier.
+    """
+    if wanted != "auto":
+        return wanted
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    for ending, kind in _ENDINGS.items():
+        if saved.endswith(ending):
+            return kind
+    return "classes" if type(config) in AutoModelForMaskedLM._model_mapping else "causal"
+
+
+def plan_head(config: Any, wanted: str, task: Task) -> HeadPlan:
+    """The head that a run needs: a class a label, or one logit an answer where answers differ from row to row."""
+    return HeadPlan(head_kind(config, wanted), task.choice, 1 if task.choice else len(task.answers))
+
+
+def auto_class(config: Any, kind: str, folder: Any) -> Any:
+    """transformers' auto class for a head of this kind; ValueError naming a family that has none."""
+    family = config.model_type
+    if kind == "classes" and type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise ValueError(
+            f"{folder}: --head classes is for encoders; model family {family!r} is none: use --head causal."
+        )
+    if type(config) not in _AUTO[kind]._model_mapping:
+        what = {"causal": "causal language model", "masked": "masked language model", "classes": "classifier"}[kind]
+        raise ValueError(f"{folder}: model family {family!r} has no {what} in transformers.")
+    return _AUTO[kind]
+
+
+def is_trained(name: str) -> bool:
+    """Whether a tensor of a classification model belongs to its classifier."""
+    return name.split(".", 1)[0] in _CLASSIFIERS
+
+
+def module_to_save(name: str) -> str:
+    """The module of a trained tensor, by the name that peft's modules_to_save knows it by."""
+    return next(part for part in name.split(".") if part in (*_CLASSIFIERS, *_BETWEEN))
+
+
+def may_be_absent(name: str) -> bool:
+    """Whether a checkpoint of the bare encoder may lack this tensor: it is then trained with the classifier."""
+    return is_trained(name) or any(part in _BETWEEN for part in name.split("."))

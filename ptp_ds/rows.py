@@ -1,0 +1,241 @@
+"""How examples become packed rows: trees behind a trunk (causal models), or every context on its own (all others).
+
+Both offer the same functions, so that training and evaluation need not know which kind of model they serve.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptp_ds.data import tail_ids
+from ptp_ds.heads import HeadPlan
+from ptp_ds.packing import (
+    Block,
+    Example,
+    PackedRow,
+    group_length,
+    pack,
+    pack_groups,
+    pack_text_twins,
+    share_contexts,
+    shared_start,
+)
+
+Moves = Sequence[Sequence[bool]]
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """For causal models: candidates branch off their context, twins off their first change; see ptp_ds.packing.
+
+    prompt: a soft prompt's trunk also takes what all rows begin with.
+    """
+
+    prompt: str = "soft"
+    behind: int = 0  # tokens of a row beside its context and all but one of its answer's
+
+    def shared_start(self, examples: Sequence[Example]) -> int:
+        """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
+        return shared_start(examples) if self.prompt == "soft" else 0
+
+    def length(self, example: Example) -> int:
+        """Tokens of one stream of the example, the shared start included."""
+        return example.packed_length
+
+    def pack(self, examples: Sequence[Example], shared: int = 0) -> PackedRow:
+        """One clean row."""
+        return pack(examples, shared)
+
+    def pack_twins(
+        self, examples: Sequence[Example], twins: Sequence[Sequence[int]], movable: Moves | None = None,
+        shared: int = 0,
+    ) -> PackedRow:  # fmt: skip
+        """Clean contexts and their twins."""
+        return pack_text_twins(examples, twins, movable, shared)
+
+    def groups(self, examples: Sequence[Example], budget: int) -> list[list[int]]:
+        """Numbers of examples that are scored together because they share a context."""
+        return share_contexts(examples, budget)
+
+    def group_length(self, group: Sequence[Example]) -> int:
+        """Tokens of a group."""
+        return group_length(group)
+
+    def pack_groups(self, groups: Sequence[Sequence[Example]], shared: int = 0) -> PackedRow:
+        """One row of groups, for scoring alone."""
+        return pack_groups(groups, shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateRows:
+    """For models that share nothing between rows: every block is one whole input, the soft prompt in front.
+
+    kind: masked (the answer's tokens are masks behind the context: one block for each answer length), classes (pooled
+    at the first token; a block an answer where answers differ from row to row: `choice`), or causal (a block a
+    candidate). prompt_length: P virtual tokens in front of each block, 0 for a deep prompt. tail: the tokenizer's
+    special tokens behind a text. causal: whether a token sees only those before it.
+    """
+
+    kind: str
+    prompt_length: int
+    mask_id: int = 0
+    tail: tuple[int, ...] = ()
+    choice: bool = False
+
+    @property
+    def behind(self) -> int:
+        """Tokens of a row beside its context and all but one of its answer's."""
+        return 0 if self.kind == "causal" else 1 + len(self.tail)
+
+    def shared_start(self, examples: Sequence[Example]) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def length(self, example: Example) -> int:
+        """Tokens of one stream of the example: all its blocks."""
+        contexts = len(example.context_ids) + self.prompt_length
+        return sum(contexts + len(ids) for ids, _ in self.inputs(example))
+
+    def inputs(self, example: Example) -> list[tuple[list[int], list[int]]]:
+        """(tokens behind the context, the candidates that they score) of each block."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, candidate in enumerate(example.candidate_ids):
+            if self.kind == "masked":
+                behind = (*[self.mask_id] * len(candidate), *self.tail)
+            elif self.kind == "causal":
+                behind = tuple(candidate[:-1])
+            else:
+                behind = (*(candidate if self.choice else ()), *self.tail)
+            found.setdefault(behind, []).append(number)
+        if self.kind == "classes" and self.choice:  # two equal answers are still two
+            return [([*candidate, *self.tail], [n]) for n, candidate in enumerate(example.candidate_ids)]
+        return [(list(behind), numbers) for behind, numbers in found.items()]
+
+    def pack(self, examples: Sequence[Example], shared: int = 0) -> PackedRow:
+        """One clean row."""
+        packer = _Separate(self, examples, 1)
+        for number, example in enumerate(examples):
+            packer.add(number, 0, example.context_ids, example.movable)
+            packer.end_example()
+        return packer.row()
+
+    def pack_twins(
+        self, examples: Sequence[Example], twins: Sequence[Sequence[int]], movable: Moves | None = None,
+        shared: int = 0,
+    ) -> PackedRow:  # fmt: skip
+        """Clean contexts and their twins, each example's blocks behind each other."""
+        packer = _Separate(self, examples, 2)
+        for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
+            moves = movable[number] if movable is not None else [False] * len(twin)
+            packer.add(number, 0, example.context_ids, [False] * len(example.context_ids))
+            packer.add(number, 1, twin, moves)
+            packer.end_example()
+        return packer.row()
+
+    def groups(self, examples: Sequence[Example], budget: int) -> list[list[int]]:
+        """Each example alone."""
+        return [[number] for number in range(len(examples))]
+
+    def group_length(self, group: Sequence[Example]) -> int:
+        """Tokens of a group."""
+        return sum(self.length(example) for example in group)
+
+    def pack_groups(self, groups: Sequence[Sequence[Example]], shared: int = 0) -> PackedRow:
+        """One row of groups, for scoring alone."""
+        return self.pack([example for group in groups for example in group])
+
+
+Rows = TreeRows | SeparateRows
+
+
+def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int) -> Rows:
+    """The rows of a model with such a head. Raises ValueError for a masked one without a mask token."""
+    if plan.kind == "causal":
+        return TreeRows(prompt)
+    mask = tokenizer.mask_token_id
+    if plan.kind == "masked" and mask is None:
+        raise ValueError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")
+    in_rows = prompt_length if prompt == "soft" else 0
+    return SeparateRows(
+        kind=plan.kind, prompt_length=in_rows, mask_id=mask or 0, tail=tail_ids(tokenizer), choice=plan.choice
+    )
+
+
+@dataclass
+class _Separate:
+    """Gathers blocks, scored places and picks, block by block."""
+
+    rows: SeparateRows
+    examples: Sequence[Example]
+    streams: int
+    tokens: list[int] = field(default_factory=list)
+    movable: list[bool] = field(default_factory=list)
+    moves_with: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    scored: list[list[int]] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+    picks: list[tuple[int, int, int]] = field(default_factory=list)
+    asked: int = 0
+
+    def add(self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool]) -> None:
+        """All blocks of one stream of example `number`; only the first one's context moves, the others' with it."""
+        example, head = self.examples[number], self.rows.prompt_length
+        if not context or not all(example.candidate_ids):
+            raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
+        width = max(len(other.candidate_ids) for other in self.examples)
+        first = len(self.tokens)
+        for repeat, (behind, numbers) in enumerate(self.rows.inputs(example)):
+            start = len(self.tokens)
+            self.slots.extend(range(start, start + head))
+            self.tokens += [*[0] * head, *context, *behind]
+            moves = movable if repeat == 0 else [False] * len(movable)
+            self.movable += [*[False] * head, *moves, *[False] * len(behind)]
+            self.moves_with += [*range(first, first + head + len(context))]
+            self.moves_with += range(start + head + len(context), len(self.tokens))
+            self._score(example, numbers, head + len(context), (stream * len(self.examples) + number) * width)
+            length = len(self.tokens) - start
+            self.blocks.append(Block(length, (0,), (-1,), causal=self.rows.kind == "causal"))
+
+    def _score(self, example: Example, numbers: Sequence[int], end: int, cell: int) -> None:
+        """Notes where candidates `numbers` are read in the block whose context ends before place `end`."""
+        most = max(len(example.candidate_ids[number]) for number in numbers)
+        first = {"masked": end, "causal": end - 1, "classes": 0}[self.rows.kind]
+        places = [first + offset for offset in range(most if self.rows.kind != "classes" else 1)]
+        for number in numbers:
+            if self.rows.kind == "classes":
+                self.picks.append((self.asked, 0 if self.rows.choice else number, cell + number))
+                continue
+            for offset, token in enumerate(example.candidate_ids[number]):
+                self.picks.append((self.asked + offset, token, cell + number))
+        self.scored.append(places)
+        self.asked += len(places)
+
+    def end_example(self) -> None:
+        """The blocks since the last call are one example's."""
+        self.members.append(len(self.blocks) - sum(self.members))
+
+    def row(self) -> PackedRow:
+        examples = self.examples
+        width = max(len(example.candidate_ids) for example in examples)
+        counts = torch.tensor([len(example.candidate_ids) for example in examples])
+        pick_row, pick_token, pick_cell = torch.tensor(self.picks).unbind(1)
+        slots = torch.tensor(self.slots, dtype=torch.int64)
+        owners = torch.repeat_interleave(torch.arange(len(self.members)), torch.tensor(self.members))
+        return PackedRow(
+            token_ids=torch.tensor(self.tokens),
+            position_ids=torch.from_numpy(np.concatenate([block.depths() for block in self.blocks])),
+            movable=torch.tensor(self.movable), blocks=tuple(self.blocks),
+            example_of=torch.repeat_interleave(owners, torch.tensor([block.length for block in self.blocks])),
+            scored=tuple(np.array(places) for places in self.scored),
+            pick_row=pick_row.contiguous(), pick_token=pick_token.contiguous(), pick_cell=pick_cell.contiguous(),
+            present=torch.arange(width) < counts[:, None], gold=torch.tensor([example.gold for example in examples]),
+            example_ids=tuple(example.index for example in examples), trunk_ids=torch.empty(0, dtype=torch.int64),
+            streams=self.streams, members=tuple(self.members), slots=slots,
+            slot_of=torch.arange(len(slots)) % max(1, self.rows.prompt_length),
+            moves_with=torch.tensor(self.moves_with) if len(self.blocks) > len(examples) else None,
+            normalises=self.rows.kind != "classes",
+        )  # fmt: skip

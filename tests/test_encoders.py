@@ -1,0 +1,247 @@
+"""Encoders on the packed path against plain per-example forwards of the eager model: scores, gradients, deltas."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import VOCABULARY, make_examples, relative_error
+from test_packed_equals_plain import divergence
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.check import check_backbone
+from ptp_ds.config import RunConfig
+from ptp_ds.heads import Head, is_trained
+from ptp_ds.perturb import PERTURBATIONS, Noise
+from ptp_ds.perturb.ball import example_norm
+from ptp_ds.prompts.deep import deep_width
+from ptp_ds.rows import SeparateRows
+from ptp_ds.step import ptp_loss, settings_of
+
+_BERT = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 96, "pad_token_id": 1,
+}  # fmt: skip
+ENCODERS = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": {**_BERT, "embedding_size": 24},
+    "albert": {**_BERT, "embedding_size": 24, "num_hidden_layers": 3},
+    "modernbert": {**_BERT, "num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 8,
+                   "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None, "cls_token_id": None,
+                   "sep_token_id": None},
+}  # fmt: skip
+KINDS = {"masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification}
+PROMPT = 5
+
+
+def make_encoder(family, kind, labels=3):
+    torch.manual_seed(11)
+    config = AutoConfig.for_model(family, **ENCODERS[family])
+    config.num_labels = labels
+    model = KINDS[kind].from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+            else:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+def make_head(model, kind, choice=False):
+    named = model.named_parameters() if kind == "classes" else []
+    return Head(kind, choice, {name: tuple(p.shape) for name, p in named if is_trained(name)})
+
+
+def make_backbone(family, kind, prompt="soft", choice=False):
+    model = make_encoder(family, kind, 1 if choice else 3)
+    rows = SeparateRows(kind=kind, prompt_length=PROMPT if prompt == "soft" else 0, mask_id=4, tail=(2,), choice=choice)
+    return Backbone(model, prompt=prompt, head=make_head(model, kind, choice), rows=rows)
+
+
+def make_values(backbone):
+    """Prompt and head, random, as one matrix."""
+    generator = torch.Generator().manual_seed(1)
+    width = backbone.width if backbone.prompt == "soft" else deep_width(backbone.model.config)
+    prompt = 0.3 * torch.randn(PROMPT, width, generator=generator)
+    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in backbone.head.trained.items()}
+    return backbone.head.join(prompt, tensors)
+
+
+def plain_scores(model, kind, values, head, example, delta=None, choice=False):
+    """[C] by an ordinary forward a candidate; `model` is the family's own, eager."""
+    prompt, tensors = head.split(values)
+    embed = model.get_input_embeddings()
+    context = embed(torch.tensor(list(example.context_ids)))
+    context = context if delta is None else context + delta
+    scores = []
+    for number, candidate in enumerate(example.candidate_ids):
+        behind = {"masked": [4] * len(candidate), "classes": list(candidate) if choice else []}[kind]
+        inputs = torch.cat([prompt, context, embed(torch.tensor([*behind, 2]))])[None]
+        out = torch.func.functional_call(model, tensors, kwargs={"inputs_embeds": inputs}).logits[0]
+        if kind == "classes":
+            scores.append(out[0] if choice else out[number])
+        else:
+            first = PROMPT + len(example.context_ids)
+            log_probs = out.log_softmax(-1)
+            scores.append(sum(log_probs[first + place, token] for place, token in enumerate(candidate)))
+    return torch.stack(scores)
+
+
+CASES = [("masked", False, "single"), ("masked", False, "ragged"), ("classes", False, "single"),
+         ("classes", True, "ragged")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "choice", "shape"), CASES)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_scores_and_gradients(family, kind, choice, shape):
+    backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
+    values = make_values(backbone).requires_grad_()
+    row = backbone.rows.pack(examples)
+    scores = backbone.score(row, backbone.inputs(row, values), values)[0]
+    (gradient,) = torch.autograd.grad(sum(s[: len(e.candidate_ids)].log_softmax(-1)[-1] for s, e in zip(scores, examples, strict=True)), values)  # fmt: skip # noqa: E501
+    model, plain = make_encoder(family, kind, 1 if choice else 3), values.detach().clone().requires_grad_()
+    expected = [plain_scores(model, kind, plain, backbone.head, example, choice=choice) for example in examples]
+    for number, example in enumerate(examples):
+        count = len(example.candidate_ids)
+        torch.testing.assert_close(scores[number, :count], expected[number], atol=1e-5, rtol=1e-5)
+        assert bool(torch.isneginf(scores[number, count:]).all())
+    (wanted,) = torch.autograd.grad(sum(s.log_softmax(-1)[-1] for s in expected), plain)
+    assert relative_error(gradient, wanted) < 1e-4
+
+
+def plain_step(backbone, family, kind, values, examples, deltas, choice):
+    """Summed loss (sym_kl, lambda 0.7) by one forward a candidate and stream."""
+    model = make_encoder(family, kind, 1 if choice else 3)
+    total = 0.0
+    for example, delta in zip(examples, deltas, strict=True):
+        clean = plain_scores(model, kind, values, backbone.head, example, choice=choice)
+        perturbed = plain_scores(model, kind, values, backbone.head, example, delta, choice)
+        total = total + F.cross_entropy(clean[None], torch.tensor([example.gold]))
+        total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
+    return total
+
+
+@pytest.mark.parametrize(("kind", "choice", "shape"), CASES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "modernbert"])
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd", "free"])
+def test_step_gradient(family, kind, choice, shape, perturbation):
+    """The same delta on an example's context wherever its blocks repeat it, and nowhere else."""
+    backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
+    values = make_values(backbone).requires_grad_()
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
+    loss = ptp_loss(values, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss.total.backward()
+    delta = loss.delta.detach()
+    assert float(delta[~row.movable].abs().max()) == 0.0 < float(delta[row.movable].abs().max())
+    if perturbation != "gaussian":
+        assert float(example_norm(delta, row).max()) <= 0.5 * settings.unit
+    deltas = [
+        part[PROMPT : PROMPT + len(example.context_ids)]
+        for example, part in zip(examples, delta.split(row.lengths), strict=True)
+    ]
+    plain = values.detach().clone().requires_grad_()
+    total = plain_step(backbone, family, kind, plain, examples, deltas, choice)
+    (expected,) = torch.autograd.grad(total, plain)
+    torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
+    assert relative_error(values.grad, expected) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "choice", "shape"), CASES)
+@pytest.mark.parametrize("perturbation", ["mask", "mask+gaussian"])
+def test_step_gradient_in_text_space(kind, choice, shape, perturbation):
+    backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
+    values = make_values(backbone).requires_grad_()
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.5, mask_share=0.4)
+    settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
+    twins = how.twins(examples, settings, noise)
+    movable = [twin.movable for twin in twins] if how.find else None
+    row = backbone.rows.pack_twins(examples, [twin.context_ids for twin in twins], movable)
+    loss = ptp_loss(values, backbone, row, run, settings, noise)
+    loss.total.backward()
+    model, plain, total = make_encoder("bert", kind, 1 if choice else 3), values.detach().clone().requires_grad_(), 0.0
+    parts = loss.delta.split(row.lengths) if loss.delta is not None else [None] * len(examples)
+    for example, twin, part in zip(examples, twins, parts, strict=True):
+        clean = plain_scores(model, kind, plain, backbone.head, example, choice=choice)
+        moved = replace(example, context_ids=twin.context_ids)
+        delta = None
+        if part is not None:
+            half = len(part) // 2  # clean blocks, then as many of the twin
+            delta = part[half + PROMPT : half + PROMPT + len(example.context_ids)]
+        perturbed = plain_scores(model, kind, plain, backbone.head, moved, delta, choice)
+        total = total + F.cross_entropy(clean[None], torch.tensor([example.gold]))
+        total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
+    (expected,) = torch.autograd.grad(total, plain)
+    torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
+    assert relative_error(values.grad, expected) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_families_pass_the_start_up_check(family, kind):
+    backbone = make_backbone(family, kind)
+    before = backbone.rows
+    check_backbone(backbone)
+    assert backbone.rows is before
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_deep_prompts_train(family, kind, activations):
+    """Keys and values of every layer, also where the family ignores a cache: gradients by finite differences."""
+    backbone, examples = make_backbone(family, kind, "deep"), make_examples("single")
+    backbone.activations = replace(backbone.activations, mode=activations)
+    values = make_values(backbone).requires_grad_()
+    run = RunConfig(perturbation="pgd", prompt="deep", divergence="js", epsilon=0.3)
+    settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
+    ptp_loss(values, backbone, row, run, settings, Noise(0, 0)).total.backward()
+    assert bool(values.grad.abs().sum(-1).min() > 0)
+
+    def loss(matrix):
+        with torch.no_grad():
+            scores = backbone.score(row, backbone.inputs(row, matrix), matrix)[0]
+        return -scores.log_softmax(-1)[:, 0].double().sum()
+
+    scores = backbone.score(row, backbone.inputs(row, values), values)[0]
+    (gradient,) = torch.autograd.grad(-scores.log_softmax(-1)[:, 0].sum(), values)
+    direction = gradient / gradient.norm()
+    plain = values.detach()
+    slope = (loss(plain + 1e-2 * direction) - loss(plain - 1e-2 * direction)) / 2e-2
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_deep_prompts_equal_the_families_own_cache(family, kind):
+    from transformers import DynamicCache, EncoderDecoderCache  # noqa: F401
+
+    from ptp_ds.prompts.deep import split_deep
+
+    backbone, example = make_backbone(family, kind, "deep"), make_examples("single")[3]
+    values = make_values(backbone)
+    row = backbone.rows.pack([example])
+    with torch.no_grad():
+        scores = backbone.score(row, backbone.inputs(row, values), values)[0, 0]
+    model, (prompt, tensors) = make_encoder(family, kind), backbone.head.split(values)
+    cache = DynamicCache()
+    for layer, ((k, v),) in split_deep(prompt, model.config).items():
+        cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
+    behind = [4, 2] if kind == "masked" else [2]
+    ids = torch.tensor([[*example.context_ids, *behind]])
+    positions = torch.arange(PROMPT, PROMPT + ids.shape[1])[None] + backbone.first_position
+    body = getattr(model, model.base_model_prefix)
+    real = body.forward
+    body.forward = lambda *args, **kwargs: real(*args, **{**kwargs, "past_key_values": cache})
+    arguments = {"input_ids": ids, "position_ids": positions,
+                 "attention_mask": torch.ones(1, PROMPT + ids.shape[1], dtype=torch.long)}  # fmt: skip
+    with torch.no_grad():
+        out = torch.func.functional_call(model, tensors, kwargs=arguments).logits[0]
+    if kind == "masked":
+        log_probs = out[len(example.context_ids)].log_softmax(-1)
+        out = torch.stack([log_probs[candidate[0]] for candidate in example.candidate_ids])
+    torch.testing.assert_close(scores, out[: len(example.candidate_ids)], atol=1e-5, rtol=1e-5)
