@@ -44,6 +44,9 @@ class RunConfig:
     select_split: str | None = _flag(
         None, "split that chooses the best prompt; default: rows held out of --train_split"
     )
+    predict_split: str | None = _flag(
+        None, "split, labelled or not, to write predictions/<Task>.jsonl for, in SuperGLUE's format; default: none"
+    )
     holdout: float = _flag(
         0.15, "share of the training rows held out to choose the best prompt, without --select_split"
     )

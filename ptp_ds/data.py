@@ -11,7 +11,7 @@ import torch
 
 from ptp_ds.packing import Example
 from ptp_ds.seeding import make_generator
-from ptp_ds.tasks import Rendered, Task
+from ptp_ds.tasks import NoLabelError, Rendered, Task
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _HUB_SPLITS = {"val": "validation"}  # SuperGLUE's files say val, its hub repositories validation
@@ -39,6 +39,20 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
         rows, where = _read_jsonl(_find_file(task, split, data_dir))
     if not rows:
         raise ValueError(f"Split {split!r} of task {task.name} has no rows; give a file with at least one.")
+    return _split_of(rows, where)
+
+
+def load_rows(file: str) -> Split:
+    """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
+    if not Path(file).is_file():
+        raise ValueError(f"--input {file}: there is no such file; give one with a JSON object a line.")
+    rows, where = _read_jsonl(Path(file))
+    if not rows:
+        raise ValueError(f"--input {file} has no rows; give a file with at least one.")
+    return _split_of(rows, where)
+
+
+def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
     canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows)
     return Split(rows, where, hashlib.sha256(canonical.encode()).hexdigest())
 
@@ -114,8 +128,21 @@ class Tokenised:
     truncated: int
 
 
-def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int) -> Tokenised:
+def is_labelled(task: Task, split: Split) -> bool:
+    """Whether any row says what is right; official test splits don't. Raises ValueError for rows that are wrong."""
+    for row, where in zip(split.rows, split.where, strict=True):
+        try:
+            task.entries(row, where)
+            return True
+        except NoLabelError:
+            continue
+    return False
+
+
+def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled: bool = True) -> Tokenised:
     """Examples of a split. max_length: tokens that fit behind the prompt, answers included.
+
+    labelled: every row must have its label; without, labels are not read, and the examples are for prediction alone.
 
     A longer row loses tokens from the middle of the task's `truncate` field only. Raises ValueError where that can't
     make it fit, where the tokenizer gives no offsets, or where a context and its answers share a token.
@@ -124,7 +151,7 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int) -> Token
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
     entries: list[tuple[Rendered, str]] = []
     for row, where in zip(split.rows, split.where, strict=True):
-        entries += [(entry, where) for entry in task.entries(row, where)]
+        entries += [(entry, where) for entry in task.entries(row, where, labelled)]
     contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
     texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
     answered = iter(_encode(tokenizer, texts))

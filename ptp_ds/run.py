@@ -23,7 +23,7 @@ from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
 from ptp_ds.engine import Engine
-from ptp_ds.evaluate import Evaluation, evaluate
+from ptp_ds.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.export import read_adapter, write_adapter
 from ptp_ds.families import describe_families
 from ptp_ds.heads import HeadPlan, auto_class, plan_head
@@ -32,6 +32,7 @@ from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.predictions import check_numbers, prediction_lines, write_jsonl
 from ptp_ds.prompts import PROMPTS, initial_prompt, prompt_width
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.rows import Rows, rows_for
@@ -63,6 +64,8 @@ class Prepared:
     checkpoint: Checkpoint | None
     adapter: Tensor | None
     mask_id: int
+    predict_split: Split | None = None
+    predict: Sequence[Example] = ()
 
 
 def prepare(argv: Sequence[str], description: str = "") -> Prepared:
@@ -89,6 +92,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     room = row_room(run.max_length, run.prompt_length, config, plan) - rows.behind
     tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
     train, select = _train_and_select(run, tokenised)
+    predict_split, predict = _to_predict(run, task, tokenizer, room)
     identity = _identity(run, task, config, splits)
     if checkpoint is not None:
         assert checkpoint_folder is not None
@@ -99,7 +103,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     truncated = sum(part.truncated for part in tokenised.values())
     return Prepared(
         run, task, folder, config, plan, rows, tokenizer, resolved, train, select, tokenised["eval"].examples,
-        truncated, identity, output_dir, checkpoint, adapter, mask_id,
+        truncated, identity, output_dir, checkpoint, adapter, mask_id, predict_split, predict,
     )  # fmt: skip
 
 
@@ -145,6 +149,16 @@ def _load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
     if run.select_split is not None:
         names["select"] = run.select_split
     return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in names.items()}
+
+
+def _to_predict(run: RunConfig, task: Task, tokenizer: Any, room: int) -> tuple[Split | None, Sequence[Example]]:
+    """--predict_split's rows, read without labels; ValueError where its prediction file couldn't be written."""
+    if run.predict_split is None:
+        return None, ()
+    split = load_split(task, run.predict_split, run.data_dir, run.dataset)
+    examples = tokenise(task, split, tokenizer, room, labelled=False).examples
+    check_numbers(task, split, len(examples))
+    return split, examples
 
 
 def _train_and_select(run: RunConfig, tokenised: dict[str, Tokenised]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -243,6 +257,7 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
             )
             return 128 + progress.stopped_by
         result = _report(prepared, engine, ranks, progress, monitor, output_dir)
+        _predict(prepared, engine, ranks, progress, output_dir)
     finally:
         monitor.close()
     _announce(prepared, ranks, result, progress, output_dir)
@@ -277,6 +292,20 @@ def _report(
         write_json(output_dir / "result.json", summary)
     ranks.barrier()
     return result
+
+
+def _predict(prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, output_dir: Path) -> None:
+    """predictions/<Task>.jsonl of --predict_split, by the best prompt."""
+    task, split, best = prepared.task, prepared.predict_split, progress.best_prompt
+    if split is None:
+        return
+    assert best is not None, "the last step always evaluates"
+    scores = score_examples(engine.backbone, best, prepared.predict, ranks, prepared.run.eval_tokens)
+    file = output_dir / "predictions" / f"{task.name}.jsonl"
+    if ranks.is_main:
+        write_jsonl(file, prediction_lines(task, split, scores.argmax(-1).tolist()))
+    say(ranks, f"predictions for {prepared.run.predict_split}: {file}")
+    ranks.barrier()
 
 
 def _announce(prepared: Prepared, ranks: Ranks, result: Evaluation, progress: Progress, output_dir: Path) -> None:

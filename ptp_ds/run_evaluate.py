@@ -12,7 +12,7 @@ import torch
 from ptp_ds.check import checked
 from ptp_ds.checkpoint import write_json
 from ptp_ds.config import RunConfig, StrictParser, nearest
-from ptp_ds.data import load_split, tokenise
+from ptp_ds.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.evaluate import evaluation_of, score_examples
@@ -21,6 +21,7 @@ from ptp_ds.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import say
+from ptp_ds.predictions import check_numbers, prediction_lines, require_writable, write_jsonl
 from ptp_ds.prompts import prompt_width
 from ptp_ds.rows import rows_for
 from ptp_ds.run import report_error, row_room
@@ -42,6 +43,7 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int)
     parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens)
     parser.add_argument("--json", help="write metrics and every row's candidate log-probabilities to this file")
+    parser.add_argument("--predictions", help="write SuperGLUE's prediction file here; the split may have no labels")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     values, rest = parser.parse_known_args(argv)
     if rest:
@@ -50,28 +52,29 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     return values
 
 
-def _task_of(args: argparse.Namespace) -> Task:
-    if args.task is not None:
-        return load_task(args.task)
-    spec = read_card(args.adapter).get("task")
+def adapter_task(adapter: str, name: str | None) -> Task:
+    """The named task, or the one on the adapter's card; ValueError where neither says."""
+    if name is not None:
+        return load_task(name)
+    spec = read_card(adapter).get("task")
     if not isinstance(spec, dict):
-        raise ValueError(f"Adapter {args.adapter} doesn't say which task it was trained on; give --task.")
+        raise ValueError(f"Adapter {adapter} doesn't say which task it was trained on; give --task.")
     kept = {key: value for key, value in spec.items() if key != "answers" and value is not None}
     if spec.get("answers"):
         kept["candidates"] = spec["answers"]
-    return parse_task(kept, f"the card of {args.adapter}")
+    return parse_task(kept, f"the card of {adapter}")
 
 
-def _plan(args: argparse.Namespace, config: Any, task: Task) -> tuple[HeadPlan, Task]:
+def adapter_plan(adapter: str, config: Any, task: Task) -> tuple[HeadPlan, Task]:
     """The head that the adapter was trained with, and the task with its classes in the trained order."""
-    card = read_card(args.adapter)
+    card = read_card(adapter)
     plan = plan_head(config, card.get("head", {}).get("kind", "auto"), task)
     trained = list((card.get("task") or {}).get("answers") or task.answers)
     if plan.kind != "classes" or plan.choice or trained == list(task.answers):
         return plan, task
     if set(trained) != set(task.answers):
         raise ValueError(
-            f"The classifier of {args.adapter} tells {', '.join(trained)} apart; task {task.name} has "
+            f"The classifier of {adapter} tells {', '.join(trained)} apart; task {task.name} has "
             f"{', '.join(task.answers)}."
         )
     return plan, replace(task, answers={label: task.answers[label] for label in trained})
@@ -80,13 +83,17 @@ def _plan(args: argparse.Namespace, config: Any, task: Task) -> tuple[HeadPlan, 
 def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
         raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
-    task = _task_of(args)
+    for flag, file in (("--json", args.json), ("--predictions", args.predictions)):
+        if file is not None:
+            require_writable(flag, file)
+    task = adapter_task(args.adapter, args.task)
     split = load_split(task, args.split, args.data_dir, args.dataset)
+    labelled = args.predictions is None or is_labelled(task, split)
     raw = read_ds_config(args.ds_config)
     kind = adapter_kind(args.adapter)
     folder = resolve_model(args.model)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    plan, task = _plan(args, config, task)
+    plan, task = adapter_plan(args.adapter, config, task)
     auto_class(config, plan.kind, folder)
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
     run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
@@ -94,24 +101,43 @@ def _evaluate(args: argparse.Namespace) -> None:
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
     rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
     room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
-    tokenised = tokenise(task, split, tokenizer, room)
+    tokenised = tokenise(task, split, tokenizer, room, labelled)
+    if args.predictions is not None:
+        check_numbers(task, split, len(tokenised.examples))
     ranks = start_processes()
     backbone = load_backbone(folder, resolved, ranks, plan)
     backbone, _ = checked(backbone)
     backbone.serve(kind, rows, prompt.shape[0])
     values = backbone.head.join(prompt, read_head(args.adapter, backbone.head.trained))
     scores = score_examples(backbone, values, tokenised.examples, ranks, args.eval_tokens)
-    result = evaluation_of(scores, tokenised.examples, task)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    say(ranks, f"{task.name} {args.split} ({result.examples} rows): {shown}  |  majority {result.majority:.4f}")
-    _write(args, ranks, result.as_dict(), scores)
+    result = evaluation_of(scores, tokenised.examples, task) if labelled else None
+    shown = f"{task.name} {args.split} ({len(tokenised.examples)} rows): "
+    if result is not None:
+        shown += "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        shown += f"  |  majority {result.majority:.4f}"
+    say(ranks, shown if result is not None else f"{shown}no labels, so no metrics")
+    _write(args, ranks, task, split, result.as_dict() if result is not None else {}, scores)
 
 
-def _write(args: argparse.Namespace, ranks: Ranks, result: dict[str, Any], scores: torch.Tensor) -> None:
+def _write(
+    args: argparse.Namespace, ranks: Ranks, task: Task, split: Split, result: dict[str, Any], scores: torch.Tensor
+) -> None:
     if args.json and ranks.is_main:
         rows = [[value for value in row if value > float("-inf")] for row in scores.tolist()]
-        write_json(Path(args.json), {**result, "split": args.split, "scores": rows})
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.json), {**_of_run(args, task), **result, "split": args.split, "scores": rows})
+    if args.predictions and ranks.is_main:
+        write_jsonl(Path(args.predictions), prediction_lines(task, split, scores.argmax(-1).tolist()))
+        say(ranks, f"predictions: {args.predictions}")
     ranks.barrier()
+
+
+def _of_run(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """What result.json says of the run that trained the adapter: with the metrics, scripts/overall.py reads this."""
+    trained = read_card(args.adapter).get("result")
+    kept = trained if isinstance(trained, dict) else {}
+    run = {name: kept[name] for name in ("perturbation", "prompt", "seed") if name in kept}
+    return {"task": task.name, "model": args.model, "eval_split": args.split, **run}
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:

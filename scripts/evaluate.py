@@ -2,6 +2,7 @@
 """Scores a saved adapter (ours or peft's) on a split.
 
     python scripts/evaluate.py --adapter runs/cb/adapter --task CB --data_dir DATA --json scores.json
+    python scripts/evaluate.py --adapter runs/cb/adapter --data_dir DATA --split test --predictions CB.jsonl
 
 Starts like train.py: plain python, torchrun or deepspeed.
 """

@@ -79,6 +79,7 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--model", "."], "--model .: the folder holds no config.json; give a folder saved by save_pretrained."),
         (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder."),
         (["--eval_split", "dev"], "No file "),
+        (["--predict_split", "test"], "No file "),
         (["--ds_config", "none.json"], "--ds_config none.json: No such file or directory; see ds_configs/ "),
         (["--config", "none.json"], "--config none.json: No such file or directory."),
         (

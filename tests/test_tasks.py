@@ -106,6 +106,11 @@ def test_values_replace_raw_words_and_are_fixed(raw, word):
     assert task.fixed_fields == {"question"}
 
 
+def test_fields_are_those_of_context_and_answers():
+    assert load_task("COPA").fields == ("premise", "question", "choice1", "choice2")
+    assert load_task("Reviews").fields == ("review",)
+
+
 def test_fixed_fields_add_to_values():
     task = parse_task(template(fixed=["b"], values={"a": {"x": "y"}}), "t")
     assert task.fixed_fields == {"a", "b"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _PLACEHOLDER = "@placeholder"
+HUB_NO_LABEL = -1  # the hub's class number where a split is published without labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,16 @@ class Entry:
     label: int | None = None
 
 
+class NoLabelError(ValueError):
+    """A row that doesn't say what is right, as those of official test files: it can be predicted, not judged."""
+
+
 class _RowError(Exception):
     """A row that isn't as the official files are."""
+
+
+class _UnlabelledError(_RowError):
+    """The part of a row that says what is right is missing."""
 
 
 def _at(row: Any, *path: str) -> Any:
@@ -61,31 +70,38 @@ def _number(row: Any, *path: str) -> int:
     return found
 
 
-def flat(row: Mapping[str, Any]) -> list[Entry]:
+def _right(find: Callable[[Any, str], Any], row: Any, name: str) -> Any:
+    """What a row says is right, found by `find`, whose error becomes _UnlabelledError."""
+    try:
+        return find(row, name)
+    except _RowError as error:
+        raise _UnlabelledError(*error.args) from None
+
+
+def flat(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     """A row that is one context already."""
     return [Entry(fields=row)]
 
 
-def pairs(row: Mapping[str, Any]) -> list[Entry]:
+def pairs(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     """Rows 2n and 2n + 1 are a pair (AX-g: one sentence with two pronouns)."""
-    return [Entry(fields=row, key=(_number(row, "idx") // 2,))]
+    return [Entry(fields=row, key=(_number(row, "idx") // 2,) if labelled else None)]
 
 
-def multirc(row: Mapping[str, Any]) -> list[Entry]:
+def multirc(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     """Every answer to every question of a passage: fields passage, question, answer, label."""
     entries, passage = [], _text(row, "passage", "text")
     for question in _listed(row, "passage", "questions"):
-        key = (_number(row, "idx"), _number(question, "idx"))
+        key = (_number(row, "idx"), _number(question, "idx")) if labelled else None
         for answer in _listed(question, "answers"):
-            fields = {
-                "passage": passage, "question": _text(question, "question"), "answer": _text(answer, "text"),
-                "label": _at(answer, "label"),
-            }  # fmt: skip
+            fields = {"passage": passage, "question": _text(question, "question"), "answer": _text(answer, "text")}
+            if labelled:
+                fields["label"] = _right(_at, answer, "label")
             entries.append(Entry(fields=fields, key=key))
     return entries
 
 
-def record(row: Mapping[str, Any]) -> list[Entry]:
+def record(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     """Every query of a passage: the passage's entities, each put in the placeholder's place, are the options.
 
     fields passage, before (the query up to the placeholder). An option is the entity and the rest of the query.
@@ -100,7 +116,8 @@ def record(row: Mapping[str, Any]) -> list[Entry]:
         before, found, after = _text(query, "query").partition(_PLACEHOLDER)
         if not found:
             raise _RowError(f"has a query without {_PLACEHOLDER}")
-        right = {_text(answer, "text") for answer in _listed(query, "answers")}
+        answers = _right(_listed, query, "answers") if labelled else []
+        right = {_text(answer, "text") for answer in answers}
         # Quotes and brackets that open right before the placeholder belong to the option, or no space could follow.
         head = re.search(r"\S*$", before)
         opening = head[0] if head else ""
@@ -154,7 +171,15 @@ def _goes_on(phrase: list[str], word: str) -> bool:
     return word[0].isupper()
 
 
-def wsc(row: Mapping[str, Any]) -> list[Entry]:
+def _truth(row: Mapping[str, Any]) -> int:
+    label = _right(_at, row, "label")
+    if not isinstance(label, bool) and label not in (0, 1):
+        missing = label is None or label == HUB_NO_LABEL
+        raise (_UnlabelledError if missing else _RowError)(f"has label {label!r}; expected true or false")
+    return int(label)
+
+
+def wsc(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     """The span against other noun phrases of the text: fields text (the pronoun marked), pronoun.
 
     The label says whether the first option, the span, is right; where it isn't, which one is stays unknown, so the row
@@ -164,9 +189,7 @@ def wsc(row: Mapping[str, Any]) -> list[Entry]:
         _text(row, *path) for path in (("text",), ("target", "span1_text"), ("target", "span2_text"))
     )
     place, words = _number(row, "target", "span2_index"), text.split(" ")
-    label = _at(row, "label")
-    if not isinstance(label, bool) and label not in (0, 1):
-        raise _RowError(f"has label {label!r}; expected true or false")
+    label = _truth(row) if labelled else None
     if place < len(words) and words[place].strip(".,;:!?'\"").lower().startswith(pronoun.lower()[:2]):
         words[place] = f"*{words[place]}*"
     others = [phrase for phrase in noun_phrases(text) if _differs(phrase, span) and phrase.lower() != pronoun.lower()]
@@ -174,7 +197,7 @@ def wsc(row: Mapping[str, Any]) -> list[Entry]:
     fields = {"text": " ".join(words), "pronoun": pronoun}
     return [Entry(
         fields=fields, options=[f" {option}" for option in options], names=options, golds=[0] if label else [],
-        label=int(label),
+        label=label,
     )]  # fmt: skip
 
 
@@ -184,7 +207,7 @@ def _differs(phrase: str, span: str) -> bool:
     return not (a <= b or b <= a)
 
 
-READERS: dict[str, Callable[[Mapping[str, Any]], list[Entry]]] = {
+READERS: dict[str, Callable[[Mapping[str, Any], bool], list[Entry]]] = {
     "flat": flat, "pairs": pairs, "multirc": multirc, "record": record, "wsc": wsc,
 }  # fmt: skip
 
@@ -193,9 +216,13 @@ OWN_ANSWERS = frozenset({"record", "wsc"})  # readers whose entries name their o
 MAY_BE_EMPTY = {"record": ("before",)}  # fields that need not hold text
 
 
-def read(reader: str, row: Mapping[str, Any], where: str) -> list[Entry]:
-    """A row's entries; ValueError names `where` and what the row lacks."""
+def read(reader: str, row: Mapping[str, Any], where: str, labelled: bool = True) -> list[Entry]:
+    """A row's entries; ValueError names `where` and what the row lacks, NoLabelError where that is its label.
+
+    labelled: whether labels are read; without, they may be missing, and the entries hold no golds, keys or labels.
+    """
     try:
-        return READERS[reader](row)
+        return READERS[reader](row, labelled)
     except _RowError as error:
-        raise ValueError(f"{where}: the row {error}; expected {reader}'s official format.") from None
+        kind = NoLabelError if isinstance(error, _UnlabelledError) else ValueError
+        raise kind(f"{where}: the row {error}; expected {reader}'s official format.") from None

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.tasks.metrics import METRICS, NEEDS_READER
-from ptp_ds.tasks.readers import MAY_BE_EMPTY, OWN_ANSWERS, READERS, read
+from ptp_ds.tasks.readers import HUB_NO_LABEL, MAY_BE_EMPTY, OWN_ANSWERS, READERS, NoLabelError, read
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SLOT = re.compile(r"\{(\w+)(?:\|(\w+))?\}")
@@ -32,6 +32,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "strip_stop": lambda text: text.rstrip().rstrip("."),
     "lower_first": lambda text: text[:1].lower() + text[1:],
 }
+_UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
 _KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "verbalizers", "candidates", "reader"}
 
@@ -76,6 +77,12 @@ class Task:
         return tuple(self.answers)
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that the context and the answers are made of, in order."""
+        texts = (self.text, *self.answers.values())
+        return tuple(dict.fromkeys(slot[1] for text in texts for slot in _SLOT.finditer(text)))
+
+    @property
     def fixed_fields(self) -> frozenset[str]:
         """Fields whose tokens count as template words: never perturbed."""
         return self.fixed | frozenset(self.values)
@@ -94,28 +101,34 @@ class Task:
             **({} if self.reader == "flat" else {"reader": self.reader}),
         }  # fmt: skip
 
-    def entries(self, row: Mapping[str, Any], where: str) -> list[Rendered]:
-        """Every context of a row of the task's file; ValueError names `where` and what is at fault."""
+    def entries(self, row: Mapping[str, Any], where: str, labelled: bool = True) -> list[Rendered]:
+        """Every context of a row of the task's file; ValueError names `where` and what is at fault.
+
+        labelled: whether labels are read (NoLabelError where one is missing); without, the golds are empty.
+        """
         rendered = []
-        for entry in read(self.reader, row, where):
+        for entry in read(self.reader, row, where, labelled):
             if entry.options:
                 gold = entry.golds[0] if entry.golds else 0
                 pieces = self._fill(self.text, entry.fields, where)
                 found = Rendered(pieces, entry.options, gold, entry.golds, entry.names, entry.key, entry.label)
             else:
-                found = replace(self.render(entry.fields, where), key=entry.key)
+                found = replace(self.render(entry.fields, where, labelled), key=entry.key)
             rendered.append(found)
         return rendered
 
-    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+    def render(self, row: Mapping[str, Any], where: str, labelled: bool = True) -> Rendered:
         """Fields as context pieces, candidates and gold; ValueError names `where` and the field at fault."""
         pieces = self._fill(self.text, row, where)
         candidates = ["".join(text for text, _ in self._fill(answer, row, where)) for answer in self.answers.values()]
+        if not labelled:
+            return Rendered(pieces, candidates, 0)
         if self.label is None or self.label not in row:
-            raise ValueError(f"{where}: the row has no {self.label!r}; a labelled split is needed.")
+            raise NoLabelError(f"{where}: the row has no {self.label!r}; a labelled split is needed.")
         label = canonical_label(row[self.label])
         if label not in self.answers:
-            raise ValueError(f"{where}: label {label!r} is not one of {', '.join(self.answers)} (task {self.name}).")
+            kind = NoLabelError if label in _UNLABELLED else ValueError
+            raise kind(f"{where}: label {label!r} is not one of {', '.join(self.answers)} (task {self.name}).")
         gold = self.labels.index(label)
         return Rendered(pieces, candidates, gold, (gold,))
 

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""A saved adapter's answers to rows of your own, with the probability of each answer.
+
+    python scripts/predict.py --adapter runs/cb/adapter --input rows.jsonl --output answers.jsonl
+    python scripts/predict.py --adapter runs/reviews/adapter --text "A quiet film that stays with you." --generate 10
+
+One plain process; rows need the fields of the task's template and no label.
+"""
+
+import sys
+
+from ptp_ds.run_predict import main
+
+if __name__ == "__main__":
+    sys.exit(main(description=__doc__.split("\n")[0]))
