@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS, Perturbation
 from ptp_ds.perturb.ball import NORMS
+from ptp_ds.perturb.custom import BUILT_IN, Chosen, choose
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
 _PLANNED = {"perturbation": ("a2t",)}
@@ -55,7 +57,9 @@ class RunConfig:
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _flag(None, "text for --prompt_init text")
     init_adapter: str | None = _flag(None, "adapter folder for --prompt_init adapter")
-    perturbation: str = _flag("gaussian", "how the second stream differs", ("none", *PERTURBATIONS))
+    perturbation: str = _flag(
+        "gaussian", f"how the second stream differs: {', '.join(BUILT_IN)}, or a .py file of your own"
+    )
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
@@ -105,10 +109,15 @@ class RunConfig:
         """Streams of a step: 2 with a perturbation."""
         return 2 if self.perturbs else 1
 
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The perturbation by its name; a file of the user's own is run here, once. Raises ValueError (see choose)."""
+        return choose(self.perturbation)
+
     @property
     def how(self) -> Perturbation | None:
         """How the second stream differs; None where there is none."""
-        return PERTURBATIONS[self.perturbation] if self.perturbs else None
+        return self.chosen.how if self.perturbs else None
 
     @property
     def carries(self) -> bool:
@@ -123,12 +132,14 @@ class RunConfig:
     @property
     def perturbs(self) -> bool:
         """Whether a second stream is computed: not for lambda = 0 or a delta that can only be zero."""
-        if self.perturbation == "none" or not self.reg_weight:
+        how = self.chosen.how
+        if how is None or not self.reg_weight:
             return False
-        return any(getattr(self, size) > 0 for size in PERTURBATIONS[self.perturbation].sizes)
+        return not how.sizes or any(getattr(self, size) > 0 for size in how.sizes)
 
     def validate(self) -> None:
         """Raises ValueError for the first field that is out of range or contradicts another."""
+        _ = self.chosen
         for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                      "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
@@ -162,9 +173,10 @@ class RunConfig:
 
     def without_effect(self, explicit: set[str]) -> list[str]:
         """Flags that were given but that the chosen perturbation does not read."""
-        reads = {name: {*how.sizes, *how.reads} for name, how in PERTURBATIONS.items()}
-        unread = set().union(*reads.values()) - reads.get(self.perturbation, set())
-        if self.perturbation == "none":
+        how = self.chosen.how
+        unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
+        unread -= {*how.sizes, *how.reads} if how is not None else set()
+        if how is None:
             unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
         if self.tokens_per_step is not None:
             unread.add("batch_size")

@@ -157,6 +157,7 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
         "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
+    identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return json.loads(json.dumps(identity))
@@ -178,7 +179,7 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
     """runs/<task>-<perturbation>-<seed>-<time>, by rank 0's clock."""
     run, now = prepared.run, time.localtime(ranks.from_main(int(time.time())))
     stamp = time.strftime("%Y%m%d-%H%M%S", now)
-    return Path("runs") / f"{prepared.task.name}-{run.perturbation}-{run.seed}-{stamp}"
+    return Path("runs") / f"{prepared.task.name}-{run.chosen.name}-{run.seed}-{stamp}"
 
 
 def train_run(prepared: Prepared, ranks: Ranks) -> int:
@@ -242,7 +243,7 @@ def _report(
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:
         summary = {
-            "task": prepared.task.name, "model": run.model, "perturbation": run.perturbation, "prompt": run.prompt,
+            "task": prepared.task.name, "model": run.model, "perturbation": run.chosen.name, "prompt": run.prompt,
             "seed": run.seed, "world_size": ranks.world, "steps": progress.step, "metrics": result.metrics,
             "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
             "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
@@ -288,7 +289,8 @@ def describe_run(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         "run": asdict(prepared.run), "deepspeed": prepared.resolved.config, "auto": prepared.resolved.notes,
         "task": prepared.task.spec(), "model_folder": str(prepared.folder), "world_size": ranks.world, "device": device,
         "rows": {"train": len(prepared.train), "select": len(prepared.select), "eval": len(prepared.evaluation)},
-        "training_data_sha256": prepared.identity["training data"], "versions": versions(),
+        "training_data_sha256": prepared.identity["training data"],
+        "perturbation_sha256": prepared.run.chosen.sha256, "versions": versions(),
     }  # fmt: skip
 
 
