@@ -18,6 +18,8 @@ from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS, Perturbation
 from ptp_ds.perturb.ball import NORMS
 from ptp_ds.perturb.custom import BUILT_IN, Chosen, choose
+from ptp_ds.perturb.units import UNITS
+from ptp_ds.presets import PRESETS, with_preset
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
 _PLANNED = {"perturbation": ("a2t",)}
@@ -60,6 +62,10 @@ class RunConfig:
     perturbation: str = _flag(
         "gaussian", f"how the second stream differs: {', '.join(BUILT_IN)}, or a .py file of your own"
     )
+    preset: str | None = _flag(
+        None, "perturbation, divergence, lambda, units and sizes of a published method; flags win (ptp_ds/presets.py)",
+        tuple(PRESETS),
+    )  # fmt: skip
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
@@ -74,6 +80,8 @@ class RunConfig:
     )
     ascent_steps: int = _flag(2, "K: pgd's ascent steps; free: optimizer steps on one batch, an ascent step in each")
     norm: str = _flag("frobenius", "pgd, free: the ball's norm", NORMS)
+    units: str = _flag("relative", "1 in sigma, epsilon and alpha: the mean embedding norm, an l2 norm of 1, or 1 in "
+                       "every coordinate", tuple(UNITS))  # fmt: skip
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
     tokens_per_step: int | None = _flag(
         None, "instead of --batch_size: rows are drawn until their tokens, both streams, fill this budget"
@@ -176,6 +184,8 @@ class RunConfig:
         how = self.chosen.how
         unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
         unread -= {*how.sizes, *how.reads} if how is not None else set()
+        if not {"sigma", "epsilon"} & set(how.sizes if how is not None else ()):
+            unread.add("units")
         if how is None:
             unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
         if self.tokens_per_step is not None:
@@ -231,7 +241,7 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
     given.pop("local_rank", None)
     file = given.pop("config", None)
     merged = {**(_read_config(file) if file else {}), **given}
-    config = RunConfig(**merged)
+    config = RunConfig(**with_preset(merged))
     config.validate()
     return config, set(merged)
 
@@ -260,6 +270,6 @@ def _read_config(file: str) -> dict[str, Any]:
         fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
         if not fits and not (value is None and fields[name].default is None):
             raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {value!r}.")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"--config {file}: {name!r} is {value!r}; choose from {', '.join(choices)}.")
     return values

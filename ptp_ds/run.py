@@ -29,6 +29,8 @@ from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.perturb.units import unit_of, vanishes
+from ptp_ds.presets import describe_preset, preset_effect
 from ptp_ds.prompts import PROMPTS, initial_prompt, prompt_width
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.step import settings_of
@@ -153,8 +155,9 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     """What a checkpoint must share with the run that resumes it."""
     names = (
         "model", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps", "sigma",
-        "epsilon", "alpha", "ascent_steps", "norm", "mask_share", "mask_token", "batch_size", "tokens_per_step", "lr",
-        "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+        "epsilon", "alpha", "ascent_steps", "norm", "units", "mask_share", "mask_token", "batch_size",
+        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed",
+        "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
     identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
@@ -188,6 +191,8 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     say(
         ranks, f"{prepared.task.name} | {run.model} | {run.perturbation} | {ranks.world} rank(s) on {ranks.device.type}"
     )
+    if run.preset is not None:
+        say(ranks, f"  {describe_preset(run.preset, asdict(run))}")
     for note in prepared.resolved.notes:
         say(ranks, f"  auto: {note}")
     if prepared.truncated:
@@ -209,7 +214,7 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         progress = progress_from(prepared.checkpoint)
         say(ranks, f"resumed behind step {progress.step}")
     backbone.prompt = run.prompt
-    unit = backbone.mean_embedding_norm() if run.perturbs else 1.0
+    unit = _unit(run, backbone, prepared.resolved.dtype, ranks) if run.perturbs else 1.0
     monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
     settings = settings_of(run, unit, prepared.mask_id)
     trainer = Trainer(
@@ -229,6 +234,17 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         monitor.close()
     _announce(prepared, ranks, result, progress, output_dir)
     return 0
+
+
+def _unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype, ranks: Ranks) -> float:
+    """What size 1 is in embedding coordinates; says so where the largest size is too small for the dtype."""
+    mean_norm = backbone.mean_embedding_norm()
+    unit = unit_of(run.units, mean_norm, backbone.width)
+    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if run.how and name in run.how.sizes]
+    if sizes and vanishes(max(sizes) * unit, mean_norm, dtype):
+        say(ranks, f"warning: deltas of norm {max(sizes) * unit:.1e} are mostly lost beside embeddings of norm "
+                   f"{mean_norm:.1e} in {dtype}; use --precision fp32 or larger sizes")  # fmt: skip
+    return unit
 
 
 def _report(
@@ -287,6 +303,7 @@ def describe_run(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
     return {
         "run": asdict(prepared.run), "deepspeed": prepared.resolved.config, "auto": prepared.resolved.notes,
+        "preset": preset_effect(prepared.run.preset, asdict(prepared.run)),
         "task": prepared.task.spec(), "model_folder": str(prepared.folder), "world_size": ranks.world, "device": device,
         "rows": {"train": len(prepared.train), "select": len(prepared.select), "eval": len(prepared.evaluation)},
         "training_data_sha256": prepared.identity["training data"],

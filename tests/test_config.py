@@ -163,12 +163,12 @@ def test_contradictions(settings, message):
 @pytest.mark.parametrize(
     ("perturbation", "unread"),
     [
-        ("none", {*NOISE, *ASCENT, *MASK, "reg_weight", "reg_warmup_steps", "divergence"}),
+        ("none", {*NOISE, *ASCENT, *MASK, "units", "reg_weight", "reg_warmup_steps", "divergence"}),
         ("gaussian", {*ASCENT, *MASK}),
         ("free", {*NOISE, *MASK}),
         ("uniform", {*ASCENT, *MASK}),
         ("pgd", {*NOISE, *MASK}),
-        ("mask", {*NOISE, *ASCENT}),
+        ("mask", {*NOISE, *ASCENT, "units"}),
         ("mask+gaussian", ASCENT),
     ],
 )
