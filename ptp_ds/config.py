@@ -55,6 +55,10 @@ class RunConfig:
     prompt: str = _flag("soft", "P trained vectors in front of the row, or P keys and values in every layer",
                         ("soft", "deep"))  # fmt: skip
     prompt_length: int = _flag(20, "P, number of virtual tokens")
+    prompt_mlp: int | None = _flag(
+        None, "hidden width of an MLP whose output the prompt is (P-tuning, prefix tuning); default: none; wants a "
+        "smaller --lr",
+    )  # fmt: skip
     prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _flag(None, "text for --prompt_init text")
@@ -162,6 +166,8 @@ class RunConfig:
         _require(self.max_length is None or self.max_length > self.prompt_length, "max_length", self.max_length,
                  f"more than the prompt's {self.prompt_length} tokens")  # fmt: skip
         _require(self.tokens_per_step is None or self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step,
+                 "a whole number of 1 or more")  # fmt: skip
+        _require(self.prompt_mlp is None or self.prompt_mlp >= 1, "prompt_mlp", self.prompt_mlp,
                  "a whole number of 1 or more")  # fmt: skip
         if self.data_dir is not None and self.dataset is not None:
             raise ValueError("Can't read both --data_dir and --dataset; choose one.")

@@ -31,7 +31,7 @@ from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.perturb.units import unit_of, vanishes
 from ptp_ds.presets import describe_preset, preset_effect
-from ptp_ds.prompts import PROMPTS, initial_prompt, prompt_width
+from ptp_ds.prompts import PROMPTS, PromptMlp, SoftPrompt, initial_prompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.step import settings_of
 from ptp_ds.tasks import Task, load_task
@@ -154,16 +154,37 @@ def _train_and_select(run: RunConfig, tokenised: dict[str, Tokenised]) -> tuple[
 def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split]) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     names = (
-        "model", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps", "sigma",
-        "epsilon", "alpha", "ascent_steps", "norm", "units", "mask_share", "mask_token", "batch_size",
-        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed",
-        "holdout", "max_length",
+        "model", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
+        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "mask_share", "mask_token",
+        "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
+        "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
     identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return json.loads(json.dumps(identity))
+
+
+def _mlp_of(prepared: Prepared) -> PromptMlp | None:
+    run = prepared.run
+    if run.prompt_mlp is None:
+        return None
+    return prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, prepared.config)
+
+
+def _prompt_module(prepared: Prepared) -> SoftPrompt:
+    """What is trained, all zeros: the prompt, or the numbers that an MLP makes it from."""
+    run, mlp = prepared.run, _mlp_of(prepared)
+    if mlp is not None:
+        return PROMPTS[run.prompt](torch.zeros(mlp.flat.rows, mlp.width), mlp.prompt)
+    return PROMPTS[run.prompt](torch.zeros(run.prompt_length, prompt_width(run.prompt, prepared.config)))
+
+
+def initial_weight(prepared: Prepared, backbone: Backbone) -> Tensor:
+    """[R, H] what is trained at its start: the initial prompt, or an MLP's numbers that give it."""
+    values, mlp = initial_values(prepared, backbone), _mlp_of(prepared)
+    return values if mlp is None else mlp.start(values, prepared.run.seed)
 
 
 def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
@@ -201,14 +222,14 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", describe_run(prepared, ranks))
     backbone = load_backbone(prepared.folder, prepared.resolved, ranks)
-    prompt = PROMPTS[run.prompt](torch.zeros(run.prompt_length, prompt_width(run.prompt, prepared.config)))
+    prompt = _prompt_module(prepared)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     check_backbone(backbone)
     say(ranks, f"  activations: {backbone.activations.describe()}")
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     progress = Progress()
     if prepared.checkpoint is None:
-        engine.set_prompt(initial_values(prepared, backbone))
+        engine.set_prompt(initial_weight(prepared, backbone))
     else:
         engine.load_state(prepared.checkpoint.tensors)
         progress = progress_from(prepared.checkpoint)

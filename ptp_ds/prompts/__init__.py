@@ -4,6 +4,7 @@ from typing import Any
 
 from ptp_ds.prompts.deep import DeepPrompt, deep_width
 from ptp_ds.prompts.initialise import initial_prompt
+from ptp_ds.prompts.mlp import PromptMlp, prompt_mlp
 from ptp_ds.prompts.soft import SoftPrompt
 
 PROMPTS: dict[str, type[SoftPrompt]] = {"soft": SoftPrompt, "deep": DeepPrompt}
@@ -14,4 +15,4 @@ def prompt_width(kind: str, config: Any) -> int:
     return deep_width(config) if kind == "deep" else config.get_text_config().hidden_size
 
 
-__all__ = ["PROMPTS", "DeepPrompt", "SoftPrompt", "initial_prompt", "prompt_width"]
+__all__ = ["PROMPTS", "DeepPrompt", "PromptMlp", "SoftPrompt", "initial_prompt", "prompt_mlp", "prompt_width"]
