@@ -1,6 +1,7 @@
 """Adapters in peft's format, in and out: adapter_config.json and adapter_model.safetensors.
 
-A soft prompt is peft's PROMPT_TUNING, a deep one its PREFIX_TUNING.
+A soft prompt is peft's PROMPT_TUNING, a deep one its PREFIX_TUNING. Where peft trains a prompt through an MLP or LSTM
+(P_TUNING, PREFIX_TUNING with prefix_projection), it saves the prompt that came out, so these are read alike.
 """
 
 import json
@@ -17,7 +18,8 @@ from ptp_ds.prompts.deep import deep_shape
 
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
 _KEY = "prompt_embeddings"
-_TYPES = {"PROMPT_TUNING": "soft", "PREFIX_TUNING": "deep"}
+_WRITTEN = {"soft": "PROMPT_TUNING", "deep": "PREFIX_TUNING"}
+_READ = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep"}
 
 
 def write_adapter(
@@ -29,7 +31,7 @@ def write_adapter(
     """
     text = backbone_config.get_text_config()
     config = {
-        "peft_type": next(name for name, prompt in _TYPES.items() if prompt == kind),
+        "peft_type": _WRITTEN[kind],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
@@ -67,12 +69,9 @@ def adapter_kind(folder: str | Path) -> str:
     except ValueError:
         raise ValueError(f"Adapter {folder}: {_CONFIG} is not valid JSON.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in _TYPES or config.get("prefix_projection"):
-        projected = " with a projection" if kind in _TYPES else ""
-        raise ValueError(
-            f"Adapter {folder} is of peft type {kind!r}{projected}; expected PROMPT_TUNING or a plain PREFIX_TUNING."
-        )
-    return _TYPES[kind]
+    if kind not in _READ:
+        raise ValueError(f"Adapter {folder} is of peft type {kind!r}; expected {', '.join(_READ)}.")
+    return _READ[kind]
 
 
 def read_adapter(
