@@ -56,9 +56,8 @@ class RunConfig:
                         ("soft", "deep"))  # fmt: skip
     prompt_length: int = _flag(20, "P, number of virtual tokens")
     prompt_mlp: int | None = _flag(
-        None, "hidden width of an MLP whose output the prompt is (P-tuning, prefix tuning); default: none; wants a "
-        "smaller --lr",
-    )  # fmt: skip
+        None, "hidden width of an MLP that the prompt trains through, with --lr 0.001 or so; default: no MLP"
+    )
     prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _flag(None, "text for --prompt_init text")
@@ -197,6 +196,12 @@ class RunConfig:
         if self.tokens_per_step is not None:
             unread.add("batch_size")
         return sorted(unread & explicit)
+
+    def unsuited(self, explicit: set[str]) -> list[str]:
+        """A sentence for each default that doesn't suit what was given."""
+        if self.prompt_mlp is None or "lr" in explicit:
+            return []
+        return [f"--prompt_mlp trains more than a prompt: --lr {self.lr}, the default, is likely too high, try 0.001"]
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:

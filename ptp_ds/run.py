@@ -31,7 +31,7 @@ from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.perturb.units import unit_of, vanishes
 from ptp_ds.presets import describe_preset, preset_effect
-from ptp_ds.prompts import PROMPTS, PromptMlp, SoftPrompt, initial_prompt, prompt_mlp, prompt_width
+from ptp_ds.prompts import empty_prompt, initial_prompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.step import settings_of
 from ptp_ds.tasks import Task, load_task
@@ -90,6 +90,8 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     for name in run.without_effect(explicit):
         cause = "--tokens_per_step" if name == "batch_size" else f"--perturbation {run.perturbation}"
         _warn(f"warning: --{name} has no effect with {cause}")
+    for sentence in run.unsuited(explicit):
+        _warn(f"warning: {sentence}")
     truncated = sum(part.truncated for part in tokenised.values())
     return Prepared(
         run, task, folder, config, tokenizer, resolved, train, select, tokenised["eval"].examples, truncated, identity,
@@ -166,27 +168,6 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     return json.loads(json.dumps(identity))
 
 
-def _mlp_of(prepared: Prepared) -> PromptMlp | None:
-    run = prepared.run
-    if run.prompt_mlp is None:
-        return None
-    return prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, prepared.config)
-
-
-def _prompt_module(prepared: Prepared) -> SoftPrompt:
-    """What is trained, all zeros: the prompt, or the numbers that an MLP makes it from."""
-    run, mlp = prepared.run, _mlp_of(prepared)
-    if mlp is not None:
-        return PROMPTS[run.prompt](torch.zeros(mlp.flat.rows, mlp.width), mlp.prompt)
-    return PROMPTS[run.prompt](torch.zeros(run.prompt_length, prompt_width(run.prompt, prepared.config)))
-
-
-def initial_weight(prepared: Prepared, backbone: Backbone) -> Tensor:
-    """[R, H] what is trained at its start: the initial prompt, or an MLP's numbers that give it."""
-    values, mlp = initial_values(prepared, backbone), _mlp_of(prepared)
-    return values if mlp is None else mlp.start(values, prepared.run.seed)
-
-
 def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
     """[P, H] the prompt's start, an adapter's or the initialiser's; for a deep one [P, D], its keys and values."""
     run = prepared.run
@@ -222,14 +203,16 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", describe_run(prepared, ranks))
     backbone = load_backbone(prepared.folder, prepared.resolved, ranks)
-    prompt = _prompt_module(prepared)
+    mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, prepared.config)
+    prompt = empty_prompt(run.prompt, run.prompt_length, prepared.config, mlp)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     check_backbone(backbone)
     say(ranks, f"  activations: {backbone.activations.describe()}")
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     progress = Progress()
     if prepared.checkpoint is None:
-        engine.set_prompt(initial_weight(prepared, backbone))
+        start = initial_values(prepared, backbone)
+        engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
     else:
         engine.load_state(prepared.checkpoint.tensors)
         progress = progress_from(prepared.checkpoint)

@@ -180,6 +180,12 @@ def test_without_effect(perturbation, unread):
     assert run.without_effect({"lr"}) == []
 
 
+def test_defaults_that_do_not_suit():
+    said = ["--prompt_mlp trains more than a prompt: --lr 0.03, the default, is likely too high, try 0.001"]
+    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp"}) == said
+    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp", "lr"}) == RunConfig().unsuited(set()) == []
+
+
 def test_step_length():
     assert RunConfig(epsilon=0.4, ascent_steps=3).step_length == pytest.approx(0.2)
     assert RunConfig(epsilon=0.4, ascent_steps=3, alpha=0.7).step_length == 0.7

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from ptp_ds.prompts.deep import DeepPrompt, deep_width
 from ptp_ds.prompts.initialise import initial_prompt
 from ptp_ds.prompts.mlp import PromptMlp, prompt_mlp
@@ -15,4 +17,20 @@ def prompt_width(kind: str, config: Any) -> int:
     return deep_width(config) if kind == "deep" else config.get_text_config().hidden_size
 
 
-__all__ = ["PROMPTS", "DeepPrompt", "PromptMlp", "SoftPrompt", "initial_prompt", "prompt_mlp", "prompt_width"]
+def empty_prompt(kind: str, length: int, config: Any, mlp: PromptMlp | None) -> SoftPrompt:
+    """What is trained, all zeros: a prompt of `length` tokens, or the numbers that an MLP makes it from."""
+    if mlp is not None:
+        return PROMPTS[kind](torch.zeros(mlp.flat.rows, mlp.width), mlp.prompt)
+    return PROMPTS[kind](torch.zeros(length, prompt_width(kind, config)))
+
+
+__all__ = [
+    "PROMPTS",
+    "DeepPrompt",
+    "PromptMlp",
+    "SoftPrompt",
+    "empty_prompt",
+    "initial_prompt",
+    "prompt_mlp",
+    "prompt_width",
+]

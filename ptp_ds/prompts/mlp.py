@@ -70,8 +70,10 @@ class PromptMlp:
         return (parts["base"].detach() + output).to(weight_RW.dtype)
 
 
-def prompt_mlp(kind: str, length: int, hidden: int, config: Any) -> PromptMlp:
-    """The MLP of --prompt_mlp for a model's configuration."""
+def prompt_mlp(kind: str, length: int, hidden: int | None, config: Any) -> PromptMlp | None:
+    """The MLP of --prompt_mlp for a model's configuration; None without a hidden width."""
+    if hidden is None:
+        return None
     if kind == "deep":
         _, heads, width = deep_shape(config)
         return PromptMlp(kind, length, deep_width(config), heads * width, hidden)
