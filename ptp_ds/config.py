@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,9 @@ from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS, Perturbation
 from ptp_ds.perturb.ball import NORMS
+from ptp_ds.perturb.custom import BUILT_IN, Chosen, choose
+from ptp_ds.perturb.units import UNITS
+from ptp_ds.presets import PRESETS, with_preset
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
 _PLANNED = {"perturbation": ("a2t",)}
@@ -57,11 +61,20 @@ class RunConfig:
                       "classifier trained with the prompt; auto: as the model was saved, classes for bare encoders",
                       ("auto", "causal", "masked", "classes"))  # fmt: skip
     prompt_length: int = _flag(20, "P, number of virtual tokens")
+    prompt_mlp: int | None = _flag(
+        None, "hidden width of an MLP that the prompt trains through, with --lr 0.001 or so; default: no MLP"
+    )
     prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _flag(None, "text for --prompt_init text")
     init_adapter: str | None = _flag(None, "adapter folder for --prompt_init adapter")
-    perturbation: str = _flag("gaussian", "how the second stream differs", ("none", *PERTURBATIONS))
+    perturbation: str = _flag(
+        "gaussian", f"how the second stream differs: {', '.join(BUILT_IN)}, or a .py file of your own"
+    )
+    preset: str | None = _flag(
+        None, "perturbation, divergence, lambda, units and sizes of a published method; flags win (ptp_ds/presets.py)",
+        tuple(PRESETS),
+    )  # fmt: skip
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
@@ -76,6 +89,8 @@ class RunConfig:
     )
     ascent_steps: int = _flag(2, "K: pgd's ascent steps; free: optimizer steps on one batch, an ascent step in each")
     norm: str = _flag("frobenius", "pgd, free: the ball's norm", NORMS)
+    units: str = _flag("relative", "1 in sigma, epsilon and alpha: the mean embedding norm, an l2 norm of 1, or 1 in "
+                       "every coordinate", tuple(UNITS))  # fmt: skip
     batch_size: int = _flag(8, "rows of an optimizer step over all ranks and micro-batches")
     tokens_per_step: int | None = _flag(
         None, "instead of --batch_size: rows are drawn until their tokens, both streams, fill this budget"
@@ -111,10 +126,15 @@ class RunConfig:
         """Streams of a step: 2 with a perturbation."""
         return 2 if self.perturbs else 1
 
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The perturbation by its name; a file of the user's own is run here, once. Raises ValueError (see choose)."""
+        return choose(self.perturbation)
+
     @property
     def how(self) -> Perturbation | None:
         """How the second stream differs; None where there is none."""
-        return PERTURBATIONS[self.perturbation] if self.perturbs else None
+        return self.chosen.how if self.perturbs else None
 
     @property
     def carries(self) -> bool:
@@ -129,12 +149,14 @@ class RunConfig:
     @property
     def perturbs(self) -> bool:
         """Whether a second stream is computed: not for lambda = 0 or a delta that can only be zero."""
-        if self.perturbation == "none" or not self.reg_weight:
+        how = self.chosen.how
+        if how is None or not self.reg_weight:
             return False
-        return any(getattr(self, size) > 0 for size in PERTURBATIONS[self.perturbation].sizes)
+        return not how.sizes or any(getattr(self, size) > 0 for size in how.sizes)
 
     def validate(self) -> None:
         """Raises ValueError for the first field that is out of range or contradicts another."""
+        _ = self.chosen
         for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                      "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
@@ -149,6 +171,8 @@ class RunConfig:
         _require(self.max_length is None or self.max_length > self.prompt_length, "max_length", self.max_length,
                  f"more than the prompt's {self.prompt_length} tokens")  # fmt: skip
         _require(self.tokens_per_step is None or self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step,
+                 "a whole number of 1 or more")  # fmt: skip
+        _require(self.prompt_mlp is None or self.prompt_mlp >= 1, "prompt_mlp", self.prompt_mlp,
                  "a whole number of 1 or more")  # fmt: skip
         if self.data_dir is not None and self.dataset is not None:
             raise ValueError("Can't read both --data_dir and --dataset; choose one.")
@@ -168,13 +192,22 @@ class RunConfig:
 
     def without_effect(self, explicit: set[str]) -> list[str]:
         """Flags that were given but that the chosen perturbation does not read."""
-        reads = {name: {*how.sizes, *how.reads} for name, how in PERTURBATIONS.items()}
-        unread = set().union(*reads.values()) - reads.get(self.perturbation, set())
-        if self.perturbation == "none":
+        how = self.chosen.how
+        unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
+        unread -= {*how.sizes, *how.reads} if how is not None else set()
+        if not {"sigma", "epsilon"} & set(how.sizes if how is not None else ()):
+            unread.add("units")
+        if how is None:
             unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
         if self.tokens_per_step is not None:
             unread.add("batch_size")
         return sorted(unread & explicit)
+
+    def unsuited(self, explicit: set[str]) -> list[str]:
+        """A sentence for each default that doesn't suit what was given."""
+        if self.prompt_mlp is None or "lr" in explicit:
+            return []
+        return [f"--prompt_mlp trains more than a prompt: --lr {self.lr}, the default, is likely too high, try 0.001"]
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
@@ -226,7 +259,7 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
     given.pop("local_rank", None)
     file = given.pop("config", None)
     merged = {**(_read_config(file) if file else {}), **given}
-    config = RunConfig(**merged)
+    config = RunConfig(**with_preset(merged))
     config.validate()
     return config, set(merged)
 
@@ -255,6 +288,6 @@ def _read_config(file: str) -> dict[str, Any]:
         fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
         if not fits and not (value is None and fields[name].default is None):
             raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {value!r}.")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"--config {file}: {name!r} is {value!r}; choose from {', '.join(choices)}.")
     return values

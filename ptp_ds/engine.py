@@ -44,7 +44,7 @@ class Engine:
 
     @property
     def _master(self) -> Tensor:
-        """This rank's part of the flat fp32 prompt; the parts of all ranks, in order, are the prompt and padding."""
+        """This rank's part of the flat fp32 weight; the parts of all ranks, in order, are the weight and padding."""
         optimizer = self.deepspeed.optimizer
         if self.stage == 3:
             return optimizer.fp32_partitioned_groups_flat[0]
@@ -73,7 +73,7 @@ class Engine:
         return float(norm) if norm is not None else 0.0
 
     def _gather(self, part: Tensor) -> Tensor:
-        """[P, H] fp32 on the CPU from every rank's part; all ranks must call it."""
+        """[R, H] fp32 on the CPU from every rank's part; all ranks must call it."""
         flat = part.detach().float().flatten()
         parts = [torch.empty_like(flat) for _ in range(self.ranks.world)]
         torch.distributed.all_gather(parts, flat.contiguous())
@@ -81,35 +81,39 @@ class Engine:
         rows, width = self.shape
         return whole[: rows * width].view(rows, width).cpu().clone()
 
-    def _part(self, whole_PH: Tensor) -> Tensor:
-        """This rank's part of a [P, H] tensor, zero-padded like the master."""
+    def _part(self, whole_RH: Tensor) -> Tensor:
+        """This rank's part of a [R, H] tensor, zero-padded like the master."""
         size = self._master.numel()
         padded = torch.zeros(size * self.ranks.world)
-        padded[: whole_PH.numel()] = whole_PH.flatten().float()
+        padded[: whole_RH.numel()] = whole_RH.flatten().float()
         return padded[size * self.ranks.rank : size * (self.ranks.rank + 1)].to(self._master.device)
 
     def prompt(self) -> Tensor:
-        """[P, H] fp32 master on the CPU; all ranks must call it."""
-        return self._gather(self._master)
+        """[P, H] fp32 on the CPU, from the master weight; all ranks must call it."""
+        with torch.no_grad():
+            return self.prompt_module.values(self._gather(self._master))
 
     def state(self) -> dict[str, Tensor]:
-        """prompt, exp_avg, exp_avg_sq [P, H] and adam_step [1], on the CPU; all ranks must call it."""
+        """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
+
+        The weight is the prompt itself, or what it is computed from (SoftPrompt.values). All ranks must call it.
+        """
         held = self._adamw.state.get(self._master, {})
         count = float(held.get("step", 0.0))
-        tensors = {"prompt": self.prompt(), "adam_step": torch.tensor([count])}
+        tensors = {"prompt": self._gather(self._master), "adam_step": torch.tensor([count])}
         for name in MOMENTS:
             tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
         return tensors
 
-    def set_prompt(self, prompt_PH: Tensor) -> None:
-        """Sets the prompt, its fp32 master and the working copy in the backbone's dtype; all ranks must call it."""
+    def set_prompt(self, weight_RH: Tensor) -> None:
+        """Sets the weight, its fp32 master and the working copy in the backbone's dtype; all ranks must call it."""
         import deepspeed
 
-        self._master.data.copy_(self._part(prompt_PH).view_as(self._master))
+        self._master.data.copy_(self._part(weight_RH).view_as(self._master))
         weight = self.prompt_module.weight
         sharded = [weight] if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), torch.no_grad():
-            weight.copy_(prompt_PH.view(self.shape))
+            weight.copy_(weight_RH.view(self.shape))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Puts `state()` of a run on any number of ranks back; all ranks must call it."""

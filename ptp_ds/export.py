@@ -2,6 +2,8 @@
 
 A soft prompt is peft's PROMPT_TUNING, a deep one its PREFIX_TUNING; a trained classifier lies beside it as peft's
 modules_to_save. peft knows no masked language models: FEATURE_EXTRACTION is its type that runs any model's own forward.
+Where peft trains a prompt through an MLP or LSTM (P_TUNING, PREFIX_TUNING with prefix_projection), it saves the prompt
+that came out, so these are read alike.
 """
 
 import json
@@ -21,7 +23,8 @@ from ptp_ds.prompts.deep import deep_shape
 
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
 _KEY = "prompt_embeddings"
-_TYPES = {"PROMPT_TUNING": "soft", "PREFIX_TUNING": "deep"}
+_WRITTEN = {"soft": "PROMPT_TUNING", "deep": "PREFIX_TUNING"}
+_READ = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep"}
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS"}
 _HEAD = "base_model."  # peft's prefix of a head's tensors
 
@@ -37,7 +40,7 @@ def write_adapter(
     plan, head = plan or HeadPlan(), head or {}
     text = backbone_config.get_text_config()
     config = {
-        "peft_type": next(name for name, prompt in _TYPES.items() if prompt == kind),
+        "peft_type": _WRITTEN[kind],
         "task_type": _TASKS[plan.kind],
         "base_model_name_or_path": base_model,
         "inference_mode": True,
@@ -79,12 +82,9 @@ def adapter_kind(folder: str | Path) -> str:
     except ValueError:
         raise ValueError(f"Adapter {folder}: {_CONFIG} is not valid JSON.") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in _TYPES or config.get("prefix_projection"):
-        projected = " with a projection" if kind in _TYPES else ""
-        raise ValueError(
-            f"Adapter {folder} is of peft type {kind!r}{projected}; expected PROMPT_TUNING or a plain PREFIX_TUNING."
-        )
-    return _TYPES[kind]
+    if kind not in _READ:
+        raise ValueError(f"Adapter {folder} is of peft type {kind!r}; expected {', '.join(_READ)}.")
+    return _READ[kind]
 
 
 def read_adapter(

@@ -1,12 +1,11 @@
 """What a model predicts with: its language-model head, its masked one, or a classifier that is trained with the prompt.
 
 A classifier's tensors are trained beside the prompt, and held with it in one matrix: the prompt's rows first, then the
-classifier's numbers, padded to whole rows (peft keeps them as modules_to_save).
+classifier's (ptp_ds.prompts.flat). peft keeps them as modules_to_save.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from ptp_ds.layerwise import Leaves
+from ptp_ds.prompts.flat import Flat
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import Task
 
@@ -51,29 +51,22 @@ class Head:
         """What the last layer hands to this head."""
         return _LEAVES[self.kind]
 
-    @property
-    def numbers(self) -> int:
-        """Trained numbers beside the prompt."""
-        return sum(prod(shape) for shape in self.trained.values())
-
     def rows(self, width: int) -> int:
-        """Rows of `width` that hold them."""
-        return -(-self.numbers // width)
+        """Rows of `width` numbers that hold the trained tensors."""
+        return Flat(self.trained, width).rows
 
     def split(self, values_RW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(the prompt [P, W], the head's tensors by name) of a matrix of trained values."""
-        length = values_RW.shape[0] - self.rows(values_RW.shape[1])
-        flat, tensors = values_RW[length:].reshape(-1), {}
-        for name, shape in self.trained.items():
-            tensors[name], flat = flat[: prod(shape)].view(shape), flat[prod(shape) :]
-        return values_RW[:length], tensors
+        flat = Flat(self.trained, values_RW.shape[1])
+        prompt, own = values_RW.split([values_RW.shape[0] - flat.rows, flat.rows])
+        return prompt, flat.split(own) if self.trained else {}
 
     def join(self, prompt_PW: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The inverse of split."""
-        width = prompt_PW.shape[1]
-        flat = [tensors[name].reshape(-1).to(prompt_PW) for name in self.trained]
-        padding = prompt_PW.new_zeros(self.rows(width) * width - self.numbers)
-        return torch.cat([prompt_PW, torch.cat([*flat, padding]).view(-1, width)])
+        if not self.trained:
+            return prompt_PW
+        moved = {name: tensor.to(prompt_PW) for name, tensor in tensors.items()}
+        return torch.cat([prompt_PW, Flat(self.trained, prompt_PW.shape[1]).pack(moved)])
 
     def start(self, config: Any, seed: int) -> dict[str, Tensor]:
         """Initial tensors, fp32: norms at one, biases at zero, the rest normal with the family's deviation."""

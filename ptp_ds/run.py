@@ -32,8 +32,10 @@ from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.perturb.units import unit_of, vanishes
 from ptp_ds.predictions import check_numbers, prediction_lines, write_jsonl
-from ptp_ds.prompts import PROMPTS, initial_prompt, prompt_width
+from ptp_ds.presets import describe_preset, preset_effect
+from ptp_ds.prompts import empty_prompt, initial_prompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.rows import Rows, rows_for
 from ptp_ds.step import settings_of
@@ -100,6 +102,8 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     for name in run.without_effect(explicit):
         cause = "--tokens_per_step" if name == "batch_size" else f"--perturbation {run.perturbation}"
         _warn(f"warning: --{name} has no effect with {cause}")
+    for sentence in run.unsuited(explicit):
+        _warn(f"warning: {sentence}")
     truncated = sum(part.truncated for part in tokenised.values())
     return Prepared(
         run, task, folder, config, plan, rows, tokenizer, resolved, train, select, tokenised["eval"].examples,
@@ -177,12 +181,13 @@ def _train_and_select(run: RunConfig, tokenised: dict[str, Tokenised]) -> tuple[
 def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split]) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     names = (
-        "model", "head", "prompt", "prompt_length", "perturbation", "divergence", "reg_weight", "reg_warmup_steps",
-        "sigma", "epsilon", "alpha", "ascent_steps", "norm", "mask_share", "mask_token", "batch_size",
-        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "max_steps", "seed",
-        "holdout", "max_length",
+        "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
+        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "mask_share", "mask_token",
+        "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
+        "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
+    identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return json.loads(json.dumps(identity))
@@ -208,7 +213,7 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
     """runs/<task>-<perturbation>-<seed>-<time>, by rank 0's clock."""
     run, now = prepared.run, time.localtime(ranks.from_main(int(time.time())))
     stamp = time.strftime("%Y%m%d-%H%M%S", now)
-    return Path("runs") / f"{prepared.task.name}-{run.perturbation}-{run.seed}-{stamp}"
+    return Path("runs") / f"{prepared.task.name}-{run.chosen.name}-{run.seed}-{stamp}"
 
 
 def train_run(prepared: Prepared, ranks: Ranks) -> int:
@@ -217,6 +222,8 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     say(
         ranks, f"{prepared.task.name} | {run.model} | {run.perturbation} | {ranks.world} rank(s) on {ranks.device.type}"
     )
+    if run.preset is not None:
+        say(ranks, f"  {describe_preset(run.preset, asdict(run))}")
     for note in prepared.resolved.notes:
         say(ranks, f"  auto: {note}")
     if prepared.truncated:
@@ -225,8 +232,9 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", describe_run(prepared, ranks))
     backbone = load_backbone(prepared.folder, prepared.resolved, ranks, prepared.plan)
-    width = prompt_width(run.prompt, prepared.config)
-    prompt = PROMPTS[run.prompt](torch.zeros(run.prompt_length + backbone.head.rows(width), width))
+    mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, prepared.config)
+    beside = backbone.head.rows(prompt_width(run.prompt, prepared.config))
+    prompt = empty_prompt(run.prompt, run.prompt_length, prepared.config, mlp, beside)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     backbone, refused = checked(backbone)
     if refused:
@@ -235,13 +243,14 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     progress = Progress()
     if prepared.checkpoint is None:
-        engine.set_prompt(initial_values(prepared, backbone))
+        start = initial_values(prepared, backbone)
+        engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
     else:
         engine.load_state(prepared.checkpoint.tensors)
         progress = progress_from(prepared.checkpoint)
         say(ranks, f"resumed behind step {progress.step}")
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
-    unit = backbone.mean_embedding_norm() if run.perturbs else 1.0
+    unit = _unit(run, backbone, prepared.resolved.dtype, ranks) if run.perturbs else 1.0
     monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
     settings = settings_of(run, unit, prepared.mask_id)
     trainer = Trainer(
@@ -264,6 +273,17 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     return 0
 
 
+def _unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype, ranks: Ranks) -> float:
+    """What size 1 is in embedding coordinates; says so where the largest size is too small for the dtype."""
+    mean_norm = backbone.mean_embedding_norm()
+    unit = unit_of(run.units, mean_norm, backbone.width)
+    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if run.how and name in run.how.sizes]
+    if sizes and vanishes(max(sizes) * unit, mean_norm, dtype):
+        say(ranks, f"warning: deltas of norm {max(sizes) * unit:.1e} are mostly lost beside embeddings of norm "
+                   f"{mean_norm:.1e} in {dtype}; use --precision fp32 or larger sizes")  # fmt: skip
+    return unit
+
+
 def _report(
     prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, monitor: Monitor, output_dir: Path
 ) -> Evaluation:
@@ -276,7 +296,7 @@ def _report(
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:
         summary = {
-            "task": prepared.task.name, "model": run.model, "perturbation": run.perturbation, "prompt": run.prompt,
+            "task": prepared.task.name, "model": run.model, "perturbation": run.chosen.name, "prompt": run.prompt,
             "seed": run.seed, "world_size": ranks.world, "steps": progress.step, "metrics": result.metrics,
             "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
             "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
@@ -338,9 +358,11 @@ def describe_run(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
     return {
         "run": asdict(prepared.run), "deepspeed": prepared.resolved.config, "auto": prepared.resolved.notes,
+        "preset": preset_effect(prepared.run.preset, asdict(prepared.run)),
         "task": prepared.task.spec(), "model_folder": str(prepared.folder), "world_size": ranks.world, "device": device,
         "rows": {"train": len(prepared.train), "select": len(prepared.select), "eval": len(prepared.evaluation)},
-        "training_data_sha256": prepared.identity["training data"], "versions": versions(),
+        "training_data_sha256": prepared.identity["training data"],
+        "perturbation_sha256": prepared.run.chosen.sha256, "versions": versions(),
     }  # fmt: skip
 
 

@@ -163,12 +163,12 @@ def test_contradictions(settings, message):
 @pytest.mark.parametrize(
     ("perturbation", "unread"),
     [
-        ("none", {*NOISE, *ASCENT, *MASK, "reg_weight", "reg_warmup_steps", "divergence"}),
+        ("none", {*NOISE, *ASCENT, *MASK, "units", "reg_weight", "reg_warmup_steps", "divergence"}),
         ("gaussian", {*ASCENT, *MASK}),
         ("free", {*NOISE, *MASK}),
         ("uniform", {*ASCENT, *MASK}),
         ("pgd", {*NOISE, *MASK}),
-        ("mask", {*NOISE, *ASCENT}),
+        ("mask", {*NOISE, *ASCENT, "units"}),
         ("mask+gaussian", ASCENT),
     ],
 )
@@ -178,6 +178,12 @@ def test_without_effect(perturbation, unread):
     assert run.without_effect(names) == sorted(unread)
     assert run.without_effect(set()) == []
     assert run.without_effect({"lr"}) == []
+
+
+def test_defaults_that_do_not_suit():
+    said = ["--prompt_mlp trains more than a prompt: --lr 0.03, the default, is likely too high, try 0.001"]
+    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp"}) == said
+    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp", "lr"}) == RunConfig().unsuited(set()) == []
 
 
 def test_step_length():

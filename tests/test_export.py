@@ -88,16 +88,16 @@ def rewrite(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["LORA", "P_TUNING", None])
+@pytest.mark.parametrize("kind", ["LORA", "MULTITASK_PROMPT_TUNING", None])
 def test_other_peft_types(adapter, kind):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": kind}))
-    refused(adapter, f"is of peft type {kind!r}; expected PROMPT_TUNING or a plain PREFIX_TUNING")
+    refused(adapter, f"is of peft type {kind!r}; expected PROMPT_TUNING, P_TUNING, PREFIX_TUNING")
 
 
 def test_config_that_is_no_object(adapter):
     (adapter / "adapter_config.json").write_text("[]")
-    refused(adapter, "is of peft type None; expected PROMPT_TUNING")
+    refused(adapter, "is of peft type None; expected PROMPT_TUNING, ")
     (adapter / "adapter_config.json").write_text("{")
     refused(adapter, r"adapter_config\.json is not valid JSON")
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from ptp_ds.prompts.deep import DeepPrompt, deep_width
 from ptp_ds.prompts.initialise import initial_prompt
-from ptp_ds.prompts.soft import SoftPrompt
+from ptp_ds.prompts.mlp import PromptMlp, prompt_mlp
+from ptp_ds.prompts.soft import SoftPrompt, embedding_width
 
 PROMPTS: dict[str, type[SoftPrompt]] = {"soft": SoftPrompt, "deep": DeepPrompt}
 
@@ -14,11 +17,23 @@ def prompt_width(kind: str, config: Any) -> int:
     return deep_width(config) if kind == "deep" else embedding_width(config)
 
 
-def embedding_width(config: Any) -> int:
-    """H: numbers of a token embedding, which some families project to their layers' width (albert, electra, opt)."""
-    text = config.get_text_config()
-    own = (getattr(text, name, None) for name in ("embedding_size", "word_embed_proj_dim"))
-    return next((width for width in own if width), text.hidden_size)
+def empty_prompt(kind: str, length: int, config: Any, mlp: PromptMlp | None, beside: int = 0) -> SoftPrompt:
+    """What is trained, all zeros: a prompt of `length` tokens, or the numbers that an MLP makes it from.
+
+    beside: rows behind them that are trained as they are (ptp_ds.heads).
+    """
+    if mlp is not None:
+        return PROMPTS[kind](torch.zeros(mlp.flat.rows + beside, mlp.width), mlp.values)
+    return PROMPTS[kind](torch.zeros(length + beside, prompt_width(kind, config)))
 
 
-__all__ = ["PROMPTS", "DeepPrompt", "SoftPrompt", "initial_prompt", "prompt_width"]
+__all__ = [
+    "PROMPTS",
+    "DeepPrompt",
+    "PromptMlp",
+    "SoftPrompt",
+    "empty_prompt",
+    "initial_prompt",
+    "prompt_mlp",
+    "prompt_width",
+]

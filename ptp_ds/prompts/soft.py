@@ -1,17 +1,34 @@
 """Soft prompt (Lester et al. 2021): P virtual token embeddings, the only trained parameter."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-class SoftPrompt(nn.Module):
-    """weight [P, H] fp32; under bf16 the engine keeps the fp32 master and casts a working copy."""
+def embedding_width(config: Any) -> int:
+    """H: numbers of a token embedding, which some families project to their layers' width (albert, electra, opt)."""
+    text = config.get_text_config()
+    own = (getattr(text, name, None) for name in ("embedding_size", "word_embed_proj_dim"))
+    return next((width for width in own if width), text.hidden_size)
 
-    def __init__(self, initial_PH: Tensor) -> None:
+
+class SoftPrompt(nn.Module):
+    """weight [R, W] fp32; under bf16 the engine keeps the fp32 master and casts a working copy.
+
+    values: [R, W] -> the prompt [P, W], for a weight that isn't the prompt itself.
+    """
+
+    def __init__(self, weight_RW: Tensor, values: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.length = initial_PH.shape[0]  # ZeRO-3 empties the parameter's own shape
-        self.weight = nn.Parameter(initial_PH.detach().to(torch.float32).clone())
+        self.weight = nn.Parameter(weight_RW.detach().to(torch.float32).clone())
+        self._values = values
+
+    def values(self, weight_RW: Tensor) -> Tensor:
+        """[P, W] the prompt that a weight stands for."""
+        return weight_RW if self._values is None else self._values(weight_RW)
 
     def forward(self) -> Tensor:
-        """[P, H]. A copy: ZeRO-3 releases the parameter's storage once this module's forward returns."""
-        return self.weight.clone()
+        """[P, W]. From a copy: ZeRO-3 releases the parameter's storage once this module's forward returns."""
+        return self.values(self.weight.clone())
