@@ -264,7 +264,8 @@ def _chunk(row: PackedRow, first: int, last: int, trunk_keys: int) -> Chunk:
         starts += block.length
     plan = plan_tree(blocks, 0, trunk_keys, device)
     last_plan = plan_tree(blocks, 0, trunk_keys, device, scored)
-    return Chunk(starts, plan, last_plan, torch.from_numpy(np.concatenate(places)).to(device))
+    places_N = torch.from_numpy(np.concatenate(places)).to(device)
+    return Chunk(starts, plan, last_plan, places_N, targets=row.targets[first:last])
 
 
 def _trunk_length(trunk: TrunkCache) -> int:

@@ -32,6 +32,8 @@ class _Found:
 def checked(backbone: Backbone) -> tuple[Backbone, str]:
     """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is."""
     try:
+        if backbone.head.kind == "seq2seq":
+            raise ValueError(refusal(backbone.model, "an encoder-decoder isn't packed"))
         check_backbone(backbone)
         return backbone, ""
     except ValueError as error:
@@ -123,10 +125,17 @@ def _refuse(backbone: Backbone, found: _Found) -> None:
 def plain_scores(backbone: Backbone, row: PackedRow, values: Tensor) -> Tensor:
     """[B, C] scores by one ordinary forward of the family's own a block: the check's reference."""
     inputs, logits, start = backbone.inputs(row, values), [], 0
-    for block, places in zip(row.blocks, row.scored, strict=True):
-        out = backbone.call_model(values, inputs_embeds=inputs[None, start : start + block.length]).logits
-        logits.append(out if backbone.head.kind == "classes" else out[0, torch.from_numpy(places)])
+    first = getattr(backbone.model.config, "decoder_start_token_id", None)
+    for number, (block, places) in enumerate(zip(row.blocks, row.scored, strict=True)):
+        embeds = inputs[None, start : start + block.length]
         start += block.length
+        if row.targets:
+            for answer in row.targets[number]:
+                ids = torch.tensor([[first, *answer[:-1]]], device=embeds.device)
+                logits.append(backbone.model(inputs_embeds=embeds, decoder_input_ids=ids).logits[0])
+            continue
+        out = backbone.call_model(values, inputs_embeds=embeds).logits
+        logits.append(out if backbone.head.kind == "classes" else out[0, torch.from_numpy(places)])
     return row.scores(torch.cat(logits))[0]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptp_ds.activations import ACTIVATIONS
+from ptp_ds.heads import HEADS
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS, Perturbation
@@ -57,9 +58,9 @@ class RunConfig:
     max_length: int | None = _flag(None, "longest row in tokens, prompt included; default: the backbone's context")
     prompt: str = _flag("soft", "P trained vectors in front of the row, or P keys and values in every layer",
                         ("soft", "deep"))  # fmt: skip
-    head: str = _flag("auto", "what predicts: the causal or the masked language model with answer words, or a "
-                      "classifier trained with the prompt; auto: as the model was saved, classes for bare encoders",
-                      ("auto", "causal", "masked", "classes"))  # fmt: skip
+    head: str = _flag("auto", "what predicts: a causal, masked or encoder-decoder language model with answer words, or "
+                      "a classifier trained with the prompt; auto: as the model was saved, classes for bare encoders",
+                      ("auto", *HEADS))  # fmt: skip
     prompt_length: int = _flag(20, "P, number of virtual tokens")
     prompt_mlp: int | None = _flag(
         None, "hidden width of an MLP that the prompt trains through, with --lr 0.001 or so; default: no MLP"

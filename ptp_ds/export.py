@@ -8,7 +8,6 @@ that came out, so these are read alike.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "
 _KEY = "prompt_embeddings"
 _WRITTEN = {"soft": "PROMPT_TUNING", "deep": "PREFIX_TUNING"}
 _READ = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep"}
-_TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS"}
+_TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS",
+          "seq2seq": "SEQ_2_SEQ_LM"}  # fmt: skip
 _HEAD = "base_model."  # peft's prefix of a head's tensors
 
 
@@ -59,7 +59,6 @@ def write_adapter(
                    "prefix_projection": False}  # fmt: skip
     if head:
         config["modules_to_save"] = sorted({module_to_save(name) for name in head})
-    card = {**card, "head": asdict(plan)}
 
     def fill(folder: Path) -> None:
         tensors = {_KEY: prompt_PH.float().clone()} | {_HEAD + name: t.float().clone() for name, t in head.items()}

@@ -32,6 +32,7 @@ FAMILIES = (
     *_families("bert roberta xlm-roberta electra albert modernbert distilbert", _ENCODER, "packed"),
     *_families("deberta-v2 mpnet", _ENCODER, "generic"),
     *_families("falcon bloom", ("causal",), "generic"),
+    *_families("t5 bart", ("seq2seq",), "generic"),
 )
 
 

@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from ptp_ds.layerwise import Leaves
 from ptp_ds.prompts.flat import Flat
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import Task
 
-HEADS = ("causal", "masked", "classes")
+HEADS = ("causal", "masked", "classes", "seq2seq")
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }  # fmt: skip
 _ENDINGS = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
 _CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
 _BETWEEN = ("pooler", "head", "pre_classifier")  # what some families have between the encoder and the classifier
-_LEAVES: dict[str, Leaves] = {"causal": "row", "masked": "scored", "classes": "columns"}
+_LEAVES: dict[str, Leaves] = {"causal": "row", "masked": "scored", "classes": "columns", "seq2seq": "scored"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ def head_kind(config: Any, wanted: str = "auto") -> str:
     """
     if wanted != "auto":
         return wanted
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
     saved = (getattr(config, "architectures", None) or [""])[0]
     for ending, kind in _ENDINGS.items():
         if saved.endswith(ending):
@@ -110,7 +118,8 @@ def auto_class(config: Any, kind: str, folder: Any) -> Any:
             f"{folder}: --head classes is for encoders; model family {family!r} is none: use --head causal."
         )
     if type(config) not in _AUTO[kind]._model_mapping:
-        what = {"causal": "causal language model", "masked": "masked language model", "classes": "classifier"}[kind]
+        what = {"causal": "causal language model", "masked": "masked language model", "classes": "classifier",
+                "seq2seq": "encoder and decoder"}[kind]  # fmt: skip
         raise ValueError(f"{folder}: model family {family!r} has no {what} in transformers.")
     return _AUTO[kind]
 

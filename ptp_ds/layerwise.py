@@ -33,7 +33,8 @@ from ptp_ds.tree_plan import TreePlan
 class Chunk:
     """Consecutive blocks of a packed row, or the trunk, that a layer handles in one go.
 
-    length: its tokens. plan: how they attend; last_plan: the same for queries at `scored` positions [n] alone.
+    length: its tokens. plan: how they attend; last_plan: the same for queries at `scored` positions [n] alone. targets:
+    what a decoder scores behind each block (PackedRow.targets).
     """
 
     length: int
@@ -41,6 +42,7 @@ class Chunk:
     last_plan: TreePlan | None
     scored: Tensor
     is_trunk: bool = False
+    targets: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
 @dataclass

@@ -108,6 +108,7 @@ class PackedRow:
     example a token belongs to, in [0, S*B), or [0, B) where an example's blocks hold both streams (text twins).
     blocks: host-side shape of each block, stream by stream. members: blocks of each example, empty for one each.
     slots, slot_of [n]: tokens that stand for a row of the prompt, and which: where the prompt lies in the blocks.
+    targets: for each block the answers that a decoder scores, if there is one.
     moves_with [T]: the token whose delta a token takes, where an example's blocks repeat its context; else None.
     scored: for each block, the places in it whose logits are needed, in order, N in all. pick_row, pick_token,
     pick_cell [M]: candidate token m is read at logits[pick_row[m], pick_token[m]] and added to flat score cell
@@ -133,6 +134,7 @@ class PackedRow:
     slots: Tensor | None = None
     slot_of: Tensor | None = None
     moves_with: Tensor | None = None
+    targets: tuple[tuple[tuple[int, ...], ...], ...] = ()
     normalises: bool = True
 
     @property
@@ -182,6 +184,7 @@ class PackedRow:
             self,
             **tensors,
             members=self.members + twin.members,
+            targets=self.targets + twin.targets,
             blocks=self.blocks + twin.blocks,
             scored=self.scored + twin.scored,
             streams=self.streams + twin.streams,
@@ -203,7 +206,7 @@ class PackedRow:
         return scores.masked_fill(~self.present, float("-inf"))
 
 
-class _Packer:
+class Packer:
     """Gathers blocks, scored places and picks, example by example."""
 
     def __init__(self, examples: Sequence[Example], streams: int, shared: int = 0) -> None:
@@ -304,7 +307,7 @@ def pack(examples: Sequence[Example], shared: int = 0) -> PackedRow:
     shared: leading tokens of every context that go into the trunk, at most shared_start(examples). Raises ValueError
     for more, for no examples, an empty context or an empty candidate.
     """
-    packer = _Packer(examples, 1, shared)
+    packer = Packer(examples, 1, shared)
     for number, example in enumerate(examples):
         context = packer.segment(example.context_ids[shared:], example.movable[shared:], -1)
         packer.answers(number, 0, context)
@@ -312,66 +315,10 @@ def pack(examples: Sequence[Example], shared: int = 0) -> PackedRow:
     return packer.row()
 
 
-def share_contexts(examples: Sequence[Example], budget: int) -> list[list[int]]:
-    """Numbers of neighbouring examples that share at least half of their contexts, up to `budget` tokens a group."""
-    groups: list[list[int]] = []
-    common = alone = 0  # of the last group: tokens at the start of all its contexts, tokens without sharing
-    for number, example in enumerate(examples):
-        if groups:
-            group = groups[-1]
-            shared = _common(examples[group[0]].context_ids[:common], example.context_ids)
-            longest = max(len(examples[group[-1]].context_ids), len(example.context_ids))
-            total = alone + example.packed_length
-            if 2 * shared >= longest and total - len(group) * shared <= budget:
-                group.append(number)
-                common, alone = shared, total
-                continue
-        groups.append([number])
-        common, alone = len(example.context_ids) - 1, example.packed_length
-    return groups
-
-
 def _first_change(clean: Sequence[int], twin: Sequence[int], movable: Sequence[bool]) -> int:
     """The first place where the streams differ, in a token or in one that may get a delta."""
     pairs = zip(clean, twin, movable, strict=False)
     return next((n for n, (a, b, moves) in enumerate(pairs) if a != b or moves), min(len(clean), len(twin)))
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the longest common start that leaves `right` a token of its own."""
-    most = min(len(left), len(right) - 1)
-    return next((place for place in range(most) if left[place] != right[place]), max(0, most))
-
-
-def group_length(group: Sequence[Example]) -> int:
-    """Packed tokens of a group whose common start stands in the row once."""
-    common = _group_common(group)
-    return common + sum(example.packed_length - common for example in group)
-
-
-def _group_common(group: Sequence[Example]) -> int:
-    common = len(group[0].context_ids) - 1
-    for example in group[1:]:
-        common = _common(group[0].context_ids[:common], example.context_ids)
-    return common if len(group) > 1 else 0
-
-
-def pack_groups(groups: Sequence[Sequence[Example]], shared: int = 0) -> PackedRow:
-    """Packs groups of examples for scoring alone: what a group's contexts begin with stands in the row once.
-
-    A block is a group: the common start, then each example's rest with its candidates. shared: as in pack.
-    """
-    packer = _Packer([example for group in groups for example in group], 1, shared)
-    number = 0
-    for group in groups:
-        common = max(_group_common(group), shared)
-        start = packer.segment(group[0].context_ids[shared:common], [False] * (common - shared), -1)
-        for example in group:
-            context = packer.segment(example.context_ids[common:], example.movable[common:], start)
-            packer.answers(number, 0, context)
-            number += 1
-        packer.close()
-    return packer.row()
 
 
 def pack_text_twins(
@@ -386,7 +333,7 @@ def pack_text_twins(
     """
     if len(twins) != len(examples) or not all(twins):
         raise ValueError(f"Each of the {len(examples)} examples needs one twin of at least one token.")
-    packer = _Packer(examples, 2, shared)
+    packer = Packer(examples, 2, shared)
     for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
         clean = example.context_ids
         moves = movable[number] if movable is not None else [False] * len(twin)

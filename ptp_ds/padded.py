@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone
@@ -49,12 +50,30 @@ class PaddedBackbone(Backbone):
         padded = inputs_TH.index_select(0, places.clamp_min(0).flatten()).view(*places.shape, -1)
         padded = padded.masked_fill(~mask[..., None], 0.0)
         arguments: dict[str, Any] = {"inputs_embeds": padded, "attention_mask": mask.long()}
+        if self.head.kind == "seq2seq":
+            return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
         if self.head.kind == "causal":
             arguments["use_cache"] = False
         logits = self.call_model(values, **arguments).logits
         if self.head.kind == "classes":
             return logits
         return logits[mask].index_select(0, layer_pass.scored())
+
+    def _decode(self, arguments: dict[str, Any], targets: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Logits [N, V] of every answer's tokens: each row through the encoder once, then once a answer of its own."""
+        hidden = self.model.get_encoder()(**arguments).last_hidden_state
+        counts = torch.tensor([len(answers) for answers in targets], device=hidden.device)
+        owners = torch.repeat_interleave(torch.arange(len(targets), device=hidden.device), counts)
+        start = self.model.config.decoder_start_token_id
+        inputs = [[start, *answer[:-1]] for answers in targets for answer in answers]
+        mask, places = padding([len(ids) for ids in inputs], hidden.device)
+        flat = torch.tensor([token for ids in inputs for token in ids], device=hidden.device)
+        out = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden.index_select(0, owners)),
+            attention_mask=arguments["attention_mask"].index_select(0, owners), use_cache=False,
+            decoder_input_ids=flat[places.clamp_min(0)],
+        )  # fmt: skip
+        return out.logits[mask]
 
 
 def padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -11,18 +11,9 @@ import numpy as np
 import torch
 
 from ptp_ds.data import tail_ids
+from ptp_ds.groups import group_length, pack_groups, share_contexts
 from ptp_ds.heads import HeadPlan
-from ptp_ds.packing import (
-    Block,
-    Example,
-    PackedRow,
-    group_length,
-    pack,
-    pack_groups,
-    pack_text_twins,
-    share_contexts,
-    shared_start,
-)
+from ptp_ds.packing import Block, Example, PackedRow, pack, pack_text_twins, shared_start
 
 Moves = Sequence[Sequence[bool]]
 
@@ -74,9 +65,9 @@ class SeparateRows:
     """For models that share nothing between rows: every block is one whole input, the soft prompt in front.
 
     kind: masked (the answer's tokens are masks behind the context: one block for each answer length), classes (pooled
-    at the first token; a block an answer where answers differ from row to row: `choice`), or causal (a block a
-    candidate). prompt_length: P virtual tokens in front of each block, 0 for a deep prompt. tail: the tokenizer's
-    special tokens behind a text. causal: whether a token sees only those before it.
+    at the first token; a block an answer where answers differ from row to row: `choice`), causal (a block a candidate)
+    or seq2seq (a block an example, for the encoder; the decoder scores its answers). prompt_length: P virtual tokens in
+    front of each block, 0 for a deep prompt. tail: the tokenizer's special tokens behind a text.
     """
 
     kind: str
@@ -101,6 +92,8 @@ class SeparateRows:
 
     def inputs(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """(tokens behind the context, the candidates that they score) of each block."""
+        if self.kind == "seq2seq":
+            return [(list(self.tail), list(range(len(example.candidate_ids))))]
         found: dict[tuple[int, ...], list[int]] = {}
         for number, candidate in enumerate(example.candidate_ids):
             if self.kind == "masked":
@@ -179,6 +172,7 @@ class _Separate:
     scored: list[list[int]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
     picks: list[tuple[int, int, int]] = field(default_factory=list)
+    targets: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     asked: int = 0
 
     def add(self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool]) -> None:
@@ -202,6 +196,9 @@ class _Separate:
 
     def _score(self, example: Example, numbers: Sequence[int], end: int, cell: int) -> None:
         """Notes where candidates `numbers` are read in the block whose context ends before place `end`."""
+        if self.rows.kind == "seq2seq":
+            self._score_decoded(example, cell)
+            return
         most = max(len(example.candidate_ids[number]) for number in numbers)
         first = {"masked": end, "causal": end - 1, "classes": 0}[self.rows.kind]
         places = [first + offset for offset in range(most if self.rows.kind != "classes" else 1)]
@@ -213,6 +210,14 @@ class _Separate:
                 self.picks.append((self.asked + offset, token, cell + number))
         self.scored.append(places)
         self.asked += len(places)
+
+    def _score_decoded(self, example: Example, cell: int) -> None:
+        """Every answer's tokens, one after the other: places of the decoder, not of the block."""
+        for number, candidate in enumerate(example.candidate_ids):
+            self.picks += [(self.asked + offset, token, cell + number) for offset, token in enumerate(candidate)]
+            self.asked += len(candidate)
+        self.targets.append(tuple(tuple(candidate) for candidate in example.candidate_ids))
+        self.scored.append([0] * sum(map(len, example.candidate_ids)))
 
     def end_example(self) -> None:
         """The blocks since the last call are one example's."""
@@ -237,5 +242,6 @@ class _Separate:
             streams=self.streams, members=tuple(self.members), slots=slots,
             slot_of=torch.arange(len(slots)) % max(1, self.rows.prompt_length),
             moves_with=torch.tensor(self.moves_with) if len(self.blocks) > len(examples) else None,
+            targets=tuple(self.targets),
             normalises=self.rows.kind != "classes",
         )  # fmt: skip

@@ -303,7 +303,7 @@ def _report(
             "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,
             "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
         }  # fmt: skip
-        card = {"task": prepared.task.spec(), "result": summary, "versions": versions()}
+        card = {"task": prepared.task.spec(), "head": asdict(prepared.plan), "result": summary, "versions": versions()}
         prompt, head = engine.backbone.head.split(values)
         write_adapter(
             output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt,

@@ -14,7 +14,7 @@ from test_packed_equals_plain import make_prompt
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.evaluate import Evaluation, outcome_of, plan_packs, score_examples
-from ptp_ds.packing import group_length, pack_groups, share_contexts
+from ptp_ds.groups import group_length, pack_groups, share_contexts
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ from reference import FAMILIES as CAUSAL
 from reference import REFUSED
 from test_deep_prompt import WINDOWED
 from test_encoders import ENCODERS, GENERIC, KINDS
+from test_seq2seq import SEQ2SEQ
 
 from ptp_ds.families import FAMILIES, describe_families, families_table
 from ptp_ds.perturb import PERTURBATIONS
@@ -27,7 +28,8 @@ def test_every_listed_family_is_tested_and_every_tested_one_listed():
     assert listed("packed", tuple(KINDS)) == set(ENCODERS)
     assert listed("generic", tuple(KINDS)) == set(GENERIC)
     assert listed("generic", ("causal",)) == set(REFUSED)
-    assert len(FAMILIES) == len(CAUSAL) + len(ENCODERS) + len(GENERIC) + len(REFUSED)
+    assert listed("generic", ("seq2seq",)) == set(SEQ2SEQ)
+    assert len(FAMILIES) == len(CAUSAL) + len(ENCODERS) + len(GENERIC) + len(REFUSED) + len(SEQ2SEQ)
     assert set(CAUSAL) >= WINDOWED  # their deep prompts: tests/test_deep_prompt.py, where a soft one's keys start one
 
 

@@ -1,0 +1,107 @@
+"""Encoder-decoders on the generic path: the prompt before the encoder's tokens, the answers scored by the decoder."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, make_tokenizer
+from reference import VOCABULARY, make_examples, relative_error
+from test_packed_equals_plain import divergence, make_prompt
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.check import checked
+from ptp_ds.config import RunConfig
+from ptp_ds.heads import Head
+from ptp_ds.padded import PaddedBackbone
+from ptp_ds.perturb import Noise
+from ptp_ds.rows import SeparateRows
+from ptp_ds.step import ptp_loss, settings_of
+
+_COMMON = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+SEQ2SEQ = {
+    "t5": {**_COMMON, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8},
+    "bart": {**_COMMON, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+             "max_position_embeddings": 96, "bos_token_id": 0, "forced_eos_token_id": None},
+}  # fmt: skip
+
+
+def make_seq2seq(family):
+    torch.manual_seed(11)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **SEQ2SEQ[family])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    return model.requires_grad_(False)
+
+
+def plain_scores(model, prompt, example, delta=None):
+    """[C] by one ordinary forward an answer."""
+    embed = model.get_input_embeddings()
+    context = embed(torch.tensor(list(example.context_ids)))
+    context = context if delta is None else context + delta
+    inputs = torch.cat([prompt, context, embed(torch.tensor([1]))])[None]
+    scores = []
+    for candidate in example.candidate_ids:
+        ids = torch.tensor([[0, *candidate[:-1]]])
+        log_probs = model(inputs_embeds=inputs, decoder_input_ids=ids).logits[0].log_softmax(-1)
+        scores.append(sum(log_probs[place, token] for place, token in enumerate(candidate)))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
+@pytest.mark.parametrize("shape", ["single", "ragged"])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_step_gradient(family, shape, perturbation):
+    backbone, reason = checked(Backbone(make_seq2seq(family), head=Head("seq2seq")))
+    assert "an encoder-decoder isn't packed" in reason
+    assert isinstance(backbone, PaddedBackbone)
+    backbone.serve("soft", SeparateRows(kind="seq2seq", prompt_length=5, tail=(1,)), 5)
+    examples, prompt = make_examples(shape), make_prompt().requires_grad_()
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
+    loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss.total.backward()
+    model, plain, total = make_seq2seq(family), prompt.detach().clone().requires_grad_(), 0.0
+    for example, part in zip(examples, loss.delta.detach().split(row.lengths), strict=True):
+        clean = plain_scores(model, plain, example)
+        perturbed = plain_scores(model, plain, example, part[5 : 5 + len(example.context_ids)])
+        total = total + F.cross_entropy(clean[None], torch.tensor([example.gold]))
+        total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
+    (expected,) = torch.autograd.grad(total, plain)
+    torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
+    assert relative_error(prompt.grad, expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
+    from peft import PeftModel
+
+    from ptp_ds.export import read_adapter
+
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model("t5", **{**SEQ2SEQ["t5"], "vocab_size": len(tokenizer)})
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    arguments = ["--model", tmp_path / "t5", "--task", "COPA", "--max_steps", "2", "--prompt_length", "4",
+                 "--output_dir", tmp_path / "run"]  # fmt: skip
+    done = run_train(arguments)
+    assert done.returncode != 0
+    assert "an encoder-decoder isn't packed" in done.stderr
+    assert "--ds_config ds_configs/zero2.json" in done.stderr
+    done = run_train([*arguments[:-1], tmp_path / "again", "--ds_config", ROOT / "ds_configs" / "zero2.json"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "generic path" in done.stdout
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["eval_examples"] > 0
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5")
+    ids, answer = torch.tensor([[10, 20, 30]]), torch.tensor([[0, 7]])
+    prompt = read_adapter(tmp_path / "again" / "adapter")
+    with torch.no_grad():
+        inputs = torch.cat([prompt, base.get_input_embeddings()(ids[0])])[None]
+        wanted = base(inputs_embeds=inputs, decoder_input_ids=answer).logits
+        model = PeftModel.from_pretrained(base, tmp_path / "again" / "adapter").eval()
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=answer).logits, wanted)
