@@ -76,6 +76,8 @@ class RunConfig:
         None, "perturbation, divergence, lambda, units and sizes of a published method; flags win (ptp_ds/presets.py)",
         tuple(PRESETS),
     )  # fmt: skip
+    target: str = _flag("input", "what a delta in embedding space moves: the example's own words, the soft prompt in "
+                        "front of it, or both", ("input", "prompt", "both"))  # fmt: skip
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
@@ -188,6 +190,12 @@ class RunConfig:
             given = getattr(self, needed) is not None
             if (self.prompt_init == kind) != given:
                 raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+        how = self.chosen.how
+        if self.target != "input" and (self.prompt != "soft" or (how is not None and how.twins is not None)):
+            raise ValueError(
+                f"--target {self.target} is for soft prompts and deltas in embedding space; leave it out with --prompt "
+                f"{self.prompt} --perturbation {self.perturbation}."
+            )
         if self.resume == "auto" and self.output_dir is None:
             raise ValueError("--resume auto needs the --output_dir of the run that it continues.")
 
@@ -197,7 +205,7 @@ class RunConfig:
         unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
         unread -= {*how.sizes, *how.reads} if how is not None else set()
         if not {"sigma", "epsilon"} & set(how.sizes if how is not None else ()):
-            unread.add("units")
+            unread |= {"units", "target"}
         if how is None:
             unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
         if self.tokens_per_step is not None:

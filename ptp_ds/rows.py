@@ -67,7 +67,8 @@ class SeparateRows:
     kind: masked (the answer's tokens are masks behind the context: one block for each answer length), classes (pooled
     at the first token; a block an answer where answers differ from row to row: `choice`), causal (a block a candidate)
     or seq2seq (a block an example, for the encoder; the decoder scores its answers). prompt_length: P virtual tokens in
-    front of each block, 0 for a deep prompt. tail: the tokenizer's special tokens behind a text.
+    front of each block, 0 for a deep prompt. tail: the tokenizer's special tokens behind a text. target: what a delta
+    moves, the example's own words (input), its copy of the prompt, or both.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class SeparateRows:
     mask_id: int = 0
     tail: tuple[int, ...] = ()
     choice: bool = False
+    target: str = "input"
 
     @property
     def behind(self) -> int:
@@ -111,7 +113,8 @@ class SeparateRows:
         """One clean row."""
         packer = _Separate(self, examples, 1)
         for number, example in enumerate(examples):
-            packer.add(number, 0, example.context_ids, example.movable)
+            words = [moves and self.target != "prompt" for moves in example.movable]
+            packer.add(number, 0, example.context_ids, words, prompt_moves=self.target != "input")
             packer.end_example()
         return packer.row()
 
@@ -144,8 +147,13 @@ class SeparateRows:
 Rows = TreeRows | SeparateRows
 
 
-def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int) -> Rows:
-    """The rows of a model with such a head. Raises ValueError for a masked one without a mask token."""
+def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int, target: str = "input") -> Rows:
+    """The rows of a model with such a head. Raises ValueError for a masked one without a mask token.
+
+    target: see SeparateRows. A moved prompt is no longer the same for all rows, so each has its own.
+    """
+    if plan.kind == "causal" and target != "input":
+        return SeparateRows(kind="causal", prompt_length=prompt_length, target=target)
     if plan.kind == "causal":
         return TreeRows(prompt)
     mask = tokenizer.mask_token_id
@@ -153,7 +161,12 @@ def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int) ->
         raise ValueError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")
     in_rows = prompt_length if prompt == "soft" else 0
     return SeparateRows(
-        kind=plan.kind, prompt_length=in_rows, mask_id=mask or 0, tail=tail_ids(tokenizer), choice=plan.choice
+        kind=plan.kind,
+        prompt_length=in_rows,
+        mask_id=mask or 0,
+        tail=tail_ids(tokenizer),
+        choice=plan.choice,
+        target=target,
     )
 
 
@@ -175,7 +188,9 @@ class _Separate:
     targets: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     asked: int = 0
 
-    def add(self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool]) -> None:
+    def add(
+        self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool], prompt_moves: bool = False
+    ) -> None:
         """All blocks of one stream of example `number`; only the first one's context moves, the others' with it."""
         example, head = self.examples[number], self.rows.prompt_length
         if not context or not all(example.candidate_ids):
@@ -186,8 +201,8 @@ class _Separate:
             start = len(self.tokens)
             self.slots.extend(range(start, start + head))
             self.tokens += [*[0] * head, *context, *behind]
-            moves = movable if repeat == 0 else [False] * len(movable)
-            self.movable += [*[False] * head, *moves, *[False] * len(behind)]
+            moves = [*[prompt_moves] * head, *movable] if repeat == 0 else [False] * (head + len(movable))
+            self.movable += [*moves, *[False] * len(behind)]
             self.moves_with += [*range(first, first + head + len(context))]
             self.moves_with += range(start + head + len(context), len(self.tokens))
             self._score(example, numbers, head + len(context), (stream * len(self.examples) + number) * width)

@@ -90,7 +90,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
         adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, config), run.prompt_length, run.prompt)
     tokenizer = load_tokenizer(folder)
     mask_id = mask_token_id(tokenizer, run.mask_token)
-    rows = rows_for(plan, tokenizer, run.prompt, run.prompt_length)
+    rows = rows_for(plan, tokenizer, run.prompt, run.prompt_length, run.target)
     room = row_room(run.max_length, run.prompt_length, config, plan) - rows.behind
     tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
     train, select = _train_and_select(run, tokenised)
@@ -182,8 +182,8 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     """What a checkpoint must share with the run that resumes it."""
     names = (
         "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
-        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "mask_share", "mask_token",
-        "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
+        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
+        "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
         "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}

@@ -168,7 +168,7 @@ def test_contradictions(settings, message):
         ("free", {*NOISE, *MASK}),
         ("uniform", {*ASCENT, *MASK}),
         ("pgd", {*NOISE, *MASK}),
-        ("mask", {*NOISE, *ASCENT, "units"}),
+        ("mask", {*NOISE, *ASCENT, "units", "target"}),
         ("mask+gaussian", ASCENT),
     ],
 )
