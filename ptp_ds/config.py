@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from ptp_ds.perturb.units import UNITS
 from ptp_ds.presets import PRESETS, with_preset
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
-_PLANNED = {"perturbation": ("a2t",)}
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -85,6 +83,9 @@ class RunConfig:
     mask_token: str | None = _flag(
         None, "mask: what stands for a hidden word, one token; default: the model's own mask token, else ' _'"
     )
+    a2t_share: float = _flag(0.1, "a2t: share of an attacked text's words that may be swapped, at least four; 0: none")
+    a2t_neighbours: int = _flag(8, "a2t: near words that are looked at for each word")
+    a2t_min_cosine: float = _flag(0.5, "a2t: least cosine of the input embeddings of a word and its neighbour")
     sigma: float = _flag(0.3, "gaussian, uniform: noise size of a token, in mean embedding norms")
     epsilon: float = _flag(0.03, "pgd, free: radius of the ball, in mean embedding norms")
     alpha: float | None = _flag(
@@ -161,11 +162,13 @@ class RunConfig:
         """Raises ValueError for the first field that is out of range or contradicts another."""
         _ = self.chosen
         for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
-                     "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens"):  # fmt: skip
+                     "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
         for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number of 0 or more")
-        _require(0 <= self.mask_share <= 1, "mask_share", self.mask_share, "a share between 0 and 1")
+        for name in ("mask_share", "a2t_share"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
+        _require(0 <= self.a2t_min_cosine < 1, "a2t_min_cosine", self.a2t_min_cosine, "a cosine from 0 up to below 1")
         for name in ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number of 0 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
@@ -191,7 +194,7 @@ class RunConfig:
             if (self.prompt_init == kind) != given:
                 raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
         how = self.chosen.how
-        if self.target != "input" and (self.prompt != "soft" or (how is not None and how.twins is not None)):
+        if self.target != "input" and (self.prompt != "soft" or (how is not None and how.in_text)):
             raise ValueError(
                 f"--target {self.target} is for soft prompts and deltas in embedding space; leave it out with --prompt "
                 f"{self.prompt} --perturbation {self.perturbation}."
@@ -259,7 +262,6 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
     """The configuration from flags and --config FILE, and the names that were given explicitly. Raises ValueError."""
     parser = build_parser(description)
     known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
-    _refuse_planned(argv)
     values, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
@@ -271,13 +273,6 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
     config = RunConfig(**with_preset(merged))
     config.validate()
     return config, set(merged)
-
-
-def _refuse_planned(argv: Sequence[str]) -> None:
-    words = [part for word in argv for part in word.split("=", 1)]
-    for flag, value in itertools.pairwise(words):
-        if value in _PLANNED.get(flag.lstrip("-"), ()) and flag.startswith("--"):
-            raise ValueError(f"{flag} {value} is planned but not built yet. See --help for what works today.")
 
 
 def _read_config(file: str) -> dict[str, Any]:

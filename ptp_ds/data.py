@@ -161,6 +161,7 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
         candidates = [_answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
         fields, words = _field_of_tokens(entry, offsets), _words(entry.context, offsets)
         movable = [name is not None and name not in task.fixed_fields for name in fields]
+        attackable = [moves and task.attacks(name) for moves, name in zip(movable, fields, strict=True)]
         excess = len(ids) + max(map(len, candidates)) - 1 - max_length
         keep = _kept(task, fields, max(0, excess), max_length, where)
         truncated += excess > 0
@@ -168,7 +169,7 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
             context_ids=[ids[place] for place in keep], movable=[movable[place] for place in keep],
             candidate_ids=candidates, gold=entry.gold, index=number, golds=entry.golds, names=entry.names,
             group=-1 if entry.key is None else groups.setdefault(entry.key, len(groups)), label=entry.label,
-            words=[words[place] for place in keep],
+            words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
         ))  # fmt: skip
     return Tokenised(examples, truncated)
 

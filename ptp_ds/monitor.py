@@ -74,7 +74,8 @@ class Monitor:
         self._log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
         self._log.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+            tag = name if "/" in name else f"{group}/{name}"  # a2t/... has a group of its own
+            self._board.add_scalar(tag, value, step)
         self._board.flush()
 
     def tick(self, step: int) -> None:

@@ -31,7 +31,8 @@ class Example:
     questions), or -1. golds: all right candidates, none where the right one is unknown: only evaluated, not trained.
     names: candidates as the official answers spell them, where each row has its own. label: the official label where it
     isn't the right candidate's number but whether the first candidate is right (WSC). words: the word that each context
-    token belongs to, in rising numbers; empty: each token is a word.
+    token belongs to, in rising numbers; empty: each token is a word. attackable: which movable tokens an attack on the
+    text may change; empty: all.
     """
 
     context_ids: Sequence[int]
@@ -44,6 +45,7 @@ class Example:
     names: Sequence[str] = ()
     label: int | None = None
     words: Sequence[int] = ()
+    attackable: Sequence[bool] = ()
 
     @property
     def trainable(self) -> bool:

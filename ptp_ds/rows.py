@@ -32,6 +32,10 @@ class TreeRows:
         """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
         return shared_start(examples) if self.prompt == "soft" else 0
 
+    def context_start(self, shared: int) -> int:
+        """What is added to a place of a context to find it among its example's tokens."""
+        return -shared
+
     def length(self, example: Example) -> int:
         """Tokens of one stream of the example, the shared start included."""
         return example.packed_length
@@ -86,6 +90,10 @@ class SeparateRows:
     def shared_start(self, examples: Sequence[Example]) -> int:
         """Nothing is shared."""
         return 0
+
+    def context_start(self, shared: int) -> int:
+        """What is added to a place of a context to find it among its example's tokens."""
+        return self.prompt_length
 
     def length(self, example: Example) -> int:
         """Tokens of one stream of the example: all its blocks."""

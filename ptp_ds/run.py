@@ -32,6 +32,7 @@ from ptp_ds.models import resolve_model
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.perturb.units import unit_of, vanishes
 from ptp_ds.predictions import check_numbers, prediction_lines, write_jsonl
 from ptp_ds.presets import describe_preset, preset_effect
@@ -183,10 +184,12 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     names = (
         "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
         "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
-        "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
-        "max_steps", "seed", "holdout", "max_length",
+        "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
+        "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
-    identity = {"task": task.spec(), **{name: getattr(run, name) for name in names}}
+    attacks = run.how is not None and run.how.attack is not None
+    asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()
+    identity = {"task": task.spec(), **{name: getattr(run, name) for name in (*names, *asked)}}
     identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
@@ -207,6 +210,14 @@ def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
     if run.prompt == "soft":
         return head.join(start, tensors)
     return head.join(join_deep(backbone.keys_of(start, head.join(start, tensors))), tensors)
+
+
+def neighbours_of(prepared: Prepared) -> Neighbours | None:
+    """Near words for a perturbation that attacks the text; None for the others."""
+    run = prepared.run
+    if run.how is None or run.how.attack is None:
+        return None
+    return Neighbours(vocabulary_of(prepared.tokenizer), run.a2t_neighbours, run.a2t_min_cosine)
 
 
 def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
@@ -255,7 +266,7 @@ def train_run(prepared: Prepared, ranks: Ranks) -> int:
     settings = settings_of(run, unit, prepared.mask_id)
     trainer = Trainer(
         run, prepared.task, engine, ranks, settings, prepared.train, prepared.select, monitor, output_dir,
-        prepared.identity,
+        prepared.identity, neighbours_of(prepared),
     )  # fmt: skip
     try:
         trainer.train(progress)

@@ -32,6 +32,7 @@ def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSetting
     return PerturbSettings(
         unit=unit, sigma=run.sigma, epsilon=run.epsilon, alpha=run.step_length, steps=run.ascent_steps, norm=run.norm,
         divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
+        a2t_share=run.a2t_share,
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def ptp_loss(
     space the row holds both streams already (pack_text_twins).
     """
     how = run.how
-    if (how is not None and how.twins is not None) != (row.streams == 2):
+    if (how is not None and how.in_text) != (row.streams == 2):
         raise ValueError(f"--perturbation {run.perturbation} got a row of {row.streams} streams; see pack_text_twins.")
     delta_TH = None
     with backbone.shards.edges():

@@ -20,11 +20,16 @@ from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example, PackedRow
-from ptp_ds.perturb import Noise, PerturbSettings
+from ptp_ds.perturb import Noise, PerturbSettings, Twin
+from ptp_ds.perturb.base import Attack
+from ptp_ds.perturb.neighbours import Neighbours
+from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.rows import Rows
 from ptp_ds.signals import StopRequest
 from ptp_ds.step import StepLoss, optimizer_step
 from ptp_ds.tasks import Task
+
+Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
 
 
 class NonFiniteLossError(ValueError):
@@ -56,7 +61,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything a run needs, assembled by ptp_ds.run. train, select: tokenised examples."""
+    """Everything a run needs, assembled by ptp_ds.run. train, select: tokenised examples. neighbours: for an attack."""
 
     run: RunConfig
     task: Task
@@ -68,6 +73,7 @@ class Trainer:
     monitor: Monitor
     output_dir: Path
     identity: dict[str, Any]
+    neighbours: Neighbours | None = None
 
     def train(self, progress: Progress) -> Progress:
         """Runs from progress.step to run.max_steps, or until a signal; all ranks call it."""
@@ -89,22 +95,37 @@ class Trainer:
         step = progress.step
         batch, places = self._dealt(step)
         noise = Noise(self.run.seed, step)
-        row = self._packed([batch[place] for place in places], noise).to(self.ranks.device)
+        packed, shares = self._packed([batch[place] for place in places], noise)
+        row = packed.to(self.ranks.device)
         loss, delta = optimizer_step(
             self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
             global_count=len(batch), carried_TH=self._carried(progress),
         )  # fmt: skip
         progress.carried = Carried(mine=delta) if delta is not None else None
-        meter.add(loss, row, step)
+        meter.add(loss, row, step, shares)
 
-    def _packed(self, examples: Sequence[Example], noise: Noise) -> PackedRow:
-        """The examples as one row, with their twins where the perturbation changes the text."""
+    def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
+        """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
         how = self.run.how
-        if how is None or how.twins is None:
-            return self._rows.pack(examples, self._shared)
-        twins = how.twins(examples, self.settings, noise)
+        if how is None or not how.in_text:
+            return self._rows.pack(examples, self._shared), {}
+        shares: Shares = {}
+        if how.attack is not None:
+            twins, shares = self._attacked(how.attack, examples)
+        else:
+            assert how.twins is not None
+            twins = how.twins(examples, self.settings, noise)
         movable = [twin.movable for twin in twins] if how.find is not None else None
-        return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared)
+        return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared), shares
+
+    def _attacked(self, attack: Attack, examples: Sequence[Example]) -> tuple[Sequence[Twin], Shares]:
+        """Twins against the prompt as it stands, anew at each use of an example (once an epoch): nothing to save."""
+        assert self.neighbours is not None
+        backbone = self.engine.backbone
+        with backbone.shards.edges():
+            scorer = TextScorer(backbone, self.engine.prompt(), examples, self._shared, self.neighbours)
+            found = attack(scorer, self.settings)
+        return found.twins, found.shares
 
     @cached_property
     def _shared(self) -> int:
@@ -191,7 +212,7 @@ class Trainer:
         progress.tokens_per_second.append(window.tokens_per_second)
         peak = torch.tensor([peak_memory_bytes(self.ranks.device)], dtype=torch.float64, device=self.ranks.device)
         values = {
-            **window.values, "grad_norm": grad_norm, "prompt_norm": float(prompt.norm(dim=-1).mean()),
+            **window.values, **window.shares, "grad_norm": grad_norm, "prompt_norm": float(prompt.norm(dim=-1).mean()),
             "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
             "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
         }  # fmt: skip
@@ -257,9 +278,13 @@ def progress_from(checkpoint: Checkpoint) -> Progress:
 
 @dataclass(frozen=True)
 class Window:
-    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1."""
+    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1.
+
+    shares: what attacks told, each a sum over another, 0 where there was nothing to share.
+    """
 
     values: dict[str, float]
+    shares: dict[str, float]
     bad_step: int
     step_seconds: float
     tokens_per_second: float
@@ -273,15 +298,19 @@ class Meter:
         self._steps: set[int] = set()
         self._sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
         self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
+        self._shares: dict[str, list[float]] = {}
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Leaves evaluation and saving out of the next window's time."""
         self._clock = time.perf_counter()
 
-    def add(self, loss: StepLoss, row: PackedRow, step: int) -> None:
-        """Adds one step's sums, without a host sync."""
+    def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:
+        """Adds one step's sums, without a host sync; shares: the same names on all ranks."""
         self._steps.add(step)
+        for name, pair in shares.items():
+            held = self._shares.get(name, (0.0, 0.0))
+            self._shares[name] = [total + part for total, part in zip(held, pair, strict=True)]
         parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
         self._sums[:4] += torch.stack([part.detach().double() for part in parts])
         self._sums[4] += row.num_examples
@@ -300,10 +329,19 @@ class Meter:
         values = {name: total / count for name, total in zip(names, sums, strict=False)}
         rate = sums[5] / max(1, len(self._steps)) / seconds
         bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
+        shares = self._reduced_shares()
         self._steps.clear()
         self._sums = torch.zeros_like(self._sums)
         self.restart_clock()
-        return Window(values, bad_step, seconds, rate)
+        return Window(values, shares, bad_step, seconds, rate)
+
+    def _reduced_shares(self) -> dict[str, float]:
+        if not self._shares:
+            return {}
+        pairs = torch.tensor(list(self._shares.values()), dtype=torch.float64, device=self.ranks.device)
+        reduced = zip(self._shares, self.ranks.sum(pairs).tolist(), strict=True)
+        self._shares = {}
+        return {name: part / whole if whole else 0.0 for name, (part, whole) in reduced}
 
 
 def median_or_zero(values: Sequence[float]) -> float:

@@ -68,10 +68,6 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--promt_length", "3"], "Unknown argument '--promt_length' (did you mean '--prompt_length'?). See --help."),
         (["--max_steps", "many"], "Argument --max_steps: invalid int value: 'many'. See --help."),
         (["--sigma", "-1"], "--sigma is -1.0; expected a finite number of 0 or more."),
-        (
-            ["--perturbation", "a2t"],
-            "--perturbation a2t is planned but not built yet. See --help for what works today.",
-        ),
         (["--mask_token", "two words"], "--mask_token 'two words' is "),
         (["--task", "CD"], "Unknown task 'CD' (did you mean CB?): give one of "),
         (["--model", "no-one/nothing"], "Unknown model 'no-one/nothing': the hub gave "),

@@ -106,22 +106,6 @@ def test_flag_errors(argv, message):
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--seed", "1", "--perturbation=a2t"], "--perturbation a2t"),
-        (["--perturbation", "a2t"], "--perturbation a2t"),
-    ],
-)
-def test_planned_choices_are_refused(argv, named):
-    with pytest.raises(ValueError, match=f"^{named} is planned but not built yet"):
-        parse_run(argv)
-
-
-def test_planned_words_are_free_elsewhere():
-    assert parse_run(["--task", "a2t", "--model", "free"])[0].task == "a2t"
-
-
-@pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
         *[(name, "0", "a whole number of 1 or more") for name in AT_LEAST_ONE],

@@ -252,3 +252,21 @@ def test_deep_prompts_equal_the_families_own_cache(family, kind):
         log_probs = out[len(example.context_ids)].log_softmax(-1)
         out = torch.stack([log_probs[candidate[0]] for candidate in example.candidate_ids])
     torch.testing.assert_close(scores, out[: len(example.candidate_ids)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "choice", "shape"), CASES)
+def test_gradients_that_an_attack_ranks_words_by(kind, choice, shape):
+    """At the tokens of each context, summed over the blocks that repeat it, behind each copy of the prompt."""
+    from ptp_ds.perturb.text_scoring import TextScorer
+
+    backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
+    values = make_values(backbone)
+    found = TextScorer(backbone, values, examples, 0, None).gradients()
+    model = make_encoder("bert", kind, 1 if choice else 3)
+    for example, start, clean in zip(examples, found.starts, found.clean, strict=True):
+        delta = torch.zeros(len(example.context_ids), 32, requires_grad=True)
+        scores = plain_scores(model, kind, values, backbone.head, example, delta, choice)
+        loss = F.cross_entropy(scores[None], torch.tensor([example.gold]))
+        (expected,) = torch.autograd.grad(loss, delta)
+        assert relative_error(found.packed[start : start + len(example.context_ids)], expected) < 1e-4
+        torch.testing.assert_close(clean[: len(scores)], scores.detach(), atol=1e-5, rtol=1e-5)

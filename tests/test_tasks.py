@@ -111,6 +111,19 @@ def test_fields_are_those_of_context_and_answers():
     assert load_task("Reviews").fields == ("review",)
 
 
+def test_attacked_fields():
+    """Those under 'attack', by default the one that may be shortened, without one all."""
+    shortened, chosen, neither = (
+        parse_task(template(**changes), "t") for changes in ({}, {"attack": ["b"]}, {"truncate": ...})
+    )
+    assert [shortened.attacks(name) for name in ("a", "b", None)] == [True, False, False]
+    assert [chosen.attacks(name) for name in ("a", "b", None)] == [False, True, False]
+    assert neither.attacks("a")
+    assert neither.attacks("b")
+    assert chosen.spec()["attack"] == ["b"]
+    assert "attack" not in shortened.spec()
+
+
 def test_fixed_fields_add_to_values():
     task = parse_task(template(fixed=["b"], values={"a": {"x": "y"}}), "t")
     assert task.fixed_fields == {"a", "b"}
@@ -174,7 +187,7 @@ def test_value_outside_the_mapping():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (["text"], "t: a template is one JSON object with the keys candidates, fixed, label, "),
+        (["text"], "t: a template is one JSON object with the keys attack, candidates, fixed, label, "),
         (template(verbaliser={}), r"t: unknown key 'verbaliser' \(did you mean 'verbalizers'\?\)\."),
         (template(qqqq=1), r"t: unknown key 'qqqq'\."),
         (template(name=..., metrics=...), "t: the template lacks metrics, name"),
@@ -198,6 +211,9 @@ def test_value_outside_the_mapping():
         (template(text="{a|upper}"), "t: unknown filter 'upper'; choose from strip_stop, lower_first"),
         (template(verbalizers={"0": " {b|low}", "1": " x"}), "t: unknown filter 'low'"),
         (template(truncate="c"), "t: 'truncate' names 'c', which the text doesn't hold"),
+        (template(attack=["c"]), "t: 'attack' names 'c', which the text doesn't hold"),
+        (template(attack="a"), "t: 'attack' must be a list of names"),
+        (template(attack=["b"], fixed=["b"]), "t: 'attack' names 'b', which 'fixed' or 'values' keeps as it is"),
     ],
 )
 def test_template_errors(spec, message):

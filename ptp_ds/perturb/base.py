@@ -11,6 +11,7 @@ from ptp_ds.layerwise import LayerPass, Section, TrunkCache
 from ptp_ds.objective import divergence_sum
 from ptp_ds.packing import Example, PackedRow
 from ptp_ds.perturb.ball import movable_only, project, random_start, steepest
+from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.seeding import make_generator
 
@@ -21,7 +22,7 @@ class PerturbSettings:
 
     sigma: root-mean-square l2 norm of a noisy token's delta. epsilon: radius of the ball (see perturb.ball for each
     norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
-    of words that are masked. mask_id: the token that masks.
+    of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap.
     """
 
     unit: float
@@ -33,6 +34,7 @@ class PerturbSettings:
     divergence: str
     mask_share: float = 0.0
     mask_id: int = 0
+    a2t_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,18 @@ class Twin:
 
 
 Find = Callable[["SharedPass | None", PackedRow, Tensor, PerturbSettings, Noise], Tensor]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attack's twins, and what the log tells of it: by name, (this rank's sum, the sum that it is a share of)."""
+
+    twins: Sequence[Twin]
+    shares: dict[str, tuple[float, float]]
+
+
 Twins = Callable[[Sequence[Example], PerturbSettings, Noise], list[Twin]]
+Attack = Callable[[TextScorer, PerturbSettings], Attacked]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +184,20 @@ class Perturbation:
     """How the second stream differs: in embedding space, in text space, or in both.
 
     find(shared, row, clean_TH, settings, noise) -> delta_TH. twins(examples, settings, noise) -> each example's context
-    in other words; find then gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero where
+    in other words; attack(scorer, settings) the same for the scorer's examples, found with its losses and gradients.
+    Beside either, find gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero where
     they are 0. reads: flags it reads besides. carries: whether a batch is used for K optimizer steps, its delta moved
     after each (see ascend).
     """
 
     find: Find | None = None
     twins: Twins | None = None
+    attack: Attack | None = None
     sizes: tuple[str, ...]
     reads: tuple[str, ...] = ()
     carries: bool = False
+
+    @property
+    def in_text(self) -> bool:
+        """Whether the second stream has other tokens than the clean one."""
+        return self.twins is not None or self.attack is not None

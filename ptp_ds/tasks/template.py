@@ -6,6 +6,8 @@ Keys of a template file:
   truncate    the field that is shortened (from its middle) when a row exceeds the backbone's context
   values      optional, {field: {raw value: text}}: replaces raw values by words (COPA: cause -> because)
   fixed       optional, fields that a perturbation must leave alone; fields under `values` always are
+  attack      optional, fields whose words --perturbation a2t may swap; default: `truncate` where it is given (the
+              premise or passage, never its hypothesis or question), else all that may be perturbed
   label       the row's field with the gold answer
   verbalizers {label: answer text}, the same answers for all rows; or
   candidates  {label: answer text with {field}s}, answers that differ from row to row
@@ -34,7 +36,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
 }
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
-_KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "verbalizers", "candidates", "reader"}
+_KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Task:
     truncate: str | None = None
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    attack: frozenset[str] = frozenset()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -92,6 +95,11 @@ class Task:
         """Whether answers differ from row to row: a choice among texts, not among classes."""
         return not self.answers or any(_SLOT.search(answer) for answer in self.answers.values())
 
+    def attacks(self, name: str | None) -> bool:
+        """Whether an attack on the text may change field `name`, as far as it is movable at all."""
+        fields = self.attack or ({self.truncate} if self.truncate is not None else None)
+        return fields is None or name in fields
+
     def spec(self) -> dict[str, Any]:
         """The template as plain data, for config.json and for telling two templates apart."""
         return {
@@ -99,6 +107,7 @@ class Task:
             "answers": dict(self.answers), "truncate": self.truncate,
             "values": {key: dict(value) for key, value in self.values.items()}, "fixed": sorted(self.fixed),
             **({} if self.reader == "flat" else {"reader": self.reader}),
+            **({"attack": sorted(self.attack)} if self.attack else {}),
         }  # fmt: skip
 
     def entries(self, row: Mapping[str, Any], where: str, labelled: bool = True) -> list[Rendered]:
@@ -228,7 +237,7 @@ def parse_task(spec: Any, where: str) -> Task:
     for key in ("name", "text", "label"):
         if key in spec and (not isinstance(spec[key], str) or not spec[key]):
             raise ValueError(f"{where}: {key!r} must be non-empty text.")
-    for key in ("metrics", "fixed"):
+    for key in ("metrics", "fixed", "attack"):
         if not isinstance(spec.get(key, []), list) or not all(isinstance(name, str) for name in spec.get(key, [])):
             raise ValueError(f"{where}: {key!r} must be a list of names.")
     unknown_metrics = [metric for metric in spec["metrics"] if metric not in METRICS]
@@ -249,14 +258,18 @@ def parse_task(spec: Any, where: str) -> Task:
         raise ValueError(f"{where}: 'values' must map fields to objects of raw value: text.")
     truncate = [] if spec.get("truncate") is None else [spec["truncate"]]
     used = {name for name, _ in slots}
-    fixed = spec.get("fixed", [])
-    for key, names, known in (("truncate", truncate, in_text), ("values", values, used), ("fixed", fixed, used)):
+    fixed, attack = spec.get("fixed", []), spec.get("attack", [])
+    for key, names, known in (
+        ("truncate", truncate, in_text), ("values", values, used), ("fixed", fixed, used), ("attack", attack, in_text)
+    ):  # fmt: skip
         for name in names:
             if not isinstance(name, str) or name not in known:
                 raise ValueError(f"{where}: {key!r} names {name!r}, which the text doesn't hold.")
+    if never := sorted(set(attack) & {*fixed, *values}):
+        raise ValueError(f"{where}: 'attack' names {never[0]!r}, which 'fixed' or 'values' keeps as it is.")
     return Task(
         name=spec["name"], text=spec["text"], label=spec.get("label"), metrics=tuple(spec["metrics"]),
         reader=reader,
         answers={canonical_label(key): value for key, value in answers.items()}, truncate=spec.get("truncate"),
-        values=spec.get("values", {}), fixed=frozenset(spec.get("fixed", ())),
+        values=spec.get("values", {}), fixed=frozenset(fixed), attack=frozenset(attack),
     )  # fmt: skip

@@ -1,0 +1,74 @@
+"""What an attack on texts asks of the backbone: scores, gradients at token embeddings, and near words."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone import Backbone
+from ptp_ds.layerwise import TrunkCache
+from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.packing import Example
+from ptp_ds.perturb.neighbours import Neighbours
+from ptp_ds.precision import at_least_fp32
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """clean: scores [B, C]. packed: fp32 gradient [T, H] of the summed cross-entropy at the packed tokens' embeddings.
+
+    starts: for each example, what is added to a place of its context to find it among the packed tokens.
+    """
+
+    clean: Tensor
+    packed: Tensor
+    starts: Sequence[int]
+
+
+class TextScorer:
+    """Texts under the prompt as it stands: nothing here leaves a gradient on it.
+
+    examples: this rank's rows of the step. shared: leading tokens of every context that the trunk holds. The trunk is
+    computed once, here; gradients and scores are one pass each. Under ZeRO-3 all ranks make a TextScorer and run the
+    same passes, inside of backbone.shards.edges(), whatever their rows are.
+    """
+
+    def __init__(
+        self, backbone: Backbone, values: Tensor, examples: Sequence[Example], shared: int, neighbours: Neighbours
+    ) -> None:
+        self.backbone, self.examples, self.shared, self.neighbours = backbone, examples, shared, neighbours
+        self._values = values.detach().to(backbone.device)
+        trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=backbone.device)
+        self._trunk: TrunkCache = backbone.cache_trunk(self._values, trunk_ids)
+
+    def gradients(self) -> Gradients:
+        """Scores of the clean texts and the gradient at their tokens, by one forward and one backward."""
+        rows = self.backbone.rows
+        row = rows.pack(self.examples, self.shared).to(self.backbone.device)
+        clean_TH = self.backbone.inputs(row, self._values).detach().requires_grad_()
+        with torch.enable_grad():
+            scores_BC = self.backbone.score(row, clean_TH, self._values, trunk=self._trunk)[0]
+            (gradient_TH,) = torch.autograd.grad(cross_entropy_sum(scores_BC, row.gold), clean_TH)
+        gradient_TH = at_least_fp32(gradient_TH)
+        if row.moves_with is not None:  # a context that several blocks repeat
+            gradient_TH = torch.zeros_like(gradient_TH).index_add_(0, row.moves_with, gradient_TH)
+        starts, first = [], rows.context_start(self.shared)
+        for length in row.lengths:
+            starts.append(first)
+            first += length
+        return Gradients(scores_BC.detach(), gradient_TH, starts)
+
+    @torch.no_grad()
+    def scores(self, groups: Sequence[Sequence[Example]]) -> Tensor:
+        """[N, C] scores of the groups' texts, one behind the other, in one pass; a group's common start once."""
+        row = self.backbone.rows.pack_groups(groups, self.shared).to(self.backbone.device)
+        return self.backbone.score(row, self.backbone.inputs(row, self._values), self._values, trunk=self._trunk)[0]
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """[n, H] fp32 embeddings."""
+        return at_least_fp32(self.backbone.embed(torch.tensor(tokens, dtype=torch.int64, device=self.backbone.device)))
+
+    def near(self, tokens: Iterable[int]) -> dict[int, list[int]]:
+        """Each token's neighbours, nearest first; see Neighbours."""
+        return self.neighbours.of(self.backbone, tokens)
