@@ -23,7 +23,8 @@ from ptp_ds.prompts.deep import deep_shape
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
 _KEY = "prompt_embeddings"
 _WRITTEN = {"soft": "PROMPT_TUNING", "deep": "PREFIX_TUNING"}
-_READ = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep"}
+_IN_TEXT = "PTP_DS_SOFT_IN_TEXT"  # ours: peft would put the prompt in front, so it must not know the type
+_READ = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep", _IN_TEXT: "soft"}
 _TASKS = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS",
           "seq2seq": "SEQ_2_SEQ_LM"}  # fmt: skip
 _HEAD = "base_model."  # peft's prefix of a head's tensors
@@ -31,16 +32,17 @@ _HEAD = "base_model."  # peft's prefix of a head's tensors
 
 def write_adapter(
     target: Path, prompt_PH: Tensor, base_model: str, backbone_config: Any, card: dict[str, Any], kind: str = "soft",
-    plan: HeadPlan | None = None, head: Mapping[str, Tensor] | None = None,
+    plan: HeadPlan | None = None, head: Mapping[str, Tensor] | None = None, in_text: bool = False,
 ) -> None:  # fmt: skip
     """Writes a folder that peft's PeftModel.from_pretrained loads; `card` (task, scores, versions) lies beside.
 
-    kind: soft, or deep with prompt_PH [P, D]. plan, head: the model's head and its trained tensors.
+    kind: soft, or deep with prompt_PH [P, D]. plan, head: the model's head and its trained tensors. in_text: whether
+    the task's text has a place for the prompt, which peft can't express and then refuses to load.
     """
     plan, head = plan or HeadPlan(), head or {}
     text = backbone_config.get_text_config()
     config = {
-        "peft_type": _WRITTEN[kind],
+        "peft_type": _IN_TEXT if in_text else _WRITTEN[kind],
         "task_type": _TASKS[plan.kind],
         "base_model_name_or_path": base_model,
         "inference_mode": True,

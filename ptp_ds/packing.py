@@ -32,7 +32,7 @@ class Example:
     names: candidates as the official answers spell them, where each row has its own. label: the official label where it
     isn't the right candidate's number but whether the first candidate is right (WSC). words: the word that each context
     token belongs to, in rising numbers; empty: each token is a word. attackable: which movable tokens an attack on the
-    text may change; empty: all.
+    text may change; empty: all. prompt_at: context tokens before the soft prompt.
     """
 
     context_ids: Sequence[int]
@@ -45,6 +45,7 @@ class Example:
     names: Sequence[str] = ()
     label: int | None = None
     words: Sequence[int] = ()
+    prompt_at: int = 0
     attackable: Sequence[bool] = ()
 
     @property

@@ -14,6 +14,7 @@ from ptp_ds.data import tail_ids
 from ptp_ds.groups import group_length, pack_groups, share_contexts
 from ptp_ds.heads import HeadPlan
 from ptp_ds.packing import Block, Example, PackedRow, pack, pack_text_twins, shared_start
+from ptp_ds.tasks import Task
 
 Moves = Sequence[Sequence[bool]]
 
@@ -32,9 +33,9 @@ class TreeRows:
         """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
         return shared_start(examples) if self.prompt == "soft" else 0
 
-    def context_start(self, shared: int) -> int:
-        """What is added to a place of a context to find it among its example's tokens."""
-        return -shared
+    def context_places(self, example: Example, shared: int) -> list[int]:
+        """Where each token of a context lies among its example's tokens; negative in the trunk."""
+        return list(range(-shared, len(example.context_ids) - shared))
 
     def length(self, example: Example) -> int:
         """Tokens of one stream of the example, the shared start included."""
@@ -71,8 +72,8 @@ class SeparateRows:
     kind: masked (the answer's tokens are masks behind the context: one block for each answer length), classes (pooled
     at the first token; a block an answer where answers differ from row to row: `choice`), causal (a block a candidate)
     or seq2seq (a block an example, for the encoder; the decoder scores its answers). prompt_length: P virtual tokens in
-    front of each block, 0 for a deep prompt. tail: the tokenizer's special tokens behind a text. target: what a delta
-    moves, the example's own words (input), its copy of the prompt, or both.
+    each block, behind the first Example.prompt_at tokens, 0 for a deep prompt. tail: the tokenizer's special tokens
+    behind a text. target: what a delta moves, the example's own words (input), its copy of the prompt, or both.
     """
 
     kind: str
@@ -91,9 +92,10 @@ class SeparateRows:
         """Nothing is shared."""
         return 0
 
-    def context_start(self, shared: int) -> int:
-        """What is added to a place of a context to find it among its example's tokens."""
-        return self.prompt_length
+    def context_places(self, example: Example, shared: int) -> list[int]:
+        """Where each token of a context lies among its example's tokens."""
+        at, count = example.prompt_at, len(example.context_ids)
+        return [*range(at), *range(at + self.prompt_length, count + self.prompt_length)]
 
     def length(self, example: Example) -> int:
         """Tokens of one stream of the example: all its blocks."""
@@ -155,12 +157,17 @@ class SeparateRows:
 Rows = TreeRows | SeparateRows
 
 
-def rows_for(plan: HeadPlan, tokenizer: Any, prompt: str, prompt_length: int, target: str = "input") -> Rows:
-    """The rows of a model with such a head. Raises ValueError for a masked one without a mask token.
+def rows_for(
+    plan: HeadPlan, task: Task, tokenizer: Any, prompt: str, prompt_length: int, target: str = "input"
+) -> Rows:
+    """The rows of a model with such a head.
 
-    target: see SeparateRows. A moved prompt is no longer the same for all rows, so each has its own.
+    target: see SeparateRows. A prompt that moves, or stands within the text, is not the same for all rows: each has its
+    own. Raises ValueError for a masked head without a mask token, and for a deep prompt with a place in the text.
     """
-    if plan.kind == "causal" and target != "input":
+    if task.places_prompt and prompt != "soft":
+        raise ValueError(f"Task {task.name}'s text has a place for a soft prompt; a deep one stands in every layer.")
+    if plan.kind == "causal" and (target != "input" or task.places_prompt):
         return SeparateRows(kind="causal", prompt_length=prompt_length, target=target)
     if plan.kind == "causal":
         return TreeRows(prompt)
@@ -205,12 +212,13 @@ class _Separate:
             raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
         width = max(len(other.candidate_ids) for other in self.examples)
         first = len(self.tokens)
+        at = example.prompt_at
         for repeat, (behind, numbers) in enumerate(self.rows.inputs(example)):
             start = len(self.tokens)
-            self.slots.extend(range(start, start + head))
-            self.tokens += [*[0] * head, *context, *behind]
-            moves = [*[prompt_moves] * head, *movable] if repeat == 0 else [False] * (head + len(movable))
-            self.movable += [*moves, *[False] * len(behind)]
+            self.slots.extend(range(start + at, start + at + head))
+            self.tokens += [*context[:at], *[0] * head, *context[at:], *behind]
+            moves = [*movable[:at], *[prompt_moves] * head, *movable[at:]]
+            self.movable += [*(moves if repeat == 0 else [False] * len(moves)), *[False] * len(behind)]
             self.moves_with += [*range(first, first + head + len(context))]
             self.moves_with += range(start + head + len(context), len(self.tokens))
             self._score(example, numbers, head + len(context), (stream * len(self.examples) + number) * width)

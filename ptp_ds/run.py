@@ -91,7 +91,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
         adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, config), run.prompt_length, run.prompt)
     tokenizer = load_tokenizer(folder)
     mask_id = mask_token_id(tokenizer, run.mask_token)
-    rows = rows_for(plan, tokenizer, run.prompt, run.prompt_length, run.target)
+    rows = rows_for(plan, task, tokenizer, run.prompt, run.prompt_length, run.target)
     room = row_room(run.max_length, run.prompt_length, config, plan) - rows.behind
     tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
     train, select = _train_and_select(run, tokenised)
@@ -318,7 +318,7 @@ def _report(
         prompt, head = engine.backbone.head.split(values)
         write_adapter(
             output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt,
-            prepared.plan, head,
+            prepared.plan, head, prepared.task.places_prompt,
         )  # fmt: skip
         write_json(output_dir / "result.json", summary)
     ranks.barrier()

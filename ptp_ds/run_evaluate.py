@@ -99,7 +99,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
                     ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
-    rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
+    rows = rows_for(plan, task, tokenizer, kind, prompt.shape[0])
     room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     tokenised = tokenise(task, split, tokenizer, room, labelled)
     if args.predictions is not None:

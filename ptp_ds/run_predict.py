@@ -131,7 +131,7 @@ def _serve(args: argparse.Namespace, task: Task) -> Served:
     if args.generate is not None and plan.kind != "causal":
         raise ValueError(f"--generate needs a causal model; {args.model} serves this adapter with a {plan.kind} head.")
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
-    rows = rows_for(plan, tokenizer, kind, prompt.shape[0])
+    rows = rows_for(plan, task, tokenizer, kind, prompt.shape[0])
     room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     if args.generate is not None and args.generate >= room:
         raise ValueError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")

@@ -67,12 +67,12 @@ def test_gradients_at_the_words_equal_an_eager_reference(family):
     examples = make_examples("ragged")
     scorer, model = scorer_of(family, examples), make_model(family)
     found = scorer.gradients()
-    for number, (example, start) in enumerate(zip(examples, found.starts, strict=True)):
+    for number, (example, places) in enumerate(zip(examples, found.places, strict=True)):
         delta = torch.zeros(len(example.context_ids), 32, requires_grad=True)
         scores = plain_scores(model, make_prompt(), example, delta)
         loss = F.cross_entropy(scores[None], torch.tensor([example.gold]))
         (expected,) = torch.autograd.grad(loss, delta)
-        ours = found.packed[start : start + len(example.context_ids)]
+        ours = found.packed[places]
         assert relative_error(ours, expected) < 1e-4
         assert ours.norm(dim=-1).argsort().tolist() == expected.norm(dim=-1).argsort().tolist()
         torch.testing.assert_close(found.clean[number, : len(scores)], scores.detach(), atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_what_all_rows_begin_with_is_in_the_trunk(shared):
         twin.context_ids for twin in A2T(expected, SETTINGS).twins
     ]
     place = len(examples[0].context_ids) - 1
-    ours, theirs = (found.packed[found.starts[0] + place] for found in (scorer.gradients(), expected.gradients()))
+    ours, theirs = (found.packed[found.places[0][place]] for found in (scorer.gradients(), expected.gradients()))
     assert relative_error(ours, theirs) < 1e-4
 
 
@@ -176,13 +176,13 @@ def test_the_steepest_words_are_swapped_by_first_order_gain():
     scorer = scorer_of(examples=examples)
     found = scorer.gradients()
     norms, weight = found.packed.norm(dim=-1), scorer.backbone.model.get_input_embeddings().weight
-    for example, start, swaps in zip(examples, found.starts, choose_swaps(scorer, found, 0.25), strict=True):
+    for example, places, swaps in zip(examples, found.places, choose_swaps(scorer, found, 0.25), strict=True):
         open_places = swappable(example, all_words())
-        expected = sorted(open_places, key=lambda place, start=start: -float(norms[start + place]))[:12]
+        expected = sorted(open_places, key=lambda place, places=places: -float(norms[places[place]]))[:12]
         assert list(swaps.places) == expected
         for place, tokens in zip(swaps.places, swaps.tokens, strict=True):
             old = example.context_ids[place]
-            gains = [float((weight[token] - weight[old]) @ found.packed[start + place]) for token in tokens]
+            gains = [float((weight[token] - weight[old]) @ found.packed[places[place]]) for token in tokens]
             assert gains == sorted(gains, reverse=True)
             assert sorted(tokens) == sorted(scorer.near([old])[old])
     assert first_order_gains(scorer, found.packed, []) == []

@@ -116,13 +116,13 @@ def test_heads_are_found_by_what_was_saved(encoders, tiny_model):
 
 def test_rows_follow_the_head(encoders, tokenizer):
     wordpiece = load_tokenizer(encoders["bare"])
-    rows = rows_for(HeadPlan("masked"), wordpiece, "soft", 7)
+    rows = rows_for(HeadPlan("masked"), load_task("RTE"), wordpiece, "soft", 7)
     assert rows == SeparateRows(kind="masked", prompt_length=7, mask_id=wordpiece.mask_token_id,
                                 tail=(wordpiece.sep_token_id,))  # fmt: skip
-    assert rows_for(HeadPlan("masked"), wordpiece, "deep", 7).prompt_length == 0
-    assert rows_for(HeadPlan(), tokenizer, "deep", 7) == TreeRows("deep")
+    assert rows_for(HeadPlan("masked"), load_task("RTE"), wordpiece, "deep", 7).prompt_length == 0
+    assert rows_for(HeadPlan(), load_task("RTE"), tokenizer, "deep", 7) == TreeRows("deep")
     with pytest.raises(ValueError, match="--head masked needs a mask token"):
-        rows_for(HeadPlan("masked"), tokenizer, "soft", 7)
+        rows_for(HeadPlan("masked"), load_task("RTE"), tokenizer, "soft", 7)
 
 
 def test_a_bare_encoder_is_no_masked_language_model(run_train, encoders):
@@ -134,17 +134,15 @@ def test_a_bare_encoder_is_no_masked_language_model(run_train, encoders):
 
 def test_classes_keep_their_trained_order(encoders, tmp_path):
     """AX-b lists its labels the other way round; a classifier's outputs are RTE's."""
-    from types import SimpleNamespace
-
-    from ptp_ds.run_evaluate import _plan
+    from ptp_ds.run_evaluate import adapter_plan
 
     (tmp_path / "ptp_ds.json").write_text(json.dumps({"head": {"kind": "classes"}, "task": load_task("RTE").spec()}))
-    config, args = load_config(encoders["bare"]), SimpleNamespace(adapter=tmp_path)
-    plan, task = _plan(args, config, load_task("AX-b"))
+    config = load_config(encoders["bare"])
+    plan, task = adapter_plan(tmp_path, config, load_task("AX-b"))
     assert plan == HeadPlan("classes", False, 2)
     assert list(task.answers) == list(load_task("RTE").answers) != list(load_task("AX-b").answers)
     with pytest.raises(ValueError, match="tells entailment, not_entailment apart; task CB has"):
-        _plan(args, config, load_task("CB"))
+        adapter_plan(tmp_path, config, load_task("CB"))
 
 
 def test_a_head_of_another_shape_is_refused(tmp_path, encoders):

@@ -263,10 +263,10 @@ def test_gradients_that_an_attack_ranks_words_by(kind, choice, shape):
     values = make_values(backbone)
     found = TextScorer(backbone, values, examples, 0, None).gradients()
     model = make_encoder("bert", kind, 1 if choice else 3)
-    for example, start, clean in zip(examples, found.starts, found.clean, strict=True):
+    for example, places, clean in zip(examples, found.places, found.clean, strict=True):
         delta = torch.zeros(len(example.context_ids), 32, requires_grad=True)
         scores = plain_scores(model, kind, values, backbone.head, example, delta, choice)
         loss = F.cross_entropy(scores[None], torch.tensor([example.gold]))
         (expected,) = torch.autograd.grad(loss, delta)
-        assert relative_error(found.packed[start : start + len(example.context_ids)], expected) < 1e-4
+        assert relative_error(found.packed[places], expected) < 1e-4
         torch.testing.assert_close(clean[: len(scores)], scores.detach(), atol=1e-5, rtol=1e-5)

@@ -15,6 +15,7 @@ from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.rows import SeparateRows, rows_for
 from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.tasks import load_task
 
 
 def total_of(scores, examples, deltas):
@@ -40,7 +41,7 @@ def test_step_gradient(model, target, perturbation):
         rows = SeparateRows(kind="masked", prompt_length=PROMPT, mask_id=4, tail=(2,), target=target)
     else:
         backbone, values = Backbone(make_model(model)), make_prompt()
-        rows = rows_for(HeadPlan(), None, "soft", PROMPT, target)
+        rows = rows_for(HeadPlan(), load_task("RTE"), None, "soft", PROMPT, target)
     backbone.serve("soft", rows)
     values = values.requires_grad_()
     row, settings = rows.pack(examples), settings_of(run, backbone.mean_embedding_norm())

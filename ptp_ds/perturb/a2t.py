@@ -61,8 +61,8 @@ def choose_swaps(scorer: TextScorer, found: Gradients, share: float) -> list[Swa
         example.context_ids[place] for example, places in zip(examples, open_places, strict=True) for place in places
     )
     chosen = []
-    for example, start, places in zip(examples, found.starts, open_places, strict=True):
-        ranked = sorted(places, key=lambda place, start=start: (-norms[start + place], place))  # type: ignore[misc]
+    for example, packed, places in zip(examples, found.places, open_places, strict=True):
+        ranked = sorted(places, key=lambda place, packed=packed: (-norms[packed[place]], place))  # type: ignore[misc]
         free = [place for place in ranked if near[example.context_ids[place]]]
         chosen.append(free[: most_swaps(len(attacked_words(example)), share)])
     return _by_gain(scorer, found, chosen, near)
@@ -73,10 +73,10 @@ def _by_gain(
 ) -> list[Swaps]:
     """Each chosen place's neighbours, those first whose embedding raises the loss most, to first order."""
     triples = []  # (packed token, old, new)
-    for example, start, places in zip(scorer.examples, found.starts, chosen, strict=True):
+    for example, packed, places in zip(scorer.examples, found.places, chosen, strict=True):
         for place in places:
             old = example.context_ids[place]
-            triples += [(start + place, old, new) for new in near[old]]
+            triples += [(packed[place], old, new) for new in near[old]]
     gains = iter(first_order_gains(scorer, found.packed, triples))
     plans = []
     for example, places in zip(scorer.examples, chosen, strict=True):

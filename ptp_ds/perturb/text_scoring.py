@@ -18,12 +18,12 @@ from ptp_ds.precision import at_least_fp32
 class Gradients:
     """clean: scores [B, C]. packed: fp32 gradient [T, H] of the summed cross-entropy at the packed tokens' embeddings.
 
-    starts: for each example, what is added to a place of its context to find it among the packed tokens.
+    places: for each example, where each token of its context lies among the packed tokens; negative in the trunk.
     """
 
     clean: Tensor
     packed: Tensor
-    starts: Sequence[int]
+    places: Sequence[Sequence[int]]
 
 
 class TextScorer:
@@ -53,11 +53,11 @@ class TextScorer:
         gradient_TH = at_least_fp32(gradient_TH)
         if row.moves_with is not None:  # a context that several blocks repeat
             gradient_TH = torch.zeros_like(gradient_TH).index_add_(0, row.moves_with, gradient_TH)
-        starts, first = [], rows.context_start(self.shared)
-        for length in row.lengths:
-            starts.append(first)
+        places, first = [], 0
+        for example, length in zip(self.examples, row.lengths, strict=True):
+            places.append([first + place for place in rows.context_places(example, self.shared)])
             first += length
-        return Gradients(scores_BC.detach(), gradient_TH, starts)
+        return Gradients(scores_BC.detach(), gradient_TH, places)
 
     @torch.no_grad()
     def scores(self, groups: Sequence[Sequence[Example]]) -> Tensor:

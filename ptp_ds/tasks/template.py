@@ -2,7 +2,8 @@
 
 Keys of a template file:
   name        folder of the data, `<data_dir>/<name>/<split>.jsonl`
-  text        the context, with {field} or {field|filter} for the row's fields; filters: strip_stop, lower_first
+  text        the context, with {field} or {field|filter} for the row's fields; filters: strip_stop, lower_first;
+              <prompt> where the soft prompt stands, in front of everything where it is left out
   truncate    the field that is shortened (from its middle) when a row exceeds the backbone's context
   values      optional, {field: {raw value: text}}: replaces raw values by words (COPA: cause -> because)
   fixed       optional, fields that a perturbation must leave alone; fields under `values` always are
@@ -34,6 +35,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "strip_stop": lambda text: text.rstrip().rstrip("."),
     "lower_first": lambda text: text[:1].lower() + text[1:],
 }
+PROMPT_MARK = "<prompt>"
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
 _KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
@@ -44,7 +46,8 @@ class Rendered:
     """A row as text. pieces: (text, field or None for template words) whose concatenation is the context.
 
     gold: the right candidate, the first of them where golds holds several; golds is empty where none is known to be
-    right, such a row is only evaluated. names, key, label: see ptp_ds.tasks.readers.Entry.
+    right, such a row is only evaluated. names, key, label: see ptp_ds.tasks.readers.Entry. prompt_at: the context's
+    character before which the soft prompt stands.
     """
 
     pieces: Sequence[tuple[str, str | None]]
@@ -54,6 +57,7 @@ class Rendered:
     names: Sequence[str] = ()
     key: Any = None
     label: int | None = None
+    prompt_at: int = 0
 
     @property
     def context(self) -> str:
@@ -119,8 +123,8 @@ class Task:
         for entry in read(self.reader, row, where, labelled):
             if entry.options:
                 gold = entry.golds[0] if entry.golds else 0
-                pieces = self._fill(self.text, entry.fields, where)
-                found = Rendered(pieces, entry.options, gold, entry.golds, entry.names, entry.key, entry.label)
+                pieces, at = self._context(entry.fields, where)
+                found = Rendered(pieces, entry.options, gold, entry.golds, entry.names, entry.key, entry.label, at)
             else:
                 found = replace(self.render(entry.fields, where, labelled), key=entry.key)
             rendered.append(found)
@@ -128,10 +132,10 @@ class Task:
 
     def render(self, row: Mapping[str, Any], where: str, labelled: bool = True) -> Rendered:
         """Fields as context pieces, candidates and gold; ValueError names `where` and the field at fault."""
-        pieces = self._fill(self.text, row, where)
+        pieces, at = self._context(row, where)
         candidates = ["".join(text for text, _ in self._fill(answer, row, where)) for answer in self.answers.values()]
         if not labelled:
-            return Rendered(pieces, candidates, 0)
+            return Rendered(pieces, candidates, 0, prompt_at=at)
         if self.label is None or self.label not in row:
             raise NoLabelError(f"{where}: the row has no {self.label!r}; a labelled split is needed.")
         label = canonical_label(row[self.label])
@@ -139,7 +143,18 @@ class Task:
             kind = NoLabelError if label in _UNLABELLED else ValueError
             raise kind(f"{where}: label {label!r} is not one of {', '.join(self.answers)} (task {self.name}).")
         gold = self.labels.index(label)
-        return Rendered(pieces, candidates, gold, (gold,))
+        return Rendered(pieces, candidates, gold, (gold,), prompt_at=at)
+
+    @property
+    def places_prompt(self) -> bool:
+        """Whether the text says where the soft prompt stands; in front of everything otherwise."""
+        return PROMPT_MARK in self.text
+
+    def _context(self, row: Mapping[str, Any], where: str) -> tuple[list[tuple[str, str | None]], int]:
+        """(the context's pieces, the character before which the prompt stands)."""
+        before, _, after = self.text.rpartition(PROMPT_MARK)
+        pieces = self._fill(before, row, where)
+        return pieces + self._fill(after, row, where), sum(len(text) for text, _ in pieces)
 
     def _fill(self, template: str, row: Mapping[str, Any], where: str) -> list[tuple[str, str | None]]:
         pieces: list[tuple[str, str | None]] = []
@@ -250,6 +265,8 @@ def parse_task(spec: Any, where: str) -> Task:
     for _, filter_name in slots:
         if filter_name and filter_name not in _FILTERS:
             raise ValueError(f"{where}: unknown filter {filter_name!r}; choose from {', '.join(_FILTERS)}.")
+    if spec["text"].count(PROMPT_MARK) > 1:
+        raise ValueError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
     in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
     if not in_text or re.search(r"[{}]", _SLOT.sub("", "".join((spec["text"], *answers.values())))):
         raise ValueError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
