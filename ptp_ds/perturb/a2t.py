@@ -62,8 +62,8 @@ def choose_swaps(scorer: TextScorer, found: Gradients, share: float) -> list[Swa
     )
     chosen = []
     for example, start, places in zip(examples, found.starts, open_places, strict=True):
-        ranked = sorted(places, key=lambda place, start=start: (-norms[start + place], place))  # type: ignore[misc]
-        free = [place for place in ranked if near[example.context_ids[place]]]
+        ranked = sorted((-norms[start + place], place) for place in places)
+        free = [place for _, place in ranked if near[example.context_ids[place]]]
         chosen.append(free[: most_swaps(len(attacked_words(example)), share)])
     return _by_gain(scorer, found, chosen, near)
 
