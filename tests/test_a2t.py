@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_scores, relative_error
 from safetensors.torch import load_file
+from test_deep_prompt import cached_scores, deep_prompt
 from test_packed_equals_plain import divergence, make_prompt, twin_deltas
 
 from ptp_ds.backbone import Backbone
@@ -90,6 +91,16 @@ def test_scores_of_all_texts_equal_plain_ones(family):
         torch.testing.assert_close(scores[place, : len(expected)], expected, atol=1e-5, rtol=1e-5)
         place += 1
     assert place == len(scores)
+
+
+def test_a_deep_prompt_scores_as_the_familys_own_cache():
+    examples, backbone = make_examples("ragged"), Backbone(make_model("llama"), prompt="deep")
+    prompt, model = deep_prompt(backbone.model), make_model("llama")
+    scorer = TextScorer(backbone, prompt, examples, 0, Neighbours(all_words(), 4, 0.0))
+    for text, ours in zip(examples, scorer.gradients().clean, strict=True):
+        expected = cached_scores(model, prompt, text)
+        torch.testing.assert_close(ours[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+    assert any(twin.context_ids != e.context_ids for twin, e in zip(A2T(scorer, SETTINGS).twins, examples, strict=True))
 
 
 @pytest.mark.parametrize("shared", [0, 2])
@@ -377,13 +388,6 @@ def test_real_rows(superglue, tokenizer):
 def test_flag_errors(argv, message):
     with pytest.raises(ValueError, match=message):
         parse_run(["--perturbation", "a2t", *argv])
-
-
-def test_flags_without_effect():
-    run, explicit = parse_run(["--perturbation", "gaussian", "--a2t_share", "0.2", "--a2t_min_cosine", "0.3"])
-    assert run.without_effect(explicit) == ["a2t_min_cosine", "a2t_share"]
-    run, explicit = parse_run(["--perturbation", "a2t+gaussian", "--a2t_share", "0.2", "--sigma", "0.3"])
-    assert run.without_effect(explicit) == []
 
 
 RUN = ["--task", "RTE", "--prompt_length", "5", "--batch_size", "4", "--eval_tokens", "2000", "--log_every", "1",

@@ -10,8 +10,9 @@ from ptp_ds.config import RunConfig, build_parser, nearest, parse_run
 
 AT_LEAST_ONE = (
     "prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps", "log_every",
-    "eval_tokens", "keep_checkpoints",
+    "eval_tokens", "keep_checkpoints", "a2t_neighbours",
 )  # fmt: skip
+A2T = {"a2t_share", "a2t_neighbours", "a2t_min_cosine"}
 NOISE, ASCENT, MASK = {"sigma"}, {"epsilon", "alpha", "ascent_steps", "norm"}, {"mask_share", "mask_token"}
 NOT_NEGATIVE = ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed")
 FINITE = ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm")
@@ -147,13 +148,15 @@ def test_contradictions(settings, message):
 @pytest.mark.parametrize(
     ("perturbation", "unread"),
     [
-        ("none", {*NOISE, *ASCENT, *MASK, "units", "reg_weight", "reg_warmup_steps", "divergence"}),
-        ("gaussian", {*ASCENT, *MASK}),
-        ("free", {*NOISE, *MASK}),
-        ("uniform", {*ASCENT, *MASK}),
-        ("pgd", {*NOISE, *MASK}),
-        ("mask", {*NOISE, *ASCENT, "units", "target"}),
-        ("mask+gaussian", ASCENT),
+        ("none", {*NOISE, *ASCENT, *MASK, *A2T, "units", "target", "reg_weight", "reg_warmup_steps", "divergence"}),
+        ("gaussian", {*ASCENT, *MASK, *A2T}),
+        ("free", {*NOISE, *MASK, *A2T}),
+        ("uniform", {*ASCENT, *MASK, *A2T}),
+        ("pgd", {*NOISE, *MASK, *A2T}),
+        ("mask", {*NOISE, *ASCENT, *A2T, "units", "target"}),
+        ("mask+gaussian", {*ASCENT, *A2T}),
+        ("a2t", {*NOISE, *ASCENT, *MASK, "units", "target"}),
+        ("a2t+gaussian", {*ASCENT, *MASK}),
     ],
 )
 def test_without_effect(perturbation, unread):

@@ -62,8 +62,8 @@ def choose_swaps(scorer: TextScorer, found: Gradients, share: float) -> list[Swa
     )
     chosen = []
     for example, packed, places in zip(examples, found.places, open_places, strict=True):
-        ranked = sorted(places, key=lambda place, packed=packed: (-norms[packed[place]], place))  # type: ignore[misc]
-        free = [place for place in ranked if near[example.context_ids[place]]]
+        ranked = sorted((-norms[packed[place]], place) for place in places)
+        free = [place for _, place in ranked if near[example.context_ids[place]]]
         chosen.append(free[: most_swaps(len(attacked_words(example)), share)])
     return _by_gain(scorer, found, chosen, near)
 
