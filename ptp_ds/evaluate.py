@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
-from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.objective import cross_entropy_sum, log_probabilities
 from ptp_ds.packing import Example
 from ptp_ds.tasks import Outcome, Task, compute_metrics, majority_accuracy
 
@@ -84,6 +85,13 @@ def score_examples(
     for number, example in enumerate(examples):
         table[number, len(example.candidate_ids) :] = float("-inf")
     return table
+
+
+def together(scores: Sequence[Tensor]) -> Tensor:
+    """[N, C] of an ensemble of prompts: the log of their mean probabilities; one prompt's scores as they are."""
+    if len(scores) == 1:
+        return scores[0]
+    return torch.logsumexp(torch.stack([log_probabilities(scores_NC) for scores_NC in scores]), 0) - log(len(scores))
 
 
 def evaluate(

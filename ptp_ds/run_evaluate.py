@@ -15,7 +15,7 @@ from ptp_ds.config import RunConfig, StrictParser, nearest
 from ptp_ds.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.evaluate import evaluation_of, score_examples
+from ptp_ds.evaluate import evaluation_of, score_examples, together
 from ptp_ds.export import adapter_kind, read_adapter, read_card, read_head
 from ptp_ds.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
@@ -32,7 +32,8 @@ from ptp_ds.tasks.template import parse_task
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     defaults = RunConfig()
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, help="folder with adapter_config.json, ours or peft's")
+    parser.add_argument("--adapter", required=True, nargs="+", help="folder with adapter_config.json, ours or peft's; "
+                        "several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
     parser.add_argument("--model", default=defaults.model, help="hub id, folder or the embedded model")
     parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")
     parser.add_argument("--data_dir", help="folder with <Task>/<split>.jsonl; default: the packaged demo data")
@@ -80,36 +81,51 @@ def adapter_plan(adapter: str, config: Any, task: Task) -> tuple[HeadPlan, Task]
     return plan, replace(task, answers={label: task.answers[label] for label in trained})
 
 
+def _one_plan(adapters: Sequence[str], config: Any, task: Task) -> tuple[HeadPlan, Task]:
+    """adapter_plan of all adapters; ValueError where they differ in head or order of classes."""
+    found = [adapter_plan(adapter, config, task) for adapter in adapters]
+    for adapter, (plan, theirs) in zip(adapters, found, strict=True):
+        if plan != found[0][0] or list(theirs.answers) != list(found[0][1].answers):
+            raise ValueError(f"Adapters {adapters[0]} and {adapter} have different heads; an ensemble needs one kind.")
+    return found[0]
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
         raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
     for flag, file in (("--json", args.json), ("--predictions", args.predictions)):
         if file is not None:
             require_writable(flag, file)
-    task = adapter_task(args.adapter, args.task)
+    task = adapter_task(args.adapter[0], args.task)
     split = load_split(task, args.split, args.data_dir, args.dataset)
     labelled = args.predictions is None or is_labelled(task, split)
     raw = read_ds_config(args.ds_config)
-    kind = adapter_kind(args.adapter)
+    kind = adapter_kind(args.adapter[0])
     folder = resolve_model(args.model)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    plan, task = adapter_plan(args.adapter, config, task)
+    plan, task = _one_plan(args.adapter, config, task)
     auto_class(config, plan.kind, folder)
-    prompt = read_adapter(args.adapter, prompt_width(kind, config))
-    run = RunConfig(model=args.model, prompt_length=prompt.shape[0], precision=args.precision,
+    prompts = [read_adapter(args.adapter[0], prompt_width(kind, config))]
+    length = prompts[0].shape[0]
+    prompts += [read_adapter(adapter, prompts[0].shape[1], length, kind) for adapter in args.adapter[1:]]
+    run = RunConfig(model=args.model, prompt_length=length, precision=args.precision,
                     ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
-    rows = rows_for(plan, task, tokenizer, kind, prompt.shape[0])
-    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
+    rows = rows_for(plan, task, tokenizer, kind, length)
+    room = row_room(args.max_length, length, config, plan) - rows.behind
     tokenised = tokenise(task, split, tokenizer, room, labelled)
     if args.predictions is not None:
         check_numbers(task, split, len(tokenised.examples))
     ranks = start_processes()
     backbone = load_backbone(folder, resolved, ranks, plan)
     backbone, _ = checked(backbone)
-    backbone.serve(kind, rows, prompt.shape[0])
-    values = backbone.head.join(prompt, read_head(args.adapter, backbone.head.trained))
-    scores = score_examples(backbone, values, tokenised.examples, ranks, args.eval_tokens)
+    backbone.serve(kind, rows, length)
+    head = backbone.head
+    scores = together([
+        score_examples(backbone, head.join(prompt, read_head(adapter, head.trained)), tokenised.examples, ranks,
+                       args.eval_tokens)
+        for adapter, prompt in zip(args.adapter, prompts, strict=True)
+    ])  # fmt: skip
     result = evaluation_of(scores, tokenised.examples, task) if labelled else None
     shown = f"{task.name} {args.split} ({len(tokenised.examples)} rows): "
     if result is not None:
@@ -134,7 +150,7 @@ def _write(
 
 def _of_run(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """What result.json says of the run that trained the adapter: with the metrics, scripts/overall.py reads this."""
-    trained = read_card(args.adapter).get("result")
+    trained = read_card(args.adapter[0]).get("result") if len(args.adapter) == 1 else None
     kept = trained if isinstance(trained, dict) else {}
     run = {name: kept[name] for name in ("perturbation", "prompt", "seed") if name in kept}
     return {"task": task.name, "model": args.model, "eval_split": args.split, **run}

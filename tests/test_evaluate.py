@@ -1,5 +1,6 @@
 """How a split is shared out over passes and ranks, and which of two evaluations is better."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from test_packed_equals_plain import make_prompt
 
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
-from ptp_ds.evaluate import Evaluation, outcome_of, plan_packs, score_examples
+from ptp_ds.evaluate import Evaluation, outcome_of, plan_packs, score_examples, together
 from ptp_ds.groups import group_length, pack_groups, share_contexts
 
 
@@ -131,3 +132,42 @@ def test_outcomes_of_tasks_that_name_their_own_options():
     assert (list(outcome.predicted), list(outcome.gold)) == ([1, 0, 1], [1, 0, 0])
     entity = replace(example, golds=[0, 1], names=("Ann", "Bob"))
     assert outcome_of([1], [entity]).answers == [("Bob", ["Ann", "Bob"])]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    first = torch.tensor([[0.0, 1.0, float("-inf")], [2.0, 0.5, -1.0]])
+    second = torch.tensor([[3.0, 1.0, float("-inf")], [0.0, 0.5, 1.0]])
+    found = together([first, second])
+    torch.testing.assert_close(found.exp(), (first.softmax(-1) + second.softmax(-1)) / 2)
+    assert together([first]) is first
+
+
+def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
+    """Two different prompts: the written scores are those of their mean probabilities, and one prompt twice is one."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    from processes import child_environment
+
+    from ptp_ds.export import write_adapter
+    from ptp_ds.loading import load_config
+    from ptp_ds.tasks import load_task
+
+    config, card = load_config(tiny_model), {"task": load_task("RTE").spec()}
+    for seed in (0, 1):
+        prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+        write_adapter(tmp_path / str(seed), prompt, str(tiny_model), config, card)
+
+    def scores(*adapters):
+        command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(tiny_model), "--json",
+                   str(tmp_path / "out.json"), "--adapter", *(str(tmp_path / name) for name in adapters)]  # fmt: skip
+        done = subprocess.run(
+            command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.tensor(json.loads((tmp_path / "out.json").read_text())["scores"])
+
+    one, other, both = scores("0"), scores("1"), scores("0", "1")
+    torch.testing.assert_close(both.exp(), (one.softmax(-1) + other.softmax(-1)) / 2, atol=1e-5, rtol=1e-4)
+    assert float((one - other).abs().max()) > 1e-2

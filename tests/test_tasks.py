@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from ptp_ds.data import DEMO_DATA, load_split
 from ptp_ds.tasks import Outcome, builtin_tasks, compute_metrics, load_task, majority_accuracy
 from ptp_ds.tasks.readers import noun_phrases
-from ptp_ds.tasks.template import canonical_label, parse_task
+from ptp_ds.tasks.template import builtin_templates, canonical_label, parse_task
 
 ROWS = {
     "BoolQ": {"passage": "Glass -- It melts.", "question": "can glass melt", "label": True},
@@ -360,3 +360,18 @@ def test_noun_phrases_are_names_and_what_follows_a_determiner():
 def test_rows_unlike_the_official_files(name, change, message):
     with pytest.raises(ValueError, match=message):
         load_task(name).entries({**ROWS[name], **change}, "row 3")
+
+
+@pytest.mark.parametrize("name", sorted(set(builtin_templates()) - set(builtin_tasks())))
+def test_variants_are_their_task_in_other_words(name):
+    task, plain = load_task(name), load_task(name.split(".")[0])
+    assert (task.name, task.metrics, task.reader, task.fields) == (
+        plain.name,
+        plain.metrics,
+        plain.reader,
+        plain.fields,
+    )
+    assert task.labels == plain.labels
+    assert task.choice == plain.choice
+    assert task.text != plain.text or task.values != plain.values
+    assert len(task.entries(ROWS[plain.name], "here")) == len(plain.entries(ROWS[plain.name], "here"))

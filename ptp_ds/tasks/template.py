@@ -187,14 +187,19 @@ def canonical_label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def builtin_templates() -> list[str]:
+    """Names of the templates that ship with the package: <task>, and <task>.<variant> for other words."""
+    return sorted(path.stem for path in _TEMPLATES.glob("*.json"))
+
+
 def builtin_tasks() -> list[str]:
     """Names of the tasks whose templates ship with the package."""
-    return sorted(path.stem for path in _TEMPLATES.glob("*.json"))
+    return [name for name in builtin_templates() if "." not in name]
 
 
 def load_task(name: str) -> Task:
     """A built-in task by name, or a template by the path of its .json file. Raises ValueError with what is wrong."""
-    if name in builtin_tasks():
+    if name in builtin_templates():
         return parse_task(_read_json(_TEMPLATES / f"{name}.json"), f"task {name}")
     path = Path(name)
     if path.suffix == ".json":
