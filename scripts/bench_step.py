@@ -4,11 +4,12 @@
     python scripts/bench_step.py --data_dir DATA --json bench.json
 
 (a) peft as documented: rows padded on the right, full logits. (b) the best of it: padded on the left and
-logits_to_keep=1 (or as many as the longest answer). Both take 16 rows at a time and carry the same regulariser: clean
-pass, K ascent passes for delta's gradient, perturbed pass, one backward, AdamW step; free is timed against one
-perturbed pass. A ratio is the median over batches of peft / ours. floor: the least time of the step's matrix products,
-4 N T floating-point operations for each pass with gradient over T real tokens, the prompt's once a step, at the matrix
-rate measured in the same run.
+logits_to_keep=1 (or as many as the longest answer). Both take --peft_rows rows at a time and carry the same
+regulariser: clean pass, K ascent passes for delta's gradient, perturbed pass, one backward, AdamW step; free is timed
+against one perturbed pass. --prompt deep is timed against peft's PrefixTuning, an encoder with its trained classifier
+against peft's SEQ_CLS (both sides are then the same). A ratio is the median over batches of peft / ours. floor: the
+least time of the step's matrix products, 4 N T floating-point operations for each pass with gradient over T real
+tokens, the prompt's once a step, at the matrix rate measured in the same run.
 """
 
 import argparse
@@ -18,73 +19,28 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_measure import PeakMemory, floor_operations, matrix_rate, wait, weights_of
+from bench_measure import floor_operations, matrix_rate, wait
+from bench_sides import Ours, Sides
 from peft_loop import PeftLoop
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ptp_ds.activations import Activations
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.engine import Engine
-from ptp_ds.loading import load_backbone, load_config, load_tokenizer
-from ptp_ds.models import EMBEDDED_MODEL, resolve_model
-from ptp_ds.packing import Example, pack
-from ptp_ds.perturb import Noise
-from ptp_ds.prompts import SoftPrompt, initial_prompt
-from ptp_ds.run import report_error, versions
+from ptp_ds.models import EMBEDDED_MODEL
+from ptp_ds.packing import Example
+from ptp_ds.run import report_error, row_room, versions
 from ptp_ds.seeding import make_generator
-from ptp_ds.sharding import EDGES
-from ptp_ds.step import optimizer_step, settings_of
 from ptp_ds.tasks import load_task
 
 METHODS = ("none", "gaussian", "free", "pgd")
 SIDES = {"a": "peft", "b": "peft_keep"}
-
-
-class Ours:
-    """The trainer's own step, through the DeepSpeed engine."""
-
-    def __init__(self, engine: Engine, unit: float, device: torch.device) -> None:
-        self.engine, self.unit, self.device = engine, unit, device
-        self.backbone = engine.backbone
-
-    def step(self, examples: list[Example], method: str, run: RunConfig, number: int) -> float:
-        """One optimizer step; returns the summed loss."""
-        run = replace(run, perturbation=method, batch_size=len(examples))
-        row = pack(examples).to(self.device)
-        settings = settings_of(run, self.unit)
-        loss, _ = optimizer_step(
-            self.engine, row, run, settings, Noise(run.seed, number), 1e-3, global_count=len(examples)
-        )
-        self.row_tokens, self.tokens = row.num_tokens, loss.tokens
-        return float(loss.total.detach())
-
-    def peak_bytes(self, examples: list[Example], method: str, run: RunConfig) -> int:
-        """Peak bytes that a step needs beside the weights; also warms the step up."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step(examples, method, run, 0)
-            return torch.cuda.max_memory_allocated() - before
-        with PeakMemory(weights_of(self.backbone)) as memory:
-            self.step(examples, method, run, 0)
-        return memory.peak
-
-    def traffic(self) -> dict[str, Any]:
-        """Gathers since the last reset: the most of any layer, bytes, and the most elements held at once."""
-        traffic = self.backbone.shards.traffic
-        whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.backbone.parameters())
-        layers = [count for number, count in traffic.gathers.items() if number != EDGES]
-        return {"gathers_per_layer": max(layers, default=0), "gathered_bytes": traffic.gathered_bytes,
-                "peak_gathered_share": traffic.peak_elements / whole}  # fmt: skip
 
 
 @dataclass
@@ -128,23 +84,23 @@ def draw_batches(examples: list[Example], rows: int, count: int, seed: int) -> l
 def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, peft: dict[str, PeftLoop],
             run: RunConfig, plain_keep: list[float], start: Tensor) -> dict[str, Any]:  # fmt: skip
     """One row of the table. plain_keep: (b)'s seconds without regulariser, batch by batch; filled by method none."""
-    method, prompt, device = setting["method"], setting["prompt_length"], ours.device
+    method, device = setting["method"], ours.device
     times, floors, tokens = Timings(), [], {"ours": 0, "peft": 0}
     peak = ours.peak_bytes(batches[0], method, run)
     ours.engine.set_prompt(start)
     for loop in peft.values():
-        loop.optimizer.param_groups[0]["params"][0].data.copy_(start)
+        loop.start(start)
     for number, batch in enumerate(batches):
         ours.backbone.shards.traffic.reset()
         seconds, loss = timed(lambda batch=batch, number=number: ours.step(batch, method, run, number), device)
         times.ours.append(seconds)
-        work = floor_operations(ours.backbone, method, run.ascent_steps, prompt, ours.row_tokens)
+        work = floor_operations(ours.backbone, method, run.ascent_steps, ours.trunk_inputs, ours.row_tokens)
         floors.append(work / matrix_rate(ours.backbone, ours.row_tokens, device) / seconds)
         for name, loop in peft.items():
             seconds, value = timed(lambda batch=batch, loop=loop: loop.step(batch, method, run, ours.unit), device)
             getattr(times, name).append(seconds)
             tokens["peft"] = tokens["peft"] + loop.tokens // len(peft)
-            if number == 0 and method == "none" and name == "peft":
+            if number == 0 and method == "none" and (name == "peft" or loop.classes):
                 check_same_loss(loss, value, setting["dtype"])
         tokens["ours"] += ours.tokens
     if method == "none":
@@ -231,6 +187,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt_lengths", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--against", nargs="*", default=["a", "b"], choices=tuple(SIDES), help="peft's sides to time")
+    parser.add_argument("--prompt", default="soft", choices=("soft", "deep"))
+    parser.add_argument(
+        "--peft_rows", type=int, default=16, help="examples of peft's micro-batch: what its memory holds"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="batches timed for each setting")
     parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
@@ -239,14 +199,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def bench_length(args: argparse.Namespace, length: int, open_ours: Callable[[int], tuple]) -> list[dict[str, Any]]:
+def bench_length(args: argparse.Namespace, length: int, sides: Sides) -> list[dict[str, Any]]:
     """The table's rows for one prompt length."""
-    ours, peft, prompt, tokenizer, dtype = open_ours(length)
+    ours, prompt = sides.open_ours(length)
+    peft = {SIDES[side]: sides.open_peft(prompt, ours.backbone.head, side == "b") for side in sorted(args.against)}
+    tokenizer, dtype = sides.tokenizer, sides.dtype
     run, table = RunConfig(ds_config=args.ds_config, precision=args.precision), []
     for name in args.tasks:
         task = load_task(name)
         split = load_split(task, args.split, args.data_dir, None)
-        examples = list(tokenise(task, split, tokenizer, 2048).examples)
+        room = min(2048, row_room(None, length, ours.backbone.model.config)) - ours.backbone.rows.behind
+        examples = list(tokenise(task, split, tokenizer, room).examples)
         for rows in args.rows:
             batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
             for loop in peft.values():  # warm-up, on a batch that isn't timed
@@ -266,35 +229,15 @@ def main() -> int:
     prepare_environment()
     args = parse()
     ranks = start_processes()
-    folder = resolve_model(args.model)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
     run = RunConfig(ds_config=args.ds_config, precision=args.precision)
-    resolved = resolve_ds_config(
-        read_ds_config(args.ds_config), run, set(), ranks.world, config.get_text_config().hidden_size
-    )
-    dtype = str(resolved.dtype).removeprefix("torch.")
-
-    def open_ours(length: int) -> tuple:
-        backbone = load_backbone(folder, resolved, ranks)
-        prompt = initial_prompt("vocab", length, backbone, tokenizer, seed=0, text=None, answers=[])
-        engine = Engine(SoftPrompt(prompt), backbone, resolved, ranks)
-        ours = Ours(engine, backbone.mean_embedding_norm(), ranks.device)
-        peft = {
-            SIDES[side]: PeftLoop(
-                AutoModelForCausalLM.from_pretrained(folder, dtype=resolved.dtype).to(ranks.device), prompt,
-                ranks.device, keep=side == "b",
-            )
-            for side in sorted(args.against)
-        }  # fmt: skip
-        return ours, peft, prompt, tokenizer, dtype
-
-    print(f"{args.model} {dtype} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
+    sides = Sides.of(args.model, load_task(args.tasks[0]), run, ranks, args.prompt, args.peft_rows)
+    print(f"{args.model} {sides.dtype} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
           f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}; seconds are medians of "
           f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
           f"{json.dumps(versions())}")  # fmt: skip
     print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor peak MiB gathers  "
           "peak w  tokens  peft's")  # fmt: skip
-    table = [row for length in args.prompt_lengths for row in bench_length(args, length, open_ours)]
+    table = [row for length in args.prompt_lengths for row in bench_length(args, length, sides)]
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     stop_processes()

@@ -6,28 +6,47 @@ import torch
 from torch import Tensor
 
 from ptp_ds.config import RunConfig
+from ptp_ds.heads import Head
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing import Example
 
-ROWS = 16  # examples of a micro-batch: what fits into 24 GB with SmolLM2-135M, a prompt of 100 and two streams
-
 
 class PeftLoop:
-    """What a user of peft writes: padded rows, one full pass for each stream and ascent step."""
+    """What a user of peft writes: padded rows, one full pass for each stream and ascent step.
 
-    def __init__(self, base: Any, prompt_PH: Tensor, device: torch.device, keep: bool) -> None:
-        """base: a transformers model on `device`. keep: whether logits are computed at the answers alone."""
-        from peft import PromptTuningConfig, get_peft_model
+    Prompt or prefix tuning of a causal model, or of an encoder with a classifier that is trained beside the prompt.
+    """
+
+    def __init__(
+        self, base: Any, values: Tensor, device: torch.device, keep: bool, rows: int, head: Head, prompt: str,
+        tail: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """base: a transformers model on `device`. values: prompt and head to start from. keep: whether logits are
+        computed at the answers alone. rows: examples of a micro-batch. prompt: soft or deep. tail: tokens behind texts.
+        """
+        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
         base.eval()
-        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt_PH.shape[0])
-        self.model, self.keep, self.device = get_peft_model(base, settings), keep, device
-        self.prompt_length, self.tokens = prompt_PH.shape[0], 0
-        weight = self.model.prompt_encoder["default"].embedding.weight
-        with torch.no_grad():
-            weight.copy_(prompt_PH)
-        self.optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+        self.classes, self.keep, self.device = head.kind == "classes", keep, device
+        self.head, self.tail, self.micro_batch = head, list(tail), rows
+        made = {"soft": PromptTuningConfig, "deep": PrefixTuningConfig}[prompt]
+        self.prompt_length, self.tokens = head.split(values)[0].shape[0], 0
+        kind = "SEQ_CLS" if self.classes else "CAUSAL_LM"
+        self.model = get_peft_model(base, made(task_type=kind, num_virtual_tokens=self.prompt_length))
+        self.start(values)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
         self.embed = base.get_input_embeddings()
+
+    @torch.no_grad()
+    def start(self, values: Tensor) -> None:
+        """Prompt and head back at `values`."""
+        prompt, tensors = self.head.split(values)
+        self.model.prompt_encoder["default"].embedding.weight.copy_(prompt)
+        for name, parameter in self.model.base_model.named_parameters():
+            wanted = tensors.get(name.replace("modules_to_save.default.", ""))
+            if wanted is not None and parameter.requires_grad:
+                parameter.copy_(wanted)
 
     def pad(self, examples: list[Example]) -> dict[str, Tensor]:
         """Sequences [rows x candidates or rows, L], their mask and where the answers lie."""
@@ -35,7 +54,9 @@ class PeftLoop:
         rows: list[tuple[list[int], list[list[int]]]] = []
         for example in examples:
             answers = [list(answer) for answer in example.candidate_ids]
-            if single:
+            if self.classes:
+                rows.append((list(example.context_ids) + self.tail, answers))
+            elif single:
                 rows.append((list(example.context_ids), answers))
             else:
                 rows.extend((list(example.context_ids) + answer[:-1], [answer]) for answer in answers)
@@ -43,7 +64,7 @@ class PeftLoop:
         ids_RL = torch.zeros(len(rows), longest, dtype=torch.long)
         mask_RL = torch.zeros(len(rows), longest, dtype=torch.long)
         for number, (ids, _) in enumerate(rows):
-            place = slice(longest - len(ids), longest) if self.keep else slice(0, len(ids))
+            place = slice(longest - len(ids), longest) if self.keep and not self.classes else slice(0, len(ids))
             ids_RL[number, place], mask_RL[number, place] = torch.tensor(ids), 1
         self.rows, self.single, self.longest = rows, single, longest
         self.gold = torch.tensor([example.gold for example in examples], device=self.device)
@@ -51,6 +72,8 @@ class PeftLoop:
 
     def scores(self, embeds_RLH: Tensor, mask_RL: Tensor) -> Tensor:
         """[B, C] candidate log-probabilities by peft's own forward."""
+        if self.classes:
+            return self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL).logits
         most = max(len(answer) for _, answers in self.rows for answer in answers)
         keep = {"logits_to_keep": most} if self.keep else {}
         logits = self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **keep).logits
@@ -64,10 +87,10 @@ class PeftLoop:
         return torch.stack(parts).view(self.gold.shape[0], -1)
 
     def step(self, examples: list[Example], method: str, run: RunConfig, unit: float) -> float:
-        """One optimizer step, ROWS examples at a time (it keeps every activation); returns the summed loss."""
+        """One optimizer step, a micro-batch at a time (it keeps every activation); returns the summed loss."""
         total, self.tokens = 0.0, 0
-        for first in range(0, len(examples), ROWS):
-            loss = self._loss(examples[first : first + ROWS], method, run, unit)
+        for first in range(0, len(examples), self.micro_batch):
+            loss = self._loss(examples[first : first + self.micro_batch], method, run, unit)
             (loss / len(examples)).backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)

@@ -28,6 +28,10 @@ def blocks(draw):
     return Block(sum(lengths), tuple(starts), tuple(parents))
 
 
+open_blocks = st.integers(1, 12).map(lambda length: Block(length, (0,), (-1,), causal=False))  # an encoder's
+packed_rows = st.one_of(st.lists(blocks(), min_size=1, max_size=5), st.lists(open_blocks, min_size=1, max_size=5))
+
+
 def dense(q, k, v, rows, trunk, scale, softcap, window):
     """The same attention with one [P + T, P + T] mask built token by token from its definition."""
     path, position, tokens = [], [], 0
@@ -40,8 +44,9 @@ def dense(q, k, v, rows, trunk, scale, softcap, window):
         for start, end, parent in zip(block.starts, ends, block.parents, strict=True):
             before = set(range(trunk)) if parent < 0 else path[tokens + ends[parent] - 1]
             for place in range(start, end):
-                path.append(before | set(range(tokens + start, tokens + place + 1)))
-                position.append(len(path[-1]) - 1)
+                last = place + 1 if block.causal else end
+                path.append(before | set(range(tokens + start, tokens + last)))
+                position.append(len(before) + place - start)
         tokens += block.length
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -51,13 +56,13 @@ def dense(q, k, v, rows, trunk, scale, softcap, window):
     hidden = torch.ones(tokens, tokens, dtype=torch.bool)
     for query in range(tokens):
         for key in path[query]:
-            hidden[query, key] = window is not None and position[query] - position[key] >= window
+            hidden[query, key] = window is not None and abs(position[query] - position[key]) >= window
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 @given(
-    rows=st.lists(blocks(), min_size=1, max_size=5), trunk=st.integers(0, 4), groups=st.sampled_from([1, 2]),
+    rows=packed_rows, trunk=st.integers(0, 4), groups=st.sampled_from([1, 2]),
     softcap=st.sampled_from([None, 0.7]), window=st.sampled_from([None, 3]), seed=st.integers(0, 99),
     worth=st.sampled_from([0, 6000]),
 )  # fmt: skip

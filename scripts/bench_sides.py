@@ -1,0 +1,120 @@
+"""The two sides of bench_step.py, opened on the same model, task and start: ours and peft's."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_measure import PeakMemory, weights_of
+from peft_loop import PeftLoop
+from torch import Tensor
+
+from ptp_ds.config import RunConfig
+from ptp_ds.data import tail_ids
+from ptp_ds.distributed import Ranks
+from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
+from ptp_ds.engine import Engine
+from ptp_ds.heads import Head, HeadPlan, auto_class, plan_head
+from ptp_ds.loading import load_backbone, load_config, load_tokenizer
+from ptp_ds.models import resolve_model
+from ptp_ds.packing import Example
+from ptp_ds.perturb import Noise
+from ptp_ds.prompts import SoftPrompt, initial_prompt
+from ptp_ds.prompts.deep import join_deep
+from ptp_ds.rows import rows_for
+from ptp_ds.sharding import EDGES
+from ptp_ds.step import optimizer_step, settings_of
+from ptp_ds.tasks import Task
+
+
+class Ours:
+    """The trainer's own step, through the DeepSpeed engine."""
+
+    def __init__(self, engine: Engine, values: Tensor, unit: float, device: torch.device) -> None:
+        self.engine, self.values, self.unit, self.device = engine, values, unit, device
+        self.backbone = engine.backbone
+
+    def step(self, examples: list[Example], method: str, run: RunConfig, number: int) -> float:
+        """One optimizer step; returns the summed loss."""
+        run = replace(run, perturbation=method, batch_size=len(examples))
+        row = self.backbone.rows.pack(examples).to(self.device)
+        settings = settings_of(run, self.unit)
+        loss, _ = optimizer_step(
+            self.engine, row, run, settings, Noise(run.seed, number), 1e-3, global_count=len(examples)
+        )
+        self.row_tokens, self.tokens = row.num_tokens, loss.tokens
+        self.trunk_inputs = self.backbone.trunk_length(self.values, row) if self.backbone.prompt == "soft" else 0
+        return float(loss.total.detach())
+
+    def peak_bytes(self, examples: list[Example], method: str, run: RunConfig) -> int:
+        """Peak bytes that a step needs beside the weights; also warms the step up."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(examples, method, run, 0)
+            return torch.cuda.max_memory_allocated() - before
+        with PeakMemory(weights_of(self.backbone)) as memory:
+            self.step(examples, method, run, 0)
+        return memory.peak
+
+    def traffic(self) -> dict[str, Any]:
+        """Gathers since the last reset: the most of any layer, bytes, and the most elements held at once."""
+        traffic = self.backbone.shards.traffic
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.backbone.parameters())
+        layers = [count for number, count in traffic.gathers.items() if number != EDGES]
+        return {"gathers_per_layer": max(layers, default=0), "gathered_bytes": traffic.gathered_bytes,
+                "peak_gathered_share": traffic.peak_elements / whole}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What both sides share. prompt: soft or deep. peft_rows: examples of peft's micro-batch."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    task: Task
+    plan: HeadPlan
+    resolved: ResolvedDeepSpeed
+    ranks: Ranks
+    prompt: str
+    peft_rows: int
+
+    @classmethod
+    def of(cls, model: str, task: Task, run: RunConfig, ranks: Ranks, prompt: str, peft_rows: int) -> "Sides":
+        """From a model's name; ValueError for a head that peft has no loop for."""
+        folder = resolve_model(model)
+        config = load_config(folder)
+        plan = plan_head(config, "auto", task)
+        if plan.kind not in ("causal", "classes") or (plan.kind == "classes" and plan.choice):
+            raise ValueError("peft has no loop for this; give a causal model, or an encoder and a task of classes.")
+        width = config.get_text_config().hidden_size
+        resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, width)
+        return cls(folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows)
+
+    @property
+    def dtype(self) -> str:
+        """The backbone's, as text."""
+        return str(self.resolved.dtype).removeprefix("torch.")
+
+    def open_ours(self, length: int) -> tuple[Ours, Tensor]:
+        """Our side, and the values (prompt and head) that both start from."""
+        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan)
+        head = backbone.head
+        start = initial_prompt("vocab", length, backbone, self.tokenizer, seed=0, text=None, answers=[])
+        tensors = head.start(self.config, 0)
+        values = head.join(start, tensors)
+        if self.prompt == "deep":
+            values = head.join(join_deep(backbone.keys_of(start, values)), tensors)
+        backbone.serve(self.prompt, rows_for(self.plan, self.task, self.tokenizer, self.prompt, length), length)
+        engine = Engine(SoftPrompt(values), backbone, self.resolved, self.ranks)
+        return Ours(engine, values, backbone.mean_embedding_norm(), self.ranks.device), values
+
+    def open_peft(self, values: Tensor, head: Head, keep: bool) -> PeftLoop:
+        """peft's side; keep: see PeftLoop."""
+        auto = auto_class(self.config, self.plan.kind, self.folder)
+        labels = {"num_labels": self.plan.outputs} if self.plan.kind == "classes" else {}
+        base = auto.from_pretrained(self.folder, dtype=self.resolved.dtype, **labels).to(self.ranks.device)
+        return PeftLoop(
+            base, values, self.ranks.device, keep, self.peft_rows, head, self.prompt, tail_ids(self.tokenizer)
+        )
