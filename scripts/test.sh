@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ "$#" -eq 0 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two workers: more threads would wait for each other
     ruff check .
     ruff format --check .
     mypy
