@@ -422,10 +422,12 @@ def test_resumed_equals_uninterrupted_and_shares_are_told(run_train, tiny_model,
 
 
 def test_two_ranks_under_zero3_attack_alike(run_train, tiny_model, tmp_path):
+    """Two micro-batches on each of two ranks, or all rows on one: the same words swapped, one prompt."""
     folders = {}
     for nproc in (1, 2):
         out = folders[nproc] = tmp_path / str(nproc)
-        done = run_train([*RUN, "--model", tiny_model, "--max_steps", "3", "--output_dir", out], nproc=nproc)
+        args = [*RUN, "--model", tiny_model, "--max_steps", "3", "--gradient_accumulation_steps", nproc]
+        done = run_train([*args, "--output_dir", out], nproc=nproc)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (state(folders[nproc], 3)["prompt"] for nproc in (1, 2))
     assert float((two - one).norm() / one.norm()) < 1e-4
