@@ -95,12 +95,13 @@ class Trainer:
         step = progress.step
         batch, places = self._dealt(step)
         noise = Noise(self.run.seed, step)
-        packed, shares = self._packed([batch[place] for place in places], noise)
-        row = packed.to(self.ranks.device)
-        loss, delta = optimizer_step(
-            self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
-            global_count=len(batch), carried_TH=self._carried(progress),
-        )  # fmt: skip
+        with self.engine.backbone.shards.edges():  # once for an attack and the step
+            packed, shares = self._packed([batch[place] for place in places], noise)
+            row = packed.to(self.ranks.device)
+            loss, delta = optimizer_step(
+                self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
+                global_count=len(batch), carried_TH=self._carried(progress),
+            )  # fmt: skip
         progress.carried = Carried(mine=delta) if delta is not None else None
         meter.add(loss, row, step, shares)
 
@@ -121,10 +122,8 @@ class Trainer:
     def _attacked(self, attack: Attack, examples: Sequence[Example]) -> tuple[Sequence[Twin], Shares]:
         """Twins against the prompt as it stands, anew at each use of an example (once an epoch): nothing to save."""
         assert self.neighbours is not None
-        backbone = self.engine.backbone
-        with backbone.shards.edges():
-            scorer = TextScorer(backbone, self.engine.prompt(), examples, self._shared, self.neighbours)
-            found = attack(scorer, self.settings)
+        scorer = TextScorer(self.engine.backbone, self.engine.prompt(), examples, self._shared, self.neighbours)
+        found = attack(scorer, self.settings)
         return found.twins, found.shares
 
     @cached_property

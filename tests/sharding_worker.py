@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from ptp_ds.distributed import start_processes, stop_processes
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.engine import Engine
 from ptp_ds.loading import build_sharded, fill_randomly
-from ptp_ds.packing import Example, pack
+from ptp_ds.packing import Example, PackedRow, pack, pack_text_twins
 from ptp_ds.perturb import Noise
+from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
+from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.step import optimizer_step, settings_of
 
@@ -33,6 +36,15 @@ def snapshot(model: torch.nn.Module) -> list[Any]:
     parts: list[Any] = [parameter.ds_tensor.clone() for parameter in model.parameters()]
     parts += [buffer.clone() for buffer in model.buffers()]
     return parts
+
+
+def packed(engine: Engine, examples: list[Example], run: RunConfig) -> PackedRow:
+    """The examples, with the twins of an attack; every token is a word here."""
+    if run.how is None or run.how.attack is None:
+        return pack(examples)
+    words = Vocabulary([WORD] * 128, [f" {chr(97 + n // 26)}{chr(97 + n % 26)}oo" for n in range(128)])
+    scorer = TextScorer(engine.backbone, engine.prompt(), examples, 0, Neighbours(words, 4, 0.0))
+    return pack_text_twins(examples, [t.context_ids for t in run.how.attack(scorer, settings_of(run, 1.0)).twins])
 
 
 def main(perturbation: str, activations: str, folder: Path) -> None:
@@ -71,9 +83,12 @@ def main(perturbation: str, activations: str, folder: Path) -> None:
             Example(context_ids=torch.randint(0, 128, (size,), generator=generator).tolist(), movable=[True] * size,
                     candidate_ids=[[1, 2], [3]], gold=1, index=size) for size in (5, 9, 17, 3)
         ]  # fmt: skip
-        row = pack(examples)
+        if ranks.rank:  # nothing to attack on this rank: its passes are the others' all the same
+            examples = [replace(example, attackable=[False] * len(example.context_ids)) for example in examples]
         backbone.shards.traffic.reset()
-        optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01, global_count=run.batch_size)
+        with backbone.shards.edges():
+            row = packed(engine, examples, run)
+            optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01, global_count=run.batch_size)
         fetched.append(engine.grad_norm())
         gathers.append(backbone.shards.traffic.gathers)
     kept, whole = engine.sharded_elements()

@@ -21,7 +21,7 @@ from ptp_ds.perturb.text_scoring import Gradients, TextScorer
 
 LEAST_WORDS = 4  # of a short text, where the share would allow fewer
 TEXTS = 3  # tried for each row
-_STEM = 4  # letters that make words kin: "place" and "places"
+_STEM = 4  # words that begin with the same letters, so many of them, count as one: "place" and "places"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Swaps:
 def a2t(scorer: TextScorer, settings: PerturbSettings) -> Attacked:
     """Each row's most damaging text of those tried; the clean one where none raises the loss.
 
-    Reads three times from the device: norms, first-order gains, scores. All ranks run the same passes.
+    Words are chosen on the host, so it reads from the device: norms, cosines of words not met before, gains, scores.
+    All ranks run the same passes, whatever their rows are.
     """
     examples, found = scorer.examples, scorer.gradients()
     plans = choose_swaps(scorer, found, settings.a2t_share)
