@@ -159,10 +159,10 @@ FAULTS = {
     "PERTURBATION = Perturbation(find=find, sizes='sigma')":
         ": sizes is 'sigma'; expected a tuple of flags' names, such as ('sigma',).",
     "PERTURBATION = Perturbation(find=find, sizes=('sigmas',))":
-        ": 'sigmas' in sizes is no flag that fits (did you mean 'sigma'?); choose from epsilon, ",
+        ": 'sigmas' in sizes is no flag that fits (did you mean 'sigma'?); choose from a2t_share, ",
     "PERTURBATION = Perturbation(find=find, sizes=('norm',))": ": 'norm' in sizes is no flag that fits; choose from ",
     "PERTURBATION = Perturbation(find=find, sizes=(), reads=('lr',))":
-        ": 'lr' in reads is no flag that fits; choose from alpha, ",
+        ": 'lr' in reads is no flag that fits; choose from a2t_",
     "import no_such_package": " can't be loaded at line 4: ModuleNotFoundError: No module named 'no_such_package'.",
     "def broken(:": " can't be loaded at line 4: SyntaxError: ",
     "find(1, 2, 'x', None, None)": " can't be loaded at line 3: TypeError: ",
