@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptp_ds.card import model_card
 from ptp_ds.checkpoint import write_folder
 from ptp_ds.heads import HeadPlan, module_to_save
 from ptp_ds.prompts.deep import deep_shape
@@ -67,6 +68,7 @@ def write_adapter(
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(base_model, card), encoding="utf-8")
 
     write_folder(target, fill)
 

@@ -25,9 +25,10 @@ from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.packing import Example
 from ptp_ds.predictions import require_writable, write_jsonl
+from ptp_ds.prepare import row_room
 from ptp_ds.prompts import prompt_width
 from ptp_ds.rows import Rows, rows_for
-from ptp_ds.run import report_error, row_room
+from ptp_ds.run import report_error
 from ptp_ds.run_evaluate import adapter_plan, adapter_task
 from ptp_ds.tasks import Task
 

@@ -35,7 +35,8 @@ from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.packing import Example
-from ptp_ds.run import report_error, row_room, versions
+from ptp_ds.prepare import row_room
+from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import load_task
 

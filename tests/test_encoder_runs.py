@@ -100,6 +100,31 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
     assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["albert", "modernbert"])
+def test_deep_prompts_under_zero3_where_a_cache_is_ignored(run_train, encoders, tmp_path, family):
+    """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again."""
+    from test_encoders import ENCODERS
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    tokenizer = load_tokenizer(encoders["masked"])
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**ENCODERS[family], **changes})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    states = []
+    for nproc, stage, activations in ((1, "zero2", "keep"), (2, "zero3", "recompute")):
+        out = tmp_path / str(nproc)
+        done = run_train(
+            ["--model", tmp_path / "model", "--task", "CB", "--prompt", "deep", "--perturbation", "pgd", "--max_steps",
+             "3", "--prompt_length", "4", "--activations", activations, "--ds_config",
+             ROOT / "ds_configs" / f"{stage}.json", "--output_dir", out], nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(load_file(out / "checkpoints" / "step-000003" / "state.safetensors")["prompt"])
+    assert float((states[1] - states[0]).norm() / states[0].norm()) < 1e-5
+
+
 def test_heads_are_found_by_what_was_saved(encoders, tiny_model):
     bare, masked, causal = (load_config(folder) for folder in (encoders["bare"], encoders["masked"], tiny_model))
     assert [head_kind(config) for config in (bare, masked, causal)] == ["classes", "masked", "causal"]

@@ -27,7 +27,7 @@ def adapter(tmp_path, tiny_model) -> Path:
 
 def test_round_trip(adapter):
     assert sorted(file.name for file in adapter.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json",
     ]  # fmt: skip
     prompt = read_adapter(adapter, width=32, length=5)
     assert prompt.dtype == torch.float32
@@ -145,3 +145,21 @@ def test_cards_that_cannot_be_read_count_as_none(adapter, content):
     if content is not None:
         (adapter / "ptp_ds.json").write_text(content)
     assert read_card(adapter) == {}
+
+
+def test_the_model_card_tells_scores_settings_and_versions():
+    from ptp_ds.card import model_card
+
+    card = {
+        "task": {"name": "CB", "text": "{premise}\nAnswer:"}, "versions": {"torch": "2.13.0", "gguf": None},
+        "result": {"metrics": {"accuracy": 0.75}, "majority": 0.5, "eval_split": "val", "eval_examples": 56, "seed": 3,
+                   "perturbation": "pgd"},
+    }  # fmt: skip
+    text = model_card("some/model", card)
+    assert text.startswith("---\nbase_model: some/model\nlibrary_name: peft\n")
+    for part in ("# A prompt for CB", "| metric, val (56 rows) | score |", "| accuracy | 0.7500 |",
+                 "| accuracy of the majority class | 0.5000 |", "One run: perturbation pgd, seed 3.",
+                 "    {premise}\n    Answer:", "Versions: torch 2.13.0."):  # fmt: skip
+        assert part in text
+    assert "gguf" not in text
+    assert "None" not in model_card("some/model", {})
