@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ptp_ds.backbone import Backbone
@@ -77,10 +78,14 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = 
     import deepspeed
     from transformers.initialization import no_init_weights
 
-    config.pad_token_id = None  # transformers would zero a row of an embedding that is sharded already
+    pad, config.pad_token_id = config.pad_token_id, None  # transformers would zero a row of a sharded embedding
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config):
         model = auto.from_config(config)
     model.tie_weights()  # no_init_weights leaves this out
+    for module in model.modules():  # roberta's positions are counted from its padding's
+        if hasattr(module, "padding_idx") and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            module.padding_idx = module.position_embeddings.padding_idx = pad
+    config.pad_token_id = pad
     dtypes = {parameter.ds_tensor.dtype for parameter in model.parameters()}
     assert dtypes == {deepspeed_config.dtype}, f"zero.Init built {dtypes}, wanted {deepspeed_config.dtype}"
     return model
@@ -109,10 +114,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
-    """The file's name of a parameter: as it is, or with or without the family's base prefix (gpt2's files lack it)."""
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if candidate in files:
-            return candidate
+    """The file's name of a parameter: as it is, with or without the family's base prefix (gpt2's files lack it), or
+    with the first BERT's names of a norm's weight and bias."""
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    for spelled in dict.fromkeys((name, old)):
+        for candidate in (spelled, spelled.removeprefix(f"{prefix}."), f"{prefix}.{spelled}"):
+            if candidate in files:
+                return candidate
     return None
 
 

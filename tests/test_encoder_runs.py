@@ -100,14 +100,15 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
     assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["albert", "modernbert"])
-def test_deep_prompts_under_zero3_where_a_cache_is_ignored(run_train, encoders, tmp_path, family):
-    """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again."""
+@pytest.mark.parametrize(("family", "prompt"), [("albert", "deep"), ("modernbert", "deep"), ("roberta", "soft")])
+def test_families_under_zero3(run_train, encoders, tmp_path, family, prompt):
+    """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again; albert
+    and modernbert ignore a cache; roberta's positions begin behind its padding's."""
     from test_encoders import ENCODERS
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     tokenizer = load_tokenizer(encoders["masked"])
-    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": 0}
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**ENCODERS[family], **changes})
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
@@ -116,7 +117,7 @@ def test_deep_prompts_under_zero3_where_a_cache_is_ignored(run_train, encoders, 
     for nproc, stage, activations in ((1, "zero2", "keep"), (2, "zero3", "recompute")):
         out = tmp_path / str(nproc)
         done = run_train(
-            ["--model", tmp_path / "model", "--task", "CB", "--prompt", "deep", "--perturbation", "pgd", "--max_steps",
+            ["--model", tmp_path / "model", "--task", "CB", "--prompt", prompt, "--perturbation", "pgd", "--max_steps",
              "3", "--prompt_length", "4", "--activations", activations, "--ds_config",
              ROOT / "ds_configs" / f"{stage}.json", "--output_dir", out], nproc=nproc,
         )  # fmt: skip
