@@ -32,7 +32,8 @@ class Example:
     names: candidates as the official answers spell them, where each row has its own. label: the official label where it
     isn't the right candidate's number but whether the first candidate is right (WSC). words: the word that each context
     token belongs to, in rising numbers; empty: each token is a word. attackable: which movable tokens an attack on the
-    text may change; empty: all. prompt_at: context tokens before the soft prompt.
+    text may change; empty: all. prompt_at: context tokens before the soft prompt. prompt: which of several prompts, one
+    behind the other in the trained values, this row has (SeparateRows alone: a trunk is the same for all rows).
     """
 
     context_ids: Sequence[int]
@@ -46,6 +47,7 @@ class Example:
     label: int | None = None
     words: Sequence[int] = ()
     prompt_at: int = 0
+    prompt: int = 0
     attackable: Sequence[bool] = ()
 
     @property

@@ -73,7 +73,8 @@ class SeparateRows:
     at the first token; a block an answer where answers differ from row to row: `choice`), causal (a block a candidate)
     or seq2seq (a block an example, for the encoder; the decoder scores its answers). prompt_length: P virtual tokens in
     each block, behind the first Example.prompt_at tokens, 0 for a deep prompt. tail: the tokenizer's special tokens
-    behind a text. target: what a delta moves, the example's own words (input), its copy of the prompt, or both.
+    behind a text. A row takes the Example.prompt-th of the values' prompts, so rows of several tasks, each with its own
+    prompt, share a pass. target: what a delta moves, the example's own words (input), its copy of the prompt, or both.
     """
 
     kind: str
@@ -196,6 +197,7 @@ class _Separate:
     movable: list[bool] = field(default_factory=list)
     moves_with: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    slot_of: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     scored: list[list[int]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
@@ -216,6 +218,7 @@ class _Separate:
         for repeat, (behind, numbers) in enumerate(self.rows.inputs(example)):
             start = len(self.tokens)
             self.slots.extend(range(start + at, start + at + head))
+            self.slot_of.extend(range(example.prompt * head, (example.prompt + 1) * head))
             self.tokens += [*context[:at], *[0] * head, *context[at:], *behind]
             moves = [*movable[:at], *[prompt_moves] * head, *movable[at:]]
             self.movable += [*(moves if repeat == 0 else [False] * len(moves)), *[False] * len(behind)]
@@ -271,7 +274,7 @@ class _Separate:
             present=torch.arange(width) < counts[:, None], gold=torch.tensor([example.gold for example in examples]),
             example_ids=tuple(example.index for example in examples), trunk_ids=torch.empty(0, dtype=torch.int64),
             streams=self.streams, members=tuple(self.members), slots=slots,
-            slot_of=torch.arange(len(slots)) % max(1, self.rows.prompt_length),
+            slot_of=torch.tensor(self.slot_of, dtype=torch.int64),
             moves_with=torch.tensor(self.moves_with) if len(self.blocks) > len(examples) else None,
             targets=tuple(self.targets),
             normalises=self.rows.kind != "classes",

@@ -270,3 +270,31 @@ def test_gradients_that_an_attack_ranks_words_by(kind, choice, shape):
         (expected,) = torch.autograd.grad(loss, delta)
         assert relative_error(found.packed[places], expected) < 1e-4
         torch.testing.assert_close(clean[: len(scores)], scores.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_rows_of_several_tasks_have_each_its_own_prompt(kind):
+    """One pass over both tasks' rows: the scores and gradients of a pass for each with its own prompt."""
+    from reference import make_model
+
+    if kind == "causal":
+        backbone = Backbone(make_model("llama"), rows=SeparateRows(kind="causal", prompt_length=PROMPT))
+    else:
+        backbone = make_backbone("bert", "masked")
+    examples = [replace(example, prompt=number % 2) for number, example in enumerate(make_examples("ragged"))]
+    values = 0.3 * torch.randn(2 * PROMPT, 32, generator=torch.Generator().manual_seed(2))
+    values.requires_grad_()
+    run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
+    settings = settings_of(run, backbone.mean_embedding_norm())
+    row = backbone.rows.pack(examples)
+    loss = ptp_loss(values, backbone, row, run, settings, Noise(1, 2))
+    loss.total.backward()
+    total = 0.0
+    for task in (0, 1):
+        alone = values.detach()[task * PROMPT : (task + 1) * PROMPT].clone().requires_grad_()
+        mine = [replace(example, prompt=0) for example in examples if example.prompt == task]
+        found = ptp_loss(alone, backbone, backbone.rows.pack(mine), run, settings, Noise(1, 2))
+        found.total.backward()
+        total += float(found.total.detach())
+        assert relative_error(values.grad[task * PROMPT : (task + 1) * PROMPT], alone.grad) < 1e-4
+    assert float(loss.total.detach()) == pytest.approx(total, rel=1e-5)
