@@ -105,3 +105,33 @@ def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
         wanted = base(inputs_embeds=inputs, decoder_input_ids=answer).logits
         model = PeftModel.from_pretrained(base, tmp_path / "again" / "adapter").eval()
         torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=answer).logits, wanted)
+
+
+def test_a_sentencepiece_tokenizer(tmp_path):
+    """T5's own kind: contexts keep no end token, answers begin behind them, and rows end with the tokenizer's own."""
+    import sentencepiece
+    from conftest import _demo_texts
+
+    from ptp_ds.data import load_split, tail_ids, tokenise
+    from ptp_ds.heads import HeadPlan
+    from ptp_ds.loading import load_tokenizer
+    from ptp_ds.rows import rows_for
+    from ptp_ds.tasks import load_task
+
+    (tmp_path / "texts.txt").write_text("\n".join(_demo_texts()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=500, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, byte_fallback=False, minloglevel=2,
+    )  # fmt: skip
+    AutoConfig.for_model("t5", **SEQ2SEQ["t5"]).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    tokenizer, task = load_tokenizer(tmp_path), load_task("RTE")
+    assert tail_ids(tokenizer) == (tokenizer.eos_token_id,) == (1,)
+    examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 400).examples
+    assert all(1 not in example.context_ids for example in examples)
+    assert [tokenizer.decode(ids).strip() for ids in examples[0].candidate_ids] == ["True", "False"]
+    assert "Question" in tokenizer.decode(examples[0].context_ids)
+    rows = rows_for(HeadPlan("seq2seq"), task, tokenizer, "soft", 5)
+    row = rows.pack(examples[:2])
+    assert row.token_ids[row.blocks[0].length - 1] == 1
+    assert [len(answers) for answers in row.targets] == [2, 2]
