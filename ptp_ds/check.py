@@ -62,8 +62,6 @@ def check_backbone(backbone: Backbone) -> None:
     ]
     plain_rows = SeparateRows(kind=backbone.head.kind, prompt_length=_PROMPT, mask_id=draw[17], tail=(draw[18],),
                               choice=backbone.head.choice)  # fmt: skip
-    if backbone.head.kind == "causal":
-        plain_rows = replace(plain_rows, tail=())
     with backbone.shards.edges():
         prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device))
         tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(model.config, 0).items()}

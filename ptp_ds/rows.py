@@ -105,19 +105,14 @@ class SeparateRows:
 
     def inputs(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """(tokens behind the context, the candidates that they score) of each block."""
-        if self.kind == "seq2seq":
+        if self.kind == "classes" and self.choice:  # two equal answers are still two
+            return [([*candidate, *self.tail], [n]) for n, candidate in enumerate(example.candidate_ids)]
+        if self.kind in ("classes", "seq2seq"):
             return [(list(self.tail), list(range(len(example.candidate_ids))))]
         found: dict[tuple[int, ...], list[int]] = {}
         for number, candidate in enumerate(example.candidate_ids):
-            if self.kind == "masked":
-                behind = (*[self.mask_id] * len(candidate), *self.tail)
-            elif self.kind == "causal":
-                behind = tuple(candidate[:-1])
-            else:
-                behind = (*(candidate if self.choice else ()), *self.tail)
-            found.setdefault(behind, []).append(number)
-        if self.kind == "classes" and self.choice:  # two equal answers are still two
-            return [([*candidate, *self.tail], [n]) for n, candidate in enumerate(example.candidate_ids)]
+            masks = (*[self.mask_id] * len(candidate), *self.tail)
+            found.setdefault(masks if self.kind == "masked" else tuple(candidate[:-1]), []).append(number)
         return [(list(behind), numbers) for behind, numbers in found.items()]
 
     def pack(self, examples: Sequence[Example], shared: int = 0) -> PackedRow:

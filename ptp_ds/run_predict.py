@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.check import check_backbone
+from ptp_ds.check import checked
 from ptp_ds.config import RunConfig, StrictParser
 from ptp_ds.data import Split, load_rows, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment
@@ -157,9 +157,8 @@ def _score(served: Served, examples: Sequence[Example], budget: int) -> Tensor:
     """[N, C] the log-probabilities that scripts/evaluate.py computes."""
     ranks = Ranks(0, 1, 0, served.device)
     whole = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], served.dtype)
-    backbone = load_backbone(served.folder, whole, ranks, served.plan)
-    check_backbone(backbone)
-    backbone.serve(served.kind, served.rows)
+    backbone, _ = checked(load_backbone(served.folder, whole, ranks, served.plan))
+    backbone.serve(served.kind, served.rows, served.prompt.shape[0])
     values = backbone.head.join(served.prompt, read_head(served.adapter, backbone.head.trained))
     return score_examples(backbone, values, examples, ranks, budget)
 

@@ -10,7 +10,7 @@ from reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_sco
 from safetensors.torch import load_file
 from test_deep_prompt import cached_scores, deep_prompt
 from test_neighbours import letters
-from test_packed_equals_plain import divergence, make_prompt, twin_deltas
+from test_packed_equals_plain import make_prompt, plain_twin_gradient, twin_deltas
 
 from ptp_ds.backbone import Backbone
 from ptp_ds.config import RunConfig, parse_run
@@ -127,13 +127,7 @@ def test_step_gradient_given_the_twins_equals_plain(family, perturbation):
     loss = ptp_loss(prompt, backbone, row, run, settings, noise, max_rows=2)
     loss.total.backward()
     delta = how.find(None, row, backbone.embed(row.token_ids), settings, noise) if how.find else None
-    plain, total, model = prompt.detach().clone().requires_grad_(), 0.0, make_model(family)
-    for example, context, moved in zip(examples, contexts, twin_deltas(row, twins, delta), strict=True):
-        clean = plain_scores(model, plain, example)
-        perturbed = plain_scores(model, plain, replace(example, context_ids=context), moved)
-        total = total + F.cross_entropy(clean[None], torch.tensor([example.gold]))
-        total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
-    (expected,) = torch.autograd.grad(total, plain)
+    total, expected = plain_twin_gradient(family, prompt, examples, contexts, twin_deltas(row, twins, delta))
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
     assert relative_error(prompt.grad, expected) < 1e-4
 

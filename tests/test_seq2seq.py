@@ -1,11 +1,14 @@
 """Encoder-decoders on the generic path: the prompt before the encoder's tokens, the answers scored by the decoder."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_tokenizer
+from processes import child_environment
 from reference import VOCABULARY, make_examples, relative_error
 from test_packed_equals_plain import divergence, make_prompt
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -97,6 +100,12 @@ def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "generic path" in done.stdout
     assert json.loads((tmp_path / "again" / "result.json").read_text())["eval_examples"] > 0
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "--model", str(tmp_path / "t5"), "--adapter",
+               str(tmp_path / "again" / "adapter"), "--text", "premise=The ice melted.", "question=cause",
+               "choice1=It was warm.", "choice2=I froze it."]  # fmt: skip
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sum(float(line.split()[1]) for line in done.stdout.splitlines()) == pytest.approx(1, abs=1e-3)
     base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5")
     ids, answer = torch.tensor([[10, 20, 30]]), torch.tensor([[0, 7]])
     prompt = read_adapter(tmp_path / "again" / "adapter")
