@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptp_ds import verbalizers
 from ptp_ds.activations import Activations
 from ptp_ds.attention import ATTENTION_NAME
 from ptp_ds.flash_attention import prove
 from ptp_ds.frozen_ops import replace_frozen
 from ptp_ds.heads import Head
+from ptp_ds.kernels import Sources, pack_embed
 from ptp_ds.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, detached, passing
 from ptp_ds.packing import PackedRow
-from ptp_ds.precision import at_least_fp32
 from ptp_ds.prompts.deep import split_deep
 from ptp_ds.rows import Rows, SeparateRows, TreeRows
 from ptp_ds.sharding import Shards
@@ -58,6 +59,9 @@ class Backbone(nn.Module):
         with self.shards.layer(0):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()))
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
+        self.kernels = "auto"  # which implementation of ptp_ds.kernels runs
+        self.output = verbalizers.follow(model)
+        self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.check)
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
         """From now on: prompts of this kind and length, rows of this form."""
@@ -66,6 +70,8 @@ class Backbone(nn.Module):
     def release(self) -> None:
         """Gives the model its own layers and attention back."""
         self.stack.release()
+        if self.output is not None:
+            del self.output.forward
         if self.takes_attention:
             self.model.set_attn_implementation(self._own_attention)
 
@@ -91,13 +97,41 @@ class Backbone(nn.Module):
         with torch.no_grad(), self.shards.edges():
             return self.model.get_input_embeddings()(token_ids)
 
-    def inputs(self, row: PackedRow, values: Tensor) -> Tensor:
-        """[T, H] the row's token embeddings, with the soft prompt, and its graph, where it stands in the blocks."""
-        embeds = self.embed(row.token_ids)
-        if row.slots is None or row.slot_of is None or not row.slots.shape[0]:
-            return embeds
-        prompt = at_least_fp32(self.head.split(values)[0]).index_select(0, row.slot_of)  # summed over blocks in fp32
-        return embeds.index_copy(0, row.slots, prompt.to(embeds.dtype))
+    def inputs(
+        self, row: PackedRow, values: Tensor, trunk_ids: Tensor | None = None, *, clean: bool = True,
+        delta_TH: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[N, H] embeddings of the trunk (Trunk.ids), of the clean row and of the row that delta moves: what is asked.
+
+        With the soft prompt, and its graph, where it stands in the trunk or in the blocks; and delta's, if it has one.
+        """
+        parts = [trunk_ids] if trunk_ids is not None else []
+        ids_N = torch.cat(parts + [row.input_ids] * (clean + (delta_TH is not None)))
+        delta_of = None
+        if delta_TH is not None:
+            own = row.moves_with if row.moves_with is not None else torch.arange(row.num_tokens, device=ids_N.device)
+            delta_of = torch.cat([own.new_full((ids_N.shape[0] - row.num_tokens,), -1), own])
+        has_prompt = trunk_ids is not None or (row.slots is not None and row.slots.shape[0] > 0)
+        return self.pack(ids_N, values if has_prompt else None, delta_TH, delta_of)
+
+    def pack(
+        self, ids_N: Tensor, values: Tensor | None, delta_SH: Tensor | None = None, delta_of: Tensor | None = None
+    ) -> Tensor:
+        """[N, H] tokens' embeddings, the prompt's row p for an id of -p - 1; see ptp_ds.kernels.pack_embed."""
+        embedding = self.model.get_input_embeddings()
+        with self.shards.edges():
+            if type(embedding) is nn.Embedding and embedding.max_norm is None:
+                table = embedding.weight
+            else:  # a family that scales its embeddings
+                with torch.no_grad():
+                    table = embedding(ids_N.clamp_min(0))
+                ids_N = torch.where(ids_N < 0, ids_N, torch.arange(ids_N.shape[0], device=ids_N.device))
+            prompt = table[:0] if values is None else self.head.split(values)[0]
+            return pack_embed(table, prompt, Sources(ids_N, delta_of), delta_SH, impl=self.kernels)
+
+    def narrow(self, row: PackedRow) -> PackedRow:
+        """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
+        return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
     def chunks(self, row: PackedRow, trunk_keys: int, max_rows: int | None = None) -> list[Chunk]:
         """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
@@ -113,9 +147,13 @@ class Backbone(nn.Module):
         ]
 
     def run(
-        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None
-    ) -> Tensor:
-        """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order."""
+        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order.
+
+        columns [n]: the tokens whose logits are wanted, for [N, n].
+        """
         prove(inputs_TH.device, inputs_TH.dtype, attend_reference)
         layer_pass.leaves = self.head.leaves
         arguments: dict[str, Any] = {
@@ -124,7 +162,7 @@ class Backbone(nn.Module):
         }
         if self.head.kind == "causal":
             arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored()}
-        with passing(layer_pass), self.shards.edges():
+        with passing(layer_pass), verbalizers.only(columns), self.shards.edges():
             out = self.call_model(values, **arguments)
         return out.logits if self.head.kind == "classes" else out.logits[0]
 
@@ -145,12 +183,14 @@ class Backbone(nn.Module):
         trunk: TrunkCache | None = None,
         max_rows: int | None = None,
         watch: Callable[[LayerPass], None] | None = None,
+        narrow: bool = False,
     ) -> Tensor:
         """Candidate log-probabilities [S, B, C] of a packed row in one pass; embeds_TH: see `inputs`.
 
         trunk: a cache of it, to attend to it without computing it again. max_rows: blocks that a layer handles in one
-        go. watch: is handed the pass afterwards.
+        go. watch: is handed the pass afterwards. narrow: whether scores may be logits that aren't normalised.
         """
+        row = self.narrow(row) if narrow else row
         if values is None and trunk is None:
             raise ValueError("score needs the trained values, a cached trunk, or both.")
         graph = torch.is_grad_enabled()
@@ -160,13 +200,13 @@ class Backbone(nn.Module):
         length = source.length
         sections = [Section(chunk, graph, to_trunk=trunk is None) for chunk in self.chunks(row, length, max_rows)]
         inputs, positions = embeds_TH, row.position_ids + length
-        if source.inputs is not None:
+        if source.ids is not None:
             sections.insert(0, Section(trunk_chunk(length, embeds_TH.device), graph))
-            inputs = torch.cat([source.inputs, embeds_TH])
+            inputs = torch.cat([self.pack(source.ids, values), embeds_TH])
             positions = torch.cat([torch.arange(length, device=positions.device), positions])
         recompute = graph and self.activations.recompute(inputs.shape[0])
         layer_pass = LayerPass(sections, {} if trunk is None else trunk, recompute, given=source.values)
-        scores = row.scores(self.run(layer_pass, inputs, positions, values))
+        scores = row.scores(self.run(layer_pass, inputs, positions, values, row.columns))
         if watch is not None:
             watch(layer_pass)
         return scores
@@ -177,17 +217,16 @@ class Backbone(nn.Module):
         Nothing where the soft prompt stands in every block. Raises ValueError for trunk_ids behind a deep prompt:
         tokens behind it belong to the rows.
         """
-        inputs = self.head.split(values)[0].to(self.dtype)
-        tokens = None if trunk_ids is None or not len(trunk_ids) else trunk_ids
+        prompt = self.head.split(values)[0]
+        tokens = trunk_ids if trunk_ids is not None else torch.empty(0, dtype=torch.int64, device=prompt.device)
         if self.prompt == "deep":
-            if tokens is not None:
+            if len(tokens):
                 raise ValueError("A deep prompt's trunk holds no tokens; pack the rows with shared=0.")
-            return Trunk(inputs.shape[0], values=split_deep(inputs, self.model.config))
+            return Trunk(prompt.shape[0], values=split_deep(prompt.to(self.dtype), self.model.config))
         if isinstance(self.rows, SeparateRows):
             return Trunk(0)
-        if tokens is not None:
-            inputs = torch.cat([inputs, self.embed(tokens)])
-        return Trunk(inputs.shape[0], inputs=inputs)
+        ids = torch.cat([-1 - torch.arange(prompt.shape[0], device=tokens.device), tokens])
+        return Trunk(ids.shape[0], ids=ids)
 
     def trunk_length(self, values: Tensor, row: PackedRow) -> int:
         """Tokens that all rows stand on."""
@@ -201,9 +240,9 @@ class Backbone(nn.Module):
         trunk_ids: those of the rows (PackedRow.trunk_ids). Empty where there is no trunk.
         """
         trunk = self.trunk(values, trunk_ids)
-        if trunk.inputs is None:
+        if trunk.ids is None:
             return trunk.detached().values or {}
-        return self.keys_of(trunk.inputs, values)
+        return self.keys_of(self.pack(trunk.ids, values), values)
 
     def keys_of(self, inputs_IH: Tensor, values: Tensor) -> TrunkCache:
         """Every layer's keys and values of `inputs_IH` as the only row, detached."""
@@ -226,20 +265,18 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Trunk:
-    """length: its tokens. inputs [length, H]: embeddings that pass through the layers; or values: keys and values of
-    every layer, with their graph; neither where they are cached."""
+    """length: its tokens. ids [length]: tokens that pass through the layers, the prompt's row p as -p - 1; or values:
+    keys and values of every layer, with their graph; neither where they are cached."""
 
     length: int
-    inputs: Tensor | None = None
+    ids: Tensor | None = None
     values: TrunkCache | None = None
 
     def detached(self) -> "Trunk":
         """The same without its graph."""
-        inputs = self.inputs.detach() if self.inputs is not None else None
         if self.values is None:
-            return Trunk(self.length, inputs)
-        values = {layer: detached(pairs) for layer, pairs in self.values.items()}
-        return Trunk(self.length, inputs, values)
+            return self
+        return Trunk(self.length, self.ids, {layer: detached(pairs) for layer, pairs in self.values.items()})
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -78,6 +78,29 @@ def check_backbone(backbone: Backbone) -> None:
     bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
     if not error <= bound:
         raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
+    backbone.narrows = _narrows(backbone, examples[1], values.detach(), bound)
+
+
+@torch.no_grad()
+def _narrows(backbone: Backbone, example: Example, values: Tensor, bound: float) -> bool:
+    """Whether logits of a few tokens alone are those that the whole vocabulary's product has there."""
+    if backbone.output is None or backbone.head.kind not in ("causal", "masked"):
+        return False
+    answers = [[token] for token in example.context_ids[:2]]
+    example = replace(example, candidate_ids=[*example.candidate_ids, *answers])
+    kind, mask = backbone.head.kind, example.context_ids[0]
+    with _as(backbone, SeparateRows(kind=kind, prompt_length=_PROMPT, mask_id=mask), "soft"), backbone.shards.edges():
+        row = backbone.rows.pack([example]).to(backbone.device)
+        inputs = backbone.inputs(row, values)
+        whole = backbone.score(row, inputs, values)[0]
+        backbone.narrows = True
+        try:
+            narrow = backbone.score(row, inputs, values, narrow=True)[0]
+        except RuntimeError:  # something of the vocabulary's size behind the head
+            return False
+        finally:
+            backbone.narrows = False
+    return bool(((narrow - narrow[:, :1]) - (whole - whole[:, :1])).abs().max() <= bound)
 
 
 @contextmanager

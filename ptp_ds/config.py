@@ -13,12 +13,14 @@ from typing import Any, NoReturn
 
 from ptp_ds.activations import ACTIVATIONS
 from ptp_ds.heads import HEADS
+from ptp_ds.kernels import IMPLS
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import PERTURBATIONS, Perturbation
 from ptp_ds.perturb.ball import NORMS
 from ptp_ds.perturb.custom import BUILT_IN, Chosen, choose
 from ptp_ds.perturb.units import UNITS
+from ptp_ds.precision import PRECISIONS
 from ptp_ds.presets import PRESETS, with_preset
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
@@ -114,8 +116,10 @@ class RunConfig:
     keep_checkpoints: int = _flag(2, "newest checkpoints kept")
     log_every: int = _flag(5, "steps between log lines")
     eval_tokens: int = _flag(4096, "tokens of an evaluation pass on each rank")
-    precision: str = _flag("auto", "backbone's dtype; auto: bf16 where the hardware computes it natively, else fp32",
-                           ("auto", "fp32", "bf16"))  # fmt: skip
+    precision: str = _flag("auto", "backbone's dtype; auto: bf16 where the hardware computes it natively, else fp32; "
+                           "fp16 with dynamic loss scaling", PRECISIONS)  # fmt: skip
+    kernels: str = _flag("auto", "fused kernels around the matrix products: Triton's on a CUDA GPU, torch elsewhere",
+                         IMPLS)  # fmt: skip
     seed: int = _flag(0, "seed of initialisation, data order and noise")
     output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
     resume: str | None = _flag(None, "auto (newest checkpoint of --output_dir, if any) or a checkpoint folder")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ptp_ds.config import RunConfig, nearest
+from ptp_ds.precision import enabled, resolve_precision
 
 # Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
 _KEYS = (
@@ -56,14 +57,12 @@ def read_ds_config(file: str) -> dict[str, Any]:
         if key not in _KEYS:
             raise ValueError(f"--ds_config {file}: unknown key {key!r}{nearest(key, _KEYS)}.")
     for block in ("bf16", "fp16"):
-        if not isinstance(raw.get(block, {}), dict) or _enabled(raw, block) not in (True, False, "auto"):
+        if not isinstance(raw.get(block, {}), dict) or enabled(raw, block) not in (True, False, "auto"):
             raise ValueError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
     _check_zero_keys(file, zero)
-    if _enabled(raw, "fp16"):
-        raise ValueError(f"--ds_config {file}: fp16 is not supported yet; use bf16, or fp32 by leaving both out.")
     return raw
 
 
@@ -90,20 +89,6 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
             f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
             "trained prompt a leaf; decoder layers are leaf modules already."
         )
-
-
-def _enabled(raw: dict[str, Any], block: str) -> Any:
-    return raw.get(block, {}).get("enabled", False)
-
-
-def native_bf16() -> tuple[bool, str]:
-    """(whether this hardware multiplies bf16 matrices natively, the reason in words)."""
-    if not torch.cuda.is_available():
-        return False, "no GPU here; bf16 matrix products on a CPU are emulated"
-    name = torch.cuda.get_device_name()
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return True, f"{name} computes bf16 natively"
-    return False, f"{name} has no native bf16"
 
 
 def resolve_ds_config(
@@ -142,7 +127,8 @@ def resolve_ds_config(
         if given == "auto":
             notes.append(f"{key} = {value} (from --{flag})")
         config[key] = value
-    dtype = _resolve_precision(config, run, notes)
+    dtype, note = resolve_precision(config, run.precision, run.ds_config)
+    notes += [note] if note else []
     _resolve_buckets(config["zero_optimization"], width, notes)
     if not torch.cuda.is_available():
         for block in ("offload_param", "offload_optimizer"):
@@ -153,23 +139,6 @@ def resolve_ds_config(
     if left := _autos(config):
         raise ValueError(f'{run.ds_config}: {left[0]} can\'t be "auto"; give a value or leave it out.')
     return ResolvedDeepSpeed(config, notes, dtype)
-
-
-def _resolve_precision(config: dict[str, Any], run: RunConfig, notes: list[str]) -> torch.dtype:
-    native, reason = native_bf16()
-    given = _enabled(config, "bf16")
-    if given == "auto":
-        wanted = native if run.precision == "auto" else run.precision == "bf16"
-        notes.append(f"bf16.enabled = {str(wanted).lower()} ({reason if run.precision == 'auto' else '--precision'})")
-    else:
-        wanted = bool(given)
-        if run.precision != "auto" and wanted != (run.precision == "bf16"):
-            raise ValueError(
-                f"{run.ds_config} says bf16.enabled = {str(wanted).lower()}, but --precision is {run.precision}; "
-                'set it to "auto" or leave --precision out.'
-            )
-    config["bf16"] = {**config.get("bf16", {}), "enabled": wanted}
-    return torch.bfloat16 if wanted else torch.float32
 
 
 def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:

@@ -61,6 +61,10 @@ class Engine:
         """
         self.deepspeed.backward(loss_sum * (self.ranks.world / global_count), scale_wrt_gas=False)
 
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by before backward: 1 but under fp16."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.deepspeed.fp16_enabled() else 1.0
+
     def step(self, lr: float) -> None:
         """Clips and updates the prompt."""
         for group in self._adamw.param_groups:

@@ -12,12 +12,15 @@ Scoring needs no branch token for the last token of a candidate (nothing follows
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ptp_ds.kernels.perturb_step import add_delta
+from ptp_ds.kernels.places import Places, places_of
 from ptp_ds.precision import at_least_fp32
 
 
@@ -118,7 +121,10 @@ class PackedRow:
     scored: for each block, the places in it whose logits are needed, in order, N in all. pick_row, pick_token,
     pick_cell [M]: candidate token m is read at logits[pick_row[m], pick_token[m]] and added to flat score cell
     pick_cell[m] of [S*B*C]. normalises: whether a score is a log-probability, as of a vocabulary, or the logit itself.
-    present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split.
+    present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split;
+    numbers [B]: the same on the device (S of each where streams were joined). verbalizers [n], pick_column [M]: where
+    every candidate is one token, read at one place a row: the tokens that candidates are, where among them each is.
+    columns [n]: the tokens that logits are wanted of, in order; None for the whole vocabulary.
     """
 
     token_ids: Tensor
@@ -134,6 +140,10 @@ class PackedRow:
     gold: Tensor
     example_ids: tuple[int, ...]
     trunk_ids: Tensor
+    numbers: Tensor
+    verbalizers: Tensor | None = None
+    pick_column: Tensor | None = None
+    columns: Tensor | None = None
     streams: int = 1
     members: tuple[int, ...] = ()
     slots: Tensor | None = None
@@ -159,6 +169,26 @@ class PackedRow:
         ends = np.cumsum(self.members)
         return [sum(sizes[end - count : end]) for count, end in zip(self.members, ends, strict=True)]
 
+    @cached_property
+    def places(self) -> Places:
+        """Where tokens lie among examples, for the kernels."""
+        return places_of(self.movable, self.example_of, self.numbers, self.moves_with)
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """[T] the row's tokens; where the prompt's row p stands, -p - 1."""
+        if self.slots is None or self.slot_of is None:
+            return self.token_ids
+        return self.token_ids.index_copy(0, self.slots, -self.slot_of - 1)
+
+    def narrowed(self) -> "PackedRow":
+        """The same row for logits [N, n] of the verbalizers alone; its scores are those logits, not normalised.
+
+        The softmax over candidates, which losses see, is the same.
+        """
+        assert self.pick_column is not None, "only rows with verbalizers can be narrowed"
+        return replace(self, pick_token=self.pick_column, normalises=False, columns=self.verbalizers)
+
     def to(self, device: torch.device | str) -> "PackedRow":
         """The same row with its tensors on `device` (asynchronously from pinned memory)."""
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -175,6 +205,7 @@ class PackedRow:
             "position_ids": (self.position_ids, twin.position_ids),
             "movable": (self.movable, twin.movable),
             "example_of": (self.example_of, twin.example_of + len(self.lengths)),
+            "numbers": (self.numbers, twin.numbers),
             "pick_row": (self.pick_row, twin.pick_row + sum(map(len, self.scored))),
             "pick_token": (self.pick_token, twin.pick_token),
             "pick_cell": (self.pick_cell, twin.pick_cell + cells),
@@ -183,6 +214,8 @@ class PackedRow:
         if self.slots is not None and self.slot_of is not None and twin.slots is not None and twin.slot_of is not None:
             tensors["slots"] = torch.cat([self.slots, twin.slots + self.num_tokens])
             tensors["slot_of"] = torch.cat([self.slot_of, twin.slot_of])
+        if self.pick_column is not None and twin.pick_column is not None:
+            tensors["pick_column"] = torch.cat([self.pick_column, twin.pick_column])
         if self.moves_with is not None and twin.moves_with is not None:
             tensors["moves_with"] = torch.cat([self.moves_with, twin.moves_with + self.num_tokens])
         return replace(
@@ -196,9 +229,8 @@ class PackedRow:
         )
 
     def moved(self, clean_TH: Tensor, delta_TH: Tensor) -> Tensor:
-        """[T, H] inputs with each token's delta, in the inputs' dtype."""
-        delta = delta_TH if self.moves_with is None else delta_TH.index_select(0, self.moves_with)
-        return clean_TH + delta.to(clean_TH.dtype)
+        """[T, H] inputs with each token's delta, rounded once to the inputs' dtype."""
+        return add_delta(clean_TH, delta_TH, self.moves_with)
 
     def scores(self, logits_NV: Tensor) -> Tensor:
         """[S, B, C] in fp32 or better: log-probability of each candidate, summed over its tokens; -inf where absent."""
@@ -278,6 +310,7 @@ class Packer:
             present[number, : len(example.candidate_ids)] = True
         lengths = torch.tensor([block.length for block in self.blocks])
         pick_row, pick_token, pick_cell = torch.tensor(self.picks).unbind(1)
+        verbalizers, pick_column = verbalizers_of(self.examples, pick_token)
         return PackedRow(
             token_ids=torch.tensor(self.tokens),
             position_ids=torch.from_numpy(np.concatenate([block.depths() for block in self.blocks])),
@@ -292,8 +325,18 @@ class Packer:
             gold=torch.tensor([example.gold for example in self.examples]),
             example_ids=tuple(example.index for example in self.examples),
             trunk_ids=torch.tensor(self.examples[0].context_ids[: self.shared], dtype=torch.int64),
+            numbers=torch.tensor([example.index for example in self.examples]),
+            verbalizers=verbalizers,
+            pick_column=pick_column,
             streams=self.streams,
         )
+
+
+def verbalizers_of(examples: Sequence[Example], pick_token_M: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(distinct tokens that candidates are, the place of each picked one among them); (None, None) for longer ones."""
+    if any(len(candidate) != 1 for example in examples for candidate in example.candidate_ids):
+        return None, None
+    return torch.unique(pick_token_M, return_inverse=True)
 
 
 def shared_start(examples: Sequence[Example]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from ptp_ds import verbalizers
 from ptp_ds.activations import Activations
 from ptp_ds.backbone import Backbone
 from ptp_ds.layerwise import LayerPass
@@ -26,7 +27,8 @@ class PaddedBackbone(Backbone):
         nn.Module.__init__(self)
         refused.release()
         self.model, self.head, self.shards = refused.model, refused.head, refused.shards
-        self.activations = Activations()
+        self.activations, self.kernels = Activations(), refused.kernels
+        self.output, self.narrows = verbalizers.follow(self.model), False
         self.serve("soft", refused.rows)
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
@@ -41,8 +43,9 @@ class PaddedBackbone(Backbone):
         self.prompt, self.rows = prompt, rows
 
     def run(
-        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None
-    ) -> Tensor:
+        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order."""
         chunks = [section.chunk for section in layer_pass.sections]
         lengths = [block.length for chunk in chunks for block in chunk.plan.blocks]
@@ -54,7 +57,8 @@ class PaddedBackbone(Backbone):
             return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
         if self.head.kind == "causal":
             arguments["use_cache"] = False
-        logits = self.call_model(values, **arguments).logits
+        with verbalizers.only(columns):
+            logits = self.call_model(values, **arguments).logits
         if self.head.kind == "classes":
             return logits
         return logits[mask].index_select(0, layer_pass.scored())

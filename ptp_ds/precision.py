@@ -1,9 +1,84 @@
-"""What is computed in which precision: the backbone in its own; scores, losses and deltas in fp32 or better."""
+"""Precision: what is computed in which dtype, decided here and nowhere else.
+
+what                                                dtype
+the backbone: weights, activations, the packed row  --precision: fp32, bf16 or fp16
+the prompt as the backbone sees it                  the backbone's
+the prompt itself, AdamW's state                    fp32 (DeepSpeed's master weights)
+delta, its norms, steps and projections             fp32, added to the embeddings and rounded once
+attention's log-sum-exps and sums over rows         fp32
+logits of verbalizers, scores, losses               fp32
+loss scaling                                        DeepSpeed's dynamic one, under fp16 alone; ascents' losses too
+
+Frozen weights in fp8 or int8 are left to DeepSpeed's own quantised gathers (a ds_config's zero_quantized_* keys).
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or as it is where it is more precise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def native_bf16() -> tuple[bool, str]:
+    """(whether this hardware multiplies bf16 matrices natively, the reason in words)."""
+    if not torch.cuda.is_available():
+        return False, "no GPU here; bf16 matrix products on a CPU are emulated"
+    name = torch.cuda.get_device_name()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return True, f"{name} computes bf16 natively"
+    return False, f"{name} has no native bf16"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The backbone's dtype for one of PRECISIONS, without a DeepSpeed configuration. ValueError for fp16 on a CPU."""
+    if precision == "auto":
+        return torch.bfloat16 if native_bf16()[0] else torch.float32
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
+    return _DTYPES[precision]
+
+
+def enabled(config: dict[str, Any], block: str) -> Any:
+    """A DeepSpeed block's "enabled": true, false or "auto"; a missing fp16 block leaves the choice open."""
+    return config.get(block, {"enabled": "auto"} if block == "fp16" else {}).get("enabled", False)
+
+
+def resolve_precision(config: dict[str, Any], wanted: str, file: str) -> tuple[torch.dtype, str]:
+    """(the backbone's dtype, the line that explains it, "" where the file does), `config`'s blocks set to match.
+
+    Raises ValueError where the blocks contradict each other or `wanted`, and for fp16 without a GPU.
+    """
+    given = {block: enabled(config, block) for block in ("bf16", "fp16")}
+    if all(on is True for on in given.values()):
+        raise ValueError(f"{file} enables both bf16 and fp16; choose one.")
+    for block, on in given.items():
+        if wanted != "auto" and on != "auto" and on != (wanted == block):
+            raise ValueError(
+                f"{file} says {block}.enabled = {str(on).lower()}, but --precision is {wanted}; "
+                'set it to "auto" or leave --precision out.'
+            )
+    name, reason = _choose(given, wanted)
+    dtype = dtype_of(name)
+    for block in given:
+        if block in ("bf16", name) or block in config:
+            config[block] = {**config.get(block, {}), "enabled": name == block}
+    return dtype, f"precision = {name} ({reason})" if reason else ""
+
+
+def _choose(given: dict[str, Any], wanted: str) -> tuple[str, str]:
+    if wanted != "auto":
+        return wanted, "--precision"
+    for block, on in given.items():
+        if on is True:
+            return block, ""
+    if given["bf16"] is False:
+        return "fp32", ""
+    native, reason = native_bf16()
+    return ("bf16" if native else "fp32"), reason

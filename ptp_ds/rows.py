@@ -13,7 +13,7 @@ import torch
 from ptp_ds.data import tail_ids
 from ptp_ds.groups import group_length, pack_groups, share_contexts
 from ptp_ds.heads import HeadPlan
-from ptp_ds.packing import Block, Example, PackedRow, pack, pack_text_twins, shared_start
+from ptp_ds.packing import Block, Example, PackedRow, pack, pack_text_twins, shared_start, verbalizers_of
 from ptp_ds.tasks import Task
 
 Moves = Sequence[Sequence[bool]]
@@ -259,6 +259,8 @@ class _Separate:
         pick_row, pick_token, pick_cell = torch.tensor(self.picks).unbind(1)
         slots = torch.tensor(self.slots, dtype=torch.int64)
         owners = torch.repeat_interleave(torch.arange(len(self.members)), torch.tensor(self.members))
+        narrows = self.rows.kind in ("masked", "causal")  # a decoder reads each answer in a row of its own
+        verbalizers, pick_column = verbalizers_of(examples, pick_token) if narrows else (None, None)
         return PackedRow(
             token_ids=torch.tensor(self.tokens),
             position_ids=torch.from_numpy(np.concatenate([block.depths() for block in self.blocks])),
@@ -268,6 +270,8 @@ class _Separate:
             pick_row=pick_row.contiguous(), pick_token=pick_token.contiguous(), pick_cell=pick_cell.contiguous(),
             present=torch.arange(width) < counts[:, None], gold=torch.tensor([example.gold for example in examples]),
             example_ids=tuple(example.index for example in examples), trunk_ids=torch.empty(0, dtype=torch.int64),
+            numbers=torch.tensor([example.index for example in examples]), verbalizers=verbalizers,
+            pick_column=pick_column,
             streams=self.streams, members=tuple(self.members), slots=slots,
             slot_of=torch.tensor(self.slot_of, dtype=torch.int64),
             moves_with=torch.tensor(self.moves_with) if len(self.blocks) > len(examples) else None,

@@ -23,6 +23,7 @@ from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.export import write_adapter
 from ptp_ds.families import describe_families
+from ptp_ds.kernels import explain
 from ptp_ds.loading import load_backbone
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
@@ -91,7 +92,9 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         say(ranks, f"  generic path, padded and slower: {refused.split(' Use one ')[0]}")
+    backbone.kernels = run.kernels
     say(ranks, f"  activations: {backbone.activations.describe()}")
+    say(ranks, f"  kernels: {explain(run.kernels, ranks.device, backbone.dtype)}")
     mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)
     beside = backbone.head.rows(prompt_width(run.prompt, config))
     prompt = empty_prompt(run.prompt, run.prompt_length, config, mlp, beside)

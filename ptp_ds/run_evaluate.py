@@ -21,6 +21,7 @@ from ptp_ds.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.monitor import say
+from ptp_ds.precision import PRECISIONS
 from ptp_ds.predictions import check_numbers, prediction_lines, require_writable, write_jsonl
 from ptp_ds.prepare import row_room
 from ptp_ds.prompts import prompt_width
@@ -41,7 +42,7 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
     parser.add_argument("--split", default=defaults.eval_split)
     parser.add_argument("--ds_config", default=defaults.ds_config)
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--max_length", type=int)
     parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens)
     parser.add_argument("--json", help="write metrics and every row's candidate log-probabilities to this file")

@@ -16,7 +16,7 @@ from ptp_ds.check import checked
 from ptp_ds.config import RunConfig, StrictParser
 from ptp_ds.data import Split, load_rows, tokenise
 from ptp_ds.distributed import Ranks, env_world, prepare_environment
-from ptp_ds.ds_config import ResolvedDeepSpeed, native_bf16
+from ptp_ds.ds_config import ResolvedDeepSpeed
 from ptp_ds.evaluate import score_examples
 from ptp_ds.export import adapter_kind, read_adapter, read_head
 from ptp_ds.generate import generate, stop_tokens
@@ -24,6 +24,7 @@ from ptp_ds.heads import HeadPlan, auto_class
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
 from ptp_ds.packing import Example
+from ptp_ds.precision import PRECISIONS, dtype_of
 from ptp_ds.predictions import require_writable, write_jsonl
 from ptp_ds.prepare import row_room
 from ptp_ds.prompts import prompt_width
@@ -69,7 +70,7 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument(
         "--generate", type=int, metavar="N", help="also generate N tokens behind each context, greedily"
     )
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--max_length", type=int, help="longest row in tokens, prompt included")
     parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens, help="tokens of a pass")
     args = parser.parse_args(argv)
@@ -136,9 +137,8 @@ def _serve(args: argparse.Namespace, task: Task) -> Served:
     room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
     if args.generate is not None and args.generate >= room:
         raise ValueError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")
-    half = native_bf16()[0] if args.precision == "auto" else args.precision == "bf16"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = dtype_of(args.precision)
     return Served(args.adapter, task, plan, rows, folder, tokenizer, kind, prompt, room, dtype, device)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from ptp_ds.backbone import Backbone
 from ptp_ds.config import RunConfig
 from ptp_ds.engine import Engine
-from ptp_ds.objective import cross_entropy_sum, divergence_sum
+from ptp_ds.kernels import dual_divergence
+from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import example_norm
@@ -32,7 +33,7 @@ def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSetting
     return PerturbSettings(
         unit=unit, sigma=run.sigma, epsilon=run.epsilon, alpha=run.step_length, steps=run.ascent_steps, norm=run.norm,
         divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
-        a2t_share=run.a2t_share,
+        a2t_share=run.a2t_share, kernels=run.kernels,
     )  # fmt: skip
 
 
@@ -43,11 +44,11 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 def ptp_loss(
     values: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
-    max_rows: int | None = None, carried_TH: Tensor | None = None,
+    max_rows: int | None = None, carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
 ) -> StepLoss:  # fmt: skip
     """The summed loss of one packed row, with its gradient to `values`, all that is trained.
 
-    max_rows: rows of a micro-batch. carried_TH: the step before's delta, for a perturbation that carries it.
+    max_rows: rows of a micro-batch. carried_TH, ascent_scale: see SharedPass.
 
     Without a perturbation the pass is plain prompt tuning, the very same operations. Noise is known beforehand, so both
     streams run as one pass; an adversarial delta climbs against the clean scores first. For a perturbation in text
@@ -60,7 +61,9 @@ def ptp_loss(
     with backbone.shards.edges():
         clean_TH = backbone.inputs(row, values)
         tokens = backbone.trunk_length(values, row) + row.num_tokens
-        shared = SharedPass(backbone, values, row, clean_TH, max_rows, carried_TH) if row.streams == 1 else None
+        shared = None
+        if row.streams == 1:
+            shared = SharedPass(backbone, values, row, clean_TH, max_rows, carried_TH, ascent_scale)
         if how is None:
             assert shared is not None
             total = cross_entropy_sum(shared.clean(), row.gold)
@@ -74,12 +77,13 @@ def ptp_loss(
             tokens += row.num_tokens
         else:
             inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, values, max_rows=max_rows)
-    cross_entropy = cross_entropy_sum(clean_BC, row.gold)
-    divergence = divergence_sum(run.divergence, clean_BC, perturbed_BC, row.gold)
-    total = cross_entropy + reg_weight_at(run, noise.step) * divergence
+            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, values, max_rows=max_rows, narrow=True)
+    weight = reg_weight_at(run, noise.step)
+    total, cross_entropy, divergence = dual_divergence(
+        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight, impl=run.kernels
+    )
     delta_norm = example_norm(delta_TH, row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
-    return StepLoss(total, cross_entropy.detach(), divergence.detach(), delta_norm, tokens, delta_TH)
+    return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH)
 
 
 def optimizer_step(
@@ -93,11 +97,24 @@ def optimizer_step(
     """
     with engine.backbone.shards.edges():
         max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
-        loss = ptp_loss(engine.prompt_values(), engine.backbone, row, run, settings, noise, max_rows, carried_TH)
+        loss = ptp_loss(
+            engine.prompt_values(),
+            engine.backbone,
+            row,
+            run,
+            settings,
+            noise,
+            max_rows,
+            carried_TH,
+            engine.loss_scale(),
+        )
         engine.backward_sum(loss.total, global_count)
     engine.step(lr)
     delta = loss.delta
     if delta is None or not run.carries:
         return loss, None
     assert delta.grad is not None
-    return loss, ascend(delta, delta.grad, row, settings)
+    carried = ascend(delta, delta.grad, row, settings)
+    if engine.backbone.dtype == torch.float16:  # a step whose scaled gradient overflowed moves nothing
+        carried = torch.where(carried.isfinite(), carried, delta.detach())
+    return loss, carried

@@ -94,7 +94,7 @@ class Trainer:
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
         batch, places = self._dealt(step)
-        noise = Noise(self.run.seed, step)
+        noise = Noise(self.run.seed, step, self.run.kernels)
         with self.engine.backbone.shards.edges():  # once for an attack and the step
             packed, shares = self._packed([batch[place] for place in places], noise)
             row = packed.to(self.ranks.device)

@@ -35,6 +35,7 @@ from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.packing import Example
+from ptp_ds.precision import PRECISIONS
 from ptp_ds.prepare import row_room
 from ptp_ds.run import report_error, versions
 from ptp_ds.seeding import make_generator
@@ -194,7 +195,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--pairs", type=int, default=3, help="batches timed for each setting")
     parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write one row a setting to this file")
     return parser.parse_args()

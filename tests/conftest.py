@@ -4,15 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import child_environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"ptp_ds_triton_{os.getuid()}"))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run on the CPU
 
 from ptp_ds.data import DEMO_DATA
 from ptp_ds.distributed import prepare_environment

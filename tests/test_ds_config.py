@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptp_ds import ds_config
+from ptp_ds import precision
 from ptp_ds.config import RunConfig
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 
@@ -15,7 +15,7 @@ READY = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 
 @pytest.fixture(autouse=True)
 def _without_native_bf16(monkeypatch):
-    monkeypatch.setattr(ds_config, "native_bf16", lambda: (False, "no GPU here"))
+    monkeypatch.setattr(precision, "native_bf16", lambda: (False, "no GPU here"))
 
 
 def written(folder: Path, content: object) -> str:
@@ -70,7 +70,7 @@ def test_auto_is_shown_in_notes():
         "gradient_accumulation_steps = 1 (from --gradient_accumulation_steps)",
         "train_micro_batch_size_per_gpu = 4 (from --batch_size)",
         "gradient_clipping = 0.5 (from --max_grad_norm)",
-        "bf16.enabled = false (no GPU here)",
+        "precision = fp32 (no GPU here)",
         "zero_optimization.stage3_prefetch_bucket_size = 90 (from the width 10)",
         "zero_optimization.stage3_param_persistence_threshold = 100 (from the width 10)",
     ]
@@ -104,33 +104,6 @@ def test_contradictions_with_flags(more, explicit, message):
         resolved(stage3(**more), explicit)
 
 
-@pytest.mark.parametrize(("enabled", "precision"), [(True, "fp32"), (False, "bf16")])
-def test_bf16_contradicts_precision(enabled, precision):
-    message = f"bf16.enabled = {str(enabled).lower()}, but --precision is {precision}"
-    with pytest.raises(ValueError, match=message):
-        resolved(stage3(bf16={"enabled": enabled}), precision=precision)
-
-
-@pytest.mark.parametrize(
-    ("block", "precision", "native", "dtype"),
-    [
-        ({"enabled": "auto"}, "auto", True, torch.bfloat16),
-        ({"enabled": "auto"}, "auto", False, torch.float32),
-        ({"enabled": "auto"}, "bf16", False, torch.bfloat16),
-        ({"enabled": "auto"}, "fp32", True, torch.float32),
-        ({"enabled": True}, "auto", False, torch.bfloat16),
-        ({"enabled": True}, "bf16", False, torch.bfloat16),
-        ({"enabled": False}, "auto", True, torch.float32),
-        (None, "fp32", True, torch.float32),
-    ],
-)
-def test_precision(monkeypatch, block, precision, native, dtype):
-    monkeypatch.setattr(ds_config, "native_bf16", lambda: (native, "by test"))
-    result = resolved(stage3(**({} if block is None else {"bf16": block})), precision=precision)
-    assert result.dtype == dtype
-    assert result.config["bf16"]["enabled"] is (dtype == torch.bfloat16)
-
-
 def test_pinned_memory_is_left_out_without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = resolved({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}})
@@ -147,8 +120,6 @@ def test_pinned_memory_is_left_out_without_gpu(monkeypatch):
          r"unknown key 'zero_optimization.overlap_com' \(did you mean 'overlap_comm'\?\)"),
         (stage3(optimizer={"type": "Adam"}), "remove 'optimizer': .*use --lr and --weight_decay"),
         (stage3(scheduler={}), "remove 'scheduler': .*--lr_schedule with --warmup_steps"),
-        (stage3(fp16={"enabled": True}), "fp16 is not supported yet; use bf16"),
-        (stage3(fp16={"enabled": "auto"}), "fp16 is not supported yet"),
         ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage must be 2 or 3"),
         ({"zero_optimization": {"stage": 1}}, r"zero_optimization\.stage must be 2 or 3"),
         ({"zero_optimization": {"stage": "3"}}, r"zero_optimization\.stage must be 2 or 3"),

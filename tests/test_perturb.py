@@ -7,9 +7,11 @@ import torch
 from reference import make_examples
 
 from ptp_ds.config import RunConfig
+from ptp_ds.kernels.perturb_step import project, steepest
 from ptp_ds.packing import Example, pack
 from ptp_ds.perturb import PERTURBATIONS, Noise
-from ptp_ds.perturb.ball import NORMS, example_norm, project, radius_of, random_start, steepest
+from ptp_ds.perturb.ball import NORMS, example_norm, radius_of
+from ptp_ds.perturb.base import start_delta
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.step import settings_of
 
@@ -50,23 +52,18 @@ def test_projection_and_steps(norm):
     row = pack(make_examples("multi"))
     delta = torch.randn(row.num_tokens, 16, generator=torch.Generator().manual_seed(0))
     bound = radius_of(norm, 0.5, 16)
-    inside = project(delta, row, norm, 0.5)
+    inside = project(delta, row.places, norm, bound)
     assert float(sizes(inside, row, norm).max()) <= bound
     assert float(sizes(inside, row, norm).min()) > 0.9 * bound
-    torch.testing.assert_close(project(inside * 0.5, row, norm, 0.5), inside * 0.5)
-    step = steepest(delta, row, norm, 0.5)
+    torch.testing.assert_close(project(inside * 0.5, row.places, norm, bound), inside * 0.5)
+    step = steepest(delta, row.places, norm, bound)
     torch.testing.assert_close(sizes(step, row, norm), torch.full_like(sizes(step, row, norm), bound))
-    rival = project(torch.randn(delta.shape, generator=torch.Generator().manual_seed(1)) * 9, row, norm, 0.5)
+    rival = project(torch.randn(delta.shape, generator=torch.Generator().manual_seed(1)) * 9, row.places, norm, bound)
     assert float((step * delta).sum()) > float((rival * delta).sum())
-    assert torch.equal(steepest(torch.zeros_like(delta), row, norm, 0.5), torch.zeros_like(delta))
-    start = random_start(delta.clamp(-1, 1), row, norm, 0.5)
+    assert torch.equal(steepest(torch.zeros_like(delta), row.places, norm, bound), torch.zeros_like(delta))
+    settings = settings_of(RunConfig(epsilon=0.5, norm=norm), 1.0)
+    start = start_delta(row, 16, settings, Noise(0, 0))
     assert 0 < float(sizes(start, row, norm).max()) <= bound
-
-
-def test_unknown_norm():
-    row = pack(make_examples("single"))
-    with pytest.raises(ValueError, match="frobenius, token_l2, linf"):
-        project(torch.ones(row.num_tokens, 4), row, "l1", 1.0)
 
 
 def test_example_norm_is_per_example():

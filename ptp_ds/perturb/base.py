@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone import Backbone, Trunk, trunk_chunk
+from ptp_ds.kernels import dual_divergence, noise, perturb_step
+from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.layerwise import LayerPass, Section, TrunkCache
-from ptp_ds.objective import divergence_sum
 from ptp_ds.packing import Example, PackedRow
-from ptp_ds.perturb.ball import movable_only, project, random_start, steepest
+from ptp_ds.perturb.ball import radius_of
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.precision import at_least_fp32
-from ptp_ds.seeding import make_generator
+from ptp_ds.seeding import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class PerturbSettings:
 
     sigma: root-mean-square l2 norm of a noisy token's delta. epsilon: radius of the ball (see perturb.ball for each
     norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
-    of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap.
+    of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap. kernels: which
+    implementation of ptp_ds.kernels runs.
     """
 
     unit: float
@@ -35,33 +37,39 @@ class PerturbSettings:
     mask_share: float = 0.0
     mask_id: int = 0
     a2t_share: float = 0.0
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random numbers of one optimizer step: drawn per example from (seed, purpose, step, example number).
+    """Random numbers of one optimizer step: those of (seed, purpose, step, example number), see ptp_ds.kernels.noise.
 
     The same example in the same step gets the same noise on any rank, in any micro-batch, at any place of the row.
+    kernels: which implementation draws them.
     """
 
     seed: int
     step: int
+    kernels: str = "auto"
 
-    def _per_example(self, row: PackedRow, width: int, purpose: str, fill: Callable) -> Tensor:
-        device = row.token_ids.device
-        parts = []
-        for example, length in zip(row.example_ids, row.lengths, strict=True):
-            generator = make_generator(self.seed, purpose, self.step, example, device=device)
-            parts.append(fill(torch.empty(length, width, device=device), generator))
-        return torch.cat(parts)
+    def normal(self, row: PackedRow, width: int, purpose: str = "noise", scale: float = 1.0) -> Tensor:
+        """[T, width] fp32 normal numbers of deviation `scale`, zero on tokens that may not move."""
+        return self._draw("normal", row, width, purpose, scale)
 
-    def normal(self, row: PackedRow, width: int, purpose: str = "noise") -> Tensor:
-        """[T, width] fp32 standard normal numbers."""
-        return self._per_example(row, width, purpose, lambda out, gen: out.normal_(generator=gen))
+    def uniform(
+        self, row: PackedRow, width: int, purpose: str = "noise", scale: float = 1.0, norm: str | None = None
+    ) -> Tensor:
+        """[T, width] fp32 numbers, uniform in [-scale, scale), zero on tokens that may not move.
 
-    def uniform(self, row: PackedRow, width: int, purpose: str = "noise") -> Tensor:
-        """[T, width] fp32 numbers, uniform in [-1, 1)."""
-        return self._per_example(row, width, purpose, lambda out, gen: out.uniform_(-1.0, 1.0, generator=gen))
+        norm: instead scaled so that each example ("frobenius") or token ("token_l2") has norm `scale`.
+        """
+        return self._draw("uniform", row, width, purpose, scale, norm)
+
+    def _draw(
+        self, kind: str, row: PackedRow, width: int, purpose: str, scale: float, norm: str | None = None
+    ) -> Tensor:
+        key = derive_seed(self.seed, purpose)
+        return noise(kind, key, self.step, row.places, width, scale, norm=norm, impl=self.kernels)
 
 
 class SharedPass:
@@ -70,90 +78,127 @@ class SharedPass:
     The first ascent takes prompt and clean rows along, so that K ascents and the last pass are K + 1 passes; their
     graph is kept for the last one. Ascents take delta's gradient alone: none for the prompt, no pass over its tokens.
     max_rows: rows that a layer handles in one go (a micro-batch). carried_TH: the deltas of the step before, for a
-    perturbation that carries them.
+    perturbation that carries them. ascent_scale: what ascents' losses are multiplied by, for gradients in fp16; the
+    steepest direction is the same. Where all candidates are single tokens, scores are their logits, not normalised.
     """
 
     def __init__(
         self, backbone: Backbone, values: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
-        carried_TH: Tensor | None = None,
+        carried_TH: Tensor | None = None, ascent_scale: float | Tensor = 1.0,
     ) -> None:  # fmt: skip
         self.carried_TH = carried_TH
-        self.backbone, self.row, self.clean_TH = backbone, row, clean_TH
+        self.backbone, self.row, self.clean_TH, self._ascent_scale = backbone, row, clean_TH, ascent_scale
+        self._scored = backbone.narrow(row)
         self._values, self._in_rows = values, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
         self._source = backbone.trunk(values, row.trunk_ids)
         self._length = self._source.length
         self._chunks = backbone.chunks(row, self._length, max_rows)
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
-        if self._source.inputs is not None:
+        if self._source.ids is not None:
             self._shared.insert(0, Section(trunk_chunk(self._length, clean_TH.device), graph=True))
         self._trunk: TrunkCache = {}
         self._recompute = backbone.activations.recompute(self._length + 2 * row.num_tokens)
         self._clean_BC: Tensor | None = None
+        self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
 
     def clean(self) -> Tensor:
         """[B, C] clean scores with gradient to the prompt."""
-        return self.row.scores(self._run(self._shared, None, self._source, live=None))[0]
+        return self._scored.scores(self._run(self._shared, self._inputs(self._source, None), self._source, None))[0]
 
     def gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] fp32 gradient of the summed divergence at `delta_TH` (summed: rows don't depend on each other)."""
-        delta = delta_TH.detach().requires_grad_()
-        perturbed = [Section(chunk, graph=True, to_trunk=False) for chunk in self._chunks]
-        if self._clean_BC is None:
-            source = self._source.detached()
-            logits = self._run([*self._shared, *perturbed], delta, source, live=perturbed, prompt=False)
-            clean_BC, scores_BC = self.row.with_twin(self.row).scores(logits)
-            self._clean_BC = clean_BC.detach()
-        else:
-            scores_BC = self.row.scores(self._run(perturbed, delta, None, live=perturbed, prompt=False))[0]
-        objective = divergence_sum(divergence, self._clean_BC, scores_BC, self.row.gold)
-        return at_least_fp32(torch.autograd.grad(objective, delta)[0])
+        return at_least_fp32(self._gradient(delta_TH.detach(), divergence)) / self._ascent_scale
+
+    def ascend(self, delta_TH: Tensor, settings: PerturbSettings) -> Tensor:
+        """delta after one step of ascent on the divergence; see `ascend`."""
+        gradient = self._gradient(delta_TH, settings.divergence)
+        delta, moved = _step(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
+        assert moved is not None
+        self._moved = delta, moved
+        return delta
 
     def both(self, delta_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Clean and perturbed scores [B, C] with gradient to the prompt, and to delta where it asks for one."""
         to_input = delta_TH.requires_grad or self._in_rows
         perturbed = [Section(chunk, graph=True, to_input=to_input) for chunk in self._chunks]
-        logits = self._run([*self._shared, *perturbed], delta_TH, self._source, live=None)
-        clean_BC, perturbed_BC = self.row.with_twin(self.row).scores(logits)
+        inputs = self._inputs(self._source, delta_TH)
+        logits = self._run([*self._shared, *perturbed], inputs, self._source, None)
+        clean_BC, perturbed_BC = self._scored.with_twin(self._scored).scores(logits)
         return clean_BC, perturbed_BC
 
-    def _run(
-        self, sections: Sequence[Section], delta_TH: Tensor | None, trunk: Trunk | None,
-        live: Sequence[Section] | None, prompt: bool = True,
-    ) -> Tensor:  # fmt: skip
-        """Logits of one pass: with a trunk its inputs, if any, and the clean rows; with a delta the perturbed ones.
+    def _gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
+        """[T, H] ascent_scale times the gradient, in the backbone's dtype where no token takes another's delta."""
+        perturbed = [Section(chunk, graph=True, to_trunk=False) for chunk in self._chunks]
+        row, source = self._scored, None if self._clean_BC is not None else self._source.detached()
+        inputs = self._inputs(source, delta_TH, prompt=False).detach().requires_grad_()
+        if self._clean_BC is None:
+            logits = self._run([*self._shared, *perturbed], inputs, source, live=perturbed, prompt=False)
+            clean_BC, scores_BC = row.with_twin(row).scores(logits)
+            self._clean_BC = clean_BC.detach()
+        else:
+            scores_BC = row.scores(self._run(perturbed, inputs, None, live=perturbed, prompt=False))[0]
+        kernels = self.backbone.kernels
+        loss = dual_divergence(
+            self._clean_BC, scores_BC, row.gold, divergence, ce_weight=0.0, reg_weight=1.0, impl=kernels
+        )
+        gradient = torch.autograd.grad(loss.total * self._ascent_scale, inputs)[0][-row.num_tokens :]
+        return gradient if row.moves_with is None else sum_rows(gradient, row.moves_with, row.num_tokens, impl=kernels)
 
-        prompt: whether gradient goes to a prompt that stands in the rows, and to a trained head.
+    def _inputs(self, trunk: Trunk | None, delta_TH: Tensor | None, prompt: bool = True) -> Tensor:
+        """[N, H] inputs of a pass: with a trunk its own, if any, and the clean rows; with a delta the perturbed ones.
+
+        prompt: whether gradient goes to a prompt that stands among them.
         """
-        clean_TH, values = self.clean_TH, self._values
-        if not prompt:
-            clean_TH, values = clean_TH.detach(), values.detach()
-        inputs, positions, behind = [], [], self.row.position_ids + self._length
-        if trunk is not None and trunk.inputs is not None:
-            inputs.append(trunk.inputs)
-            positions.append(torch.arange(self._length, device=behind.device))
-        if trunk is not None:
-            inputs.append(clean_TH)
-            positions.append(behind)
-        if delta_TH is not None:
-            inputs.append(self.row.moved(clean_TH, delta_TH))
-            positions.append(behind)
+        if trunk is None and self._moved is not None and self._moved[0] is delta_TH:
+            return self._moved[1]
+        values = self._values if prompt else self._values.detach()
+        ids = trunk.ids if trunk is not None else None
+        return self.backbone.inputs(self.row, values, ids, clean=trunk is not None, delta_TH=delta_TH)
+
+    def _run(
+        self, sections: Sequence[Section], inputs_NH: Tensor, trunk: Trunk | None, live: Sequence[Section] | None,
+        prompt: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Logits of one pass over the sections' inputs. prompt: whether gradient goes to a trained head."""
+        behind = self.row.position_ids + self._length
+        tokens = sum(section.chunk.length for section in sections if not section.chunk.is_trunk)
+        positions = [behind] * (tokens // self.row.num_tokens)
+        if sections[0].chunk.is_trunk:
+            positions.insert(0, torch.arange(self._length, device=behind.device))
         given = trunk.values if trunk is not None else None
         layer_pass = LayerPass(sections, self._trunk, self._recompute, live, given)
-        return self.backbone.run(layer_pass, torch.cat(inputs), torch.cat(positions), values)
+        values = self._values if prompt else self._values.detach()
+        return self.backbone.run(layer_pass, inputs_NH, torch.cat(positions), values, self._scored.columns)
 
 
 def start_delta(row: PackedRow, width: int, settings: PerturbSettings, noise: Noise) -> Tensor:
-    """[T, width] a random point of the ball, zero where nothing may move: where ascent begins."""
-    radius = settings.epsilon * settings.unit
-    start = movable_only(noise.uniform(row, width, "start"), row)
-    return project(random_start(start, row, settings.norm, radius), row, settings.norm, radius)
+    """[T, width] a random point of the ball, zero where nothing may move: where ascent begins.
+
+    Half of the radius in the ball's norm, or uniform in the cube. Never zero: the gradient of a divergence at delta = 0
+    is exactly zero (VAT), so ascent can't start there.
+    """
+    radius = radius_of(settings.norm, settings.epsilon * settings.unit, width)
+    if settings.norm == "linf":
+        return noise.uniform(row, width, "start", radius)
+    return noise.uniform(row, width, "start", 0.5 * radius, settings.norm)
 
 
 def ascend(delta_TH: Tensor, gradient_TH: Tensor, row: PackedRow, settings: PerturbSettings) -> Tensor:
     """delta after one step of length alpha along the steepest direction, projected into the ball."""
-    radius, length = settings.epsilon * settings.unit, settings.alpha * settings.unit
-    step = steepest(movable_only(gradient_TH, row), row, settings.norm, length)
-    return project(delta_TH.detach() + step, row, settings.norm, radius)
+    return _step(delta_TH.detach(), gradient_TH, row, settings)[0]
+
+
+def _step(
+    delta_TH: Tensor, gradient_TH: Tensor, row: PackedRow, settings: PerturbSettings, embeds_TH: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    width = delta_TH.shape[1]
+    radius, length = (
+        radius_of(settings.norm, size * settings.unit, width) for size in (settings.epsilon, settings.alpha)
+    )
+    return perturb_step(
+        delta_TH, gradient_TH, row.places, norm=settings.norm, radius=radius, length=length, embeds_TH=embeds_TH,
+        impl=settings.kernels,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ptp_ds.packing import PackedRow
-from ptp_ds.perturb.ball import movable_only
 from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass
 
 
@@ -12,5 +11,4 @@ def gaussian(
 ) -> Tensor:
     """delta ~ N(0, (sigma m)^2 / H) per coordinate: a token's delta has root-mean-square l2 norm sigma * m."""
     width = clean_TH.shape[-1]
-    scale = settings.sigma * settings.unit / width**0.5
-    return movable_only(noise.normal(row, width) * scale, row)
+    return noise.normal(row, width, scale=settings.sigma * settings.unit / width**0.5)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ptp_ds.packing import PackedRow
-from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass, ascend, start_delta
+from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass, start_delta
 
 
 def pgd(shared: SharedPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise) -> Tensor:
@@ -11,5 +11,5 @@ def pgd(shared: SharedPass | None, row: PackedRow, clean_TH: Tensor, settings: P
     assert shared is not None
     delta = start_delta(row, clean_TH.shape[-1], settings, noise)
     for _ in range(settings.steps):
-        delta = ascend(delta, shared.gradient(delta, settings.divergence), row, settings)
+        delta = shared.ascend(delta, settings)
     return delta

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ptp_ds.packing import PackedRow
-from ptp_ds.perturb.ball import movable_only
 from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass
 
 
@@ -12,5 +11,4 @@ def uniform(
 ) -> Tensor:
     """delta ~ U(-a, a) per coordinate with a = sigma m sqrt(3 / H)."""
     width = clean_TH.shape[-1]
-    scale = settings.sigma * settings.unit * (3.0 / width) ** 0.5
-    return movable_only(noise.uniform(row, width) * scale, row)
+    return noise.uniform(row, width, scale=settings.sigma * settings.unit * (3.0 / width) ** 0.5)

@@ -1,0 +1,38 @@
+"""Where a packed row's tokens lie among its examples: what every kernel over rows is given."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """movable [T] bool: tokens that may get a delta. example_of [T]: the example of each, rising. starts [B + 1]: where
+    each example's tokens begin. numbers [B]: the examples' numbers in their split. source [T]: the token whose delta a
+    token takes, or None where each takes its own. All on one device; integers are int64.
+    """
+
+    movable: Tensor
+    example_of: Tensor
+    starts: Tensor
+    numbers: Tensor
+    source: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.movable.shape[0]
+
+    @property
+    def examples(self) -> int:
+        return self.numbers.shape[0]
+
+    def offsets(self) -> Tensor:
+        """[T] each token's distance from its example's first one."""
+        return torch.arange(self.tokens, device=self.movable.device) - self.starts[self.example_of]
+
+
+def places_of(movable: Tensor, example_of: Tensor, numbers: Tensor, source: Tensor | None = None) -> Places:
+    """Places whose starts are found on the device, without waiting for it."""
+    firsts = torch.arange(numbers.shape[0] + 1, device=example_of.device)
+    return Places(movable, example_of, torch.searchsorted(example_of, firsts), numbers, source)

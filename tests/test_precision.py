@@ -1,0 +1,71 @@
+"""The precision policy: what a DeepSpeed file and --precision settle, what they can't, and the line that says why."""
+
+import pytest
+import torch
+
+from ptp_ds import precision
+from ptp_ds.precision import dtype_of, resolve_precision
+
+BF16, FP16 = {"enabled": True}, {"enabled": True}
+AUTO, OFF = {"enabled": "auto"}, {"enabled": False}
+
+
+@pytest.fixture(autouse=True)
+def _with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted", "native", "dtype"),
+    [
+        ({"bf16": AUTO}, "auto", True, torch.bfloat16),
+        ({"bf16": AUTO}, "auto", False, torch.float32),
+        ({"bf16": AUTO}, "bf16", False, torch.bfloat16),
+        ({"bf16": AUTO}, "fp32", True, torch.float32),
+        ({"bf16": AUTO}, "fp16", True, torch.float16),
+        ({"bf16": AUTO, "fp16": AUTO}, "fp16", True, torch.float16),
+        ({"bf16": AUTO, "fp16": AUTO}, "auto", False, torch.float32),
+        ({"bf16": AUTO, "fp16": FP16}, "auto", True, torch.float16),
+        ({"bf16": BF16}, "auto", False, torch.bfloat16),
+        ({"bf16": BF16}, "bf16", False, torch.bfloat16),
+        ({"bf16": OFF}, "auto", True, torch.float32),
+        ({}, "fp32", True, torch.float32),
+        ({}, "fp16", True, torch.float16),
+    ],
+)
+def test_blocks_and_flag_settle_it(monkeypatch, blocks, wanted, native, dtype):
+    monkeypatch.setattr(precision, "native_bf16", lambda: (native, "by test"))
+    config = {name: dict(block) for name, block in blocks.items()}
+    found, note = resolve_precision(config, wanted, "ds.json")
+    assert found == dtype
+    assert config["bf16"]["enabled"] is (dtype == torch.bfloat16)
+    assert config.get("fp16", {"enabled": False})["enabled"] is (dtype == torch.float16)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    by_hardware = wanted == "auto" and blocks.get("bf16") is AUTO and blocks.get("fp16") is not FP16
+    reason = "by test" if by_hardware else "--precision" if wanted != "auto" else ""
+    assert note == (f"precision = {name} ({reason})" if reason else "")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted", "message"),
+    [
+        ({"bf16": BF16}, "fp32", "ds.json says bf16.enabled = true, but --precision is fp32"),
+        ({"bf16": OFF}, "bf16", "ds.json says bf16.enabled = false, but --precision is bf16"),
+        ({"bf16": BF16}, "fp16", "ds.json says bf16.enabled = true, but --precision is fp16"),
+        ({"bf16": AUTO, "fp16": FP16}, "bf16", "ds.json says fp16.enabled = true, but --precision is bf16"),
+        ({"bf16": AUTO, "fp16": OFF}, "fp16", "ds.json says fp16.enabled = false, but --precision is fp16"),
+        ({"bf16": BF16, "fp16": FP16}, "auto", "ds.json enables both bf16 and fp16; choose one"),
+    ],
+)
+def test_contradictions(blocks, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_precision(dict(blocks), wanted, "ds.json")
+
+
+def test_fp16_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        resolve_precision({"bf16": dict(AUTO)}, "fp16", "ds.json")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        dtype_of("fp16")
+    assert dtype_of("auto") == torch.float32
