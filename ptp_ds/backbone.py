@@ -40,9 +40,10 @@ class Backbone(nn.Module):
 
     def __init__(
         self, model: Any, activations: Activations | None = None, prompt: str = "soft", head: Head | None = None,
-        rows: Rows | None = None,
+        rows: Rows | None = None, kernels: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
+        self.kernels = kernels  # which implementation of ptp_ds.kernels runs
         self.prompt = prompt  # "soft": the prompt is token embeddings [P, H]; "deep": every layer's keys and values
         self.head = head or Head()
         self.rows: Rows = rows or TreeRows(prompt)
@@ -57,9 +58,8 @@ class Backbone(nn.Module):
         layers = decoder_layers(model)
         self.shards = Shards(layers, model)
         with self.shards.layer(0):
-            replace_frozen(layers[0].modules() if layers else (), list(model.modules()))
+            replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
-        self.kernels = "auto"  # which implementation of ptp_ds.kernels runs
         self.output = verbalizers.follow(model)
         self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.check)
 

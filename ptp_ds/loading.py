@@ -34,12 +34,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_backbone(
-    folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, plan: HeadPlan | None = None
-) -> Backbone:
+    folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, plan: HeadPlan | None = None,
+    kernels: str = "auto",
+) -> Backbone:  # fmt: skip
     """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3.
 
     plan: the head it predicts with, a causal one by default. Tensors that a checkpoint lacks are refused, but for those
-    of a classifier, which is trained.
+    of a classifier, which is trained. kernels: see ptp_ds.kernels.
     """
     plan, config = plan or HeadPlan(), load_config(folder)
     auto = auto_class(config, plan.kind, folder)
@@ -59,7 +60,8 @@ def load_backbone(
         absent = _fill_from_files(model, folder, ranks, plan)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
-    return Backbone(model, head=Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {}))
+    head = Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {})
+    return Backbone(model, head=head, kernels=kernels)
 
 
 def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:

@@ -86,13 +86,12 @@ def _introduce(prepared: Prepared, ranks: Ranks) -> None:
 def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     """The backbone, loaded and checked, behind an engine that holds the prompt's start or the checkpoint's state."""
     run, config = prepared.run, prepared.config
-    backbone = load_backbone(prepared.folder, prepared.resolved, ranks, prepared.plan)
+    backbone = load_backbone(prepared.folder, prepared.resolved, ranks, prepared.plan, run.kernels)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     backbone, refused = checked(backbone)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         say(ranks, f"  generic path, padded and slower: {refused.split(' Use one ')[0]}")
-    backbone.kernels = run.kernels
     say(ranks, f"  activations: {backbone.activations.describe()}")
     say(ranks, f"  kernels: {explain(run.kernels, ranks.device, backbone.dtype)}")
     mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from ptp_ds.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, replace_frozen
+from ptp_ds.kernels import liger
 
 
 def test_gradcheck():
@@ -96,3 +97,67 @@ def test_a_rotary_function_that_does_something_else_is_left_alone(odd, monkeypat
     monkeypatch.setitem(type(module).forward.__globals__, "apply_rotary_pos_emb", odd)
     replace_frozen(model.modules(), list(model.modules()))
     assert "forward" not in module.__dict__
+
+
+def liger_in_torch(monkeypatch):
+    """Stands in for Liger's three functions, with its formulas: which of them are tried and taken is under test."""
+
+    def norms(weight, epsilon):
+        def norm(offset, gemma):
+            def run(x):
+                scaled = x.float() * (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+                if gemma:
+                    return (scaled * (weight().float() + offset)).to(x.dtype)
+                return scaled.to(x.dtype) * (weight() + offset)
+
+            return run
+
+        return [norm(offset, gemma) for offset in (0.0, 1.0) for gemma in (False, True)]
+
+    def rotary(q, k, cos, sin):
+        return llama_rotary(q, k, cos, sin)
+
+    calls = []
+
+    def counted(name, function):
+        return lambda *args: (calls.append(name), function(*args))[1]
+
+    monkeypatch.setattr(liger, "available", lambda impl, device, dtype: impl != "torch")
+    monkeypatch.setattr(liger, "norms", norms)
+    monkeypatch.setattr(liger, "gated_silu", counted("gated", lambda gate, up: nn.functional.silu(gate) * up))
+    monkeypatch.setattr(liger, "rotary", counted("rotary", rotary))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "expected", "called"),
+    [("llama", {"LlamaRMSNorm", "LlamaMLP"}, {"gated", "rotary"}), ("gemma2", {"Gemma2RMSNorm"}, {"rotary"}),
+     ("gpt2", set(), set())],
+)  # fmt: skip
+def test_on_a_gpu_ligers_take_the_place(monkeypatch, family, expected, called, dtype):
+    ids = torch.tensor([[5, 9, 2, 7]])
+    wanted = make_model(family, dtype)(ids).logits
+    model, calls = make_model(family, dtype), liger_in_torch(monkeypatch)
+    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    calls.clear()
+    found = model(ids).logits
+    assert set(calls) == called
+    torch.testing.assert_close(found, wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    plain = make_model(family, dtype)
+    replace_frozen(plain.modules(), list(plain.modules()), "torch")
+    calls.clear()
+    plain(ids)
+    assert not calls
+
+
+def test_a_kernel_that_fails_here_is_left_out(monkeypatch, capsys):
+    liger_in_torch(monkeypatch)
+
+    def fails(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(liger, "gated_silu", fails)
+    model = make_model("llama")
+    assert replace_frozen(model.modules(), list(model.modules())) == {"LlamaRMSNorm"}
+    assert "a fused layer fails here (RuntimeError); it stays as it is" in capsys.readouterr().err
