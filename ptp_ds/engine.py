@@ -14,6 +14,8 @@ from ptp_ds.ds_config import ResolvedDeepSpeed
 from ptp_ds.prompts import SoftPrompt
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = "loss_scaler"
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -71,8 +73,14 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.step()
 
+    def skipped(self) -> bool:
+        """Whether the last step's scaled gradient overflowed fp16: DeepSpeed then left the prompt as it was."""
+        return bool(self.deepspeed.fp16_enabled() and self.deepspeed.optimizer.overflow)
+
     def grad_norm(self) -> float:
-        """Global l2 norm of the last optimizer step's gradient, before clipping."""
+        """Global l2 norm of the last optimizer step's gradient, before clipping; 0 for a step that was skipped."""
+        if self.skipped():
+            return 0.0
         norm = self.deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
@@ -100,6 +108,8 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
 
+        Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has come to.
+
         The weight is the prompt itself, or what it is computed from (SoftPrompt.values). All ranks must call it.
         """
         held = self._adamw.state.get(self._master, {})
@@ -107,6 +117,9 @@ class Engine:
         tensors = {"prompt": self._gather(self._master), "adam_step": torch.tensor([count])}
         for name in MOMENTS:
             tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
+        if self.deepspeed.fp16_enabled():
+            scaler = self.deepspeed.optimizer.loss_scaler
+            tensors[_SCALER] = torch.tensor([getattr(scaler, name) for name in _SCALER_FIELDS], dtype=torch.float64)
         return tensors
 
     def set_prompt(self, weight_RH: Tensor) -> None:
@@ -127,6 +140,10 @@ class Engine:
             for name in MOMENTS:
                 held[name] = self._part(tensors[name]).view_as(self._master).clone()
             self._adamw.state[self._master] = held
+        if self.deepspeed.fp16_enabled() and _SCALER in tensors:
+            scaler = self.deepspeed.optimizer.loss_scaler
+            for name, value in zip(_SCALER_FIELDS, tensors[_SCALER].tolist(), strict=True):
+                setattr(scaler, name, type(getattr(scaler, name))(value))
 
     def sharded_elements(self) -> tuple[int, int]:
         """(backbone elements this rank keeps between steps, elements of the whole backbone)."""

@@ -86,6 +86,11 @@ def ptp_loss(
     return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH)
 
 
+def _ascent_scale(engine: Engine) -> float:
+    """Under fp16 somewhat below the loss scale, so that ascents don't overflow where training doesn't; else 1."""
+    return max(1.0, engine.loss_scale() / 16)
+
+
 def optimizer_step(
     engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float,
     *, global_count: int, carried_TH: Tensor | None = None,
@@ -106,7 +111,7 @@ def optimizer_step(
             noise,
             max_rows,
             carried_TH,
-            engine.loss_scale(),
+            _ascent_scale(engine),
         )
         engine.backward_sum(loss.total, global_count)
     engine.step(lr)

@@ -22,10 +22,20 @@ def main(folder: Path) -> int:
     report = {
         "date": datetime.date.today().isoformat(), "gpu": name, "versions": versions(), "exit_codes": codes,
         "bench": read(folder / "bench.json"), "train": read(folder / "train" / "result.json"),
-        "llama8b": read(folder / "llama8b.json"),
+        "llama8b": read(folder / "llama8b.json"), "kernels": read(folder / "kernels.json"),
+        "attention": read(folder / "attention.json"), "precision": read(folder / "precision.json"),
     }  # fmt: skip
     (folder / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\n{report['date']}  {name}  torch {torch.__version__}  exit codes {codes}")
+    for row in (report["kernels"] or {}).get("rows", []):
+        compiled = row.get("compiled_over_triton", float("nan"))
+        print(f"kernel {row['kernel']:24} {row['triton_ms']:.3f} ms, {row['bandwidth_share']:.2f} of copy, "
+              f"eager {row['eager_over_triton']:.1f}x, compiled {compiled:.1f}x")  # fmt: skip
+    for row in (report["attention"] or {}).get("rows", []):
+        print(f"attention {row['tokens']} tokens, {row['branches']} branches: ours {row['ours']:.2f} ms, reference "
+              f"{row['reference']:.2f}, flex {row['flex']:.2f}")  # fmt: skip
+    for name, scores in ((report["precision"] or {}).get("scores", {})).items():
+        print(f"precision {name}: scores {' '.join(f'{score:.3f}' for score in scores)}")
     for row in report["bench"] or []:
         if "time_ratio" in row:
             print(f"      {row['activations']:9} {row['packed_tokens']} tokens, peak {row['peak_ratio']:.2f} of keep, "

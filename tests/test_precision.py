@@ -1,7 +1,13 @@
 """The precision policy: what a DeepSpeed file and --precision settle, what they can't, and the line that says why."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from processes import child_environment
 
 from ptp_ds import precision
 from ptp_ds.precision import dtype_of, resolve_precision
@@ -69,3 +75,23 @@ def test_fp16_is_refused_without_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         dtype_of("fp16")
     assert dtype_of("auto") == torch.float32
+
+
+@pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])
+def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
+    worker = Path(__file__).parent / "fp16_worker.py"
+    command = [sys.executable, str(worker), str(stage), perturbation]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    moved = found["moved"]
+    skipped = moved.count(False)
+    assert skipped > 0, "the first scale, 2^20, overflows here"
+    assert all(moved[4:])
+    assert 1 < found["scale"] < 2**20
+    assert found["fp16"][0] == pytest.approx(found["fp32"][0], rel=0.02)
+    # the same curve, later by the steps that were skipped
+    assert found["fp16"][-1] == pytest.approx(found["fp32"][-1 - skipped], rel=0.1)
+    assert found["fp32"][-1] < 0.5 * found["fp32"][0]
+    assert found["resumed"]
+    assert found["resumed_scale"] == found["scale"]

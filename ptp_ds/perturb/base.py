@@ -84,7 +84,7 @@ class SharedPass:
 
     def __init__(
         self, backbone: Backbone, values: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
-        carried_TH: Tensor | None = None, ascent_scale: float | Tensor = 1.0,
+        carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
     ) -> None:  # fmt: skip
         self.carried_TH = carried_TH
         self.backbone, self.row, self.clean_TH, self._ascent_scale = backbone, row, clean_TH, ascent_scale
@@ -114,6 +114,8 @@ class SharedPass:
         gradient = self._gradient(delta_TH, settings.divergence)
         delta, moved = _step(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
         assert moved is not None
+        if self._ascent_scale != 1.0:  # under fp16: an overflow leaves its example where it was
+            return torch.where(delta.isfinite(), delta, delta_TH)
         self._moved = delta, moved
         return delta
 
