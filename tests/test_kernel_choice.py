@@ -1,7 +1,10 @@
 """Which implementation runs where, and that nothing needs Triton where there is no GPU."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ X = torch.zeros(2)
 
 WITHOUT_TRITON = """
 import sys
+from pathlib import Path
 sys.modules["triton"] = None  # as if it were not installed
 import torch
 from ptp_ds.kernels import explain, noise, perturb_step, places_of
@@ -82,3 +86,20 @@ def test_liger_is_for_a_gpu():
 @pytest.mark.parametrize(("size", "most", "block"), [(1, 64, 1), (5, 64, 8), (64, 64, 64), (65, 64, 64), (3, 2, 2)])
 def test_block_of(size, most, block):
     assert block_of(size, most) == block
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them here")
+def test_every_kernel_compiles_for_gpus_that_are_not_here():
+    """Triton's interpreter runs what its compiler may refuse: Ampere's and Hopper's machine code is made of each."""
+    worker = Path(__file__).parent / "compile_worker.py"
+    environment = child_environment({"TRITON_INTERPRET": "0"})
+    done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    kernels = Path(__file__).parent.parent / "ptp_ds" / "kernels"
+    named = {
+        f"{file.stem}.{name}" for file in kernels.glob("*.py")
+        for name in re.findall(r"def (\w+_kernel)\(", file.read_text()) if file.stem != "choice"
+    }  # fmt: skip
+    assert set(found) == named
+    assert all(found.values())
