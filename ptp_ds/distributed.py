@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.hosts import adopt_mpi, choose_interface
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
 
 
@@ -82,6 +84,7 @@ def free_port() -> int:
 
 def prepare_environment() -> None:
     """Settings that must stand before DeepSpeed is imported; called first of all. Keeps what a user has set."""
+    adopt_mpi(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
@@ -109,8 +112,12 @@ def _stand_alone(backend: str, timeout: timedelta) -> None:
 
 
 def start_processes() -> Ranks:
-    """Joins the process group through DeepSpeed and returns this rank's place and device."""
+    """Joins the process group through DeepSpeed and returns this rank's place and device.
+
+    Raises ValueError where the network interface that leads to the other hosts can't be told.
+    """
     prepare_environment()
+    choose_interface(os.environ)
     import deepspeed
     import deepspeed.ops
 

@@ -1,8 +1,11 @@
-"""The `deepspeed` command of this project's environment: DeepSpeed's own launcher with two gaps closed.
+"""The `deepspeed` command of this project's environment: DeepSpeed's own launcher with some gaps closed.
 
 DeepSpeed asks ssh for the address of every host of a hostfile, this machine included, so on a machine without an ssh
 server even `localhost slots=2` fails: where the hostfile names this machine alone, ssh is left out. And its runner
 leaves the ranks behind when it is terminated: SIGTERM is passed on to them, so that they save and stop.
+
+Where the hostfile names other hosts, DeepSpeed takes the first address that the first host lists, port 29500 and no
+interface: ptp_ds.hosts finds and checks them, and ptp_ds.job takes signals to the ranks of every host.
 
 scripts/setup_env.sh installs it in .venv/bin; elsewhere use `python -m ptp_ds.launch` in the place of `deepspeed`.
 """
@@ -12,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ptp_ds.distributed import free_port, prepare_environment
@@ -51,15 +55,47 @@ def _pass_on(number: int, frame: object) -> None:
         os.kill(int(child), number)
 
 
+def _deepspeed(argv: Sequence[str], environment_file: Path | None = None) -> None:
+    """DeepSpeed's launcher; environment_file stands in for the user's .deepspeed_env, whose lines it repeats."""
+    from deepspeed.launcher import runner
+
+    if environment_file is not None:
+        runner.DEEPSPEED_ENVIRONMENT_NAME = str(environment_file)
+    runner.main(list(argv))
+
+
+def _run_on_hosts(argv: Sequence[str], own: Mapping[str, str]) -> int | None:
+    """Runs a command line that names other hosts and returns its exit code; None for one that names none."""
+    from ptp_ds.hosts import plan_job, write_environment
+    from ptp_ds.job import run_job
+
+    try:
+        job = plan_job(argv, own, [*_LOCAL, socket.gethostname()])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if job is None:
+        return None
+    print(job.describe(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="ptp_ds_job") as folder:
+        file = Path(folder) / "environment"
+        write_environment(job, file)
+        return run_job(job, lambda: _deepspeed([*job.flags, *argv], file))
+
+
 def main() -> None:
     """Runs DeepSpeed's launcher with the command line's arguments; its exit code is the ranks'."""
+    own = dict(os.environ)
     prepare_environment()
-    from deepspeed.launcher.runner import main as run_deepspeed
-
     argv = sys.argv[1:]
+    local = local_only_flags(argv)
+    if not local:
+        code = _run_on_hosts(argv, own)
+        if code is not None:
+            sys.exit(code)
     signal.signal(signal.SIGTERM, _pass_on)
     signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal's Ctrl-C reaches the ranks by itself
-    run_deepspeed([*local_only_flags(argv), *argv])
+    _deepspeed([*local, *argv])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def why_not() -> str | None:
     if missing:
         return f"two hosts need {', '.join(missing)} (Debian: openssh-server openssh-client pdsh iproute2)"
     spaces = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc"]
-    done = subprocess.run([*spaces, "mount", "-t", "tmpfs", "none", "/run"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*spaces, "mount", "-t", "tmpfs", "none", "/run"], capture_output=True, text=True, check=False
+    )
     return f"namespaces are not allowed here: {done.stderr.strip()}" if done.returncode else None
 
 
