@@ -334,6 +334,7 @@ def state(folder, step):
     return load_file(folder / "checkpoints" / f"step-{step:06}" / "state.safetensors")
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_and_shares_are_told(run_train, tiny_model, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -22,7 +22,7 @@ def first_gradient(folder: Path) -> torch.Tensor:
     return state["exp_avg"] / 0.1
 
 
-@pytest.mark.parametrize("perturbation", ["mask+gaussian", "pgd"])
+@pytest.mark.parametrize("perturbation", [pytest.param("mask+gaussian", marks=pytest.mark.slow), "pgd"])
 def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model, tmp_path, perturbation):
     settings = {
         "one": (1, "zero3", []),
@@ -95,8 +95,13 @@ def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("perturbation", "activations", "passes"),
-    [("gaussian", "keep", 1), ("pgd", "keep", 3), ("pgd", "recompute", 3), ("a2t", "keep", 3)],
-)  # fmt: skip
+    [
+        pytest.param("gaussian", "keep", 1, marks=pytest.mark.slow),
+        ("pgd", "keep", 3),
+        ("pgd", "recompute", 3),
+        pytest.param("a2t", "keep", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, activations, passes):
     """2 ranks, 4 micro-batches, 8 layers: a layer is gathered twice a pass, K + 1 passes; never more than 2 at once.
 

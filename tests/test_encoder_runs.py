@@ -84,8 +84,13 @@ def test_a_classifier_is_trained_saved_and_read_by_peft(run_train, encoders, tmp
         torch.testing.assert_close(logits, torch.tensor(scores), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("model", "task", "prompt", "perturbation"),
-                         [("masked", "COPA", "deep", "mask+gaussian"), ("bare", "COPA", "soft", "free")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "task", "prompt", "perturbation"),
+    [
+        pytest.param("masked", "COPA", "deep", "mask+gaussian", marks=pytest.mark.slow),
+        ("bare", "COPA", "soft", "free"),
+    ],
+)
 def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, model, task, prompt, perturbation):
     out = tmp_path / "run"
     done = run_train(
@@ -100,7 +105,14 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
     assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("family", "prompt"), [("albert", "deep"), ("modernbert", "deep"), ("roberta", "soft")])
+@pytest.mark.parametrize(
+    ("family", "prompt"),
+    [
+        ("albert", "deep"),
+        pytest.param("modernbert", "deep", marks=pytest.mark.slow),
+        pytest.param("roberta", "soft", marks=pytest.mark.slow),
+    ],
+)
 def test_families_under_zero3(run_train, encoders, tmp_path, family, prompt):
     """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again; albert
     and modernbert ignore a cache; roberta's positions begin behind its padding's."""

@@ -142,6 +142,7 @@ def test_an_ensemble_is_the_mean_of_probabilities():
     assert together([first]) is first
 
 
+@pytest.mark.slow
 def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
     """Two different prompts: the written scores are those of their mean probabilities, and one prompt twice is one."""
     import subprocess

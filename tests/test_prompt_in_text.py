@@ -84,6 +84,7 @@ def test_the_mark_becomes_a_place_among_the_tokens(tokenizer):
         parse_task({**TEMPLATE, "text": "<prompt>{title}<prompt>{body}"}, "t")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_adapter(run_train, tiny_model, tmp_path, write_rows):
     rows = [{"title": f"t{n}", "body": f"some words {n}", "topic": ("sport", "money")[n % 2]} for n in range(8)]
     for split in ("train", "val"):

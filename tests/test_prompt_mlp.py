@@ -81,7 +81,7 @@ def test_range():
         RunConfig(prompt_mlp=0).validate()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["soft", pytest.param("deep", marks=pytest.mark.slow)])
 def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_path, kind):
     """Two ranks under ZeRO-3, or 2, as one; a resumed run ends in the same bits; the adapter is a plain prompt."""
     args = [*QUICK, "--model", tiny_model, "--prompt", kind, "--prompt_mlp", "24", "--perturbation", "pgd", "--lr",
@@ -111,7 +111,7 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
     assert adapter_kind(one / "adapter") == kind
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "deep"])
 def test_a_tiny_learning_rate_leaves_the_initial_prompt(run_train, tiny_model, tmp_path, kind):
     """The same seed with and without an MLP starts at the same prompt, so their first losses are equal."""
     losses = []

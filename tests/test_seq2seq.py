@@ -80,6 +80,7 @@ def test_step_gradient(family, shape, perturbation):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.slow
 def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
     from peft import PeftModel
 

@@ -126,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted(run_train, tiny_model, tmp_path
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("perturbation", ["gaussian", "free"])
+@pytest.mark.parametrize("perturbation", [pytest.param("gaussian", marks=pytest.mark.slow), "free"])
 def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path, perturbation):
     """P * H is odd here, so the last rank's part of the prompt is padded; free (K = 2) stops between a batch's uses."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", perturbation, "--max_steps", "6", "--save_every", "3",
