@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ptp_ds.files import brief, is_file, is_folder, listed, memory_bytes, open_tensors, read_json, tensor_shape
 from ptp_ds.models import sha256_of
+from ptp_ds.redact import redacted
 
 _STATE, _META = "state.safetensors", "state.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
+_HINT = "; resume from another checkpoint"
+_LIKE_PROMPT = ("exp_avg", "exp_avg_sq")  # of the prompt's shape
+_TENSORS = ("prompt", *_LIKE_PROMPT, "adam_step", "best_prompt", "carried_delta")
+_REQUIRED = _TENSORS[:4]
+_NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,9 @@ def write_folder(target: Path, fill: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON written beside `path` and renamed."""
+    """JSON without secrets (ptp_ds.redact), written beside `path` and renamed."""
     work = path.with_name(f".{path.name}.writing")
-    work.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    work.write_text(json.dumps(redacted(value), indent=2) + "\n", encoding="utf-8")
     _sync(work)
     os.replace(work, path)
 
@@ -109,32 +115,79 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         found = list_checkpoints(output_dir / "checkpoints")
         return found[-1] if found else None
     path = Path(resume)
-    if not path.is_dir():
+    if not is_folder(path):
         raise ValueError(f"--resume {resume}: there is no such folder; give a checkpoints/step-... folder or auto.")
-    if not (path / _META).is_file():
+    if not is_file(path / _META):
         raise ValueError(f"--resume {resume}: not a checkpoint (no {_META}); give a checkpoints/step-... folder.")
     return path
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint; ValueError where a file is missing, altered or of another format."""
+    """Reads and verifies a checkpoint; ValueError where a file is missing, altered, of another format, or holds what
+    Engine.state never gave."""
+    where = str(folder / _META)
+    meta = read_json(folder / _META, f"{where} can't be read", _HINT)
+    if not isinstance(meta, dict):
+        raise ValueError(f"{where} can't be read: no JSON object{_HINT}.")
+    if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
+        raise ValueError(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
+    step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
+    if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
+        raise ValueError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
+    assert isinstance(step, int)
+    _verify(folder / _STATE, meta.get("sha256"))
+    return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _is_best(best: Any) -> bool:
+    """Whether `best` is what Checkpoint says: a step and an Evaluation's fields."""
+    if not isinstance(best, dict) or best.keys() != {"step", "evaluation"} or not _is_count(best["step"]):
+        return False
+    scores = best["evaluation"]
+    if (
+        not isinstance(scores, dict)
+        or scores.keys() != {"metrics", *_NUMBERS}
+        or not isinstance(scores["metrics"], dict)
+    ):
+        return False
+    return all(isinstance(x, float) or _is_count(x) for x in (*scores["metrics"].values(), *map(scores.get, _NUMBERS)))
+
+
+def _verify(file: Path, digest: Any) -> None:
+    """ValueError for a file whose sha256 differs, or that couldn't be held in memory."""
     try:
-        meta = dict(json.loads((folder / _META).read_text(encoding="utf-8")))
-        if meta.get("format", _FORMAT) == _FORMAT:  # another format may have other fields
-            step, digest = int(meta["step"]), meta["sha256"]
-            identity, best = dict(meta["identity"]), meta["best"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/{_META} can't be read ({type(error).__name__}); resume from another one.") from None
-    if meta.get("format") != _FORMAT:
-        raise ValueError(f"{folder} has checkpoint format {meta.get('format')}; this version reads {_FORMAT}.")
-    file = folder / _STATE
-    if not file.is_file() or sha256_of(file) != digest:
-        raise ValueError(f"{file} is missing or altered (its sha256 differs); resume from another checkpoint.")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file ({error}); resume from another checkpoint.") from None
-    return Checkpoint(step, tensors, best, identity)
+        if is_file(file) and file.stat().st_size > memory_bytes():
+            raise ValueError(f"{file} is larger than this machine's memory{_HINT}.")
+        if not is_file(file) or sha256_of(file) != digest:
+            raise ValueError(f"{file} is missing or altered (its sha256 differs){_HINT}.")
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}{_HINT}.") from None
+
+
+def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
+    """The file's tensors; names and shapes are checked before any is loaded, values behind."""
+    with open_tensors(file, str(file), _HINT) as handle:
+        names = sorted(handle.keys())
+        needed = {*_REQUIRED, *(["best_prompt"] if has_best else [])}
+        if unknown := sorted(set(names) - set(_TENSORS)):
+            raise ValueError(f"{file} holds {listed(unknown)}; expected {', '.join(_TENSORS)}{_HINT}.")
+        if missing := sorted(needed - set(names)):
+            raise ValueError(f"{file} lacks {', '.join(missing)}{_HINT}.")
+        shapes = {name: tensor_shape(handle, name, str(file)) for name in names}
+        for name, shape in shapes.items():
+            alike = shape == shapes["prompt"] if name in _LIKE_PROMPT else len(shape) == 2 and all(shape)
+            if not (shape == (1,) if name == "adam_step" else alike):
+                raise ValueError(f"{file}: {name} has shape {shape} beside a prompt of {shapes['prompt']}{_HINT}.")
+        tensors = {name: handle.get_tensor(name) for name in names}
+    for name, tensor in tensors.items():
+        lowest = 0.0 if name in ("adam_step", "exp_avg_sq") else -torch.inf
+        if not bool((torch.isfinite(tensor) & (tensor >= lowest)).all()):
+            raise ValueError(f"{file}: {name} holds values that are not finite or below {lowest}{_HINT}.")
+    return tensors
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
@@ -144,10 +197,12 @@ def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: P
         if saved != value:
             if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
                 name, saved, value = next(
-                    (f"{name} {key}", saved.get(key), value.get(key)) for key in value if saved.get(key) != value[key]
+                    (f"{name} {brief(key, 60)[1:-1]}", saved.get(key), value.get(key))
+                    for key in {**value, **saved}
+                    if key not in saved or key not in value or saved[key] != value[key]
                 )
             raise ValueError(
-                f"{folder} is a checkpoint of another run: its {name} is {saved!r}, this run's is {value!r}. "
+                f"{folder} is a checkpoint of another run: its {name} is {brief(saved)}, this run's is {brief(value)}. "
                 "Resume with the same settings, or start a new run in another --output_dir."
             )
 

@@ -3,15 +3,14 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ptp_ds.activations import ACTIVATIONS
+from ptp_ds.files import brief, read_json
 from ptp_ds.heads import HEADS
 from ptp_ds.kernels import IMPLS
 from ptp_ds.models import EMBEDDED_MODEL
@@ -281,21 +280,17 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
 
 def _read_config(file: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror}.") from None
-    except ValueError as error:
-        raise ValueError(f"--config {file}: not valid JSON ({error}).") from None
+    values = read_json(file, f"--config {file}")
     if not isinstance(values, dict):
         raise ValueError(f"--config {file}: expected one JSON object of settings.")
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"--config {file}: unknown key {name!r}{nearest(name, list(fields))}.")
+            raise ValueError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")
         wanted, choices = _base_type(fields[name]), fields[name].metadata["choices"]
         fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
         if not fits and not (value is None and fields[name].default is None):
-            raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {value!r}.")
+            raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
         if choices and value is not None and value not in choices:
-            raise ValueError(f"--config {file}: {name!r} is {value!r}; choose from {', '.join(choices)}.")
+            raise ValueError(f"--config {file}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
     return values

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from ptp_ds.files import is_file, is_folder, listed, parse_json, plain_name, read_text
 from ptp_ds.packing import Example
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
+_MOST_CHARACTERS = 1 << 27  # of a row's context, once for each answer
 _HUB_SPLITS = {"val": "validation"}  # SuperGLUE's files say val, its hub repositories validation
 
 
@@ -34,17 +36,19 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
     if data_dir is not None and dataset is not None:
         raise ValueError("Can't read both --data_dir and --dataset; choose one.")
     if dataset is not None:
+        source: str | Path = f"--dataset {dataset}"
         rows, where = _read_hub(task, split, dataset)
     else:
-        rows, where = _read_jsonl(_find_file(task, split, data_dir))
+        source = _find_file(task, split, data_dir)
+        rows, where = _read_jsonl(source)
     if not rows:
-        raise ValueError(f"Split {split!r} of task {task.name} has no rows; give a file with at least one.")
+        raise ValueError(f"{source}: split {split!r} of task {task.name} has no rows; give one with at least one.")
     return _split_of(rows, where)
 
 
 def load_rows(file: str) -> Split:
     """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
-    if not Path(file).is_file():
+    if not is_file(file):
         raise ValueError(f"--input {file}: there is no such file; give one with a JSON object a line.")
     rows, where = _read_jsonl(Path(file))
     if not rows:
@@ -59,40 +63,28 @@ def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
 
 def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
     folder = DEMO_DATA if data_dir is None else Path(data_dir)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ValueError(f"--data_dir {folder}: there is no such folder.")
-    file = folder / task.name / f"{split}.jsonl"
-    if file.is_file():
+    file = folder / task.name / f"{plain_name(split, 'The split')}.jsonl"
+    if is_file(file):
         return file
-    if not (folder / task.name).is_dir():
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not is_folder(folder / task.name):
+        found = sorted(path.name for path in folder.iterdir() if is_folder(path))
         source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
-        raise ValueError(f"No folder {task.name!r} in {source}; it holds {', '.join(found) or 'no folders'}.")
+        raise ValueError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
     found = sorted(path.stem for path in (folder / task.name).glob("*.jsonl"))
-    raise ValueError(f"No file {file}; splits there: {', '.join(found) or 'none'}.")
+    raise ValueError(f"No file {file}; splits there: {listed(found) or 'none'}.")
 
 
 def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
     rows, where = [], []
-    try:
-        lines = file.read_bytes().decode("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    lines = read_text(file, str(file), most=None).split("\n")  # not splitlines: JSON strings may hold U+2028
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not valid JSON ({error.msg}, column {error.colno}).") from None
+        row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
             raise ValueError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{file}:{number}: half a surrogate pair (\\udXXX) stands alone; write the whole character."
-            ) from None
         rows.append(row)
         where.append(f"{file}:{number}")
     return rows, where
@@ -151,7 +143,13 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
     entries: list[tuple[Rendered, str]] = []
     for row, where in zip(split.rows, split.where, strict=True):
-        entries += [(entry, where) for entry in task.entries(row, where, labelled)]
+        for entry in task.entries(row, where, labelled):
+            if len(entry.context) * len(entry.candidates) > _MOST_CHARACTERS:
+                raise ValueError(
+                    f"{where}: {len(entry.candidates)} answers behind a context of {len(entry.context)} characters are "
+                    f"more than the {_MOST_CHARACTERS} characters that a row may come to."
+                )
+            entries.append((entry, where))
     contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
     texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
     answered = iter(_encode(tokenizer, texts))

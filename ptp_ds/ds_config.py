@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ptp_ds.config import RunConfig, nearest
+from ptp_ds.files import brief, is_file, read_json
 from ptp_ds.precision import enabled, resolve_precision
 
 # Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
@@ -18,6 +20,15 @@ _KEYS = (
     "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "data_types",
     "torch_autocast", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "log_level", "checkpoint",
 )  # fmt: skip
+_HOLDS = {  # what a key holds where it isn't an object
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                     "gradient_clipping", "steps_per_print", "gradient_predivide_factor"), "a number"),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients",
+                     "disable_allgather", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+                    "true or false"),
+    **dict.fromkeys(("communication_data_type", "log_level"), "text"),
+}  # fmt: skip
+_TYPES = {"a number": int | float, "true or false": bool, "text": str, "an object": dict}
 _OWNED = {
     "optimizer": "the optimizer is AdamW over the prompt; use --lr and --weight_decay",
     "scheduler": "the schedule is --lr_schedule with --warmup_steps",
@@ -40,30 +51,38 @@ class ResolvedDeepSpeed:
 def read_ds_config(file: str) -> dict[str, Any]:
     """The JSON as written. Raises ValueError for a missing file, bad JSON, unknown keys or an unsupported stage."""
     path = Path(file)
-    if not path.is_file() and not path.is_absolute():
+    if not is_file(path) and not path.is_absolute():
         packaged = Path(__file__).parent.parent / file  # the checkout's own ds_configs, from any working folder
-        path = packaged if packaged.is_file() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--ds_config {file}: {error.strerror}; see ds_configs/ for ready ones.") from None
-    except ValueError as error:
-        raise ValueError(f"--ds_config {file}: not valid JSON ({error}).") from None
+        path = packaged if is_file(packaged) else path
+    raw = read_json(path, f"--ds_config {file}", "; see ds_configs/ for ready ones")
     if not isinstance(raw, dict):
         raise ValueError(f"--ds_config {file}: expected one JSON object.")
     for key in raw:
         if key in _OWNED:
             raise ValueError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
         if key not in _KEYS:
-            raise ValueError(f"--ds_config {file}: unknown key {key!r}{nearest(key, _KEYS)}.")
+            raise ValueError(f"--ds_config {file}: unknown key {brief(key)}{nearest(key, _KEYS)}.")
+        if key not in ("bf16", "fp16", "zero_optimization"):
+            _check_type(file, key, raw[key])
     for block in ("bf16", "fp16"):
-        if not isinstance(raw.get(block, {}), dict) or enabled(raw, block) not in (True, False, "auto"):
+        on = enabled(raw, block) if isinstance(raw.get(block, {}), dict) else None
+        if not isinstance(on, bool) and on != "auto":
             raise ValueError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
     zero = raw.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
+    if not isinstance(zero, dict) or not isinstance(zero.get("stage"), int) or zero["stage"] not in (2, 3):
         raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
     _check_zero_keys(file, zero)
     return raw
+
+
+def _check_type(file: str, key: str, value: Any) -> None:
+    """ValueError for a value that DeepSpeed would only stumble over later."""
+    wanted = _HOLDS.get(key, "an object")
+    fits = isinstance(value, _TYPES[wanted]) and isinstance(value, bool) == (wanted == "true or false")
+    if wanted == "a number":
+        fits = fits and abs(value) < 1 << 63
+    if not fits and value != "auto":
+        raise ValueError(f"--ds_config {file}: {key} is {brief(value)}; expected {wanted}.")
 
 
 def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
@@ -73,7 +92,8 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
     known = list(fields) + [field.alias for field in fields.values() if field.alias]
     for key in zero:
         if key not in known:
-            raise ValueError(f"--ds_config {file}: unknown key 'zero_optimization.{key}'{nearest(key, known)}.")
+            shown = brief(f"zero_optimization.{key}")
+            raise ValueError(f"--ds_config {file}: unknown key {shown}{nearest(key, known)}.")
     for block in ("offload_param", "offload_optimizer"):
         if not isinstance(zero.get(block, {}), dict):
             raise ValueError(
@@ -89,6 +109,14 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
             f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
             "trained prompt a leaf; decoder layers are leaf modules already."
         )
+    try:
+        DeepSpeedZeroConfig(**zero)  # leaves out what is "auto"
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ValueError(
+            f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
+        ) from None
 
 
 def resolve_ds_config(
@@ -121,8 +149,8 @@ def resolve_ds_config(
         if given != "auto" and given != value:
             source = f"--{flag}" if flag in explicit else f"the default of --{flag}"
             raise ValueError(
-                f'{run.ds_config} says {key} = {given}, but {source} makes it {value}; set it to "auto" or make the '
-                f"two agree with --{flag}."
+                f'{run.ds_config} says {key} = {brief(given)}, but {source} makes it {value}; set it to "auto" or make '
+                f"the two agree with --{flag}."
             )
         if given == "auto":
             notes.append(f"{key} = {value} (from --{flag})")

@@ -133,7 +133,9 @@ class Engine:
             weight.copy_(weight_RH.view(self.shape))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Puts `state()` of a run on any number of ranks back; all ranks must call it."""
+        """Puts `state()` of a run on any number of ranks back; all ranks must call it. ValueError for another shape."""
+        if (found := tuple(tensors["prompt"].shape)) != self.shape:
+            raise ValueError(f"The checkpoint's prompt has shape {found}, this run's {self.shape}; resume another one.")
         self.set_prompt(tensors["prompt"])
         if float(tensors["adam_step"]) > 0:
             held: dict[str, Tensor] = {"step": tensors["adam_step"].reshape(()).clone()}

@@ -7,19 +7,21 @@ that came out, so these are read alike.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ptp_ds.card import model_card
 from ptp_ds.checkpoint import write_folder
-from ptp_ds.heads import HeadPlan, module_to_save
+from ptp_ds.files import brief, is_file, listed, open_tensors, read_json, tensor_shape
+from ptp_ds.heads import HEADS, HeadPlan, module_to_save
 from ptp_ds.prompts.deep import deep_shape
+from ptp_ds.redact import redacted
 
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
 _KEY = "prompt_embeddings"
@@ -40,7 +42,7 @@ def write_adapter(
     kind: soft, or deep with prompt_PH [P, D]. plan, head: the model's head and its trained tensors. in_text: whether
     the task's text has a place for the prompt, which peft can't express and then refuses to load.
     """
-    plan, head = plan or HeadPlan(), head or {}
+    plan, head, base_model, card = plan or HeadPlan(), head or {}, redacted(base_model), redacted(card)
     text = backbone_config.get_text_config()
     config = {
         "peft_type": _IN_TEXT if in_text else _WRITTEN[kind],
@@ -76,17 +78,12 @@ def write_adapter(
 def adapter_kind(folder: str | Path) -> str:
     """soft or deep; ValueError for a folder that holds neither."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(
-            f"Adapter {folder}: no {_CONFIG} there; give a folder written by this project or peft."
-        ) from None
-    except ValueError:
-        raise ValueError(f"Adapter {folder}: {_CONFIG} is not valid JSON.") from None
+    if not is_file(folder / _CONFIG):
+        raise ValueError(f"Adapter {folder}: no {_CONFIG} there; give a folder written by this project or peft.")
+    config = read_json(folder / _CONFIG, f"Adapter {folder}: {_CONFIG}")
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in _READ:
-        raise ValueError(f"Adapter {folder} is of peft type {kind!r}; expected {', '.join(_READ)}.")
+    if not isinstance(kind, str) or kind not in _READ:
+        raise ValueError(f"Adapter {folder} is of peft type {brief(kind)}; expected {', '.join(_READ)}.")
     return _READ[kind]
 
 
@@ -101,26 +98,21 @@ def read_adapter(
     found = adapter_kind(folder)
     if kind is not None and found != kind:
         raise ValueError(f"Adapter {folder} holds a {found} prompt; set --prompt {found}.")
-    file = folder / _WEIGHTS
-    if not file.is_file():
+    file, where = folder / _WEIGHTS, f"Adapter {folder}: {_WEIGHTS}"
+    if not is_file(file):
         raise ValueError(f"Adapter {folder}: no {_WEIGHTS}; adapters in pickle files are not loaded.")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            names = list(handle.keys())
-            if [name for name in names if not name.startswith(_HEAD)] != [_KEY]:
-                raise ValueError(f"Adapter {folder} holds {', '.join(names)}; expected {_KEY} alone.")
-            shape = tuple(handle.get_slice(_KEY).get_shape())
-            if len(shape) != 2 or not all(shape):
-                raise ValueError(f"Adapter {folder}: the prompt has shape {shape}; expected [length, width].")
-            if width is not None and shape[1] != width:
-                raise ValueError(
-                    f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter."
-                )
-            if length is not None and shape[0] != length:
-                raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
-            prompt = handle.get_tensor(_KEY).float()
-    except SafetensorError as error:
-        raise ValueError(f"Adapter {folder}: {_WEIGHTS} is damaged ({error}).") from None
+    with open_tensors(file, where) as handle:
+        names = list(handle.keys())
+        if [name for name in names if not name.startswith(_HEAD)] != [_KEY]:
+            raise ValueError(f"Adapter {folder} holds {listed(names)}; expected {_KEY} alone.")
+        shape = tensor_shape(handle, _KEY, where)
+        if len(shape) != 2 or not all(shape):
+            raise ValueError(f"Adapter {folder}: the prompt has shape {brief(shape)}; expected [length, width].")
+        if width is not None and shape[1] != width:
+            raise ValueError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
+        if length is not None and shape[0] != length:
+            raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
+        prompt = handle.get_tensor(_KEY).float()
     if not bool(torch.isfinite(prompt).all()):
         raise ValueError(f"Adapter {folder}: the prompt holds values that are not finite.")
     return prompt
@@ -131,22 +123,37 @@ def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict
 
     wanted: names and shapes that the model has. ValueError where the adapter's differ.
     """
-    with safe_open(Path(folder) / _WEIGHTS, framework="pt") as handle:
-        names = [name for name in list(handle.keys()) if name != _KEY]
+    where = f"Adapter {folder}: {_WEIGHTS}"
+    with open_tensors(Path(folder) / _WEIGHTS, where) as handle:
+        names = [name for name in handle.keys() if name != _KEY]  # noqa: SIM118
+        shapes = {name.removeprefix(_HEAD): tensor_shape(handle, name, where) for name in names}
+        if shapes != dict(wanted) or len(shapes) < len(names):
+            raise ValueError(
+                f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
+                f"this model and task need {dict(wanted) or 'none'}."
+            )
         found = {name.removeprefix(_HEAD): handle.get_tensor(name).float() for name in names}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != dict(wanted):
-        raise ValueError(
-            f"Adapter {folder} holds a head of {shapes or 'nothing'}; "
-            f"this model and task need {dict(wanted) or 'none'}."
-        )
+    for name, tensor in found.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"Adapter {folder}: {name} holds values that are not finite.")
     return found
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card beside an adapter of ours, empty for one of peft's own."""
-    try:
-        card = json.loads((Path(folder) / _CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The card beside an adapter of ours, empty for one of peft's own; ValueError for one that isn't as we write it."""
+    file = Path(folder) / _CARD
+    if not os.path.lexists(file):
         return {}
-    return card if isinstance(card, dict) else {}
+    where = f"Adapter {folder}: {_CARD}"
+    card = read_json(file, where)
+    if not isinstance(card, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(card).__name__}.")
+    for name in ("task", "head", "result"):
+        if not isinstance(card.get(name), dict | None):
+            raise ValueError(f"{where}: {name} is {brief(card[name])}; expected a JSON object.")
+    kind, answers = (card.get("head") or {}).get("kind", HEADS[0]), (card.get("task") or {}).get("answers")
+    if kind not in HEADS:
+        raise ValueError(f"{where}: the head is of kind {brief(kind)}; expected {', '.join(HEADS)}.")
+    if not isinstance(answers, dict | None):
+        raise ValueError(f"{where}: the task's answers are {brief(answers)}; expected a JSON object.")
+    return card

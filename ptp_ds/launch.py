@@ -20,7 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ptp_ds.distributed import free_port, prepare_environment
+from ptp_ds.redact import is_secret
 
+_EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed 0.19.8 exports to other hosts
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -83,10 +85,17 @@ def _run_on_hosts(argv: Sequence[str], own: Mapping[str, str]) -> int | None:
         return run_job(job, lambda: _deepspeed([*job.flags, *argv], file))
 
 
+def keep_from_command_lines() -> None:
+    """Drops secrets that DeepSpeed's runner would write into the other hosts' command lines and its log."""
+    for name in [name for name in os.environ if name.startswith(_EXPORTED) and is_secret(name)]:
+        del os.environ[name]
+
+
 def main() -> None:
     """Runs DeepSpeed's launcher with the command line's arguments; its exit code is the ranks'."""
     own = dict(os.environ)
     prepare_environment()
+    keep_from_command_lines()
     argv = sys.argv[1:]
     local = local_only_flags(argv)
     if not local:

@@ -1,6 +1,6 @@
 """Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.ds_config import ResolvedDeepSpeed
+from ptp_ds.files import brief, is_file, plain_name, read_json
 from ptp_ds.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
 
 
 def load_config(folder: Path) -> Any:
     """transformers' configuration of a model folder; ValueError where the folder needs code of its own."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{folder}/config.json describes no model that transformers knows ({first}).") from None
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel:  # transformers would fetch and run it
+        raise ValueError(
+            f"{folder}/config.json asks for attention code from elsewhere, {brief(kernel)}; remove that key."
+        )
+    return config
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -43,21 +50,22 @@ def load_backbone(
     of a classifier, which is trained. kernels: see ptp_ds.kernels.
     """
     plan, config = plan or HeadPlan(), load_config(folder)
+    files = _tensor_files(folder)
     auto = auto_class(config, plan.kind, folder)
     if plan.kind == "classes":
         config.num_labels = plan.outputs
     model: Any
     if deepspeed_config.stage != 3:
         model, info = auto.from_pretrained(
-            folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True,
-            ignore_mismatched_sizes=plan.kind == "classes",
+            folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=False, ignore_mismatched_sizes=plan.kind == "classes",
         )  # fmt: skip
         absent = set(info["missing_keys"])
         _refuse_absent(absent, plan, folder)
         model = model.to(ranks.device)
     else:
         model = build_sharded(config, deepspeed_config, auto)
-        absent = _fill_from_files(model, folder, ranks, plan)
+        absent = _fill_from_files(model, folder, files, ranks, plan)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
     head = Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {})
@@ -103,16 +111,35 @@ def fill_randomly(model: Any, deviation: float = 0.02) -> None:
             parameter.ds_tensor.normal_(0.0, deviation)
 
 
+def _opened(file: Path) -> Any:
+    """safetensors' handle on one of a model's files; ValueError where it is damaged or absent."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{folder} holds no model.safetensors; save the model with save_pretrained first.")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    """Tensors and their files, all safetensors within the folder. ValueError for an adapter's folder, for weights in
+    pickle files and for an index that leads elsewhere."""
+    if os.path.lexists(folder / "adapter_config.json"):  # transformers would load it, and the model that it names
+        raise ValueError(f"{folder} holds adapter_config.json; give a folder of a whole model, the adapter elsewhere.")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if is_file(single):  # transformers prefers it, too
+        return dict.fromkeys(_opened(single).keys(), single)
+    if not is_file(index):
+        raise ValueError(
+            f"{folder} holds no model.safetensors; save the model with save_pretrained first (pickle files are never "
+            "loaded)."
+        )
+    read = read_json(index, str(index))
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map; save the model with save_pretrained.")
+    for name in dict.fromkeys(map(str, weight_map.values())):
+        if not plain_name(name, f"{index}: a file's name").endswith(".safetensors"):
+            raise ValueError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
+    return {name: folder / file for name, file in weight_map.items()}
 
 
 def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
@@ -127,20 +154,16 @@ def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
 
 
 @torch.no_grad()
-def _fill_from_files(model: Any, folder: Path, ranks: Ranks, plan: HeadPlan) -> set[str]:
+def _fill_from_files(model: Any, folder: Path, files: dict[str, Path], ranks: Ranks, plan: HeadPlan) -> set[str]:
     """Fills every rank's part of the parameters; returns the names of those that the files lack."""
     import deepspeed
 
-    try:
-        files = _tensor_files(folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: the safetensors file is damaged ({error}).") from None
     names = {name: _stored_name(name, files, model.base_model_prefix) for name, _ in model.named_parameters()}
     absent = {name for name, stored in names.items() if stored is None}
     _refuse_absent(absent, plan, folder)
     unread = {name for name in names if name in absent or (plan.kind == "classes" and is_trained(name))}
     filled = {name: p for name, p in model.named_parameters() if name not in unread}
-    handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
+    handles = {file: _opened(file) for file in set(files.values())}
     tensors = {name: handles[files[stored]].get_slice(stored) for name, stored in names.items() if stored is not None}
     for name, parameter in filled.items():  # on all ranks, before any of them waits for another
         found, wanted = tuple(tensors[name].get_shape()), tuple(parameter.ds_shape)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.files import is_file, is_folder
+
 EMBEDDED_MODEL = "smollm2-135m"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -100,8 +102,8 @@ def resolve_model(name: str) -> Path:
                 _convert_embedded(target)
         return target
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if is_folder(folder):
+        if not is_file(folder / "config.json"):
             raise ValueError(
                 f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained."
             )

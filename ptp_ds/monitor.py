@@ -10,6 +10,8 @@ from typing import Any, TextIO
 import torch
 
 from ptp_ds.distributed import Ranks
+from ptp_ds.files import parse_json, read_bytes
+from ptp_ds.redact import redacted
 
 
 def say(ranks: Ranks, text: str) -> None:
@@ -17,7 +19,7 @@ def say(ranks: Ranks, text: str) -> None:
     if ranks.is_main:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(redacted(text), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -97,9 +99,9 @@ def _open_log(path: Path, first_step: int) -> TextIO:
     """log.jsonl for appending, without lines after `first_step` that an interrupted run wrote past its checkpoint."""
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_bytes(path, str(path), most=None).decode("utf-8", "replace").splitlines():
             try:
-                if json.loads(line)["step"] <= first_step:
+                if parse_json(line, str(path))["step"] <= first_step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill

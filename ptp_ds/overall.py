@@ -5,8 +5,6 @@ scores. The diagnostics AX-b and AX-g are shown and not counted, as on SuperGLUE
 of 1.
 """
 
-import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +14,9 @@ from typing import Any
 
 from ptp_ds.checkpoint import write_json
 from ptp_ds.config import StrictParser
+from ptp_ds.files import is_file, read_json
 from ptp_ds.predictions import require_writable
+from ptp_ds.redact import redacted
 
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 DIAGNOSTICS = ("AX-b", "AX-g")
@@ -50,12 +50,9 @@ class Result:
 def read_result(folder: str) -> Result:
     """The folder's result.json. Raises ValueError where there is none or it lacks what a table needs."""
     file = Path(folder) / "result.json"
-    if not file.is_file():
+    if not is_file(file):
         raise ValueError(f"{folder} holds no result.json; give the folders of runs that have ended.")
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}).") from None
+    read = read_json(file, str(file))
     found: dict[str, Any] = read if isinstance(read, dict) else {}
     texts = {name: found[name] for name in _TEXTS if isinstance(found.get(name), str)}
     metrics: Any = found.get("metrics")
@@ -71,7 +68,7 @@ def read_result(folder: str) -> Result:
 def _are_numbers(metrics: Any) -> bool:
     if not isinstance(metrics, dict) or not metrics:
         return False
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in metrics.values())
+    return all(isinstance(value, int | float) and -1 <= value <= 1 for value in metrics.values())  # fractions of 1
 
 
 def group_results(results: Iterable[Result]) -> list[dict[str, list[Result]]]:
@@ -161,7 +158,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
         file = require_writable("--json", args.json) if args.json else None
         tables = [table_of(runs) for runs in group_results(map(read_result, args.runs))]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return 2
     print("\n\n".join(map(table_text, tables)))
     if file is not None:

@@ -36,12 +36,15 @@ def native_bf16() -> tuple[bool, str]:
     return False, f"{name} has no native bf16"
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """The backbone's dtype for one of PRECISIONS, without a DeepSpeed configuration. ValueError for fp16 on a CPU."""
+def dtype_of(precision: str, where: str = "") -> torch.dtype:
+    """The backbone's dtype for one of PRECISIONS, without a DeepSpeed configuration.
+
+    ValueError for fp16 on a CPU; it begins with `where`, what asks for it where the flag doesn't.
+    """
     if precision == "auto":
         return torch.bfloat16 if native_bf16()[0] else torch.float32
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
+        raise ValueError(f"{where}fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
     return _DTYPES[precision]
 
 
@@ -65,7 +68,7 @@ def resolve_precision(config: dict[str, Any], wanted: str, file: str) -> tuple[t
                 'set it to "auto" or leave --precision out.'
             )
     name, reason = _choose(given, wanted)
-    dtype = dtype_of(name)
+    dtype = dtype_of(name, f"{file}: " if wanted == "auto" else "")
     for block in given:
         if block in ("bf16", name) or block in config:
             config[block] = {**config.get(block, {}), "enabled": name == block}

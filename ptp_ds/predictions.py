@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.data import Split
+from ptp_ds.files import is_folder
 from ptp_ds.tasks import Rendered, Task
+from ptp_ds.tasks.readers import whole_number
 
 Line = dict[str, Any]
 
@@ -41,7 +43,7 @@ class _Predicted:
             raise ValueError(
                 f"{self.where}: the {what} has no idx; a prediction file needs the official files' numbers."
             )
-        return int(found) if isinstance(found, str) and found.isdecimal() else found
+        return whole_number(found)
 
 
 def _label(task: Task, choice: int) -> int | str:
@@ -111,7 +113,7 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def require_writable(flag: str, file: str) -> Path:
     """The path of an output file; ValueError where it names a folder or lies below a file."""
     path = Path(file)
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not above.is_dir():
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if is_folder(path) or not is_folder(above):
         raise ValueError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
     return path

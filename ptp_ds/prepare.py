@@ -25,6 +25,7 @@ from ptp_ds.packing import Example
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.predictions import check_numbers
 from ptp_ds.prompts import prompt_width
+from ptp_ds.redact import redacted
 from ptp_ds.rows import Rows, rows_for
 from ptp_ds.tasks import Task, load_task
 
@@ -114,7 +115,7 @@ def row_room(max_length: int | None, prompt_length: int, config: Any, plan: Head
 
 def _warn(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(redacted(text), file=sys.stderr, flush=True)
 
 
 def _output_dir(run: RunConfig) -> Path | None:
@@ -176,4 +177,4 @@ def _identity(run: RunConfig, task: Task, config: Any, splits: dict[str, Split])
     identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
-    return json.loads(json.dumps(identity))
+    return redacted(json.loads(json.dumps(identity)))

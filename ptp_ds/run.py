@@ -33,6 +33,7 @@ from ptp_ds.prepare import Prepared, prepare
 from ptp_ds.presets import describe_preset, preset_effect
 from ptp_ds.prompts import empty_prompt, initial_prompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.deep import join_deep
+from ptp_ds.redact import redacted
 from ptp_ds.step import settings_of
 from ptp_ds.trainer import Progress, Trainer, median_or_zero, progress_from
 
@@ -259,5 +260,5 @@ def report_error(error: ValueError) -> int:
         time.sleep(30)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+    print(redacted(f"{prefix}: {error}"), file=sys.stderr, flush=True)
     return 2

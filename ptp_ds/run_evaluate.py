@@ -17,6 +17,7 @@ from ptp_ds.distributed import Ranks, env_world, prepare_environment, start_proc
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.evaluate import evaluation_of, score_examples, together
 from ptp_ds.export import adapter_kind, read_adapter, read_card, read_head
+from ptp_ds.files import listed
 from ptp_ds.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.loading import load_backbone, load_config, load_tokenizer
 from ptp_ds.models import resolve_model
@@ -65,19 +66,19 @@ def adapter_task(adapter: str, name: str | None) -> Task:
     kept = {key: value for key, value in spec.items() if key != "answers" and value is not None}
     if spec.get("answers"):
         kept["candidates"] = spec["answers"]
-    return parse_task(kept, f"the card of {adapter}")
+    return parse_task(kept, f"Adapter {adapter}: the card's task")
 
 
 def adapter_plan(adapter: str, config: Any, task: Task) -> tuple[HeadPlan, Task]:
     """The head that the adapter was trained with, and the task with its classes in the trained order."""
     card = read_card(adapter)
-    plan = plan_head(config, card.get("head", {}).get("kind", "auto"), task)
+    plan = plan_head(config, (card.get("head") or {}).get("kind", "auto"), task)
     trained = list((card.get("task") or {}).get("answers") or task.answers)
     if plan.kind != "classes" or plan.choice or trained == list(task.answers):
         return plan, task
     if set(trained) != set(task.answers):
         raise ValueError(
-            f"The classifier of {adapter} tells {', '.join(trained)} apart; task {task.name} has "
+            f"The classifier of {adapter} tells {listed(trained)} apart; task {task.name} has "
             f"{', '.join(task.answers)}."
         )
     return plan, replace(task, answers={label: task.answers[label] for label in trained})

@@ -165,7 +165,9 @@ def _score(served: Served, examples: Sequence[Example], budget: int) -> Tensor:
 
 def _generate(served: Served, examples: Sequence[Example], count: int) -> list[str]:
     """Each context's continuation. The model is loaded anew: a Backbone's is bound to packed rows."""
-    model: Any = AutoModelForCausalLM.from_pretrained(served.folder, dtype=served.dtype, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        served.folder, dtype=served.dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    )
     model = model.to(served.device).eval()
     stops = stop_tokens(model, served.tokenizer)
     found = [generate(model, served.prompt, served.kind, e.context_ids, count, stops) for e in examples]

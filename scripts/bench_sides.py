@@ -114,7 +114,9 @@ class Sides:
         """peft's side; keep: see PeftLoop."""
         auto = auto_class(self.config, self.plan.kind, self.folder)
         labels = {"num_labels": self.plan.outputs} if self.plan.kind == "classes" else {}
-        base = auto.from_pretrained(self.folder, dtype=self.resolved.dtype, **labels).to(self.ranks.device)
+        base = auto.from_pretrained(self.folder, dtype=self.resolved.dtype, use_safetensors=True, **labels).to(
+            self.ranks.device
+        )
         return PeftLoop(
             base, values, self.ranks.device, keep, self.peft_rows, head, self.prompt, tail_ids(self.tokenizer)
         )

@@ -160,9 +160,9 @@ def saved(base, tmp_path, monkeypatch) -> Path:
     """out/checkpoints/step-000001 of the run of `base`."""
     monkeypatch.chdir(tmp_path)
     identity = prepare(base).identity
-    return save_checkpoint(
-        Path("out/checkpoints"), Checkpoint(1, {"prompt": torch.zeros(4, 32)}, None, identity), keep=1
-    )
+    tensors = {name: torch.zeros(4, 32) for name in ("prompt", "exp_avg", "exp_avg_sq")}
+    tensors["adam_step"] = torch.zeros(1)
+    return save_checkpoint(Path("out/checkpoints"), Checkpoint(1, tensors, None, identity), keep=1)
 
 
 def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):

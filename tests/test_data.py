@@ -77,7 +77,7 @@ def test_text_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("rows", [[], ["", "   "]])
 def test_empty_split(tmp_path, write_rows, rows):
     write_rows(tmp_path / "CB" / "train.jsonl", rows)
-    with pytest.raises(ValueError, match="Split 'train' of task CB has no rows"):
+    with pytest.raises(ValueError, match=r"CB/train\.jsonl: split 'train' of task CB has no rows"):
         load("CB", tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_config_that_is_no_object(adapter):
     (adapter / "adapter_config.json").write_text("[]")
     refused(adapter, "is of peft type None; expected PROMPT_TUNING, ")
     (adapter / "adapter_config.json").write_text("{")
-    refused(adapter, r"adapter_config\.json is not valid JSON")
+    refused(adapter, r"adapter_config\.json: not valid JSON \(")
 
 
 def test_missing_files(adapter, tmp_path):
@@ -139,12 +139,25 @@ def test_truncated_file(adapter, kept):
     refused(adapter, r"adapter_model\.safetensors is damaged \(")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", None])
-def test_cards_that_cannot_be_read_count_as_none(adapter, content):
+def test_an_adapter_may_lack_a_card(adapter):
     (adapter / "ptp_ds.json").unlink()
-    if content is not None:
-        (adapter / "ptp_ds.json").write_text(content)
     assert read_card(adapter) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"ptp_ds\.json: not valid JSON \("),
+        ("[]", r"ptp_ds\.json: expected a JSON object, found list\."),
+        ('{"head": []}', r"ptp_ds\.json: head is \[\]; expected a JSON object\."),
+        ('{"head": {"kind": "tail"}}', "the head is of kind 'tail'; expected causal, masked, classes, seq2seq"),
+        ('{"task": {"answers": 3}}', "the task's answers are 3; expected a JSON object"),
+    ],
+)
+def test_damaged_cards_are_refused(adapter, content, message):
+    (adapter / "ptp_ds.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_card(adapter)
 
 
 def test_the_model_card_tells_scores_settings_and_versions():

@@ -261,12 +261,18 @@ def test_unknown_tasks(name, message):
         load_task(name)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00"])
-def test_template_file_that_is_not_json(tmp_path, content):
+@pytest.mark.parametrize(("content", "message"), [(b"{", r"not valid JSON \("), (b"\xff\xfe\x00", "not UTF-8 text")])
+def test_template_file_that_is_not_json(tmp_path, content, message):
     file = tmp_path / "own.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"own\.json: not valid JSON \("):
+    with pytest.raises(ValueError, match=rf"own\.json: {message}"):
         load_task(str(file))
+
+
+@pytest.mark.parametrize("name", ["..", "../CB", "a/b", "a\\b", "/etc", ".hidden", "~", "a\0b", "a\nb", " ", "a" * 129])
+def test_names_that_are_no_folder_s(name):
+    with pytest.raises(ValueError, match=r"^here: 'name' is .*; expected a plain name of at most 128 bytes"):
+        parse_task(template(name=name), "here")
 
 
 def test_template_file_of_ones_own(tmp_path):

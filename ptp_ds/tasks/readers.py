@@ -1,10 +1,13 @@
 """Official files whose rows hold several questions or name their own answers, flattened: one entry a scored context."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptp_ds.files import brief
+
+_DIGITS = 18
 _PLACEHOLDER = "@placeholder"
 HUB_NO_LABEL = -1  # the hub's class number where a split is published without labels
 
@@ -62,9 +65,14 @@ def _text(row: Any, *path: str) -> str:
     return found.strip()
 
 
+def whole_number(value: Any) -> Any:
+    """A whole number that is spelled as text, as official files do; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= _DIGITS else value
+
+
 def _number(row: Any, *path: str) -> int:
     found = _at(row, *path)
-    found = int(found) if isinstance(found, str) and found.isdecimal() else found
+    found = whole_number(found)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         raise _RowError(f"has no whole number in {'.'.join(path)}")
     return found
@@ -111,7 +119,8 @@ def record(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
         raise _RowError("has no text in passage.text")
     spans = [(_number(entity, "start"), _number(entity, "end")) for entity in _listed(row, "passage", "entities")]
     names = list(dict.fromkeys(text[start : end + 1] for start, end in spans))
-    passage = re.sub(r"\s*\n@highlight\n", "\n", text)
+    *parts, last = text.split("\n@highlight\n")
+    passage = "\n".join([part.rstrip() for part in parts] + [last])
     for query in _listed(row, "qas"):
         before, found, after = _text(query, "query").partition(_PLACEHOLDER)
         if not found:
@@ -119,8 +128,7 @@ def record(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
         answers = _right(_listed, query, "answers") if labelled else []
         right = {_text(answer, "text") for answer in answers}
         # Quotes and brackets that open right before the placeholder belong to the option, or no space could follow.
-        head = re.search(r"\S*$", before)
-        opening = head[0] if head else ""
+        opening = "" if before[-1:].isspace() else "".join(before.split()[-1:])
         before = before[: len(before) - len(opening)].rstrip()
         entries.append(Entry(
             fields={"passage": passage, "before": before}, options=[f" {opening}{name}{after}" for name in names],
@@ -149,8 +157,7 @@ def noun_phrases(text: str) -> list[str]:
     """Names (runs of capitals) and what follows a determiner, in order, each once: a rough stand-in for a parser."""
     found: list[str] = []
     phrase: list[str] = []
-    words = re.findall(r"[\w'.-]*[\w']|[^\w\s]", text)
-    for word in [*words, "."]:
+    for word in [*_words_and_marks(text), "."]:
         low = word.lower()
         if phrase and _goes_on(phrase, word):
             phrase.append(word)
@@ -160,6 +167,14 @@ def noun_phrases(text: str) -> list[str]:
         starts = low in _DETERMINERS or (word[0].isupper() and low not in _NEVER_INSIDE)
         phrase = [low if low in _DETERMINERS else word] if starts else []
     return list(dict.fromkeys(found))
+
+
+def _words_and_marks(text: str) -> Iterator[str]:
+    """Words, which may hold dots and dashes but end in neither, and every other mark, in time linear in the text."""
+    for run in re.findall(r"[\w'.-]+|[^\w\s]", text):
+        word = run.rstrip(".-")
+        yield from [word] if word else []
+        yield from run[len(word) :]
 
 
 def _goes_on(phrase: list[str], word: str) -> bool:
@@ -175,7 +190,7 @@ def _truth(row: Mapping[str, Any]) -> int:
     label = _right(_at, row, "label")
     if not isinstance(label, bool) and label not in (0, 1):
         missing = label is None or label == HUB_NO_LABEL
-        raise (_UnlabelledError if missing else _RowError)(f"has label {label!r}; expected true or false")
+        raise (_UnlabelledError if missing else _RowError)(f"has label {brief(label)}; expected true or false")
     return int(label)
 
 
@@ -192,7 +207,11 @@ def wsc(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     label = _truth(row) if labelled else None
     if place < len(words) and words[place].strip(".,;:!?'\"").lower().startswith(pronoun.lower()[:2]):
         words[place] = f"*{words[place]}*"
-    others = [phrase for phrase in noun_phrases(text) if _differs(phrase, span) and phrase.lower() != pronoun.lower()]
+    content = _content(span)
+    others = [
+        phrase for phrase in noun_phrases(text)
+        if _differs(_content(phrase), content) and phrase.lower() != pronoun.lower()
+    ]  # fmt: skip
     options = [span, *others] if others else [span, "someone else"]
     fields = {"text": " ".join(words), "pronoun": pronoun}
     return [Entry(
@@ -201,10 +220,13 @@ def wsc(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     )]  # fmt: skip
 
 
-def _differs(phrase: str, span: str) -> bool:
+def _content(phrase: str) -> set[str]:
+    return {word for word in phrase.lower().split() if word not in _DETERMINERS}
+
+
+def _differs(phrase: set[str], span: set[str]) -> bool:
     """Neither lies within the other: 'the horse' is no rival of 'the black horse'."""
-    a, b = ({word for word in text.lower().split() if word not in _DETERMINERS} for text in (phrase, span))
-    return not (a <= b or b <= a)
+    return not (phrase <= span or span <= phrase)
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], bool], list[Entry]]] = {

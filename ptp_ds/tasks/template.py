@@ -19,13 +19,13 @@ Keys of a template file:
 """
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.files import brief, is_file, listed, plain_name, read_json
 from ptp_ds.tasks.metrics import METRICS, NEEDS_READER
 from ptp_ds.tasks.readers import HUB_NO_LABEL, MAY_BE_EMPTY, OWN_ANSWERS, READERS, NoLabelError, read
 
@@ -141,7 +141,8 @@ class Task:
         label = canonical_label(row[self.label])
         if label not in self.answers:
             kind = NoLabelError if label in _UNLABELLED else ValueError
-            raise kind(f"{where}: label {label!r} is not one of {', '.join(self.answers)} (task {self.name}).")
+            known = listed(self.answers)
+            raise kind(f"{where}: label {brief(label)} is not one of {known} (task {self.name}).")
         gold = self.labels.index(label)
         return Rendered(pieces, candidates, gold, (gold,), prompt_at=at)
 
@@ -173,11 +174,11 @@ class Task:
             raise ValueError(f"{where}: the row has no field {name!r}; task {self.name} needs it.")
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
-            raise ValueError(f"{where}: field {name!r} must be non-empty text, not {value!r}.")
+            raise ValueError(f"{where}: field {name!r} must be non-empty text, not {brief(value)}.")
         value = value.strip()
         if name in self.values:
             if value not in self.values[name]:
-                raise ValueError(f"{where}: field {name!r} is {value!r}; expected {', '.join(self.values[name])}.")
+                raise ValueError(f"{where}: field {name!r} is {brief(value)}; expected {listed(self.values[name])}.")
             value = self.values[name][value]
         return _FILTERS[filter_name](value) if filter_name else value
 
@@ -200,23 +201,16 @@ def builtin_tasks() -> list[str]:
 def load_task(name: str) -> Task:
     """A built-in task by name, or a template by the path of its .json file. Raises ValueError with what is wrong."""
     if name in builtin_templates():
-        return parse_task(_read_json(_TEMPLATES / f"{name}.json"), f"task {name}")
+        return parse_task(read_json(_TEMPLATES / f"{name}.json", f"task {name}"), f"task {name}")
     path = Path(name)
     if path.suffix == ".json":
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"--task {name}: there is no such template file.")
-        return parse_task(_read_json(path), str(path))
+        return parse_task(read_json(path, str(path)), str(path))
     likeness = {task: difflib.SequenceMatcher(None, name.lower(), task.lower()).ratio() for task in builtin_tasks()}
     near = max(likeness, key=lambda task: (likeness[task], -len(task)))
     hint = f" (did you mean {near}?)" if likeness[near] >= 0.5 else ""
     raise ValueError(f"Unknown task {name!r}{hint}: give one of {', '.join(builtin_tasks())} or a template .json file.")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from None
 
 
 def _maps_texts(words: Any) -> bool:
@@ -225,8 +219,8 @@ def _maps_texts(words: Any) -> bool:
 
 def _reader_and_answers(spec: Mapping[str, Any], where: str) -> tuple[str, dict[str, str]]:
     reader = spec.get("reader", "flat")
-    if reader not in READERS:
-        raise ValueError(f"{where}: unknown reader {reader!r}; choose from {', '.join(READERS)}.")
+    if not isinstance(reader, str) or reader not in READERS:
+        raise ValueError(f"{where}: unknown reader {brief(reader)}; choose from {', '.join(READERS)}.")
     if reader in OWN_ANSWERS:
         if {"verbalizers", "candidates", "label"} & spec.keys():
             raise ValueError(f"{where}: reader {reader!r} brings its rows' answers; leave out verbalizers and label.")
@@ -250,26 +244,27 @@ def parse_task(spec: Any, where: str) -> Task:
     for key in spec:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, sorted(_KEYS), 1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f" (did you mean {near[0]!r}?)." if near else "."))
+            raise ValueError(f"{where}: unknown key {brief(key)}" + (f" (did you mean {near[0]!r}?)." if near else "."))
     if missing := sorted(_REQUIRED - spec.keys()):
         raise ValueError(f"{where}: the template lacks {', '.join(missing)}.")
     reader, answers = _reader_and_answers(spec, where)
     for key in ("name", "text", "label"):
         if key in spec and (not isinstance(spec[key], str) or not spec[key]):
             raise ValueError(f"{where}: {key!r} must be non-empty text.")
+    plain_name(spec["name"], f"{where}: 'name'")
     for key in ("metrics", "fixed", "attack"):
         if not isinstance(spec.get(key, []), list) or not all(isinstance(name, str) for name in spec.get(key, [])):
             raise ValueError(f"{where}: {key!r} must be a list of names.")
     unknown_metrics = [metric for metric in spec["metrics"] if metric not in METRICS]
     if unknown_metrics or not spec["metrics"]:
-        raise ValueError(f"{where}: metrics {unknown_metrics} are unknown; choose from {', '.join(METRICS)}.")
+        raise ValueError(f"{where}: metrics {brief(unknown_metrics)} are unknown; choose from {', '.join(METRICS)}.")
     for metric in spec["metrics"]:
         if reader not in NEEDS_READER.get(metric, (reader,)):
             raise ValueError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
     slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in _SLOT.finditer(text)]
     for _, filter_name in slots:
         if filter_name and filter_name not in _FILTERS:
-            raise ValueError(f"{where}: unknown filter {filter_name!r}; choose from {', '.join(_FILTERS)}.")
+            raise ValueError(f"{where}: unknown filter {brief(filter_name)}; choose from {', '.join(_FILTERS)}.")
     if spec["text"].count(PROMPT_MARK) > 1:
         raise ValueError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
     in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
@@ -286,7 +281,7 @@ def parse_task(spec: Any, where: str) -> Task:
     ):  # fmt: skip
         for name in names:
             if not isinstance(name, str) or name not in known:
-                raise ValueError(f"{where}: {key!r} names {name!r}, which the text doesn't hold.")
+                raise ValueError(f"{where}: {key!r} names {brief(name)}, which the text doesn't hold.")
     if never := sorted(set(attack) & {*fixed, *values}):
         raise ValueError(f"{where}: 'attack' names {never[0]!r}, which 'fixed' or 'values' keeps as it is.")
     return Task(

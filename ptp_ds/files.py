@@ -1,0 +1,197 @@
+"""Files that others wrote: read within limits, or refused in one sentence that names them.
+
+Adapters, checkpoints, templates, configurations and data may come from anywhere. What is read is JSON and safetensors;
+no pickle is ever opened. Nothing here waits on a pipe, follows text into a path, or takes memory for what a header
+claims before the claim is checked.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+JSON_BYTES = 1 << 24  # of one JSON file; the largest of ours holds a task's template
+_HEADER_BYTES = 1 << 20  # of a safetensors file with a few tensors
+_DEEPEST = 64  # levels of a JSON value
+_LONGEST_NAME = 128  # of a file or folder that is named by what a file says
+MOST_NUMBERS = 1 << 28  # of a prompt with its head, 1 GiB in fp32
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def brief(value: Any, most: int = 120) -> str:
+    """repr for a message: one line, cut in the middle where it is longer than `most`."""
+    text = repr(value[: 2 * most] if isinstance(value, str) else value)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def listed(names: Any, most: int = 8) -> str:
+    """Names for a message: the first few, cut and without control characters."""
+    found = [brief(str(name), 60)[1:-1] for name in list(names)[:most]]
+    return ", ".join(found) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def plain_name(value: Any, what: str) -> str:
+    """`value`, which becomes part of a path; ValueError where it could lead out of its folder."""
+    odd = not isinstance(value, str) or not value.strip() or value[:1] in (".", "~") or not value.isprintable()
+    if odd or "/" in value or "\\" in value or len(value.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"{what} is {brief(value)}; expected a plain name of at most {_LONGEST_NAME} bytes, without slashes and "
+            "with no dot in front: it becomes the name of a file or folder."
+        )
+    return value
+
+
+def is_file(path: str | Path) -> bool:
+    """Path.is_file, False as well for what can't be looked at (a name that is too long, a loop of links)."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Path.is_dir, False as well for what can't be looked at."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, open for reading; OSError for a folder, and for a pipe or device, which could block."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(handle).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(handle)
+        raise OSError(0, "Is a directory" if stat.S_ISDIR(kind) else "Not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def memory_bytes() -> int:
+    """This machine's memory: a file that is larger is refused, however little of it the disk holds."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_bytes(path: str | Path, where: str, most: int | None = JSON_BYTES, hint: str = "") -> bytes:
+    """A file's bytes. ValueError begins with `where`; `hint` follows an OS error.
+
+    most: more bytes than that are refused unread; None for data, which may be as large as this machine's memory.
+    """
+    most = memory_bytes() if most is None else most
+    try:
+        with open_regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size > most:
+                raise ValueError(f"{where}: {size} bytes; expected at most {most}.")
+            return handle.read(most)
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}{hint}.") from None
+
+
+def read_text(path: str | Path, where: str, most: int | None = JSON_BYTES, hint: str = "") -> str:
+    """A UTF-8 file's text, without a byte order mark; ValueError for anything else. See read_bytes."""
+    try:
+        return read_bytes(path, where, most, hint).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def read_json(path: str | Path, where: str, hint: str = "") -> Any:
+    """A JSON file's value; ValueError, which begins with `where`, for anything else. See read_text, parse_json."""
+    return parse_json(read_text(path, where, hint=hint), where, once=True)
+
+
+def parse_json(text: str, where: str, once: bool = False) -> Any:
+    """The value of a JSON text, at most _DEEPEST levels deep and of whole characters; ValueError begins with `where`.
+
+    once: whether an object with a key that comes twice is refused.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_each_once if once else None)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}).") from None
+    except _TwiceError as error:
+        raise ValueError(f"{where}: not valid JSON (the key {brief(error.args[0])} comes twice).") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).") from None
+    except ValueError:  # Python's own limit on the digits of a whole number
+        raise ValueError(f"{where}: not valid JSON (a number of thousands of digits).") from None
+    if text.count("[") + text.count("{") > _DEEPEST and _deeper_than(value, _DEEPEST):
+        raise ValueError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).")
+    if _HALF_A_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: half a surrogate pair (\\udXXX) stands alone; write the whole character."
+            ) from None
+    return value
+
+
+class _TwiceError(Exception):
+    """A key that an object holds twice."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _TwiceError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    front = [value]
+    for _ in range(levels + 1):
+        front = [part for whole in front if isinstance(whole, dict | list)
+                 for part in (whole.values() if isinstance(whole, dict) else whole)]  # fmt: skip
+        if not front:
+            return False
+    return True
+
+
+@contextmanager
+def open_tensors(file: Path, where: str, hint: str = "") -> Iterator[Any]:
+    """safetensors' handle on a small file of a few tensors. ValueError begins with `where`, `hint` ends it.
+
+    The header's length is checked before anything is read; safetensors checks that the tensors fill the file exactly.
+    """
+    try:
+        with open_regular(file) as opened:
+            size, start = os.fstat(opened.fileno()).st_size, opened.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(f"{where} is damaged (its header doesn't fit into its {size} bytes){hint}.")
+        if length > _HEADER_BYTES:
+            raise ValueError(f"{where} has a header of {length} bytes; expected at most {_HEADER_BYTES}{hint}.")
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{where} is damaged ({brief(' '.join(str(error).split()))[1:-1]}){hint}.") from None
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror or type(error).__name__}{hint}.") from None
+
+
+def tensor_shape(handle: Any, name: str, where: str) -> tuple[int, ...]:
+    """A tensor's shape from the header; ValueError, which begins with `where`, for one that isn't ours to load.
+
+    Of floats, without an empty dimension, at most MOST_NUMBERS.
+    """
+    part = handle.get_slice(name)
+    shape, dtype, numbers = tuple(part.get_shape()), part.get_dtype(), 1
+    for extent in shape:
+        numbers *= extent
+    shown = brief(name, 60)
+    if dtype not in _FLOATS:
+        raise ValueError(f"{where}: {shown} is of type {dtype}; expected one of {', '.join(_FLOATS)}.")
+    if numbers > MOST_NUMBERS:
+        raise ValueError(f"{where}: {shown} has shape {brief(shape)}, more than {MOST_NUMBERS} numbers.")
+    return shape
