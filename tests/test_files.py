@@ -13,7 +13,9 @@ def test_plain_names(name):
     assert plain_name(name, "it") == name
 
 
-@pytest.mark.parametrize("name", ["", "..", ".git", "../a", "a/../b", "/a", "a\\b", "~a", "a\0", "a\n", "a" * 129, None, 3])
+@pytest.mark.parametrize(
+    "name", ["", "..", ".git", "../a", "a/../b", "/a", "a\\b", "~a", "a\0", "a\n", "a" * 129, None, 3]
+)
 def test_names_that_lead_elsewhere(name):
     with pytest.raises(ValueError, match=r"^it is .*; expected a plain name of at most 128 bytes"):
         plain_name(name, "it")

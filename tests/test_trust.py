@@ -30,8 +30,8 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 PICKLES = ("adapter_model.bin", "pytorch_model.bin", "model.pt", "optimizer.pt", "training_args.bin", "state.pkl",
            "mp_rank_00_model_states.pt", "latest", "events.pickle", "prompt.npy", "rng_state.pth")  # fmt: skip
 SECRETS = {
-    "HF_TOKEN": "hf_abcdefghijklmnop", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+b", "WANDB_API_KEY": "0123456789ab",
-    "MY_SECRET_THING": "quote\"and\\slash", "DB_PASSWORD": "correct horse battery",
+    "HF_TOKEN": "hf_abcdefghijklmnop", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+b",
+    "WANDB_API_KEY": "0123456789ab", "MY_SECRET_THING": "quote\"and\\slash", "DB_PASSWORD": "correct horse battery",
 }  # fmt: skip
 
 
