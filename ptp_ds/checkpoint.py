@@ -21,7 +21,8 @@ _FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 _HINT = "; resume from another checkpoint"
 _LIKE_PROMPT = ("exp_avg", "exp_avg_sq")  # of the prompt's shape
-_TENSORS = ("prompt", *_LIKE_PROMPT, "adam_step", "best_prompt", "carried_delta")
+_TENSORS = ("prompt", *_LIKE_PROMPT, "adam_step", "best_prompt", "carried_delta", "loss_scaler")
+_VECTORS = {"adam_step": (1,), "loss_scaler": (4,)}  # and their shapes
 _REQUIRED = _TENSORS[:4]
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
@@ -180,7 +181,7 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
         shapes = {name: tensor_shape(handle, name, str(file)) for name in names}
         for name, shape in shapes.items():
             alike = shape == shapes["prompt"] if name in _LIKE_PROMPT else len(shape) == 2 and all(shape)
-            if not (shape == (1,) if name == "adam_step" else alike):
+            if not (shape == _VECTORS[name] if name in _VECTORS else alike):
                 raise ValueError(f"{file}: {name} has shape {shape} beside a prompt of {shapes['prompt']}{_HINT}.")
         tensors = {name: handle.get_tensor(name) for name in names}
     for name, tensor in tensors.items():

@@ -165,7 +165,7 @@ def resolve_ds_config(
                 notes.append(f"zero_optimization.{block}.pin_memory = false (no GPU here)")
     config.setdefault("steps_per_print", 1 << 30)  # our own log says more
     if left := _autos(config):
-        raise ValueError(f'{run.ds_config}: {left[0]} can\'t be "auto"; give a value or leave it out.')
+        raise ValueError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
     return ResolvedDeepSpeed(config, notes, dtype)
 
 

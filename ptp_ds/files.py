@@ -149,13 +149,11 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    front = [value]
-    for _ in range(levels + 1):
-        front = [part for whole in front if isinstance(whole, dict | list)
-                 for part in (whole.values() if isinstance(whole, dict) else whole)]  # fmt: skip
-        if not front:
-            return False
-    return True
+    front = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        parts = [part for whole in front for part in (whole.values() if isinstance(whole, dict) else whole)]
+        front = [part for part in parts if isinstance(part, dict | list)]
+    return bool(front)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ptp_ds.predictions import require_writable
 from ptp_ds.redact import redacted
 
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
+_LONGEST = 200  # characters of a name in a table
 DIAGNOSTICS = ("AX-b", "AX-g")
 _TEXTS = ("task", "model", "perturbation", "prompt", "eval_split")
 
@@ -54,7 +55,7 @@ def read_result(folder: str) -> Result:
         raise ValueError(f"{folder} holds no result.json; give the folders of runs that have ended.")
     read = read_json(file, str(file))
     found: dict[str, Any] = read if isinstance(read, dict) else {}
-    texts = {name: found[name] for name in _TEXTS if isinstance(found.get(name), str)}
+    texts = {name: found[name] for name in _TEXTS if _is_short(found.get(name))}
     metrics: Any = found.get("metrics")
     seed: Any = found.get("seed")
     lacking = [name for name in _TEXTS if name not in texts]
@@ -63,6 +64,10 @@ def read_result(folder: str) -> Result:
     if lacking:
         raise ValueError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
     return Result(folder=folder, seed=seed, metrics=metrics, **texts)
+
+
+def _is_short(text: Any) -> bool:
+    return isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST
 
 
 def _are_numbers(metrics: Any) -> bool:

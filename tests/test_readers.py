@@ -34,7 +34,7 @@ def test_what_opens_before_the_placeholder_belongs_to_the_option():
         row = {"passage": {"text": "Ann", "entities": [{"start": 0, "end": 2}]},
                "qas": [{"query": f"x{text}@placeholder left", "answers": [{"text": "Ann"}]}]}  # fmt: skip
         (entry,) = read("record", row, "here")
-        opening = re.search(r"\S*$", f"x{text}")
+        opening = re.search(r"\S*\Z", f"x{text}")
         assert opening is not None
         assert entry.options == [f" {opening[0]}Ann left"]
         assert entry.fields["before"] == f"x{text}"[: opening.start()].rstrip()

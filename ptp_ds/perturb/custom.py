@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.files import brief
 from ptp_ds.packing import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import movable_only
@@ -44,7 +45,7 @@ def choose(name: str) -> Chosen:
     if path.suffix != ".py":
         near = difflib.get_close_matches(name, BUILT_IN, 1, 0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"Unknown perturbation {name!r}{hint}: give one of {', '.join(BUILT_IN)} or a .py file.")
+        raise ValueError(f"Unknown perturbation {brief(name)}{hint}: give one of {', '.join(BUILT_IN)} or a .py file.")
     if path.stem in BUILT_IN:
         raise ValueError(f"--perturbation {name} has the name of a built-in one; rename the file to tell them apart.")
     try:

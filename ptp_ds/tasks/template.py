@@ -137,7 +137,7 @@ class Task:
         if not labelled:
             return Rendered(pieces, candidates, 0, prompt_at=at)
         if self.label is None or self.label not in row:
-            raise NoLabelError(f"{where}: the row has no {self.label!r}; a labelled split is needed.")
+            raise NoLabelError(f"{where}: the row has no {brief(self.label)}; a labelled split is needed.")
         label = canonical_label(row[self.label])
         if label not in self.answers:
             kind = NoLabelError if label in _UNLABELLED else ValueError
@@ -171,14 +171,16 @@ class Task:
 
     def _field(self, row: Mapping[str, Any], name: str, filter_name: str | None, where: str) -> str:
         if name not in row:
-            raise ValueError(f"{where}: the row has no field {name!r}; task {self.name} needs it.")
+            raise ValueError(f"{where}: the row has no field {brief(name)}; task {self.name} needs it.")
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
-            raise ValueError(f"{where}: field {name!r} must be non-empty text, not {brief(value)}.")
+            raise ValueError(f"{where}: field {brief(name)} must be non-empty text, not {brief(value)}.")
         value = value.strip()
         if name in self.values:
             if value not in self.values[name]:
-                raise ValueError(f"{where}: field {name!r} is {brief(value)}; expected {listed(self.values[name])}.")
+                raise ValueError(
+                    f"{where}: field {brief(name)} is {brief(value)}; expected {listed(self.values[name])}."
+                )
             value = self.values[name][value]
         return _FILTERS[filter_name](value) if filter_name else value
 
