@@ -90,7 +90,7 @@ def read_bytes(path: str | Path, where: str, most: int | None = JSON_BYTES, hint
             size = os.fstat(handle.fileno()).st_size
             if size > most:
                 raise ValueError(f"{where}: {size} bytes; expected at most {most}.")
-            return handle.read(most)
+            return handle.read(size)
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}{hint}.") from None
 
