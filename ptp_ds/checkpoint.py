@@ -178,7 +178,7 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
             raise ValueError(f"{file} holds {listed(unknown)}; expected {', '.join(_TENSORS)}{_HINT}.")
         if missing := sorted(needed - set(names)):
             raise ValueError(f"{file} lacks {', '.join(missing)}{_HINT}.")
-        shapes = {name: tensor_shape(handle, name, str(file)) for name in names}
+        shapes = {name: tensor_shape(handle, name, str(file), most=None) for name in names}  # _verify knows the size
         for name, shape in shapes.items():
             alike = shape == shapes["prompt"] if name in _LIKE_PROMPT else len(shape) == 2 and all(shape)
             if not (shape == _VECTORS[name] if name in _VECTORS else alike):

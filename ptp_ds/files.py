@@ -178,10 +178,10 @@ def open_tensors(file: Path, where: str, hint: str = "") -> Iterator[Any]:
         raise ValueError(f"{where}: {error.strerror or type(error).__name__}{hint}.") from None
 
 
-def tensor_shape(handle: Any, name: str, where: str) -> tuple[int, ...]:
+def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUMBERS) -> tuple[int, ...]:
     """A tensor's shape from the header; ValueError, which begins with `where`, for one that isn't ours to load.
 
-    Of floats, without an empty dimension, at most MOST_NUMBERS.
+    Of floats, at most `most` of them; None where the file's size is known to be right.
     """
     part = handle.get_slice(name)
     shape, dtype, numbers = tuple(part.get_shape()), part.get_dtype(), 1
@@ -190,6 +190,6 @@ def tensor_shape(handle: Any, name: str, where: str) -> tuple[int, ...]:
     shown = brief(name, 60)
     if dtype not in _FLOATS:
         raise ValueError(f"{where}: {shown} is of type {dtype}; expected one of {', '.join(_FLOATS)}.")
-    if numbers > MOST_NUMBERS:
-        raise ValueError(f"{where}: {shown} has shape {brief(shape)}, more than {MOST_NUMBERS} numbers.")
+    if most is not None and numbers > most:
+        raise ValueError(f"{where}: {shown} has shape {brief(shape)}, more than {most} numbers.")
     return shape
