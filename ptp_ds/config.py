@@ -34,6 +34,9 @@ class RunConfig:
     """Every setting of a run. Text in the metadata is the flag's help; units are given where there are any."""
 
     ds_config: str = _flag(DEFAULT_DS_CONFIG, "DeepSpeed JSON; its 'auto' values are filled in from the flags")
+    nvme_path: str | None = _flag(
+        None, "ds_configs/zero3_nvme.json: folder on each host's own NVMe disk, for weight shards"
+    )
     model: str = _flag(EMBEDDED_MODEL, "hub id, folder, or the embedded smollm2-135m")
     task: str = _flag(
         "Reviews",

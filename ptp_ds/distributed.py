@@ -75,6 +75,11 @@ def env_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def env_host_ranks() -> int:
+    """The number of this host's processes before anything is initialised; all where no launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or env_world())
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on just now."""
     with socket.socket() as probe:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from ptp_ds.config import RunConfig, nearest
 from ptp_ds.files import brief, is_file, read_json
 from ptp_ds.precision import enabled, resolve_precision
+from ptp_ds.shapes import ModelShape
+from ptp_ds.zero_options import check_zero_options, resolve_zero_options
 
 # Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
 _KEYS = (
@@ -117,14 +119,17 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
         raise ValueError(
             f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
         ) from None
+    check_zero_options(file, zero)
 
 
 def resolve_ds_config(
-    raw: dict[str, Any], run: RunConfig, explicit: set[str], world: int, width: int
-) -> ResolvedDeepSpeed:
+    raw: dict[str, Any], run: RunConfig, explicit: set[str], world: int, width: int, *,
+    host_ranks: int | None = None, shape: ModelShape | None = None,
+) -> ResolvedDeepSpeed:  # fmt: skip
     """Fills in "auto", checks concrete values against explicit flags, and refuses contradictions with ValueError.
 
-    explicit: flags that the user gave. world: ranks. width: H, for the bucket sizes.
+    explicit: flags that the user gave. world: ranks. width: H, for the bucket sizes. host_ranks: ranks of this host,
+    all by default. shape: the model's, where weights go to NVMe.
     """
     config = json.loads(json.dumps(raw))
     notes: list[str] = []
@@ -158,6 +163,10 @@ def resolve_ds_config(
     dtype, note = resolve_precision(config, run.precision, run.ds_config)
     notes += [note] if note else []
     _resolve_buckets(config["zero_optimization"], width, notes)
+    resolve_zero_options(
+        config["zero_optimization"], run.ds_config, notes, world=world, host_ranks=host_ranks or world,
+        nvme_path=run.nvme_path, shape=shape,
+    )  # fmt: skip
     if not torch.cuda.is_available():
         for block in ("offload_param", "offload_optimizer"):
             if config["zero_optimization"].get(block, {}).get("pin_memory"):

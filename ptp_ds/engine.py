@@ -12,6 +12,7 @@ from ptp_ds.backbone import Backbone
 from ptp_ds.distributed import Ranks
 from ptp_ds.ds_config import ResolvedDeepSpeed
 from ptp_ds.prompts import SoftPrompt
+from ptp_ds.zero_options import BACKBONE_ONLY
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER = "loss_scaler"
@@ -34,6 +35,8 @@ class Engine:
         # Micro-batches are sections of one packed row (ptp_ds.layerwise): for DeepSpeed a step is one batch.
         config = {**resolved.config, "gradient_accumulation_steps": 1}
         config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] // ranks.world
+        zero = config["zero_optimization"]
+        config["zero_optimization"] = {name: value for name, value in zero.items() if name not in BACKBONE_ONLY}
         self.deepspeed, *_ = deepspeed.initialize(
             model=prompt.to(ranks.device), optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -153,7 +156,9 @@ class Engine:
         parameter: Any
         for parameter in self.backbone.parameters():
             if hasattr(parameter, "ds_tensor"):
-                kept += parameter.ds_tensor.numel()
+                kept += parameter.ds_tensor.ds_numel
+                if parameter.ds_secondary_tensor is not None:  # hpZ's, whole within a host
+                    kept += parameter.ds_secondary_tensor.numel()
                 whole += parameter.ds_numel
             else:
                 kept += parameter.numel()

@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ptp_ds.backbone import Backbone
+from ptp_ds.backbone import Backbone, decoder_layers
 from ptp_ds.distributed import Ranks
 from ptp_ds.ds_config import ResolvedDeepSpeed
 from ptp_ds.files import brief, is_file, plain_name, read_json
 from ptp_ds.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
+from ptp_ds.sharding import send_as_int8
 
 
 def load_config(folder: Path) -> Any:
@@ -96,7 +97,9 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = 
         if hasattr(module, "padding_idx") and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             module.padding_idx = module.position_embeddings.padding_idx = pad
     config.pad_token_id = pad
-    dtypes = {parameter.ds_tensor.dtype for parameter in model.parameters()}
+    if deepspeed_config.config["zero_optimization"].get("zero_quantized_weights"):
+        send_as_int8(decoder_layers(model))
+    dtypes = {parameter.dtype for parameter in model.parameters()}  # a shard on NVMe has none in memory
     assert dtypes == {deepspeed_config.dtype}, f"zero.Init built {dtypes}, wanted {deepspeed_config.dtype}"
     return model
 
@@ -109,6 +112,10 @@ def fill_randomly(model: Any, deviation: float = 0.02) -> None:
             parameter.ds_tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.ds_tensor.normal_(0.0, deviation)
+        if parameter.ds_secondary_tensor is not None:  # hpZ's copy, made anew from the shards
+            parameter.ds_secondary_tensor = None
+            parameter.all_gather()
+            parameter.partition(has_been_updated=True)
 
 
 def _opened(file: Path) -> Any:

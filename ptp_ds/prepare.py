@@ -15,7 +15,7 @@ from ptp_ds.backbone import first_position, max_row_length
 from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
-from ptp_ds.distributed import env_world
+from ptp_ds.distributed import env_host_ranks, env_world
 from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
 from ptp_ds.export import read_adapter
 from ptp_ds.heads import HeadPlan, auto_class, plan_head
@@ -27,6 +27,7 @@ from ptp_ds.predictions import check_numbers
 from ptp_ds.prompts import prompt_width
 from ptp_ds.redact import redacted
 from ptp_ds.rows import Rows, rows_for
+from ptp_ds.shapes import shape_of
 from ptp_ds.tasks import Task, load_task
 
 
@@ -69,7 +70,11 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     plan = plan_head(config, run.head, task)
     auto_class(config, plan.kind, folder)
     width = config.get_text_config().hidden_size
-    resolved = resolve_ds_config(raw, run, explicit, env_world(), width)
+    offloads = raw["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+    resolved = resolve_ds_config(
+        raw, run, explicit, env_world(), width, host_ranks=env_host_ranks(),
+        shape=shape_of(config, plan.kind) if offloads else None,
+    )  # fmt: skip
     adapter = None
     if run.init_adapter:
         adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, config), run.prompt_length, run.prompt)

@@ -17,7 +17,10 @@ EDGES = -1  # everything outside the layers: embeddings, final norm, head
 
 @dataclass
 class Traffic:
-    """What was gathered since `reset`: calls for each layer (EDGES: the rest), bytes, and the most held at once."""
+    """What was gathered since `reset`: calls for each layer (EDGES: the rest), bytes, and the most held at once.
+
+    gathered_bytes: of whole parameters as they are sent, int8's scales left out (at most 4 bytes for 2000 numbers).
+    """
 
     gathers: dict[int, int] = field(default_factory=dict)
     gathered_bytes: int = 0
@@ -43,7 +46,7 @@ class Shards:
             number: _sharded(layer.parameters()) for number, layer in enumerate(layers)
         }
         self._groups[EDGES] = _sharded(p for p in root.parameters() if id(p) not in in_layers)
-        self._handles: dict[int, Any] = {}
+        self._handles: dict[int, list[Any]] = {}
         self._edge_users = 0
         self.traffic = Traffic()
 
@@ -82,17 +85,23 @@ class Shards:
         parameters = self._groups[number]
         if not parameters or number in self._handles:
             return
-        self._handles[number] = parameters[0].all_gather_coalesced(parameters)
+        exact = [parameter for parameter in parameters if not sent_as_int8(parameter)]
+        rough = [parameter for parameter in parameters if sent_as_int8(parameter)]
+        self._handles[number] = [
+            part[0].all_gather_coalesced(part, quantize=part is rough) for part in (exact, rough) if part
+        ]
         traffic, size = self.traffic, sum(parameter.ds_numel for parameter in parameters)
         traffic.gathers[number] = traffic.gathers.get(number, 0) + 1
-        traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in parameters)
+        traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in exact) + sum(p.ds_numel for p in rough)
         traffic.held_elements += size
         traffic.peak_elements = max(traffic.peak_elements, traffic.held_elements)
         traffic.peak_layers = max(traffic.peak_layers, sum(held != EDGES for held in self._handles))
 
     def _wait(self, number: int) -> None:
+        for handle in self._handles.get(number, ()):
+            handle.wait()
         if number in self._handles:
-            self._handles[number].wait()
+            self._handles[number] = []  # a handle keeps the buffer that the weights were received in
 
     def _release(self, number: int) -> None:
         if number not in self._handles:
@@ -107,3 +116,17 @@ def _sharded(parameters: Any) -> list[Any]:
     """Each parameter that ZeRO-3 has partitioned, once, in order."""
     found: dict[int, Any] = {id(p): p for p in parameters if hasattr(p, "ds_tensor")}
     return list(found.values())
+
+
+def send_as_int8(layers: Sequence[nn.Module]) -> None:
+    """From now on the layers' matrices are gathered as int8, quantised by DeepSpeed on the way; vectors stay exact."""
+    for layer in layers:
+        parameter: Any
+        for parameter in layer.parameters():
+            if hasattr(parameter, "ds_tensor") and len(parameter.ds_shape) > 1:
+                parameter.ptp_int8 = True
+
+
+def sent_as_int8(parameter: Any) -> bool:
+    """Whether a gather of this parameter sends int8."""
+    return getattr(parameter, "ptp_int8", False)
