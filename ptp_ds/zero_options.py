@@ -35,8 +35,8 @@ def check_zero_options(file: str, zero: dict[str, Any]) -> None:
             "whole number of 1 or more."
         )
     device = zero.get("offload_param", {}).get("device", "none")
-    asked = [name for name in ("zero_hpz_partition_size", _INT8) if zero.get(name) not in (None, False, 1)]
-    asked += ["offload_param"] if device != "none" else []
+    wanted = {"zero_hpz_partition_size": size != 1, _INT8: bool(zero.get(_INT8)), "offload_param": device != "none"}
+    asked = [name for name, on in wanted.items() if on]
     if asked and zero["stage"] != 3:
         raise ValueError(f"--ds_config {file}: {asked[0]} needs stage 3; stage 2 keeps all weights on each rank.")
     if device == "nvme" and len(asked) > 1:
@@ -63,6 +63,8 @@ def resolve_zero_options(
     if zero.get(_INT8):
         require_quantiser(file)
     offload = zero.get("offload_param", {})
+    if nvme_path is not None and offload.get("device") != "nvme":
+        raise ValueError(f"--nvme_path is for weights on NVMe; {file} has none there: use ds_configs/zero3_nvme.json.")
     if offload.get("device") == "nvme":
         _resolve_nvme(offload, file, notes, world, nvme_path, shape)
 
@@ -87,6 +89,8 @@ def _resolve_nvme(
         if nvme_path is None:
             raise ValueError(f"{file} keeps weights on NVMe: give --nvme_path, a folder on each host's own NVMe disk.")
         offload["nvme_path"] = nvme_path
+    elif nvme_path not in (None, offload["nvme_path"]):
+        raise ValueError(f"{file} has nvme_path {offload['nvme_path']}, --nvme_path says {nvme_path}; make them agree.")
     folder = Path(offload["nvme_path"])
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Started by test_plan.py and test_dry_run.py: ranks as forked children of one process that has imported everything.
+"""Started by test_plan.py: ranks as forked children of one process that has imported everything.
 
     python plan_worker.py FOLDER    reads FOLDER/scenarios.json, writes FOLDER/<name>-<rank>.json
 
@@ -30,6 +30,7 @@ from deepspeed.runtime.zero import utils as zero_utils  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402, F401
 from transformers import LlamaConfig  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 

@@ -1,10 +1,10 @@
-"""plan.py against measurement: bytes gathered exactly, memory within 15 %, on 1, 2 and 4 CPU ranks."""
+"""plan.py against measurement: bytes exactly, memory within 15 %, on 1, 2 and 4 CPU ranks; on 8 to 1024 fake ones."""
 
 import sys
 from pathlib import Path
 
 import pytest
-from plan_ranks import MODEL, run_scenarios
+from plan_ranks import MODEL, SMALL, run_scenarios
 from transformers import LlamaConfig
 
 from ptp_ds.config import RunConfig
@@ -22,19 +22,31 @@ from ptp_ds.plan import (
     most_tokens,
     operations_of,
     recommended,
+    reduced_bytes,
+    shard_elements,
 )
 from ptp_ds.plan_report import main, parse_plan, plans
-from ptp_ds.shapes import NAMED, config_of, shape_of
+from ptp_ds.shapes import NAMED, config_of, elements, shape_of
 
-BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 4, "chunk_tokens": 100}
+BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 3, "chunk_tokens": 100}
 HPZ, INT8 = {"zero_hpz_partition_size": "auto"}, {"zero_quantized_weights": True}
+DRY = {"model": SMALL, "prompt_length": 5, "rows": 2, "tokens": 12, "activations": "keep", "perturbation": "pgd",
+        "dry": True}  # fmt: skip
+PASSES = 3  # pgd's two ascents and the last pass
+
+
+def dry_run(world: int, ranks: list[int]) -> dict:
+    return {**DRY, "name": f"dry{world}", "world": world, "ranks": ranks}
+
+
+DRY_RANKS = {8: [0, 5], 64: [0, 63]}
 SCENARIOS = [
     {**BASE, "name": "keep1", "world": 1, "perturbation": "gaussian", "activations": "keep"},
     {**BASE, "name": "recompute1", "world": 1, "perturbation": "pgd", "activations": "recompute"},
     {**BASE, "name": "recompute2", "world": 2, "perturbation": "gaussian", "activations": "recompute"},
     {**BASE, "name": "int8", "world": 2, "perturbation": "none", "activations": "keep", "zero": INT8, "int8": True},
-    {**BASE, "name": "keep4", "world": 4, "perturbation": "gaussian", "activations": "keep"},
-    {**BASE, "name": "hpz4", "world": 4, "perturbation": "gaussian", "activations": "keep", "zero": HPZ,
+    {**BASE, "name": "keep4", "world": 4, "rows": 2, "perturbation": "gaussian", "activations": "keep"},
+    {**BASE, "name": "hpz4", "world": 4, "rows": 2, "perturbation": "gaussian", "activations": "keep", "zero": HPZ,
      "host_ranks": 2},
 ]  # fmt: skip
 LONG = [
@@ -42,6 +54,9 @@ LONG = [
      "activations": mode, "rows": 8, "model": {**MODEL, "num_hidden_layers": 8}}
     for perturbation in ("none", "gaussian", "pgd") for mode in ("keep", "recompute") for world in (1, 2, 4)
 ]  # fmt: skip
+
+
+DRY_SCENARIOS = [dry_run(world, ranks) for world, ranks in DRY_RANKS.items()]
 
 
 def cluster_of(hosts: int = 8, gpus: int = 8, memory: float = 72 * 2**30, cuda: bool = True) -> Cluster:
@@ -72,7 +87,7 @@ def check(scenario: dict, reports: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    return run_scenarios(tmp_path_factory.mktemp("plan"), SCENARIOS, 170)
+    return run_scenarios(tmp_path_factory.mktemp("plan"), SCENARIOS + DRY_SCENARIOS, 170)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
@@ -223,3 +238,49 @@ def test_every_named_model_is_planned():
         argv = ["--hosts", "2", "--gpus", "4", "--gpu_memory", "80", "--model", name]
         cluster, run, explicit, _ = parse_plan(argv)
         assert len(plans(cluster, run, explicit)[3]) == 6
+
+
+def check_dry(world: int, ranks: list[int], reports: list[dict]) -> None:
+    shape = shape_of(LlamaConfig(**SMALL, pad_token_id=None))
+    load = load_of(RunConfig(perturbation="pgd", ascent_steps=2, prompt_length=5), shape, 4, 100)
+    first = reports[0]
+    rows = 2 * world
+    assert len(first["dealt"]) == world, "rank 0 reports what each rank is dealt"
+    assert {len(hand) for hand in first["dealt"]} == {2}
+    assert sorted(place for hand in first["dealt"] for place in hand) == list(range(rows))
+    aligned = {tuple(s): -(-elements([s]) // world) * world for s in shape.parameters}
+    layer = sum(aligned[s] for s in shape.layers[0])
+    edges = sum(aligned[s] for s in shape.edges)
+    for rank, report in zip(ranks, reports, strict=True):
+        assert report["kept"] == shard_elements(shape.parameters, world)
+        assert report["whole"] == shape.elements
+        assert all(part == -(-whole // world) for whole, part in report["parts"])
+        assert report["steps"][0]["rows"] == [first["batch"][place] for place in first["dealt"][rank]]
+        assert report["calls"] == first["calls"], f"rank {rank} makes other collectives than rank {ranks[0]}"
+        for number, step in enumerate(report["steps"]):
+            assert step["bytes"] == gathered_bytes(shape, load, Layout("zero3", 3))
+            gathers = [size for name, size, _ in step["calls"] if name == "_allgather_base_"]
+            assert gathers.count(layer) == 2 * PASSES * shape.count
+            assert gathers.count(edges) == 1
+            prompt = reduced_bytes(load, world) // 4
+            assert set(gathers) <= {layer, edges, prompt}
+            assert gathers.count(prompt) == 1 or number == 0  # the first one also sets up DeepSpeed's optimizer
+            reduced = [size * world * 4 for name, size, _ in step["calls"] if name == "_reduce_scatter_base_"]
+            assert reduced == [reduced_bytes(load, world)]
+        assert report["saved"] == (["state.json", "state.safetensors"] if rank == 0 else [])
+
+
+def test_the_real_trainer_on_8_and_64_ranks(reports):
+    """On a fake process group: shards, dealt rows, the order of collectives on every rank, bytes as planned."""
+    for world, ranks in DRY_RANKS.items():
+        check_dry(world, ranks, reports[f"dry{world}"])
+
+
+@pytest.mark.slow
+def test_every_one_of_eight_ranks_and_some_of_a_thousand(tmp_path):
+    chosen = {8: list(range(8)), 64: [0, 1, 31, 32, 62, 63], 512: [0, 1, 255, 511], 1024: [0, 1, 512, 1023]}
+    reports = run_scenarios(tmp_path, [dry_run(world, ranks) for world, ranks in chosen.items()], 500)
+    for world, ranks in chosen.items():
+        check_dry(world, ranks, reports[f"dry{world}"])
+    rows = [row for report in reports["dry8"] for row in report["steps"][0]["rows"]]
+    assert sorted(rows) == sorted(reports["dry8"][0]["batch"])

@@ -79,7 +79,7 @@ def test_nvme_asks_for_its_folder(monkeypatch, tmp_path):
     file = "ds_configs/zero3_nvme.json"
     with pytest.raises(ValueError, match=r"keeps weights on NVMe: give --nvme_path, a folder"):
         resolved(file)
-    with pytest.raises(ValueError, match=r"--nvme_path .*absent: no folder that can be written"):
+    with pytest.raises(ValueError, match=r"--nvme_path .*absent is no folder that can be written"):
         resolved(file, nvme_path=str(tmp_path / "absent"))
     monkeypatch.setattr(zero_options, "require_async_io", lambda file: None)
     result = resolved(file, nvme_path=str(tmp_path), shape=shape_of(config_of("smollm2-135m")))
@@ -88,6 +88,14 @@ def test_nvme_asks_for_its_folder(monkeypatch, tmp_path):
     assert offload["buffer_count"] == 2 * 9 + 2  # a Llama layer's nine tensors; tied embeddings and the last norm
     assert offload["buffer_size"] == 49152 * 576 // 4
     assert any("buffer_count = 20" in note for note in result.notes)
+
+
+def test_nvme_path_that_contradicts_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"--nvme_path is for weights on NVMe; ds_configs/zero3\.json has none there"):
+        resolved("ds_configs/zero3.json", nvme_path=str(tmp_path))
+    file = written(tmp_path, offload_param={"device": "nvme", "nvme_path": "/elsewhere"})
+    with pytest.raises(ValueError, match=r"has nvme_path /elsewhere, --nvme_path says .*; make them agree"):
+        resolved(file, nvme_path=str(tmp_path))
 
 
 def test_nvme_without_libaio_is_refused(monkeypatch, tmp_path):
