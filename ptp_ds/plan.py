@@ -7,7 +7,7 @@ those that ptp_ds.sharding counts, exactly. Seconds are a roofline: the slowest 
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptp_ds.config import RunConfig
@@ -99,14 +99,15 @@ class Memory:
         return self.shards + self.gathered + self.activations + self.prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One ds_config's plan. between_hosts: bytes into a host a step. most_tokens: largest --tokens_per_step that fits,
-    0 for none."""
+    """One ds_config's plan. memory: with activations as `mode` says; activations: bytes of either mode. between_hosts:
+    bytes into a host a step. most_tokens: largest --tokens_per_step that fits, 0 for none, of either mode."""
 
     layout: Layout
     mode: str
     memory: Memory
+    activations: dict[str, float]
     fits: bool
     gathered_bytes: int
     reduced_bytes: int
@@ -278,7 +279,7 @@ def most_tokens(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster,
     """The largest --tokens_per_step whose step fits into a rank's memory; 0 where none does."""
 
     def fits(share: int) -> bool:
-        larger = Load(**{**vars(load), "tokens": share * cluster.world})
+        larger = replace(load, tokens=share * cluster.world)
         return memory_of(shape, larger, layout, cluster, mode).total <= cluster.gpu_memory
 
     if not fits(1):
@@ -316,12 +317,15 @@ def seconds_of(
 def estimate(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str = "auto") -> Estimate:
     """The plan of one ds_config. wanted: --activations."""
     mode = mode_of(shape, load, layout, cluster, wanted)
-    memory, gathered = memory_of(shape, load, layout, cluster, mode), gathered_bytes(shape, load, layout)
+    either = {way: memory_of(shape, load, layout, cluster, way) for way in ("keep", "recompute")}
+    memory, gathered = either[mode], gathered_bytes(shape, load, layout)
     return Estimate(
-        layout, mode, memory, memory.total <= cluster.gpu_memory, gathered, reduced_bytes(load, cluster.world),
-        between_hosts(gathered, layout, cluster), operations_of(shape, load, mode, cluster.world),
-        seconds_of(shape, load, layout, cluster, mode, gathered),
-        {way: most_tokens(shape, load, layout, cluster, way) for way in ("keep", "recompute")},
+        layout=layout, mode=mode, memory=memory, activations={way: one.activations for way, one in either.items()},
+        fits=memory.total <= cluster.gpu_memory, gathered_bytes=gathered,
+        reduced_bytes=reduced_bytes(load, cluster.world), between_hosts=between_hosts(gathered, layout, cluster),
+        operations=operations_of(shape, load, mode, cluster.world),
+        seconds=seconds_of(shape, load, layout, cluster, mode, gathered),
+        most_tokens={way: most_tokens(shape, load, layout, cluster, way) for way in either},
     )  # fmt: skip
 
 

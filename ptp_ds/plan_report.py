@@ -101,29 +101,18 @@ def plans(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[ModelSh
 
 
 def _table(found: list[Estimate]) -> list[str]:
-    """A line for each ds_config, below what the columns are."""
-    columns = (
-        "weights",
-        "gathered",
-        "activ.",
-        "all",
-        "fits",
-        "gathered",
-        "to a host",
-        "seconds",
-        "bound",
-        "most tokens",
-    )
-    head = f"{'':16s} {'activations':11s}" + "".join(f"{name:>10s}" for name in columns[:4]) + f" {columns[4]:4s}"
-    head += "".join(f"{name:>10s}" for name in columns[5:8]) + f"  {columns[8]:12s}{columns[9]:>11s}"
-    lines = [f"{'':28s}{'GiB a rank':>40s}{'':5s}{'GB a step':>20s}{'a step':>10s}{'':14s}{'a step':>11s}", head]
+    """A line for each ds_config below the columns' names; all: with the activations that the run would take."""
+    names = ("weights", "gathered", "keep", "recompute", "all")
+    head = f"{'':16s}" + "".join(f"{name:>10s}" for name in names) + " fits"
+    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':11s}{'most tokens':>12s}"
+    lines = [f"{'':16s}{'GiB a rank':>50s}{'':5s}{'GB a step':>20s}", head]
     for one in found:
-        memory = one.memory
-        sizes = (memory.shards, memory.gathered, memory.activations, memory.total)
-        line = f"{one.layout.name:16s} {one.mode:11s}" + "".join(f"{size / _GIB:10.2f}" for size in sizes)
+        memory, kept = one.memory, one.activations
+        sizes = (memory.shards, memory.gathered, kept["keep"], kept["recompute"], memory.total)
+        line = f"{one.layout.name:16s}" + "".join(f"{size / _GIB:10.2f}" for size in sizes)
         line += f" {'yes' if one.fits else 'no':4s}"
         line += "".join(f"{size / _GB:10.1f}" for size in (one.gathered_bytes, one.between_hosts))
-        line += f"{one.step_seconds:10.2f}  {one.bound:12s}{one.most_tokens[one.mode]:11d}"
+        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.mode:11s}{one.most_tokens[one.mode]:12d}"
         lines.append(line)
     return lines
 
@@ -144,7 +133,10 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[str, d
     host = {one.layout.name: one.memory.host * cluster.gpus / _GIB for one in found if one.memory.host}
     lines += ["", "host memory, GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in host.items())]
     work, reduced = found[0].operations, found[0].reduced_bytes
-    lines.append(f"a rank's step: {work / 1e12:.1f} TFLOP in matrix products; {reduced} bytes of gradient reduced")
+    lines.append(
+        f"a rank's step: {work / 1e12:.1f} TFLOP in matrix products; prompt and optimizer "
+        f"{found[0].memory.prompt / 2**20:.1f} MiB, {reduced / 2**20:.1f} MiB of gradient reduced"
+    )
     if best is None:
         lines.append("recommended: none fits; more GPUs, fewer --tokens_per_step or --activations recompute")
     else:
