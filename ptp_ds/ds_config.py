@@ -111,6 +111,7 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
             f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
             "trained prompt a leaf; decoder layers are leaf modules already."
         )
+    check_zero_options(file, zero)
     try:
         DeepSpeedZeroConfig(**zero)  # leaves out what is "auto"
     except ValidationError as error:
@@ -119,7 +120,6 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
         raise ValueError(
             f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
         ) from None
-    check_zero_options(file, zero)
 
 
 def resolve_ds_config(
