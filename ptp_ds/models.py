@@ -1,21 +1,19 @@
 """Where a backbone's files come from: a hub id, a local folder, or the embedded `smollm2-135m`.
 
-Everything here runs before DeepSpeed starts and needs no process group: a file lock lets one
-process a host convert while its neighbours wait.
+Everything here runs before DeepSpeed starts and needs no process group: one process a host downloads or converts while
+its neighbours wait (ptp_ds.once), on disks of its own or on one that hosts share.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ptp_ds.files import is_file, is_folder
+from ptp_ds.once import one_first, one_host_at_a_time
 
 EMBEDDED_MODEL = "smollm2-135m"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,14 +37,6 @@ def sha256_of(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def _host_lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _gguf_folder() -> Path:
@@ -83,10 +73,18 @@ def _convert_embedded(target: Path) -> None:
     try:
         plain.save_pretrained(work)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_NAME).save_pretrained(work)
-        os.replace(work, target)
-    except BaseException:
+        _move_into_place(work, target)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    """Renames a finished folder; where another host was faster, its copy stays."""
+    try:
+        os.replace(work, target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
 
 
 def resolve_model(name: str) -> Path:
@@ -98,9 +96,12 @@ def resolve_model(name: str) -> Path:
     """
     if name == EMBEDDED_MODEL:
         target = _embedded_folder()
-        with _host_lock(cache_root() / f"{EMBEDDED_MODEL}.lock"):
-            if not (target / "config.json").is_file():
-                _convert_embedded(target)
+        while not (target / "config.json").is_file():  # again where the host's first process failed
+            with one_first(str(target)) as first:
+                if first:
+                    with one_host_at_a_time(cache_root() / f"{EMBEDDED_MODEL}.lock"):
+                        if not (target / "config.json").is_file():
+                            _convert_embedded(target)
         return target
     folder = Path(name)
     if is_folder(folder):
@@ -136,7 +137,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        with one_first(f"hub model {name}") as first:
+            held = None if first else present_model(name)
+            return held or Path(snapshot_download(name, allow_patterns=_WANTED))
     except HFValidationError:
         reason = "it is neither a folder nor a hub id"
     except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts

@@ -3,8 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Prepared:
     mask_id: int
     predict_split: Split | None = None
     predict: Sequence[Example] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)  # of each split's rows
 
 
 def prepare(argv: Sequence[str], description: str = "") -> Prepared:
@@ -98,6 +99,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     return Prepared(
         run, task, folder, config, plan, rows, tokenizer, resolved, train, select, tokenised["eval"].examples,
         truncated, identity, output_dir, checkpoint, adapter, mask_id, predict_split, predict,
+        {name: split.digest for name, split in splits.items()},
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.activations import Activations, memory_budget
+from ptp_ds.agreement import fingerprints, require_agreement
 from ptp_ds.backbone import Backbone
 from ptp_ds.check import checked
 from ptp_ds.checkpoint import write_json
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     try:
         prepared = prepare(argv, description)
         ranks = start_processes()
+        require_agreement(ranks, fingerprints(prepared))
         return train_run(prepared, ranks)
     except ValueError as error:
         return report_error(error)

@@ -1,12 +1,18 @@
 """The real command on two hosts of one machine (tests/two_hosts.py): results, signals, launch lines."""
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from two_hosts import TwoHosts, wait_for, why_not
+from processes import child_environment
+from two_hosts import NAMES, TwoHosts, wait_for, why_not
+
+from ptp_ds.data import DEMO_DATA
 
 pytestmark = [pytest.mark.slow]
 ZERO3 = ["scripts/train.py", "--ds_config", "ds_configs/zero3.json"]
@@ -35,11 +41,6 @@ def curve(folder: Path) -> tuple[torch.Tensor, dict]:
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory, tiny_model):
     """The same run, two ranks on one host, by torchrun."""
-    import subprocess
-    import sys
-
-    from processes import child_environment
-
     folder = tmp_path_factory.mktemp("one-host")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).resolve().parent.parent
@@ -77,13 +78,13 @@ def left(hosts: TwoHosts) -> list[str]:
     return [line for host in ("host1", "host2") for word in words for line in hosts.processes(host, word)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_stops_all_ranks_and_leaves_none(hosts, tiny_model, tmp_path, number):
-    """Two ranks a host. Another job of the same user on host2 stays: DeepSpeed's own answer would end it."""
+@pytest.mark.parametrize(("number", "slots"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_to_the_launcher_stops_all_ranks_and_leaves_none(hosts, tiny_model, tmp_path, number, slots):
+    """Another job of the same user on host2 stays: DeepSpeed's own answer would end it."""
     out = tmp_path / "out"
     name = hosts.env["PATH"].split(":")[1] + "/python -u -m deepspeed.launcher.launch"
     other = hosts.start(["bash", "-c", f"exec -a '{name}' sleep 170"], "host2")
-    hosts.write_hostfile(2)
+    hosts.write_hostfile(slots)
     try:
         command = ["deepspeed", "--hostfile", hosts.hostfile, *ZERO3, "--model", tiny_model, *ENDLESS]
         run = hosts.start([*command, "--output_dir", out])
@@ -126,3 +127,55 @@ def test_torchrun_on_each_host(hosts, tiny_model, one_host, tmp_path):
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors[-3000:]
     same(curve(tmp_path / "out"), one_host)
+
+
+def test_openmpi(hosts, tiny_model, one_host, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun here (Debian: openmpi-bin)")
+    network = "--allow-run-as-root --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0"
+    launcher = ["deepspeed", "--hostfile", hosts.hostfile, "--launcher", "openmpi", "--launcher_args", network]
+    done = hosts.run([*launcher, *ZERO3, "--model", tiny_model, *STEPS, "--output_dir", tmp_path / "out"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(curve(tmp_path / "out"), one_host)
+
+
+def test_hosts_with_disks_of_their_own_must_hold_the_same_data(hosts, tiny_model, tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    shutil.copytree(DEMO_DATA / "COPA", data / "COPA")
+    shutil.copytree(data, other)
+    rows = (other / "COPA" / "train.jsonl").read_text().splitlines(keepends=True)
+    (other / "COPA" / "train.jsonl").write_text("".join(rows[1:]))
+    hosts.replace("host2", data, other)
+    try:
+        command = ["deepspeed", "--hostfile", hosts.hostfile, *ZERO3, "--model", tiny_model, *STEPS]
+        done = hosts.run([*command, "--data_dir", data, "--output_dir", tmp_path / "out"])
+    finally:
+        hosts.unmount("host2", data)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Rank 1 of 2 sees another version of the train split's rows than rank 0 does" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_prepared_once_a_disk(hosts, tmp_path):
+    """Two processes a host. A shared cache is filled once, host-local ones once each."""
+    log, temporary = tmp_path / "log", tmp_path / "temporary"
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom ptp_ds import models\n"
+        "def convert(target):\n    open(sys.argv[1], 'a').write('began\\n')\n    time.sleep(2)\n"
+        "    target.mkdir(parents=True)\n    (target / 'config.json').write_text('{}')\n"
+        "models._convert_embedded = convert\nmodels.resolve_model('smollm2-135m')\n"
+    )
+    for host in NAMES:  # locks of a host's own, as on two real machines
+        hosts.local_disk(host, temporary)
+    try:
+        for cache, expected in ((tmp_path / "shared", 1), (temporary / "own", 2)):
+            log.write_text("")
+            env = {"PTP_DS_CACHE": str(cache), "TMPDIR": str(temporary)}
+            runs = [hosts.start([sys.executable, "-c", code, log], host, env) for host in (*NAMES, *NAMES)]
+            assert [run.wait(60) for run in runs] == [0, 0, 0, 0]
+            for run in runs:
+                run.communicate()
+            assert log.read_text() == "began\n" * expected, cache
+    finally:
+        for host in NAMES:
+            hosts.unmount(host, temporary)

@@ -1,0 +1,62 @@
+"""What ranks must see alike, and the sentence where they don't."""
+
+import pytest
+import torch
+
+from ptp_ds.agreement import _checkpoint, _model_files, require_agreement
+from ptp_ds.checkpoint import Checkpoint
+from ptp_ds.distributed import Ranks
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """gathered(change): ranks 0 to 9; rank 2 on sees `change` applied to this rank's row."""
+
+    def use(change) -> Ranks:
+        def all_gather(rows, own, group=None):
+            for rank, row in enumerate(rows):
+                row.copy_(own if rank < 2 else change(own.clone()))
+
+        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+        return Ranks(0, 10, 0, torch.device("cpu"))
+
+    return use
+
+
+def change_second(row: torch.Tensor) -> torch.Tensor:
+    row[1] += 1
+    return row
+
+
+def test_ranks_that_agree(gathered):
+    require_agreement(gathered(lambda row: row), {"the data": "a", "the checkpoint": "b"})
+
+
+def test_what_differs_and_where_is_named(gathered):
+    with pytest.raises(ValueError, match="Rank 2, 3, 4, 5, 6, 7, 8, 9 of 10 sees another version of the checkpoint"):
+        require_agreement(gathered(change_second), {"the data": "a", "the checkpoint": "b"})
+
+
+def test_one_rank_agrees_with_itself():
+    require_agreement(Ranks(0, 1, 0, torch.device("cpu")), {"the data": "a"})
+
+
+def test_a_checkpoint_by_step_and_values():
+    one = Checkpoint(3, {"prompt": torch.ones(2, 2), "adam_step": torch.tensor(3.0)}, None, {})
+    same = Checkpoint(3, {"adam_step": torch.tensor(3.0), "prompt": torch.ones(2, 2)}, None, {})
+    assert _checkpoint(one) == _checkpoint(same) != _checkpoint(None)
+    assert _checkpoint(one) != _checkpoint(Checkpoint(4, one.tensors, None, {}))
+    assert _checkpoint(one) != _checkpoint(Checkpoint(3, {**one.tensors, "prompt": torch.zeros(2, 2)}, None, {}))
+
+
+def test_a_models_files_by_content_and_size(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("ab")
+    before = _model_files(tmp_path)
+    (tmp_path / "notes.md").write_text("not read")
+    assert _model_files(tmp_path) == before
+    (tmp_path / "model.safetensors").write_text("abc")
+    assert _model_files(tmp_path) != before
+    (tmp_path / "model.safetensors").write_text("ab")
+    (tmp_path / "config.json").write_text("[]")
+    assert _model_files(tmp_path) != before
