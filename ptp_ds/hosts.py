@@ -154,8 +154,8 @@ def master_address(first: str, routes: Mapping[str, Mapping[str, Any]]) -> str:
     for name, route in routes.items():
         if "error" in route:
             raise ValueError(
-                f"{first} finds no way to {name} ({route['error']}); the hosts must know each other by the hostfile's "
-                "names, in DNS or /etc/hosts."
+                f"{first} finds no way to {name} ({route['error']}); make the hostfile's names known on it (DNS, "
+                "/etc/hosts), or give --master_addr."
             )
         if is_loopback(route["address"]):
             raise ValueError(f"{first} takes {name} for itself ({route['address']}); correct its /etc/hosts.")

@@ -23,7 +23,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")  # pdsh's line for a host whose ranks failed
 _POLL_SECONDS = 0.2
 _START_SECONDS = 60.0  # how long a signal waits for ranks that haven't started yet
-_GRACE_SECONDS = 60.0  # how long the other hosts' ranks may take to notice that one host's have failed
+_GRACE_SECONDS = 30.0  # how long the other hosts' ranks may take to notice that one host's have failed
 
 
 def run_job(job: Job, launch: Callable[[], None]) -> int:
@@ -82,6 +82,7 @@ class _Watch:
         self.job, self.child, self.signals, self.failures = job, child, signals, failures
         self.asked: int | None = None  # the signal that ranks still have to get
         self.asked_at = 0.0
+        self.stopping = False  # ranks were asked to stop: the first host to end hasn't failed, others may still save
         self.failed_at: float | None = None
         self.sent = 0  # how often ranks of a failed job were told to end
 
@@ -101,7 +102,7 @@ class _Watch:
     def _serve_signals(self) -> None:
         received = _next(self.signals)
         if received is not None:
-            self.asked, self.asked_at = received, time.monotonic()
+            self.asked, self.asked_at, self.stopping = received, time.monotonic(), True
             _say(f"{signal.Signals(received).name}: passed on to the ranks of {len(self.job.hosts)} host(s)")
         if self.asked is None:
             return
@@ -117,7 +118,11 @@ class _Watch:
         failure = _next(self.failures)
         if failure is not None and self.failed_at is None:
             self.failed_at = time.monotonic()
-        if self.failed_at is None or time.monotonic() - self.failed_at < _GRACE_SECONDS * (self.sent + 1):
+        if (
+            self.failed_at is None
+            or self.stopping
+            or time.monotonic() - self.failed_at < _GRACE_SECONDS * (self.sent + 1)
+        ):
             return
         number = signal.SIGTERM if self.sent == 0 else signal.SIGKILL
         _say(f"a host's ranks failed {_GRACE_SECONDS:.0f} s ago: {number.name} to the ranks that still wait for them")
