@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from queue import SimpleQueue
 
@@ -59,7 +58,7 @@ def test_a_signal_goes_to_the_ranks_not_to_the_child(told, capfd):
     def launch():
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(1.5)
-        print("done in its own time", file=sys.stderr)
+        os.write(2, b"done in its own time\n")
 
     assert run_job(JOB, launch) == 0
     assert told.calls == [signal.SIGTERM]
@@ -89,7 +88,7 @@ def test_a_failed_hosts_peers_are_ended_after_a_while(told, monkeypatch):
     monkeypatch.setattr(job_module, "_GRACE_SECONDS", 0.3)
 
     def launch():
-        print("pdsh@node1: node2: ssh exited with exit code 2", file=sys.stderr, flush=True)
+        os.write(2, b"pdsh@node1: node2: ssh exited with exit code 2\n")
         time.sleep(1.5)
         raise SystemExit(2)
 
@@ -103,7 +102,7 @@ def test_no_host_has_failed_when_all_were_asked_to_stop(told, monkeypatch):
     def launch():
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(0.5)
-        print("pdsh@node1: node2: ssh exited with exit code 143", file=sys.stderr, flush=True)
+        os.write(2, b"pdsh@node1: node2: ssh exited with exit code 143\n")
         time.sleep(1)  # node1 still saves
 
     assert run_job(JOB, launch) == 0
