@@ -27,6 +27,10 @@ _REQUIRED = _TENSORS[:4]
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
 
+class OtherFormatError(ValueError):
+    """A checkpoint of another version of this project: whole, but not for this one to read."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """step: optimizer steps done. tensors: Engine.state() and, once chosen, best_prompt. best: its scores or None.
@@ -108,13 +112,39 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
-def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """The folder that --resume names: a checkpoint, or the newest one of output_dir for auto (None if it has none)."""
-    if resume is None:
-        return None
-    if resume == "auto":
-        found = list_checkpoints(output_dir / "checkpoints")
-        return found[-1] if found else None
+def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list[str]]:
+    """--resume auto: output_dir's newest checkpoint that is whole (None where there are none), and a sentence for each
+    newer one that is damaged. ValueError where all are: their steps are not done again without being asked for.
+    """
+    told: list[str] = []
+    found = list_checkpoints(output_dir / "checkpoints")
+    for folder in reversed(found):
+        try:
+            return folder, load_checkpoint(folder), told
+        except OtherFormatError:
+            raise
+        except ValueError as error:
+            told.append(str(error).split(";")[0])
+    if found:
+        raise ValueError(
+            f"No checkpoint in {output_dir / 'checkpoints'} is whole: {'; '.join(told)}. Put a copy back, or start a "
+            "new run in another --output_dir."
+        )
+    return None, None, told
+
+
+def set_aside(root: Path, newest: int) -> None:
+    """Renames checkpoints behind step `newest`, which --resume auto passed over, to step-....damaged. Rank 0 only."""
+    for folder in list_checkpoints(root):
+        match = _NAME.fullmatch(folder.name)
+        if match and int(match[1]) > newest:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def find_checkpoint(resume: str) -> Path:
+    """The checkpoint that --resume names by its folder."""
     path = Path(resume)
     if not is_folder(path):
         raise ValueError(f"--resume {resume}: there is no such folder; give a checkpoints/step-... folder or auto.")
@@ -131,7 +161,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(meta, dict):
         raise ValueError(f"{where} can't be read: no JSON object{_HINT}.")
     if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
-        raise ValueError(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
+        raise OtherFormatError(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
     if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
         raise ValueError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")

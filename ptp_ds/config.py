@@ -124,7 +124,10 @@ class RunConfig:
                          IMPLS)  # fmt: skip
     seed: int = _flag(0, "seed of initialisation, data order and noise")
     output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
-    resume: str | None = _flag(None, "auto (newest checkpoint of --output_dir, if any) or a checkpoint folder")
+    stall_timeout: float = _flag(
+        1800.0, "seconds that a step, or a pass of an evaluation, may take before the rank ends itself; 0: any time"
+    )
+    resume: str | None = _flag(None, "auto (newest whole checkpoint of --output_dir, if any) or a checkpoint folder")
 
     @property
     def step_length(self) -> float:
@@ -175,7 +178,7 @@ class RunConfig:
         for name in ("mask_share", "a2t_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
         _require(0 <= self.a2t_min_cosine < 1, "a2t_min_cosine", self.a2t_min_cosine, "a cosine from 0 up to below 1")
-        for name in ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm"):
+        for name in ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm", "stall_timeout"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number of 0 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a finite number above 0")
         _require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", self.alpha, "a finite number above 0")
@@ -264,8 +267,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, set[str]]:
-    """The configuration from flags and --config FILE, and the names that were given explicitly. Raises ValueError."""
+def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]:
+    """What flags and --config FILE say, flags first, before any check across settings. Raises ValueError."""
     parser = build_parser(description)
     known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
     values, rest = parser.parse_known_args(argv)
@@ -273,9 +276,15 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
         flag = rest[0].split("=")[0]
         raise ValueError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
     given = vars(values)
-    given.pop("local_rank", None)
+    for name in ("local_rank", "list_families"):
+        given.pop(name, None)
     file = given.pop("config", None)
-    merged = {**(_read_config(file) if file else {}), **given}
+    return {**(_read_config(file) if file else {}), **given}
+
+
+def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, set[str]]:
+    """The configuration from flags and --config FILE, and the names that were given explicitly. Raises ValueError."""
+    merged = given_settings(argv, description)
     config = RunConfig(**with_preset(merged))
     config.validate()
     return config, set(merged)

@@ -1,6 +1,6 @@
 """Scoring a split with a prompt: packed to a token budget, shared out over ranks, exact whatever their number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -58,11 +58,13 @@ def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int
 
 
 def score_examples(
-    backbone: Backbone, values: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int
-) -> Tensor:
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int,
+    beat: Callable[[], None] | None = None,
+) -> Tensor:  # fmt: skip
     """[N, C] fp32 candidate log-probabilities on the CPU, the same on every rank; -inf where a candidate is absent.
 
     The keys and values of the prompt, and of what all rows begin with, are computed once. All ranks must call it.
+    beat: called after each pass (see Watchdog).
     """
     width = max(len(example.candidate_ids) for example in examples)
     table = torch.zeros(len(examples), width)
@@ -81,6 +83,8 @@ def score_examples(
             scores = backbone.score(row, backbone.inputs(row, values), values, trunk=trunk)[0].cpu()
             table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
             counts[numbers] += 1
+            if beat is not None:
+                beat()
     table = ranks.sum(table.to(ranks.device)).cpu() / ranks.sum(counts.to(ranks.device)).cpu()
     for number, example in enumerate(examples):
         table[number, len(example.candidate_ids) :] = float("-inf")
@@ -95,10 +99,11 @@ def together(scores: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate(
-    backbone: Backbone, values: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int
-) -> Evaluation:
-    """Metrics of a split; all ranks must call it."""
-    scores_NC = score_examples(backbone, values, examples, ranks, budget)
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int,
+    beat: Callable[[], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Metrics of a split; all ranks must call it. beat: see score_examples."""
+    scores_NC = score_examples(backbone, values, examples, ranks, budget, beat)
     return evaluation_of(scores_NC, examples, task)
 
 

@@ -1,6 +1,7 @@
 """What a run tells: log.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -19,8 +20,11 @@ def say(ranks: Ranks, text: str) -> None:
     if ranks.is_main:
         from tqdm import tqdm
 
-        tqdm.write(redacted(text), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(redacted(text), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the launcher, or a pager, is gone: the run still saves and stops as asked
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

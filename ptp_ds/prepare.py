@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone import first_position, max_row_length
-from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run
+from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import Split, Tokenised, hold_out, load_split, tokenise
 from ptp_ds.distributed import env_host_ranks, env_world
@@ -55,6 +55,7 @@ class Prepared:
     predict_split: Split | None = None
     predict: Sequence[Example] = ()
     digests: Mapping[str, str] = field(default_factory=dict)  # of each split's rows
+    damaged: bool = False
 
 
 def prepare(argv: Sequence[str], description: str = "") -> Prepared:
@@ -63,8 +64,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     raw = read_ds_config(run.ds_config)
     task = load_task(run.task)
     output_dir = _output_dir(run)
-    checkpoint_folder = find_checkpoint(run.resume, output_dir or Path())
-    checkpoint = load_checkpoint(checkpoint_folder) if checkpoint_folder else None
+    checkpoint_folder, checkpoint, damaged = _to_resume(run, output_dir)
     splits = _load_splits(run, task)
     folder = resolve_model(run.model)
     config = load_config(folder)
@@ -99,7 +99,7 @@ def prepare(argv: Sequence[str], description: str = "") -> Prepared:
     return Prepared(
         run, task, folder, config, plan, rows, tokenizer, resolved, train, select, tokenised["eval"].examples,
         truncated, identity, output_dir, checkpoint, adapter, mask_id, predict_split, predict,
-        {name: split.digest for name, split in splits.items()},
+        {name: split.digest for name, split in splits.items()}, damaged,
     )  # fmt: skip
 
 
@@ -138,6 +138,21 @@ def _output_dir(run: RunConfig) -> Path | None:
             f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
         )
     return folder
+
+
+def _to_resume(run: RunConfig, output_dir: Path | None) -> tuple[Path | None, Checkpoint | None, bool]:
+    """The checkpoint that --resume asks for, its folder, and whether newer ones were passed over, being damaged."""
+    if run.resume is None:
+        return None, None, False
+    if run.resume != "auto":
+        folder = find_checkpoint(run.resume)
+        return folder, load_checkpoint(folder), False
+    assert output_dir is not None
+    newest, checkpoint, told = newest_whole(output_dir)
+    for sentence in told:
+        assert newest is not None
+        _warn(f"warning: {sentence}; going on from {newest.name}, the one before")
+    return newest, checkpoint, bool(told)
 
 
 def _load_splits(run: RunConfig, task: Task) -> dict[str, Split]:

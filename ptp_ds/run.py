@@ -17,13 +17,14 @@ from ptp_ds.activations import Activations, memory_budget
 from ptp_ds.agreement import fingerprints, require_agreement
 from ptp_ds.backbone import Backbone
 from ptp_ds.check import checked
-from ptp_ds.checkpoint import write_json
+from ptp_ds.checkpoint import set_aside, write_json
 from ptp_ds.config import RunConfig
-from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes
+from ptp_ds.distributed import Ranks, env_rank, prepare_environment, start_processes, stop_processes
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.export import write_adapter
 from ptp_ds.families import describe_families
+from ptp_ds.faults import LOST_RANK, USER_ERROR, OutputGuard, is_lost_rank, tell
 from ptp_ds.kernels import explain
 from ptp_ds.loading import load_backbone
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
@@ -34,9 +35,10 @@ from ptp_ds.prepare import Prepared, prepare
 from ptp_ds.presets import describe_preset, preset_effect
 from ptp_ds.prompts import empty_prompt, initial_prompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.deep import join_deep
-from ptp_ds.redact import redacted
+from ptp_ds.signals import end_at_once, ignore_stop_signals
 from ptp_ds.step import settings_of
 from ptp_ds.trainer import Progress, Trainer, median_or_zero, progress_from
+from ptp_ds.watchdog import Watchdog
 
 _VERSIONED = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "tensorboard", "safetensors")
 
@@ -110,33 +112,45 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     return engine, progress
 
 
-def train_run(prepared: Prepared, ranks: Ranks) -> int:
+def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
     """Trains, evaluates and exports; returns the exit code (0, or 128 + signal where a signal stopped it)."""
     run, output_dir = prepared.run, prepared.output_dir or default_output_dir(prepared, ranks)
     _introduce(prepared, ranks)
+    output = OutputGuard(ranks, output_dir)
     if ranks.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "config.json", describe_run(prepared, ranks))
+        description = describe_run(prepared, ranks)
+        with output.writing():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / "config.json", description)
+            if prepared.damaged and prepared.checkpoint is not None:
+                set_aside(output_dir / "checkpoints", prepared.checkpoint.step)
+    output.agree()
     engine, progress = open_engine(prepared, ranks)
     unit = _unit(run, engine.backbone, prepared.resolved.dtype, ranks) if run.perturbs else 1.0
-    monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
+    with output.writing():
+        monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
+    output.agree()
     settings = settings_of(run, unit, prepared.mask_id)
     trainer = Trainer(
         run, prepared.task, engine, ranks, settings, prepared.train, prepared.select, monitor, output_dir,
-        prepared.identity, neighbours_of(prepared),
+        prepared.identity, watchdog, neighbours_of(prepared),
     )  # fmt: skip
     try:
         trainer.train(progress)
         if progress.stopped_by:
+            ignore_stop_signals()
             say(
                 ranks,
                 f"stopped by signal {progress.stopped_by} after step {progress.step}; saved: --resume auto goes on",
             )
             return 128 + progress.stopped_by
-        result = _report(prepared, engine, ranks, progress, monitor, output_dir)
-        _predict(prepared, engine, ranks, progress, output_dir)
+        watchdog.doing("the last evaluation")
+        result = _report(prepared, engine, ranks, progress, monitor, output_dir, watchdog)
+        _predict(prepared, engine, ranks, progress, output_dir, watchdog)
     finally:
-        monitor.close()
+        with output.writing():
+            monitor.close()
+    output.agree()
     _announce(prepared, ranks, result, progress, output_dir)
     return 0
 
@@ -153,13 +167,18 @@ def _unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype, ranks: Ranks) 
 
 
 def _report(
-    prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, monitor: Monitor, output_dir: Path
-) -> Evaluation:
+    prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, monitor: Monitor, output_dir: Path,
+    watchdog: Watchdog,
+) -> Evaluation:  # fmt: skip
     run = prepared.run
     values = progress.best_prompt
     assert values is not None, "the last step always evaluates"
-    result = evaluate(engine.backbone, values, prepared.evaluation, prepared.task, ranks, run.eval_tokens)
-    monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
+    result = evaluate(
+        engine.backbone, values, prepared.evaluation, prepared.task, ranks, run.eval_tokens, watchdog.beat
+    )
+    output = OutputGuard(ranks, output_dir)
+    with output.writing():
+        monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:
@@ -173,27 +192,31 @@ def _report(
         }  # fmt: skip
         card = {"task": prepared.task.spec(), "head": asdict(prepared.plan), "result": summary, "versions": versions()}
         prompt, head = engine.backbone.head.split(values)
-        write_adapter(
-            output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt,
-            prepared.plan, head, prepared.task.places_prompt,
-        )  # fmt: skip
-        write_json(output_dir / "result.json", summary)
-    ranks.barrier()
+        with output.writing():
+            write_adapter(
+                output_dir / "adapter", prompt, str(prepared.folder.resolve()), prepared.config, card, run.prompt,
+                prepared.plan, head, prepared.task.places_prompt,
+            )  # fmt: skip
+            write_json(output_dir / "result.json", summary)
+    output.agree()
     return result
 
 
-def _predict(prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, output_dir: Path) -> None:
+def _predict(
+    prepared: Prepared, engine: Engine, ranks: Ranks, progress: Progress, output_dir: Path, watchdog: Watchdog
+) -> None:
     """predictions/<Task>.jsonl of --predict_split, by the best prompt."""
     task, split, best = prepared.task, prepared.predict_split, progress.best_prompt
     if split is None:
         return
     assert best is not None, "the last step always evaluates"
-    scores = score_examples(engine.backbone, best, prepared.predict, ranks, prepared.run.eval_tokens)
-    file = output_dir / "predictions" / f"{task.name}.jsonl"
+    scores = score_examples(engine.backbone, best, prepared.predict, ranks, prepared.run.eval_tokens, watchdog.beat)
+    file, output = output_dir / "predictions" / f"{task.name}.jsonl", OutputGuard(ranks, output_dir)
     if ranks.is_main:
-        write_jsonl(file, prediction_lines(task, split, scores.argmax(-1).tolist()))
+        with output.writing():
+            write_jsonl(file, prediction_lines(task, split, scores.argmax(-1).tolist()))
+    output.agree()
     say(ranks, f"predictions for {prepared.run.predict_split}: {file}")
-    ranks.barrier()
 
 
 def _announce(prepared: Prepared, ranks: Ranks, result: Evaluation, progress: Progress, output_dir: Path) -> None:
@@ -240,16 +263,35 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     if "--list_families" in argv:
         print(describe_families())
         return 0
+    end_at_once()
     prepare_environment()
     try:
         prepared = prepare(argv, description)
-        ranks = start_processes()
-        require_agreement(ranks, fingerprints(prepared))
-        return train_run(prepared, ranks)
+        watchdog = Watchdog(prepared.run.stall_timeout, env_rank())
+        try:
+            ranks = start_processes()
+            require_agreement(ranks, fingerprints(prepared))
+            return train_run(prepared, ranks, watchdog)
+        finally:
+            watchdog.stop()
     except ValueError as error:
         return report_error(error)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        return _report_lost(error)
     finally:
         stop_processes()
+
+
+def _report_lost(error: Exception) -> int:
+    """Prints that another rank is gone, and returns exit code LOST_RANK."""
+    cause = str(error).strip().split("\n")[0]
+    tell(
+        f"error on rank {env_rank()}: another rank is gone, its connection broke ({cause}). The other lines tell the "
+        "first cause; what was saved is whole, --resume auto goes on."
+    )
+    return LOST_RANK
 
 
 def report_error(error: ValueError) -> int:
@@ -262,5 +304,5 @@ def report_error(error: ValueError) -> int:
         time.sleep(30)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(redacted(f"{prefix}: {error}"), file=sys.stderr, flush=True)
-    return 2
+    tell(f"{prefix}: {error}")
+    return USER_ERROR

@@ -18,6 +18,7 @@ from ptp_ds.data import BatchOrder, BudgetOrder, deal
 from ptp_ds.distributed import Ranks
 from ptp_ds.engine import Engine
 from ptp_ds.evaluate import Evaluation, evaluate
+from ptp_ds.faults import OutputGuard
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
 from ptp_ds.packing import Example, PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, Twin
@@ -28,6 +29,7 @@ from ptp_ds.rows import Rows
 from ptp_ds.signals import StopRequest
 from ptp_ds.step import StepLoss, optimizer_step
 from ptp_ds.tasks import Task
+from ptp_ds.watchdog import Watchdog
 
 Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
 
@@ -73,6 +75,7 @@ class Trainer:
     monitor: Monitor
     output_dir: Path
     identity: dict[str, Any]
+    watchdog: Watchdog
     neighbours: Neighbours | None = None
 
     def train(self, progress: Progress) -> Progress:
@@ -80,6 +83,7 @@ class Trainer:
         stop, meter = StopRequest(self.ranks), Meter(self.ranks)
         try:
             while progress.step < self.run.max_steps:
+                self.watchdog.doing(f"optimizer step {progress.step + 1}")
                 self._optimizer_step(progress, meter)
                 progress.step += 1
                 self.monitor.tick(progress.step)
@@ -186,14 +190,18 @@ class Trainer:
         saves = _due(step, run.save_every) or last
         if not (_due(step, run.log_every) or evaluates or saves):
             return
-        self._log(progress, meter)
+        output = OutputGuard(self.ranks, self.output_dir)
+        self._log(progress, meter, output)
         if evaluates:
-            self._select(progress)
+            self.watchdog.doing(f"the evaluation behind step {step}")
+            self._select(progress, output)
         if saves:
-            self._save(progress)
+            self.watchdog.doing(f"saving step {step}")
+            self._save(progress, output)
+        output.agree()
         meter.restart_clock()
 
-    def _log(self, progress: Progress, meter: "Meter") -> None:
+    def _log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
         window = meter.reduce(self.run.reg_weight)
         if window.bad_step >= 0:
             raise NonFiniteLossError(
@@ -215,25 +223,28 @@ class Trainer:
             "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
             "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
         }  # fmt: skip
-        self.monitor.train(progress.step, values)
+        with output.writing():
+            self.monitor.train(progress.step, values)
 
-    def _select(self, progress: Progress) -> None:
+    def _select(self, progress: Progress, output: OutputGuard) -> None:
         prompt = self.engine.prompt()
         result = evaluate(
-            self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens
-        )
+            self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens,
+            self.watchdog.beat,
+        )  # fmt: skip
         marker = ""
         if result.better_than(progress.best):
             progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
             marker = "  (best so far)"
-        self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
+        with output.writing():
+            self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
         say(
             self.ranks,
             f"step {progress.step}  selection rows ({result.examples}): {shown}  ce {result.cross_entropy:.4f}{marker}",
         )
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, output: OutputGuard) -> None:
         tensors = self.engine.state()
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
@@ -245,8 +256,8 @@ class Trainer:
             best = {"step": progress.best_step, "evaluation": progress.best.as_dict()}
         if self.ranks.is_main:
             checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
-            save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
-        self.ranks.barrier()
+            with output.writing():
+                save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
 
 
 def _due(step: int, every: int) -> bool:

@@ -7,9 +7,8 @@
 deepspeed, torchrun and plain python (one process) start the same run.
 """
 
-import sys
-
+from ptp_ds.distributed import leave
 from ptp_ds.run import main
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__.split("\n")[0]))
+    leave(main(description=__doc__.split("\n")[0]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -114,3 +115,26 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def drill_row(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, str], None]:
+    """drill_row(fault, how it was made, what the user sees, what was lost) adds a row to the fault drill's table."""
+    return lambda *cells: record_property("drill", cells)
+
+
+_PATH = re.compile(r"\S*/pytest-of-\S*?/(?=(run|disk)/?)")  # a test's own folder, in what a user sees
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the fault drill's table, where it was run."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    rows = [cells for report in reports for name, cells in report.user_properties if name == "drill"]
+    if rows:
+        terminalreporter.write_sep("=", "faults")
+        terminalreporter.write_line("| fault | how it was made | what the user sees | what was lost |")
+        terminalreporter.write_line("|---|---|---|---|")
+        for cells in rows:
+            terminalreporter.write_line(
+                "| " + " | ".join(_PATH.sub("", cell).replace("|", "/") for cell in cells) + " |"
+            )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,8 +191,24 @@ def test_checkpoint_of_another_run(base, refuse, saved, extra, named):
 def test_damaged_checkpoint(base, refuse, saved):
     with open(saved / "state.safetensors", "ab") as file:
         file.write(b"more")
+    altered = "out/checkpoints/step-000001/state.safetensors is missing or altered (its sha256 differs)"
+    found = refuse([*base, "--output_dir", "out", "--resume", "out/checkpoints/step-000001"])
+    assert found.startswith(altered)
     found = refuse([*base, "--output_dir", "out", "--resume", "auto"])
-    assert found.startswith("out/checkpoints/step-000001/state.safetensors is missing or altered (its sha256 differs)")
+    assert found.startswith(f"No checkpoint in out/checkpoints is whole: {altered}. Put a copy back, or start")
+
+
+def test_damaged_checkpoint_before_a_whole_one(base, saved, capsys):
+    newer = Path("out/checkpoints/step-000002")
+    shutil.copytree(saved, newer)
+    os.truncate(newer / "state.safetensors", 50)
+    prepared = prepare([*base, "--output_dir", "out", "--resume", "auto"])
+    assert prepared.checkpoint is not None
+    assert prepared.checkpoint.step == 1
+    assert prepared.damaged
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {newer}/state.safetensors is missing or altered (its sha256 differs)")
+    assert line.endswith("; going on from step-000001, the one before\n")
 
 
 @pytest.mark.parametrize(

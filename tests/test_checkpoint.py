@@ -1,6 +1,7 @@
 """Checkpoints: round trip, damage, pruning, interrupted writing, checkpoints of another run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from ptp_ds.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    newest_whole,
     prompt_shape,
     require_same_run,
     save_checkpoint,
+    set_aside,
     write_folder,
     write_json,
 )
@@ -96,7 +99,7 @@ def test_a_run_resumed_from_an_older_checkpoint_keeps_what_it_writes(tmp_path):
 def test_other_folders_are_no_checkpoints(tmp_path):
     save_checkpoint(tmp_path / "checkpoints", checkpoint(5), keep=1)
     (tmp_path / "checkpoints" / "step-old").mkdir()
-    found = find_checkpoint("auto", tmp_path)
+    found = newest_whole(tmp_path)[0]
     assert found == tmp_path / "checkpoints" / "step-000005"
 
 
@@ -169,16 +172,61 @@ def test_another_format_with_other_fields(tmp_path):
 
 
 def test_find_checkpoint(tmp_path):
-    assert find_checkpoint(None, tmp_path) is None
-    assert find_checkpoint("auto", tmp_path) is None
+    assert newest_whole(tmp_path) == (None, None, [])
     first = save_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=5)
     newest = save_checkpoint(tmp_path / "checkpoints", checkpoint(2), keep=5)
-    assert find_checkpoint("auto", tmp_path) == newest
-    assert find_checkpoint(str(first), tmp_path) == first
+    folder, read, told = newest_whole(tmp_path)
+    assert (folder, read and read.step, told) == (newest, 2, [])
+    assert find_checkpoint(str(first)) == first
     with pytest.raises(ValueError, match=r"--resume nowhere: there is no such folder; give a checkpoints/step-\.\.\."):
-        find_checkpoint("nowhere", tmp_path)
+        find_checkpoint("nowhere")
     with pytest.raises(ValueError, match=r"not a checkpoint \(no state\.json\); give a checkpoints/step-"):
-        find_checkpoint(str(tmp_path), tmp_path)
+        find_checkpoint(str(tmp_path))
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "state.safetensors", 100)
+
+
+def altered(folder: Path) -> None:
+    content = bytearray((folder / "state.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "state.safetensors").write_bytes(content)
+
+
+def without_description(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, altered, without_description])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(tmp_path, damage):
+    root = tmp_path / "checkpoints"
+    good, bad = (save_checkpoint(root, checkpoint(step), keep=5) for step in (1, 2))
+    damage(bad)
+    folder, read, told = newest_whole(tmp_path)
+    assert (folder, read and read.step) == (good, 1)
+    assert len(told) == 1
+    assert told[0].startswith(str(bad))
+    set_aside(root, 1)
+    assert names_in(root) == ["step-000001", "step-000002.damaged"]
+    damage(save_checkpoint(root, checkpoint(2), keep=5))
+    set_aside(root, 1)  # a second time
+    assert names_in(root) == ["step-000001", "step-000002.damaged"]
+    assert list_checkpoints(root) == [good]
+
+
+def test_only_damaged_checkpoints_are_refused(tmp_path):
+    for step in (1, 2):
+        cut_short(save_checkpoint(tmp_path / "checkpoints", checkpoint(step), keep=5))
+    with pytest.raises(ValueError, match=r"^No checkpoint in .*checkpoints is whole: .*step-000002.*; .*step-000001.*"):
+        newest_whole(tmp_path)
+
+
+def test_another_format_is_not_passed_over(tmp_path):
+    save_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=5)
+    changed_meta(save_checkpoint(tmp_path / "checkpoints", checkpoint(2), keep=5), format=2)
+    with pytest.raises(ValueError, match="step-000002 has checkpoint format 2"):
+        newest_whole(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +258,7 @@ def test_unfinished_folders_are_ignored_and_overwritten(tmp_path):
     leftover = root / ".step-000007.writing"
     leftover.mkdir(parents=True)
     (leftover / "junk").write_text("half")
-    assert find_checkpoint("auto", tmp_path) is None
+    assert newest_whole(tmp_path) == (None, None, [])
     folder = save_checkpoint(root, checkpoint(7), keep=1)
     assert names_in(root) == ["step-000007"]
     assert names_in(folder) == ["state.json", "state.safetensors"]

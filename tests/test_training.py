@@ -265,3 +265,12 @@ def test_bf16_backbone_keeps_an_fp32_master(run_train, tiny_model, tmp_path):
     saved = tmp_path / "bf16" / "checkpoints" / "step-000002"
     check(run_train([*args, "--precision", "bf16", "--output_dir", again, "--resume", saved]))
     assert torch.equal(last_prompt(again), prompt)
+
+
+def test_an_output_folder_that_cannot_be_made(run_train, tiny_model):
+    done = run_train([*QUICK, "--model", tiny_model, "--output_dir", "/proc/none/run"])
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: Can't write to /proc/none/run: No such file or directory. What was saved")
+    assert "Traceback" not in done.stderr

@@ -74,7 +74,7 @@ def test_the_readmes_command_on_two_hosts_gives_one_hosts_result(hosts, tiny_mod
 
 def left(hosts: TwoHosts) -> list[str]:
     """Processes of a run that are still there, on either host."""
-    words = ("scripts/train.py", "pdsh", "deepspeed.launcher")
+    words = ("scripts/train.py", "pdsh", "deepspeed.launcher", "ptp_ds.node")
     return [line for host in ("host1", "host2") for word in words for line in hosts.processes(host, word)]
 
 

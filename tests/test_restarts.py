@@ -1,0 +1,95 @@
+"""--max_restarts: which ends are repeated, with which command line, on which hosts."""
+
+import json
+
+import pytest
+from deepspeed.launcher.runner import parse_args
+
+from ptp_ds.faults import LOST_RANK, STALLED, explain_code, shell_code
+from ptp_ds.restarts import asked_slots, check_script, dealt_ranks, flags_for, newest, restarts, resumed, slots_left
+
+
+@pytest.mark.parametrize(
+    ("code", "repeated"),
+    [(0, False), (2, False), (130, False), (143, False), (138, False), (1, True), (137, True), (STALLED, True),
+     (LOST_RANK, True), (134, True), (139, True)],
+)  # fmt: skip
+def test_which_ends_are_repeated(code, repeated):
+    assert restarts(code) == repeated
+
+
+@pytest.mark.parametrize(
+    ("returncode", "code", "words"),
+    [(-9, 137, "SIGKILL"), (-15, 143, "SIGTERM"), (1, 1, "exit code 1"), (75, 75, "--stall_timeout"),
+     (76, 76, "lost the connection"), (-6, 134, "SIGABRT"), (200, 200, "exit code 200")],
+)  # fmt: skip
+def test_codes(returncode, code, words):
+    assert shell_code(returncode) == code
+    assert words in explain_code(code)
+
+
+def test_an_output_folder_is_needed(tmp_path):
+    check_script(["train.py", "--output_dir", "out"])
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({"output_dir": "out"}))
+    check_script(["train.py", "--config", str(config)])
+    with pytest.raises(ValueError, match="--max_restarts goes on from the checkpoints in"):
+        check_script(["train.py", "--task", "CB"])
+
+
+def test_resumed_command_lines(tmp_path):
+    plain = ["train.py", "--output_dir", str(tmp_path), "--seed", "1"]
+    assert resumed(plain) == [*plain, "--resume", "auto"]
+    named = [*plain, "--resume", "elsewhere/step-000009"]
+    assert newest(named) is None
+    assert resumed(named) == named
+    (tmp_path / "checkpoints" / "step-000012").mkdir(parents=True)
+    assert newest(named) == "step-000012"
+    assert resumed(named) == [*named, "--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "dealt"),
+    [(56, {"batch_size": 64}, 32), (8, {}, 8), (7, {}, 4), (7, {"batch_size": 7}, 7), (3, {"batch_size": 2}, 2),
+     (4, {"gradient_accumulation_steps": 4}, 2), (7, {"tokens_per_step": 4096}, 7), (3, {"batch_size": 1}, 1)],
+)  # fmt: skip
+def test_ranks_that_the_batch_deals_out_to(ranks, settings, dealt):
+    assert dealt_ranks(ranks, settings) == dealt
+
+
+SLOTS = {"a": [0, 1], "b": [0, 1], "c": [1, 2]}
+
+
+def test_hosts_that_are_left():
+    assert slots_left(SLOTS, None, {}, lambda host, port: True) == (SLOTS, [])
+    left, told = slots_left(SLOTS, 22, {}, lambda host, port: host != "a" and port == 22)
+    assert left == {"b": [0, 1], "c": [1, 2]}
+    assert told == ["a can't be reached by ssh and is left out"]
+    left, told = slots_left(SLOTS, None, {"batch_size": 9}, lambda host, port: host != "b")
+    assert left == {"a": [0, 1], "c": [1]}
+    assert told[1] == "the batch deals out in equal parts to 3 of the 4 ranks that are left"
+    with pytest.raises(ValueError, match="None of the hosts a, b, c can be reached by ssh"):
+        slots_left(SLOTS, None, {}, lambda host, port: False)
+
+
+@pytest.mark.parametrize("given", [[], ["--include", "a@b:0"], ["--exclude", "c"], ["--num_nodes", "2"]])
+def test_the_flags_choose_the_slots_by_deepspeeds_own_rules(tmp_path, given):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# mine\na slots=2\nb slots=2\nc slots=3\n")
+    own = ["--hostfile", str(hostfile), *given, "--master_addr", "10.0.0.1"]
+    assert set(asked_slots([*own, "train.py"])[0]) >= {"a", "b"}
+    wanted = {"b": [1], "c": [0, 2]}
+    flags = flags_for(own, wanted, tmp_path / "new", new_first=True)
+    assert asked_slots([*flags, "train.py", "--seed", "1"])[0] == wanted
+    args = parse_args([*flags, "train.py", "--seed", "1"])
+    assert (args.master_addr, args.user_args) == ("", ["--seed", "1"])
+    kept = [*flags_for(own, {"a": [0, 1], "b": [1]}, tmp_path / "new", new_first=False), "train.py"]
+    assert asked_slots(kept)[0] == {"a": [0, 1], "b": [1]}
+    assert parse_args(kept).master_addr == "10.0.0.1"
+
+
+def test_a_run_on_this_machine_alone_asks_no_host(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=2\n")
+    assert asked_slots(["--hostfile", str(hostfile), "train.py"])[0] == {}
+    assert asked_slots(["--hostfile", str(tmp_path / "none"), "train.py"])[0] == {}
