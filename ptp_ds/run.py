@@ -133,7 +133,7 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
     settings = settings_of(run, unit, prepared.mask_id)
     trainer = Trainer(
         run, prepared.task, engine, ranks, settings, prepared.train, prepared.select, monitor, output_dir,
-        prepared.identity, watchdog, neighbours_of(prepared),
+        prepared.identity, neighbours_of(prepared), watchdog,
     )  # fmt: skip
     try:
         trainer.train(progress)

@@ -75,15 +75,15 @@ class Trainer:
     monitor: Monitor
     output_dir: Path
     identity: dict[str, Any]
-    watchdog: Watchdog
     neighbours: Neighbours | None = None
+    watchdog: Watchdog | None = None
 
     def train(self, progress: Progress) -> Progress:
         """Runs from progress.step to run.max_steps, or until a signal; all ranks call it."""
         stop, meter = StopRequest(self.ranks), Meter(self.ranks)
         try:
             while progress.step < self.run.max_steps:
-                self.watchdog.doing(f"optimizer step {progress.step + 1}")
+                self._doing(f"optimizer step {progress.step + 1}")
                 self._optimizer_step(progress, meter)
                 progress.step += 1
                 self.monitor.tick(progress.step)
@@ -94,6 +94,10 @@ class Trainer:
         finally:
             stop.restore()
         return progress
+
+    def _doing(self, what: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.doing(what)
 
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
@@ -193,10 +197,10 @@ class Trainer:
         output = OutputGuard(self.ranks, self.output_dir)
         self._log(progress, meter, output)
         if evaluates:
-            self.watchdog.doing(f"the evaluation behind step {step}")
+            self._doing(f"the evaluation behind step {step}")
             self._select(progress, output)
         if saves:
-            self.watchdog.doing(f"saving step {step}")
+            self._doing(f"saving step {step}")
             self._save(progress, output)
         output.agree()
         meter.restart_clock()
@@ -230,7 +234,7 @@ class Trainer:
         prompt = self.engine.prompt()
         result = evaluate(
             self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens,
-            self.watchdog.beat,
+            self.watchdog.beat if self.watchdog is not None else None,
         )  # fmt: skip
         marker = ""
         if result.better_than(progress.best):

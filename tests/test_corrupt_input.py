@@ -126,8 +126,7 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         save_checkpoint(folder, Checkpoint(5, tensors, best, IDENTITY), keep=1)
 
     def read_checkpoint(folder: Path) -> None:
-        named = find_checkpoint(str(folder / "step-000005"), folder)
-        assert named is not None
+        named = find_checkpoint(str(folder / "step-000005"))
         meta, state = named / "state.json", named / "state.safetensors"
         if all(file.is_file() and file.stat().st_size < 1 << 30 for file in (meta, state)):
             resign(meta, state)
