@@ -8,7 +8,7 @@ from typing import Any
 
 from processes import child_environment
 
-MODEL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3,
+MODEL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}  # fmt: skip
 SMALL = {**MODEL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

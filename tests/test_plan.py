@@ -28,7 +28,7 @@ from ptp_ds.plan import (
 from ptp_ds.plan_report import main, parse_plan, plans
 from ptp_ds.shapes import NAMED, config_of, elements, shape_of
 
-BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 3, "chunk_tokens": 100}
+BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 4, "chunk_tokens": 126}  # two rows a chunk
 HPZ, INT8 = {"zero_hpz_partition_size": "auto"}, {"zero_quantized_weights": True}
 DRY = {"model": SMALL, "prompt_length": 5, "rows": 2, "tokens": 12, "activations": "keep", "perturbation": "pgd",
         "dry": True}  # fmt: skip
