@@ -19,7 +19,14 @@ import pytest
 import torch
 from mutations import damage
 
-from ptp_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, require_same_run, save_checkpoint
+from ptp_ds.checkpoint import (
+    Checkpoint,
+    OtherFormatError,
+    find_checkpoint,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
 from ptp_ds.config import RunConfig, parse_run
 from ptp_ds.data import load_rows, load_split, tokenise
 from ptp_ds.ds_config import read_ds_config, resolve_ds_config
@@ -277,7 +284,7 @@ def fault_of(target: Target, folder: Path, watch: Watch) -> tuple[str, str]:
         outcome, message = "loaded", ""
     except ValueError as error:
         outcome, message = "refused", str(error)
-        if type(error) not in (ValueError, NoLabelError):
+        if type(error) not in (ValueError, NoLabelError, OtherFormatError):
             return f"{type(error).__name__} is not the project's", message
         if target.named and str(folder) not in message:
             return "the message doesn't name the file", message
