@@ -161,7 +161,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(meta, dict):
         raise ValueError(f"{where} can't be read: no JSON object{_HINT}.")
     if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
-        raise OtherFormatError(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
+        later = _is_count(found) and _FORMAT < found < 1000  # else a damaged number
+        error = OtherFormatError if later else ValueError
+        raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
     if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
         raise ValueError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
