@@ -9,6 +9,6 @@ if [ "$#" -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
-    set -- -n 2 --dist loadfile -m "not gpu and not slow and not drill"
+    set -- -n 2 --dist loadfile -m "not gpu and not slow"
 fi
 python -m pytest "$@"

@@ -358,6 +358,7 @@ def test_resumed_equals_uninterrupted_and_shares_are_told(run_train, tiny_model,
     assert "its a2t_neighbours is 8, this run's is 3" in other.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_under_zero3_attack_alike(run_train, tiny_model, tmp_path):
     """Two micro-batches on each of two ranks, or all rows on one: the same words swapped, one prompt."""
     folders = {}

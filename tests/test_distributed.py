@@ -48,6 +48,7 @@ def test_ranks_stages_and_micro_batches_give_one_gradient(run_train, tiny_model,
         assert abs(other_result["eval_cross_entropy"] - result["eval_cross_entropy"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_token_budget_gives_the_same_steps_on_any_number_of_ranks(run_train, tiny_model, tmp_path):
     """Batches of uneven size, dealt unevenly to 2 ranks: sums over the global count make them one run."""
     prompts, tokens = [], []

@@ -105,14 +105,8 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
     assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "prompt"),
-    [
-        ("albert", "deep"),
-        pytest.param("modernbert", "deep", marks=pytest.mark.slow),
-        pytest.param("roberta", "soft", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "prompt"), [("albert", "deep"), ("modernbert", "deep"), ("roberta", "soft")])
 def test_families_under_zero3(run_train, encoders, tmp_path, family, prompt):
     """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again; albert
     and modernbert ignore a cache; roberta's positions begin behind its padding's."""

@@ -80,7 +80,8 @@ def test_our_scores_are_pefts(tiny_model, tmp_path, encoder):
     assert float((without - ours).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("encoder", [pytest.param("MLP", marks=pytest.mark.slow), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["MLP", "prefix"])
 def test_they_start_a_run_and_are_evaluated(run_train, tiny_model, tmp_path, encoder):
     kind = "deep" if encoder == "prefix" else "soft"
     adapter_of_peft(tiny_model, encoder, tmp_path / "theirs")

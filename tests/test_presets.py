@@ -113,6 +113,7 @@ def test_units():
     assert not vanishes(0.0, 5.0, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_the_preset_set(run_train, tiny_model, tmp_path):
     out = tmp_path / "run"
     args = [*QUICK, "--model", tiny_model, "--preset", "smart", "--reg_weight", "3", "--max_steps", "1"]

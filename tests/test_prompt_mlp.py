@@ -81,7 +81,8 @@ def test_range():
         RunConfig(prompt_mlp=0).validate()
 
 
-@pytest.mark.parametrize("kind", ["soft", pytest.param("deep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_path, kind):
     """Two ranks under ZeRO-3, or 2, as one; a resumed run ends in the same bits; the adapter is a plain prompt."""
     args = [*QUICK, "--model", tiny_model, "--prompt", kind, "--prompt_mlp", "24", "--perturbation", "pgd", "--lr",

@@ -76,6 +76,7 @@ def test_what_it_is_not_for(change):
         RunConfig(target="both", **change).validate()
 
 
+@pytest.mark.slow
 def test_a_run(run_train, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--task", "CB", "--target", "both", "--perturbation", "free", "--max_steps",
                  "3", "--prompt_length", "4", "--output_dir", tmp_path / "run"]  # fmt: skip

@@ -104,6 +104,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(run_train, tiny_model, tmp_path):
     args = [*QUICK, "--model", tiny_model, "--perturbation", "pgd", "--max_steps", "30", "--save_every", "5",
             "--eval_every", "10", "--weight_decay", "0.01"]  # fmt: skip
@@ -157,6 +158,7 @@ def test_carried_deltas_resume_bit_for_bit(run_train, tiny_model, tmp_path):
         assert torch.equal(last_prompt(again), last_prompt(whole)), step
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops_and_resumes(run_train, tiny_model, tmp_path):
     args = [*QUICK, "--model", tiny_model, "--perturbation", "none", "--max_steps", "400", "--save_every", "0",
             "--eval_every", "0", "--lr_schedule", "constant"]  # fmt: skip
@@ -176,6 +178,7 @@ def test_sigterm_saves_and_stops_and_resumes(run_train, tiny_model, tmp_path):
     assert 3 <= step < 400
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_all_ranks_and_leaves_none(tiny_model, tmp_path):
     """The owner's command on this machine, two ranks, no ssh; DeepSpeed's own runner would leave the ranks behind."""
     out = tmp_path / "run"
@@ -199,6 +202,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks_and_leaves_none(tiny_model, 
     assert left == ""
 
 
+@pytest.mark.slow
 def test_non_finite_loss_names_the_step_and_saves_nothing_broken(run_train, tiny_model, tmp_path):
     out = tmp_path / "run"
     args = [*QUICK, "--model", tiny_model, "--perturbation", "gaussian", "--max_steps", "6", "--save_every", "2"]
