@@ -22,7 +22,7 @@ from ptp_ds import models
 def convert(target):
     with open(sys.argv[1] + "/began", "a") as log:
         log.write("began\\n")
-    time.sleep(1.5)
+    time.sleep(0.8)
     if sys.argv[2] == "fails" and not Path(sys.argv[1] + "/failed").exists():
         Path(sys.argv[1] + "/failed").touch()
         raise ValueError("the first one fails")
