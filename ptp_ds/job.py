@@ -15,11 +15,11 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TextIO, TypeVar
 
+from ptp_ds.faults import STOP_SIGNALS
 from ptp_ds.hosts import Job
 from ptp_ds.remote import HostError, ask_all
 
 _T = TypeVar("_T")
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")  # pdsh's line for a host whose ranks failed
 _POLL_SECONDS = 0.2
 _START_SECONDS = 60.0  # how long a signal waits for ranks that haven't started yet
@@ -29,7 +29,7 @@ _GRACE_SECONDS = 30.0  # how long the other hosts' ranks may take to notice that
 def run_job(job: Job, launch: Callable[[], None]) -> int:
     """Runs `launch` (DeepSpeed's launcher) in a child and waits for it; returns its exit code."""
     signals: SimpleQueue[int] = SimpleQueue()
-    for number in FORWARDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda received, frame: signals.put(received))
     reader, writer = os.pipe()
     child = os.fork()
@@ -52,7 +52,7 @@ def _become(launch: Callable[[], None], errors: int) -> None:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(errors, 2)
-        for number in FORWARDED:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         launch()
         code = 0

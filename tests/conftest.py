@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from processes import child_environment
+from two_hosts import TwoHosts, why_not
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,6 +116,15 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    """Two hosts on this machine (tests/two_hosts.py), for all tests of a module."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with TwoHosts(tmp_path_factory.mktemp("hosts") / "two") as started:
+        yield started
 
 
 @pytest.fixture

@@ -8,19 +8,10 @@ from pathlib import Path
 
 import pytest
 from processes import child_environment
-from two_hosts import TwoHosts, why_not
+from two_hosts import TwoHosts
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with TwoHosts(tmp_path_factory.mktemp("hosts") / "two") as started:
-        yield started
 
 
 @pytest.fixture

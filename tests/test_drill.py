@@ -18,7 +18,6 @@ import pytest
 import torch
 from drill import Run, line_with, saved, wait_until
 from safetensors.torch import load_file
-from two_hosts import TwoHosts, why_not
 
 from ptp_ds.checkpoint import list_checkpoints, load_checkpoint
 from ptp_ds.data import DEMO_DATA
@@ -259,14 +258,6 @@ def test_non_finite_loss(start, tmp_path, drill_row):
     assert saved(run.out) == []
     assert "restart" not in run.stderr
     drill_row("non-finite loss", "--sigma 1e42", told, "nothing: no broken state is saved")
-
-
-@pytest.fixture
-def hosts(tmp_path):
-    if reason := why_not():
-        pytest.skip(reason)
-    with TwoHosts(tmp_path / "two") as started:
-        yield started
 
 
 def test_two_hosts(hosts, whole, tmp_path, drill_row):

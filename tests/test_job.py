@@ -9,8 +9,9 @@ import pytest
 from two_hosts import TwoHosts, why_not
 
 from ptp_ds import job as job_module
+from ptp_ds.faults import STOP_SIGNALS
 from ptp_ds.hosts import Job
-from ptp_ds.job import FORWARDED, run_job, tell_ranks
+from ptp_ds.job import run_job, tell_ranks
 from ptp_ds.remote import HostError
 
 JOB = Job(["node1", "node2"], "10.0.0.1", 4321, {"node1": "eth0", "node2": "eth0"}, {}, [])
@@ -36,7 +37,7 @@ def told(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _signals():
-    before = {number: signal.getsignal(number) for number in FORWARDED}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import child_environment
-from two_hosts import NAMES, TwoHosts, wait_for, why_not
+from two_hosts import NAMES, TwoHosts, wait_for
 
 from ptp_ds.data import DEMO_DATA
 
@@ -20,15 +20,6 @@ STEPS = ["--task", "COPA", "--max_steps", "4", "--log_every", "1", "--batch_size
          "--eval_tokens", "600"]  # fmt: skip
 ENDLESS = ["--task", "COPA", "--max_steps", "100000", "--log_every", "1", "--batch_size", "8", "--eval_every", "0",
            "--save_every", "0"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with TwoHosts(tmp_path_factory.mktemp("hosts") / "two") as started:
-        yield started
 
 
 def curve(folder: Path) -> tuple[torch.Tensor, dict]:

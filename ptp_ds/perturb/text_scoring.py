@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone import Backbone
+from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.layerwise import TrunkCache
 from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.packing import Example
@@ -52,7 +53,7 @@ class TextScorer:
             (gradient_TH,) = torch.autograd.grad(cross_entropy_sum(scores_BC, row.gold), clean_TH)
         gradient_TH = at_least_fp32(gradient_TH)
         if row.moves_with is not None:  # a context that several blocks repeat
-            gradient_TH = torch.zeros_like(gradient_TH).index_add_(0, row.moves_with, gradient_TH)
+            gradient_TH = sum_rows(gradient_TH, row.moves_with, row.num_tokens, impl=self.backbone.kernels)
         places, first = [], 0
         for example, length in zip(self.examples, row.lengths, strict=True):
             places.append([first + place for place in rows.context_places(example, self.shared)])
