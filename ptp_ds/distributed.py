@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import socket
 import sys
 import warnings
 from contextlib import suppress
@@ -79,13 +78,6 @@ def env_world() -> int:
 def env_host_ranks() -> int:
     """The number of this host's processes before anything is initialised; all where no launcher says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or env_world())
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def prepare_environment() -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -54,11 +55,34 @@ def route_to(peer: str) -> dict[str, Any]:
 
 
 def take_port(wanted: int | None) -> int | None:
-    """A free TCP port of this host: the wanted one, or any; None where the wanted one is taken."""
+    """A free TCP port of this host: the wanted one, or any; None where the wanted one is taken.
+
+    Ranks bind it seconds later, so any is one that the system doesn't give to outgoing connections meanwhile.
+    """
+    if wanted:
+        return _bound(wanted)
+    first, last = connection_ports()
+    kept = [port for port in range(10000, 65536) if not first <= port <= last]
+    tries = random.SystemRandom().sample(kept, min(100, len(kept)))
+    return next((port for port in tries if _bound(port)), None) or _bound(0)
+
+
+def connection_ports() -> tuple[int, int]:
+    """The first and the last port that the system gives to outgoing connections; Linux's usual ones elsewhere."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            first, last = map(int, file.read().split())
+    except OSError:
+        return 32768, 60999
+    return first, last
+
+
+def _bound(port: int) -> int | None:
+    """The port, one of the system's choice for 0; None where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", wanted or 0))
+            probe.bind(("", port))
         except OSError:
             return None
         return int(probe.getsockname()[1])

@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from ptp_ds.distributed import free_port, prepare_environment
+from ptp_ds.distributed import prepare_environment
 from ptp_ds.faults import STOP_SIGNALS, USER_ERROR, shell_code, tell
+from ptp_ds.host_probe import take_port
 from ptp_ds.redact import is_secret
 
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed 0.19.8 exports to other hosts
@@ -54,7 +55,7 @@ def local_only_flags(argv: Sequence[str]) -> list[str]:
     hosts = hosts_of(hostfile) if hostfile else []
     if len(hosts) != 1 or hosts[0] not in {*_LOCAL, socket.gethostname()}:
         return []
-    port = [] if any(word.startswith("--master_port") for word in own) else ["--master_port", str(free_port())]
+    port = [] if any(word.startswith("--master_port") for word in own) else ["--master_port", str(take_port(None))]
     return ["--no_ssh_check", "--master_addr", "127.0.0.1", *port]
 
 

@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from ptp_ds.distributed import Ranks, free_port, prepare_environment, start_processes, stop_processes  # noqa: E402
+from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes  # noqa: E402
+from ptp_ds.host_probe import take_port  # noqa: E402
 
 prepare_environment()
 
@@ -212,7 +213,7 @@ def main(folder: Path) -> None:
         if scenario.get("dry"):
             batches = [[forked.Process(target=dry, args=(scenario, rank, folder))] for rank in scenario["ranks"]]
         else:
-            port, ranks = free_port(), range(scenario["world"])
+            port, ranks = take_port(None), range(scenario["world"])
             batches = [[forked.Process(target=real, args=(scenario, rank, port, folder)) for rank in ranks]]
         for children in batches:
             for child in children:

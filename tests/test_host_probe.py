@@ -9,7 +9,17 @@ import time
 import pytest
 from processes import child_environment
 
-from ptp_ds.host_probe import JOB_VARIABLE, answer, is_loopback, job_ranks, route_to, signal_ranks, take_port
+from ptp_ds import host_probe
+from ptp_ds.host_probe import (
+    JOB_VARIABLE,
+    answer,
+    connection_ports,
+    is_loopback,
+    job_ranks,
+    route_to,
+    signal_ranks,
+    take_port,
+)
 
 
 def test_the_route_to_this_host_is_its_loopback():
@@ -33,7 +43,18 @@ def test_a_taken_port_is_told_from_a_free_one():
         taken = server.getsockname()[1]
         assert take_port(taken) is None
     assert take_port(taken) == taken
-    assert take_port(0) > 0
+
+
+def test_any_port_is_one_that_no_connection_is_given(monkeypatch):
+    """Between its choice and the ranks' use of it another job's outgoing connection must not take it."""
+    first, last = connection_ports()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        assert first <= client.getsockname()[1] <= last
+    found = {take_port(None) for _ in range(50)}
+    assert len(found) > 40
+    assert not any(first <= port <= last for port in found)
+    monkeypatch.setattr(host_probe, "connection_ports", lambda: (1024, 65535))
+    assert first <= take_port(0) <= last
 
 
 def test_a_signal_reaches_a_jobs_ranks_and_nothing_else():

@@ -15,7 +15,7 @@ HOSTFILES = Path(__file__).parent.parent / "hostfiles"
 
 @pytest.fixture(autouse=True)
 def _port(monkeypatch):
-    monkeypatch.setattr(launch, "free_port", lambda: 4321)
+    monkeypatch.setattr(launch, "take_port", lambda wanted: 4321)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
