@@ -12,6 +12,7 @@ from ptp_ds import verbalizers
 from ptp_ds.activations import Activations
 from ptp_ds.attention import ATTENTION_NAME
 from ptp_ds.flash_attention import prove
+from ptp_ds.frozen_linear import replace_products
 from ptp_ds.frozen_ops import replace_frozen
 from ptp_ds.heads import Head
 from ptp_ds.kernels import Sources, pack_embed
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         self.shards = Shards(layers, model)
         with self.shards.layer(0):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
+        replace_products(model.modules(), kernels, self.shards.sharded)
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
         self.output = verbalizers.follow(model)
         self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.check)
@@ -71,7 +73,7 @@ class Backbone(nn.Module):
         """Gives the model its own layers and attention back."""
         self.stack.release()
         if self.output is not None:
-            del self.output.forward
+            verbalizers.leave(self.output)
         if self.takes_attention:
             self.model.set_attn_implementation(self._own_attention)
 

@@ -192,12 +192,12 @@ def between_hosts(gathered: int, layout: Layout, cluster: Cluster) -> float:
     return gathered * (cluster.world - 1) / cluster.world
 
 
-def layer_bytes(shape: ModelShape, size: int, sharded: bool, cuda: bool) -> float:
+def layer_bytes(shape: ModelShape, size: int, cuda: bool) -> float:
     """Bytes that one layer keeps for backward, a token.
 
-    Its input and the sum behind attention (2 H), attention's q, k, v and output, and what the feed-forward keeps; under
-    ZeRO-3 DeepSpeed's linear keeps its inputs too (2 H + I). In half precision RMS norms keep fp32 copies and a gate
-    its activation; fp32 has ptp_ds.frozen_ops. On a CPU each query head has keys and values of its own.
+    Its input and the sum behind attention (2 H), attention's q, k, v and output, and what the feed-forward keeps; no
+    product keeps its input. In half precision RMS norms keep fp32 copies and a gate its activation; fp32 has
+    ptp_ds.frozen_ops. On a CPU each query head has keys and values of its own.
     """
     half = size == 2
     stream = 2.0 * shape.width * size
@@ -205,20 +205,17 @@ def layer_bytes(shape: ModelShape, size: int, sharded: bool, cuda: bool) -> floa
         stream = shape.width * size + 2.0 * shape.width * 4
     attention = 2 * shape.queries + 2 * (shape.keys if cuda else shape.queries)
     forward = (3 if half else 2) * shape.inner if shape.gated else shape.inner
-    inputs = 2 * shape.width + shape.inner if sharded else 0
-    return stream + (attention + forward + inputs) * size + 4 * shape.heads + 8
+    return stream + (attention + forward) * size + 4 * shape.heads + 8
 
 
-def activation_bytes(
-    shape: ModelShape, load: Load, mode: str, world: int, sharded: bool = True, cuda: bool = True
-) -> float:
+def activation_bytes(shape: ModelShape, load: Load, mode: str, world: int, cuda: bool = True) -> float:
     """Most bytes of a step beside weights on one rank, for keep or recompute.
 
     keep: every layer's (layer_bytes) but the last one's, which works at scored positions alone. recompute: every
     layer's input, and one chunk's graph with its gradients. Both: a few tensors of the row's inputs and outputs.
     """
     tokens, hidden = load.row(world), shape.width * load.size
-    per_layer = layer_bytes(shape, load.size, sharded, cuda)
+    per_layer = layer_bytes(shape, load.size, cuda)
     kept, whole, working = _ROWS[load.kind, load.size == 2 and shape.rms]
     if mode == "keep":
         return tokens * ((shape.count - 1) * per_layer + kept * hidden)
@@ -251,9 +248,9 @@ def weights_memory(shape: ModelShape, load: Load, layout: Layout, world: int) ->
 
 def memory_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, mode: str) -> Memory:
     """Bytes of one rank in a step; see Memory."""
-    world, sharded = cluster.world, layout.stage == 3
+    world = cluster.world
     shards, gathered, host = weights_memory(shape, load, layout, world)
-    activations = activation_bytes(shape, load, mode, world, sharded, cluster.cuda)
+    activations = activation_bytes(shape, load, mode, world, cluster.cuda)
     whole, part = load.prompt_elements, -(-load.prompt_elements // world)
     prompt = whole * (2 * load.size + 4) + 3.0 * 4 * part  # a copy, its gradients; the master and two moments in parts
     return Memory(shards, gathered, activations, prompt, host)
@@ -270,7 +267,7 @@ def mode_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wan
     if wanted != "auto":
         return wanted
     shards, _, _ = weights_memory(shape, load, layout, cluster.world)
-    kept = activation_bytes(shape, load, "keep", cluster.world, layout.stage == 3, cluster.cuda)
+    kept = activation_bytes(shape, load, "keep", cluster.world, cluster.cuda)
     fits = memory_of(shape, load, layout, cluster, "keep").total <= cluster.gpu_memory
     return "keep" if fits and kept <= _SHARE * (cluster.gpu_memory - shards) else "recompute"
 
@@ -303,7 +300,7 @@ def seconds_of(
     if local > 1:
         interconnect = max(interconnect, gathered * (local - 1) / local / cluster.local)
     again = 1 + (mode == "recompute")
-    touched = 3.0 * gathered + 2 * again * activation_bytes(shape, load, "keep", world, layout.stage == 3, cluster.cuda)
+    touched = 3.0 * gathered + 2 * again * activation_bytes(shape, load, "keep", world, cluster.cuda)
     weights = load.gathers * shape.layer_elements * load.size  # read by the products
     copied = gathered / world / cluster.link if layout.offload != "none" else 0.0
     if layout.offload == "nvme":

@@ -25,6 +25,7 @@ from ptp_ds.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.export import write_adapter
 from ptp_ds.families import describe_families
 from ptp_ds.faults import LOST_RANK, USER_ERROR, OutputGuard, is_lost_rank, tell
+from ptp_ds.frozen_linear import explain_product
 from ptp_ds.kernels import explain
 from ptp_ds.loading import load_backbone
 from ptp_ds.monitor import Monitor, peak_memory_bytes, say
@@ -97,7 +98,8 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     if refused:
         say(ranks, f"  generic path, padded and slower: {refused.split(' Use one ')[0]}")
     say(ranks, f"  activations: {backbone.activations.describe()}")
-    say(ranks, f"  kernels: {explain(run.kernels, ranks.device, backbone.dtype)}")
+    place = run.kernels, ranks.device, backbone.dtype
+    say(ranks, f"  kernels: {explain(*place)}; frozen products: {explain_product(*place)}")
     mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)
     beside = backbone.head.rows(prompt_width(run.prompt, config))
     prompt = empty_prompt(run.prompt, run.prompt_length, config, mlp, beside)

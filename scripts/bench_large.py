@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_measure import floor_operations, matrix_rate, wait
+from bench_measure import floor_operations, matrix_rates, wait
 from peft_loop import PeftLoop
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -95,7 +95,7 @@ def measure(engine: Engine, run: RunConfig, unit: float, examples: list[Example]
         "step_seconds": median, "tokens": tokens[0] * ranks.world,
         "tokens_per_second": tokens[0] * ranks.world / median,
         "peak_bytes": peak_memory_bytes(ranks.device), "ratio_peft_keep": None,
-        "rate_share": work / median / matrix_rate(engine.backbone, min(row.num_tokens, 8192), ranks.device),
+        "rate_share": work / median / matrix_rates(engine.backbone, min(row.num_tokens, 8192), ranks.device)["fastest"],
     }  # fmt: skip
 
 

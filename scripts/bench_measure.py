@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ptp_ds.backbone import Backbone, decoder_layers
+from ptp_ds.frozen_linear import Product, product_for
 
 
 class PeakMemory(TorchDispatchMode):
@@ -56,8 +57,18 @@ def matrices_of(backbone: Backbone) -> list[tuple[int, int]]:
     return [shape for shape in shapes if len(shape) == 2]
 
 
-def matrix_rate(backbone: Backbone, tokens: int, device: torch.device) -> float:
-    """Floating-point operations a second of one layer's own products over `tokens` tokens, without anything else."""
+def matrix_rates(backbone: Backbone, tokens: int, device: torch.device) -> dict[str, float]:
+    """Floating-point operations a second of one layer's own products over `tokens` tokens, without anything else.
+
+    torch: by torch's own. fastest: by these, or by the one that frozen layers may have here, whichever is faster.
+    """
+    own, _ = product_for("auto", device, backbone.dtype)
+    torchs = _rate_of(F.linear, backbone, tokens, device)
+    fastest = torchs if own is F.linear else max(torchs, _rate_of(own, backbone, tokens, device))
+    return {"torch": torchs, "fastest": fastest}
+
+
+def _rate_of(product: Product, backbone: Backbone, tokens: int, device: torch.device) -> float:
     layers = len(decoder_layers(backbone.model))
     shapes = matrices_of(backbone)[: len(matrices_of(backbone)) // layers]
     weights = [torch.randn(shape, device=device, dtype=backbone.dtype) for shape in shapes]
@@ -67,7 +78,7 @@ def matrix_rate(backbone: Backbone, tokens: int, device: torch.device) -> float:
         wait(device)
         start = time.perf_counter()
         for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
+            product(inputs[weight.shape[1]], weight, None)
         wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * tokens * sum(a * b for a, b in shapes) / statistics.median(seconds[2:])

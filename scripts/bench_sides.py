@@ -9,6 +9,7 @@ from bench_measure import PeakMemory, weights_of
 from peft_loop import PeftLoop
 from torch import Tensor
 
+from ptp_ds.check import check_backbone
 from ptp_ds.config import RunConfig
 from ptp_ds.data import tail_ids
 from ptp_ds.distributed import Ranks
@@ -68,7 +69,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Sides:
-    """What both sides share. prompt: soft or deep. peft_rows: examples of peft's micro-batch."""
+    """What both sides share. prompt: soft or deep. peft_rows: examples of peft's micro-batch. kernels: ours."""
 
     folder: Path
     config: Any
@@ -79,6 +80,7 @@ class Sides:
     ranks: Ranks
     prompt: str
     peft_rows: int
+    kernels: str
 
     @classmethod
     def of(cls, model: str, task: Task, run: RunConfig, ranks: Ranks, prompt: str, peft_rows: int) -> "Sides":
@@ -90,7 +92,7 @@ class Sides:
             raise ValueError("peft has no loop for this; give a causal model, or an encoder and a task of classes.")
         width = config.get_text_config().hidden_size
         resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, width)
-        return cls(folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows)
+        return cls(folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows, run.kernels)
 
     @property
     def dtype(self) -> str:
@@ -99,7 +101,8 @@ class Sides:
 
     def open_ours(self, length: int) -> tuple[Ours, Tensor]:
         """Our side, and the values (prompt and head) that both start from."""
-        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan)
+        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels)
+        check_backbone(backbone)  # as before training: narrow heads are proven by it
         head = backbone.head
         start = initial_prompt("vocab", length, backbone, self.tokenizer, seed=0, text=None, answers=[])
         tensors = head.start(self.config, 0)

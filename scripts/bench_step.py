@@ -9,7 +9,8 @@ regulariser: clean pass, K ascent passes for delta's gradient, perturbed pass, o
 against one perturbed pass. --prompt deep is timed against peft's PrefixTuning, an encoder with its trained classifier
 against peft's SEQ_CLS (both sides are then the same). A ratio is the median over batches of peft / ours. floor: the
 least time of the step's matrix products, 4 N T floating-point operations for each pass with gradient over T real
-tokens, the prompt's once a step, at the matrix rate measured in the same run.
+tokens, the prompt's once a step, at the matrix rate measured in the same run: that of the fastest products here;
+torch's: that of torch's own, which peft runs on.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_measure import floor_operations, matrix_rate, wait
+from bench_measure import floor_operations, matrix_rates, wait
 from bench_sides import Ours, Sides
 from peft_loop import PeftLoop
 from torch import Tensor
@@ -33,6 +34,8 @@ from ptp_ds.activations import Activations
 from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.data import load_split, tokenise
 from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
+from ptp_ds.frozen_linear import explain_product
+from ptp_ds.kernels import IMPLS
 from ptp_ds.models import EMBEDDED_MODEL
 from ptp_ds.packing import Example
 from ptp_ds.precision import PRECISIONS
@@ -87,7 +90,8 @@ def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, p
             run: RunConfig, plain_keep: list[float], start: Tensor) -> dict[str, Any]:  # fmt: skip
     """One row of the table. plain_keep: (b)'s seconds without regulariser, batch by batch; filled by method none."""
     method, device = setting["method"], ours.device
-    times, floors, tokens = Timings(), [], {"ours": 0, "peft": 0}
+    times, tokens = Timings(), {"ours": 0, "peft": 0}
+    floors: dict[str, list[float]] = {"torch": [], "fastest": []}
     peak = ours.peak_bytes(batches[0], method, run)
     ours.engine.set_prompt(start)
     for loop in peft.values():
@@ -97,7 +101,8 @@ def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, p
         seconds, loss = timed(lambda batch=batch, number=number: ours.step(batch, method, run, number), device)
         times.ours.append(seconds)
         work = floor_operations(ours.backbone, method, run.ascent_steps, ours.trunk_inputs, ours.row_tokens)
-        floors.append(work / matrix_rate(ours.backbone, ours.row_tokens, device) / seconds)
+        for name, rate in matrix_rates(ours.backbone, ours.row_tokens, device).items():
+            floors[name].append(work / rate / seconds)
         for name, loop in peft.items():
             seconds, value = timed(lambda batch=batch, loop=loop: loop.step(batch, method, run, ours.unit), device)
             getattr(times, name).append(seconds)
@@ -110,7 +115,8 @@ def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, p
     row = {
         **setting, "ours_seconds": times.median("ours"), "peft_seconds": times.median("peft"),
         "peft_keep_seconds": times.median("peft_keep"), "ratio_peft": times.ratio("peft"),
-        "ratio_peft_keep": times.ratio("peft_keep"), "floor_share": statistics.median(floors), "peak_bytes": peak,
+        "ratio_peft_keep": times.ratio("peft_keep"), "floor_share": statistics.median(floors["fastest"]),
+        "floor_share_torch": statistics.median(floors["torch"]), "peak_bytes": peak,
         **ours.traffic(), "tokens_ours": tokens["ours"] // len(batches), "tokens_peft": tokens["peft"] // len(batches),
     }  # fmt: skip
     if plain_keep:
@@ -164,7 +170,8 @@ def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['task']:6} {row['rows']:4} {row['prompt_length']:5} {row['method']:9}"
         + "".join(shown(row[name], 9) for name in ("ours_seconds", "peft_seconds", "peft_keep_seconds"))
-        + "".join(shown(value, 7) for value in (row["ratio_peft"], row["ratio_peft_keep"], share, row["floor_share"]))
+        + "".join(shown(value, 7) for value in (row["ratio_peft"], row["ratio_peft_keep"], share))
+        + "".join(shown(row[name], 7) for name in ("floor_share", "floor_share_torch"))
         + f" {row['peak_bytes'] / 2**20:8.0f} {row['gathers_per_layer']:7} {row['peak_gathered_share']:7.2f}"
         + f" {row['tokens_ours']:7} {row['tokens_peft']:7}",
         flush=True,
@@ -196,9 +203,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3, help="batches timed for each setting")
     parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--kernels", default="auto", choices=IMPLS, help="of our side")
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write one row a setting to this file")
     return parser.parse_args()
+
+
+def run_of(args: argparse.Namespace) -> RunConfig:
+    """The settings of both sides' steps."""
+    return RunConfig(ds_config=args.ds_config, precision=args.precision, kernels=args.kernels)
 
 
 def bench_length(args: argparse.Namespace, length: int, sides: Sides) -> list[dict[str, Any]]:
@@ -206,7 +219,7 @@ def bench_length(args: argparse.Namespace, length: int, sides: Sides) -> list[di
     ours, prompt = sides.open_ours(length)
     peft = {SIDES[side]: sides.open_peft(prompt, ours.backbone.head, side == "b") for side in sorted(args.against)}
     tokenizer, dtype = sides.tokenizer, sides.dtype
-    run, table = RunConfig(ds_config=args.ds_config, precision=args.precision), []
+    run, table = run_of(args), []
     for name in args.tasks:
         task = load_task(name)
         split = load_split(task, args.split, args.data_dir, None)
@@ -231,14 +244,15 @@ def main() -> int:
     prepare_environment()
     args = parse()
     ranks = start_processes()
-    run = RunConfig(ds_config=args.ds_config, precision=args.precision)
+    run = run_of(args)
     sides = Sides.of(args.model, load_task(args.tasks[0]), run, ranks, args.prompt, args.peft_rows)
     print(f"{args.model} {sides.dtype} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
           f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}; seconds are medians of "
           f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
           f"{json.dumps(versions())}")  # fmt: skip
-    print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor peak MiB gathers  "
-          "peak w  tokens  peft's")  # fmt: skip
+    print(f"frozen products of ours: {explain_product(args.kernels, ranks.device, sides.resolved.dtype)}")
+    print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor torch's peak MiB "
+          "gathers  peak w  tokens  peft's")  # fmt: skip
     table = [row for length in args.prompt_lengths for row in bench_length(args, length, sides)]
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

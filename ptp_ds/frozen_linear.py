@@ -1,0 +1,122 @@
+"""Products with frozen weights: nothing is kept for backward but the weight, and on a CPU they are oneDNN's.
+
+torch hands fp32 products to MKL, whose AVX-512 code serves Intel's processors alone; every torch for x86 also holds
+oneDNN, which uses AVX-512 wherever it is. Both compute in fp32. Under ZeRO-3 DeepSpeed's linear keeps its input, though
+a frozen weight needs no gradient: here nothing does.
+"""
+
+import platform
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_LEAST = 1 << 24  # operations worth oneDNN's start: 9 us more a call than torch's, 1 ms for a shape not seen before
+_CLOSE = 1e-5  # relative l2 distance between two ways of the same fp32 product
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x [..., I] -> x W^T + bias [..., O], no gradient but x's.
+
+    weight: the parameter W [O, I] itself, or [I, O] where `turned`; under ZeRO-3 its data comes and goes, and is whole
+    again when the backward reads it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, turned, product):  # type: ignore[override]
+        ctx.weight, ctx.turned, ctx.product = weight, turned, product
+        return product(x, weight.t() if turned else weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        weight = ctx.weight if ctx.turned else ctx.weight.t()
+        return ctx.product(grad, weight, None), None, None, None, None
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] W^T + bias by oneDNN, weight [O, I] in any layout; small products by torch's own."""
+    if 2 * x.numel() * weight.shape[0] < _LEAST:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def product_for(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Product, str]:
+    """(the product of frozen weights, "") or (torch's own, why it isn't oneDNN's). impl: "torch" takes torch's."""
+    if impl == "torch":
+        return F.linear, "--kernels torch"
+    if device.type != "cpu" or dtype != torch.float32:
+        return F.linear, "oneDNN's are for fp32 on a CPU"
+    reason = _refusal()
+    return (F.linear, reason) if reason else (onednn, "")
+
+
+def explain_product(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which product runs, and why, in a few words."""
+    reason = product_for(impl, device, dtype)[1]
+    return f"torch's own ({reason})" if reason else "oneDNN's, AVX-512"
+
+
+@cache
+def _refusal() -> str:
+    """Why this machine's fp32 products aren't oneDNN's; "" where they are."""
+    maker = _maker()
+    if maker in ("", "GenuineIntel") or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "MKL leaves no AVX-512 out on this processor"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    return trial(torch.ops.mkldnn._linear_pointwise)
+
+
+def trial(operation: Callable[..., Tensor]) -> str:
+    """Why `operation`, called as `onednn` calls it, isn't the product that it should be; "" where it is."""
+    x, weight, bias = torch.randn(3, 96, 96, generator=torch.Generator(device="cpu").manual_seed(0)).unbind()
+    for given, turned in ((bias[0], weight), (None, weight.t())):
+        wanted = F.linear(x.double(), turned.double(), None if given is None else given.double())
+        try:
+            found = operation(x, turned, given, "none", [], "")
+            error = float((found - wanted).norm() / wanted.norm())
+        except (RuntimeError, TypeError) as failed:
+            return f"oneDNN's fails here: {str(failed).splitlines()[0]}"
+        if not error <= _CLOSE:
+            return f"oneDNN's differs by {error:.0e}"
+    return ""
+
+
+def _maker() -> str:
+    """The x86 processor's vendor, "" where it isn't known."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.is_file():
+        return ""
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == "vendor_id"), "")
+
+
+def replace_products(modules: Iterable[nn.Module], impl: str, sharded: bool) -> int:
+    """Gives plain linear layers of a frozen model their FrozenLinear where it brings something; returns how many.
+
+    That is with oneDNN's product, or under ZeRO-3 (sharded). A layer whose weight is trained (a classifier) is itself.
+    """
+    found: list[Any] = [module for module in modules if type(module) in (nn.Linear, Conv1D)]
+    if not found:
+        return 0
+    product, reason = product_for(impl, found[0].weight.device, found[0].weight.dtype)
+    if reason and not sharded:
+        return 0
+    for module in found:
+        module.forward = partial(_forward, module, module.forward, product, type(module) is Conv1D)
+    return len(found)
+
+
+def _forward(module: Any, own: Callable[[Tensor], Tensor], product: Product, turned: bool, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or x.dtype != weight.dtype:
+        return own(x)
+    return FrozenLinear.apply(x, weight, bias, turned, product)
