@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _LEAST = 1 << 24  # operations worth oneDNN's start: 9 us more a call than torch's, 1 ms for a shape not seen before
+_LONGEST = 768  # terms of a sum: oneDNN adds them in longer chains than MKL, 2 times its rounding error at 1536 terms
 _CLOSE = 1e-5  # relative l2 distance between two ways of the same fp32 product
 
 
@@ -42,8 +43,8 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] W^T + bias by oneDNN, weight [O, I] in any layout; small products by torch's own."""
-    if 2 * x.numel() * weight.shape[0] < _LEAST:
+    """x [..., I] W^T + bias by oneDNN, weight [O, I] in any layout; small ones and long sums by torch's own."""
+    if weight.shape[1] > _LONGEST or 2 * x.numel() * weight.shape[0] < _LEAST:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
