@@ -42,9 +42,14 @@ class FrozenLinear(torch.autograd.Function):
         return ctx.product(grad, weight, None), None, None, None, None
 
 
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product is large enough to be faster and its sums short enough to be as exact as torch's own."""
+    return weight.shape[1] <= _LONGEST and 2 * x.numel() * weight.shape[0] >= _LEAST
+
+
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] W^T + bias by oneDNN, weight [O, I] in any layout; small ones and long sums by torch's own."""
-    if weight.shape[1] > _LONGEST or 2 * x.numel() * weight.shape[0] < _LEAST:
+    """x [..., I] W^T + bias, weight [O, I] in any layout: by oneDNN where that suits, else by torch's own."""
+    if not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

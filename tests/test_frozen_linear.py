@@ -11,7 +11,15 @@ from ptp_ds import frozen_linear
 from ptp_ds.activations import SavedBytes
 from ptp_ds.backbone import Backbone
 from ptp_ds.check import check_backbone
-from ptp_ds.frozen_linear import FrozenLinear, explain_product, onednn, product_for, replace_products, trial
+from ptp_ds.frozen_linear import (
+    FrozenLinear,
+    explain_product,
+    onednn,
+    product_for,
+    replace_products,
+    suits_onednn,
+    trial,
+)
 
 CPU = torch.device("cpu")
 PRODUCTS = [F.linear, pytest.param(onednn, marks=pytest.mark.skipif(
@@ -85,13 +93,20 @@ def test_nothing_is_kept_for_backward():
 
 
 def test_the_weight_is_read_when_backward_comes():
-    """As under ZeRO-3: released behind the forward, whole again before the backward."""
+    """As under ZeRO-3: its data of the forward is released, what backward finds in the parameter is what counts."""
     weight = nn.Parameter(numbers(4, 8), requires_grad=False)
-    whole, x = weight.data.clone(), numbers(3, 8).requires_grad_()
+    gathered_again, x = 2 * weight.data, numbers(3, 8).requires_grad_()
     out = FrozenLinear.apply(x, weight, None, False, F.linear)
-    weight.data = torch.empty(0)
-    weight.data = whole
-    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], whole.sum(0).expand(3, 8))
+    weight.data = gathered_again
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], gathered_again.sum(0).expand(3, 8))
+
+
+def test_long_sums_and_small_products_stay_with_torch():
+    """Long sums for their rounding, see test_embedded_model.py; small products for the time of a call."""
+    large = numbers(4096, 768)
+    assert suits_onednn(large, numbers(64, 768))
+    assert not suits_onednn(numbers(4096, 769), numbers(64, 769))
+    assert not suits_onednn(large[:1], numbers(64, 768))
 
 
 def test_a_trained_layer_is_itself(every_product):

@@ -73,6 +73,8 @@ def test_a_head_that_is_no_linear_layer_is_left_alone():
 
 def test_release_gives_the_head_back():
     model = make_model("llama")
+    Backbone(model, kernels="torch").release()
+    assert "forward" not in vars(model.lm_head)
     columns, x = torch.tensor([3, 5]), torch.randn(2, 32)
     backbone = Backbone(model)
     with verbalizers.only(columns):
