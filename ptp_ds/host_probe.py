@@ -55,11 +55,11 @@ def route_to(peer: str) -> dict[str, Any]:
 
 
 def take_port(wanted: int | None) -> int | None:
-    """A free TCP port of this host: the wanted one, or any; None where the wanted one is taken.
+    """A free TCP port of this host: the wanted one (None where it is taken), 0: one of the system's choice, None: any.
 
     Ranks bind it seconds later, so any is one that the system doesn't give to outgoing connections meanwhile.
     """
-    if wanted:
+    if wanted is not None:
         return _bound(wanted)
     first, last = connection_ports()
     kept = [port for port in range(10000, 65536) if not first <= port <= last]
@@ -288,7 +288,7 @@ def _greets(key: str, own: str, place: list[Any]) -> bool:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The reply to a request: its keys choose what is asked.
 
-    peers {name: address}: routes to them. port: a free port (0) or whether that one is free. signal [job, number].
+    peers {name: address}: routes to them. port: see take_port. signal [job, number].
     report: see host_report. connect [key, own name, port, peers, seconds]: see try_connections.
     """
     reply: dict[str, Any] = {"host": socket.gethostname()}

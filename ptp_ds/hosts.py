@@ -68,7 +68,7 @@ def plan_job(argv: Sequence[str], environment: Mapping[str, str], local: Sequenc
     shared = shared_environment(environment)
     own = argv[: len(argv) - len(args.user_args)]
     port_given = any(word.startswith("--master_port") for word in own)
-    address, port = _master(hosts, args, args.master_port if port_given else 0)
+    address, port = _master(hosts, args, args.master_port if port_given else None)
     interfaces = _interfaces(hosts, address, shared, args.ssh_port)
     flags = ["--no_ssh_check"]  # done, for all hosts
     flags += [] if args.master_addr else ["--master_addr", address]
@@ -132,7 +132,7 @@ def _environment_files(environment: Mapping[str, str]) -> list[Path]:
     return [file for file in places if file.is_file()]
 
 
-def _master(hosts: Sequence[str], args: Any, wanted: int) -> tuple[str, int]:
+def _master(hosts: Sequence[str], args: Any, wanted: int | None) -> tuple[str, int]:
     """The first host's address and a port of it: what the user gave, checked, or what the host's routing says."""
     first, others = hosts[0], {name: name for name in hosts[1:]}
     given = {"given": args.master_addr} if args.master_addr else {}
