@@ -1,20 +1,25 @@
-"""Files that others wrote: read within limits, or refused in one sentence that names them.
+"""Files: what others wrote is read within limits, or refused in one sentence; ours are written whole or not at all.
 
 Adapters, checkpoints, templates, configurations and data may come from anywhere. What is read is JSON and safetensors;
 no pickle is ever opened. Nothing here waits on a pipe, follows text into a path, or takes memory for what a header
 claims before the claim is checked.
 """
 
+import difflib
+import hashlib
 import json
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
+
+from ptp_ds.redact import redacted
 
 JSON_BYTES = 1 << 24  # of one JSON file; the largest of ours holds a task's template
 _HEADER_BYTES = 1 << 20  # of a safetensors file with a few tensors
@@ -35,6 +40,12 @@ def listed(names: Any, most: int = 8) -> str:
     """Names for a message: the first few, cut and without control characters."""
     found = [brief(str(name), 60)[1:-1] for name in list(names)[:most]]
     return ", ".join(found) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """' (did you mean ...?)' with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def plain_name(value: Any, what: str) -> str:
@@ -193,3 +204,71 @@ def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUM
     if most is not None and numbers > most:
         raise ValueError(f"{where}: {shown} has shape {brief(shape)}, more than {most} numbers.")
     return shape
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """fill(folder) writes files into a hidden neighbour, which is synced and then takes target's name."""
+    work = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        fill(work)
+        for file in work.iterdir():
+            _sync(file)
+        old = target.with_name(f".{target.name}.old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+        try:
+            os.rename(work, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON without secrets (ptp_ds.redact), written beside `path` and renamed."""
+    work = path.with_name(f".{path.name}.writing")
+    work.write_text(json.dumps(redacted(value), indent=2) + "\n", encoding="utf-8")
+    _sync(work)
+    os.replace(work, path)
+
+
+def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """One object a line, written beside `path` and renamed; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.writing")
+    work.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(work, path)
+
+
+def require_writable(flag: str, file: str) -> Path:
+    """The path of an output file; ValueError where it names a folder or lies below a file."""
+    path = Path(file)
+    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if is_folder(path) or not is_folder(above):
+        raise ValueError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
+    return path

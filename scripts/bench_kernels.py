@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ptp_ds.commands.train import versions
 from ptp_ds.kernels import Places, Sources, dual_divergence, explain, noise, pack_embed, perturb_step, places_of
-from ptp_ds.run import versions
 
 Case = tuple[str, Callable[[str], Any], int]  # name, the operation with an impl, bytes
 

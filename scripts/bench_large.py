@@ -24,21 +24,22 @@ from peft_loop import PeftLoop
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ptp_ds.activations import Activations, memory_budget
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.engine import Engine
-from ptp_ds.loading import build_sharded, fill_randomly
-from ptp_ds.monitor import peak_memory_bytes
-from ptp_ds.packing import Example, pack
+from ptp_ds.backbone.activations import Activations, memory_budget
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.loading import build_sharded, fill_randomly
+from ptp_ds.commands.train import report_error, versions
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.run import report_error, versions
+from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
 from ptp_ds.seeding import make_generator
-from ptp_ds.step import optimizer_step, settings_of
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.monitor import peak_memory_bytes
+from ptp_ds.training.step import optimizer_step, settings_of
 
 METHODS = ("none", "gaussian", "pgd")
 SHAPES = {  # Llama 3 8B's configuration; tiny is for a check of this script itself

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ptp_ds.backbone import Backbone, decoder_layers
-from ptp_ds.frozen_linear import Product, product_for
+from ptp_ds.backbone.backbone import Backbone, decoder_layers
+from ptp_ds.backbone.frozen_linear import Product, product_for
 
 
 class PeakMemory(TorchDispatchMode):

@@ -9,23 +9,22 @@ from bench_measure import PeakMemory, weights_of
 from peft_loop import PeftLoop
 from torch import Tensor
 
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.data import tail_ids
-from ptp_ds.distributed import Ranks
-from ptp_ds.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
-from ptp_ds.engine import Engine
-from ptp_ds.heads import Head, HeadPlan, auto_class, plan_head
-from ptp_ds.loading import load_backbone, load_config, load_tokenizer
-from ptp_ds.models import resolve_model
-from ptp_ds.packing import Example
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, plan_head, rows_for
+from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
+from ptp_ds.backbone.sharding import EDGES
+from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.perturb import Noise
-from ptp_ds.prompts import SoftPrompt, initial_prompt
+from ptp_ds.prompts import SoftPrompt, initial_ids
 from ptp_ds.prompts.deep import join_deep
-from ptp_ds.rows import rows_for
-from ptp_ds.sharding import EDGES
-from ptp_ds.step import optimizer_step, settings_of
+from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import tail_ids
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.step import optimizer_step, settings_of
 
 
 class Ours:
@@ -104,7 +103,7 @@ class Sides:
         backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels)
         check_backbone(backbone)  # as before training: narrow heads are proven by it
         head = backbone.head
-        start = initial_prompt("vocab", length, backbone, self.tokenizer, seed=0, text=None, answers=[])
+        start = backbone.embed_ids(initial_ids("vocab", length, self.tokenizer, backbone.vocabulary, seed=0))
         tensors = head.start(self.config, 0)
         values = head.join(start, tensors)
         if self.prompt == "deep":

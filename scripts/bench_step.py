@@ -30,19 +30,19 @@ from bench_sides import Ours, Sides
 from peft_loop import PeftLoop
 from torch import Tensor
 
-from ptp_ds.activations import Activations
-from ptp_ds.config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.data import load_split, tokenise
-from ptp_ds.distributed import prepare_environment, start_processes, stop_processes
-from ptp_ds.frozen_linear import explain_product
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.frozen_linear import explain_product
+from ptp_ds.backbone.positions import row_room
+from ptp_ds.commands.train import report_error, versions
+from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
+from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.kernels import IMPLS
-from ptp_ds.models import EMBEDDED_MODEL
-from ptp_ds.packing import Example
 from ptp_ds.precision import PRECISIONS
-from ptp_ds.prepare import row_room
-from ptp_ds.run import report_error, versions
+from ptp_ds.ranks.distributed import prepare_environment, start_processes, stop_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tokenise
+from ptp_ds.tasks.example import Example
 
 METHODS = ("none", "gaussian", "free", "pgd")
 SIDES = {"a": "peft", "b": "peft_keep"}

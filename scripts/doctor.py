@@ -8,7 +8,7 @@ Exit code 0: no fault; 1: faults, each in a sentence; 2: a wrong command line.
 
 import sys
 
-from ptp_ds.doctor import main
+from ptp_ds.commands.doctor import main
 
 if __name__ == "__main__":
     sys.exit(main())

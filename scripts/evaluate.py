@@ -9,7 +9,7 @@ Starts like train.py: plain python, torchrun or deepspeed.
 
 import sys
 
-from ptp_ds.run_evaluate import main
+from ptp_ds.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__.split("\n")[0]))

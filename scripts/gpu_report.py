@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptp_ds.run import versions
+from ptp_ds.commands.train import versions
 
 
 def read(path: Path) -> Any:

@@ -8,7 +8,7 @@ A folder's result.json is one that train.py wrote, or evaluate.py --json FOLDER/
 
 import sys
 
-from ptp_ds.overall import main
+from ptp_ds.commands.overall import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__.split("\n")[0]))

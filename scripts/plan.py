@@ -9,7 +9,7 @@ dimensions.
 
 import sys
 
-from ptp_ds.plan_report import main
+from ptp_ds.commands.plan import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__.split("\n")[0]))

@@ -7,8 +7,8 @@
 deepspeed, torchrun and plain python (one process) start the same run.
 """
 
-from ptp_ds.distributed import leave
-from ptp_ds.run import main
+from ptp_ds.commands.train import main
+from ptp_ds.ranks.distributed import leave
 
 if __name__ == "__main__":
     leave(main(description=__doc__.split("\n")[0]))

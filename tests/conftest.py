@@ -21,8 +21,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run on the CPU
 
-from ptp_ds.data import DEMO_DATA
-from ptp_ds.distributed import prepare_environment
+from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.tasks.data import DEMO_DATA
 
 prepare_environment()
 
@@ -74,7 +74,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
     """The tiny model's tokenizer, loaded as a run loads it."""
-    from ptp_ds.loading import load_tokenizer
+    from ptp_ds.backbone.source import load_tokenizer
 
     return load_tokenizer(tiny_model)
 

@@ -24,7 +24,7 @@ def wait_until(what: str, holds: Callable[[], bool], seconds: float = _SECONDS) 
 
 
 class Run:
-    """scripts/train.py on two ranks by ptp_ds.launch, in a process group of its own, its output in files."""
+    """scripts/train.py on two ranks by ptp_ds.launch.launcher, in a process group of its own, its output in files."""
 
     def __init__(self, out: Path, args: Sequence[object], launch: Sequence[str], logs: Path) -> None:
         self.out, self.logs = out, logs

@@ -10,15 +10,15 @@ import sys
 import torch
 from reference import make_examples, make_model
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.distributed import Ranks, start_processes, stop_processes
-from ptp_ds.ds_config import ResolvedDeepSpeed
-from ptp_ds.engine import Engine
-from ptp_ds.packing import pack
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.step import optimizer_step, settings_of
+from ptp_ds.ranks.distributed import Ranks, start_processes, stop_processes
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.step import optimizer_step, settings_of
 
 STEPS = 16
 

@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from ptp_ds.distributed import Ranks, prepare_environment, start_processes, stop_processes  # noqa: E402
-from ptp_ds.host_probe import take_port  # noqa: E402
+from ptp_ds.hosts.probe import take_port  # noqa: E402
+from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes  # noqa: E402
 
 prepare_environment()
 
@@ -36,20 +36,21 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: E402, F401
 from transformers import LlamaConfig  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
-from ptp_ds import zero_options  # noqa: E402
-from ptp_ds.activations import Activations  # noqa: E402
-from ptp_ds.backbone import Backbone  # noqa: E402
-from ptp_ds.config import RunConfig  # noqa: E402
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config  # noqa: E402
-from ptp_ds.engine import Engine  # noqa: E402
-from ptp_ds.loading import build_sharded, fill_randomly  # noqa: E402
-from ptp_ds.monitor import Monitor  # noqa: E402
-from ptp_ds.packing import Example, pack  # noqa: E402
+from ptp_ds.backbone.activations import Activations  # noqa: E402
+from ptp_ds.backbone.backbone import Backbone  # noqa: E402
+from ptp_ds.backbone.loading import build_sharded, fill_randomly  # noqa: E402
+from ptp_ds.config import zero_options  # noqa: E402
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config  # noqa: E402
+from ptp_ds.config.run_config import RunConfig  # noqa: E402
+from ptp_ds.packing.row import pack  # noqa: E402
 from ptp_ds.perturb import Noise  # noqa: E402
 from ptp_ds.prompts import SoftPrompt  # noqa: E402
-from ptp_ds.step import optimizer_step, settings_of  # noqa: E402
 from ptp_ds.tasks import load_task  # noqa: E402
-from ptp_ds.trainer import Progress, Trainer  # noqa: E402
+from ptp_ds.tasks.example import Example  # noqa: E402
+from ptp_ds.training.engine import Engine  # noqa: E402
+from ptp_ds.training.monitor import Monitor  # noqa: E402
+from ptp_ds.training.step import optimizer_step, settings_of  # noqa: E402
+from ptp_ds.training.trainer import Progress, Trainer  # noqa: E402
 
 
 class TorchQuantiser:

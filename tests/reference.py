@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptp_ds.packing import Example
 from ptp_ds.seeding import make_generator
+from ptp_ds.tasks.example import Example
 
 VOCABULARY = 96
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.distributed import start_processes, stop_processes
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.engine import Engine
-from ptp_ds.loading import build_sharded, fill_randomly
-from ptp_ds.packing import Example, PackedRow, pack, pack_text_twins
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.loading import build_sharded, fill_randomly
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import PackedRow, pack, pack_text_twins
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.step import optimizer_step, settings_of
+from ptp_ds.ranks.distributed import start_processes, stop_processes
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.step import optimizer_step, settings_of
 
 # Nothing stays gathered for its own sake: DeepSpeed's defaults would hide what is counted here.
 STRICT = {

@@ -12,10 +12,10 @@ from test_deep_prompt import cached_scores, deep_prompt
 from test_neighbours import letters
 from test_packed_equals_plain import make_prompt, plain_twin_gradient, twin_deltas
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig, parse_run
-from ptp_ds.data import load_split, tokenise
-from ptp_ds.packing import Example, pack_text_twins
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.flags import parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise
 from ptp_ds.perturb.a2t import (
     Swaps,
@@ -31,8 +31,10 @@ from ptp_ds.perturb.a2t import (
 )
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
 from ptp_ds.perturb.text_scoring import TextScorer
-from ptp_ds.step import ptp_loss, settings_of
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tokenise
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.step import ptp_loss, settings_of
 
 A2T = PERTURBATIONS["a2t"].attack
 SETTINGS = settings_of(RunConfig(perturbation="a2t"), 1.0)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ptp_ds.agreement import _checkpoint, _model_files, require_agreement
-from ptp_ds.checkpoint import Checkpoint
-from ptp_ds.distributed import Ranks
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.agreement import _checkpoint, _model_files, require_agreement
+from ptp_ds.training.checkpoint import Checkpoint
 
 
 @pytest.fixture

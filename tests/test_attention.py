@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptp_ds import tree_plan
-from ptp_ds.packing import Block
-from ptp_ds.tree_attention import MergedAttention, attend_tree
-from ptp_ds.tree_plan import plan_tree
+from ptp_ds.attention import plan as tree_plan
+from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.tree import MergedAttention, attend_tree
+from ptp_ds.packing.row import Block
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("fixed")
@@ -161,7 +161,7 @@ def test_gradcheck_of_the_merged_function(worth, monkeypatch):
 
 
 def test_merged_is_what_a_cpu_runs(monkeypatch):
-    import ptp_ds.tree_attention as tree_attention
+    import ptp_ds.attention.tree as tree_attention
 
     def fail(*_args, **_kwargs):
         raise AssertionError("the reference ran")
@@ -178,7 +178,7 @@ def test_merged_is_what_a_cpu_runs(monkeypatch):
 def test_the_bare_model_says_how_it_must_be_called():
     from reference import make_model
 
-    from ptp_ds.backbone import Backbone
+    from ptp_ds.backbone.backbone import Backbone
 
     backbone = Backbone(make_model("llama"))
     with pytest.raises(ValueError, match="outside a packed pass"):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptp_ds.checkpoint import Checkpoint, save_checkpoint
-from ptp_ds.export import write_adapter
-from ptp_ds.loading import load_config
-from ptp_ds.run import main, prepare
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.source import load_config
+from ptp_ds.commands.train import main, prepare
+from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 
 CB_ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
 
@@ -42,7 +42,9 @@ def refuse(tmp_path, monkeypatch, capfd) -> Callable[[list[str]], str]:
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("ptp_ds.run.start_processes", lambda: pytest.fail("a bad run must not start processes"))
+    monkeypatch.setattr(
+        "ptp_ds.commands.train.start_processes", lambda: pytest.fail("a bad run must not start processes")
+    )
 
     def run(argv: list[str]) -> str:
         before = snapshot(tmp_path)

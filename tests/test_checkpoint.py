@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptp_ds import checkpoint as module
-from ptp_ds.checkpoint import (
+from ptp_ds.files import sha256_of, write_folder, write_json
+from ptp_ds.training import checkpoint as module
+from ptp_ds.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
     list_checkpoints,
@@ -19,10 +20,7 @@ from ptp_ds.checkpoint import (
     require_same_run,
     save_checkpoint,
     set_aside,
-    write_folder,
-    write_json,
 )
-from ptp_ds.models import sha256_of
 
 IDENTITY = {"task": {"name": "CB", "text": "{premise}"}, "seed": 3, "lr": 0.1, "max_length": None}
 

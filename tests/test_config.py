@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds.config import RunConfig, build_parser, nearest, parse_run
+from ptp_ds.config.checks import require_valid, unsuited, without_effect
+from ptp_ds.config.flags import build_parser, parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import nearest
 
 AT_LEAST_ONE = (
     "prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps", "log_every",
@@ -142,7 +145,7 @@ def test_smallest_values_are_accepted(name, value):
 )
 def test_contradictions(settings, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig(**settings).validate()
+        require_valid(RunConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -162,15 +165,15 @@ def test_contradictions(settings, message):
 def test_without_effect(perturbation, unread):
     names = {field.name for field in dataclasses.fields(RunConfig)}
     run = RunConfig(perturbation=perturbation)
-    assert run.without_effect(names) == sorted(unread)
-    assert run.without_effect(set()) == []
-    assert run.without_effect({"lr"}) == []
+    assert without_effect(run, names) == sorted(unread)
+    assert without_effect(run, set()) == []
+    assert without_effect(run, {"lr"}) == []
 
 
 def test_defaults_that_do_not_suit():
     said = ["--prompt_mlp trains more than a prompt: --lr 0.03, the default, is likely too high, try 0.001"]
-    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp"}) == said
-    assert RunConfig(prompt_mlp=64).unsuited({"prompt_mlp", "lr"}) == RunConfig().unsuited(set()) == []
+    assert unsuited(RunConfig(prompt_mlp=64), {"prompt_mlp"}) == said
+    assert unsuited(RunConfig(prompt_mlp=64), {"prompt_mlp", "lr"}) == unsuited(RunConfig(), set()) == []
 
 
 def test_step_length():

@@ -19,7 +19,20 @@ import pytest
 import torch
 from mutations import damage
 
-from ptp_ds.checkpoint import (
+from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card, read_head
+from ptp_ds.adapters.task import adapter_plan, adapter_task
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.heads import HeadPlan
+from ptp_ds.backbone.source import load_config
+from ptp_ds.commands.overall import group_results, read_result, table_of, table_text
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.flags import parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import sha256_of
+from ptp_ds.tasks import NoLabelError, load_task
+from ptp_ds.tasks.data import load_rows, load_split, tokenise
+from ptp_ds.tasks.predictions import prediction_lines
+from ptp_ds.training.checkpoint import (
     Checkpoint,
     OtherFormatError,
     find_checkpoint,
@@ -27,20 +40,9 @@ from ptp_ds.checkpoint import (
     require_same_run,
     save_checkpoint,
 )
-from ptp_ds.config import RunConfig, parse_run
-from ptp_ds.data import load_rows, load_split, tokenise
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.evaluate import Evaluation
-from ptp_ds.export import adapter_kind, read_adapter, read_card, read_head, write_adapter
-from ptp_ds.heads import HeadPlan
-from ptp_ds.loading import load_config
-from ptp_ds.models import sha256_of
-from ptp_ds.monitor import _open_log
-from ptp_ds.overall import group_results, read_result, table_of, table_text
-from ptp_ds.predictions import prediction_lines
-from ptp_ds.run_evaluate import adapter_plan, adapter_task
-from ptp_ds.tasks import NoLabelError, load_task
-from ptp_ds.trainer import progress_from
+from ptp_ds.training.evaluate import Evaluation
+from ptp_ds.training.monitor import _open_log
+from ptp_ds.training.trainer import progress_from
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5  # for one file
@@ -345,6 +347,6 @@ def test_at_least_two_thousand_files():
 
 
 def test_the_checkpoint_knows_an_evaluation_s_fields():
-    from ptp_ds import checkpoint
+    from ptp_ds.training import checkpoint
 
     assert {"metrics", *checkpoint._NUMBERS} == {field.name for field in fields(Evaluation)}

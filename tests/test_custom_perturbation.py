@@ -9,12 +9,14 @@ from conftest import ROOT
 from reference import make_examples, make_model
 from test_training import QUICK, check, last_prompt
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig, build_parser, parse_run
-from ptp_ds.packing import pack
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.checks import without_effect
+from ptp_ds.config.flags import build_parser, parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.custom import BUILT_IN, choose
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 HEAD = "from ptp_ds.perturb import Perturbation\n"
 FIND = HEAD + "def find(shared, row, clean_TH, settings, noise):\n    return 0.1 * clean_TH\n"
@@ -112,7 +114,7 @@ def test_sizes_decide_whether_there_is_a_second_stream(tmp_path):
     assert RunConfig(perturbation=str(file), sigma=0.0).perturbs
     assert not RunConfig(perturbation=str(file), sigma=0.0, epsilon=0.0).perturbs
     assert not RunConfig(perturbation=str(file), reg_weight=0.0).perturbs
-    assert RunConfig(perturbation=str(file)).without_effect({"sigma", "norm", "alpha", "mask_share"}) == [
+    assert without_effect(RunConfig(perturbation=str(file)), {"sigma", "norm", "alpha", "mask_share"}) == [
         "alpha", "mask_share",
     ]  # fmt: skip
     file.write_text(FIND + "PERTURBATION = Perturbation(find=find, sizes=())\n")
@@ -124,7 +126,7 @@ def test_the_file_is_run_once_and_leaves_nothing_behind(tmp_path):
     lines = f"with open({str(count)!r}, 'a') as handle: handle.write('x')\n"
     file.write_text(FIND + lines + "PERTURBATION = Perturbation(find=find, sizes=())\n")
     run, _ = parse_run(["--perturbation", str(file)])
-    assert (run.perturbs, run.streams, run.carries, run.without_effect(set())) == (True, 2, False, [])
+    assert (run.perturbs, run.streams, run.carries, without_effect(run, set())) == (True, 2, False, [])
     assert count.read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["count", "mine.py"]
 

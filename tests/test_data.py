@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptp_ds.data import BatchOrder, BudgetOrder, deal, hold_out, load_split, tokenise
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal, hold_out, load_split, tokenise
 
 CB_ROWS = [
     {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral", "idx": 0},

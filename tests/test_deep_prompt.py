@@ -9,18 +9,19 @@ from reference import FAMILIES, candidate_scores, make_examples, make_model, pla
 from test_packed_equals_plain import divergence, make_prompt
 from transformers import DynamicCache
 
-from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.distributed import Ranks
-from ptp_ds.evaluate import score_examples
-from ptp_ds.export import adapter_kind, read_adapter, write_adapter
-from ptp_ds.loading import load_config
-from ptp_ds.packing import pack, pack_text_twins
+from ptp_ds.adapters.read import adapter_kind, read_adapter
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.source import load_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.prompts import prompt_width
 from ptp_ds.prompts.deep import join_deep, split_deep
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.evaluate import score_examples
+from ptp_ds.training.step import ptp_loss, settings_of
 
 WINDOWED = {"mistral", "gemma2"}  # their caches drop what lies outside of the window
 

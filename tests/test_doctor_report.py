@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from ptp_ds.doctor_report import Limits, Seen, connection_faults, find_faults, table, usual
+from ptp_ds.launch.doctor_report import Limits, Seen, connection_faults, find_faults, table, usual
 
 REPORT = {
     "folder": True, "python": "3.11.7", "project": "a" * 64, "model": {"config.json": "1", "model.safetensors": "2"},

@@ -19,8 +19,8 @@ import torch
 from drill import Run, line_with, saved, wait_until
 from safetensors.torch import load_file
 
-from ptp_ds.checkpoint import list_checkpoints, load_checkpoint
-from ptp_ds.data import DEMO_DATA
+from ptp_ds.tasks.data import DEMO_DATA
+from ptp_ds.training.checkpoint import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.drill
 STEPS = 200

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptp_ds import precision, zero_options
-from ptp_ds.config import RunConfig
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.shapes import config_of, shape_of
+from ptp_ds import precision
+from ptp_ds.backbone.shapes import config_of, shape_of
+from ptp_ds.config import zero_options
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
 
 READY = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 

@@ -8,17 +8,17 @@ from reference import plain_scores, relative_error
 from test_packed_equals_plain import divergence
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.data import load_split, tokenise
-from ptp_ds.loading import load_tokenizer
-from ptp_ds.models import EMBEDDED_MODEL, resolve_model
-from ptp_ds.packing import pack
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.source import load_tokenizer, resolve_model
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.hosts.model_files import EMBEDDED_MODEL
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
-from ptp_ds.prompts import initial_prompt
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.prompts import initial_ids
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tokenise
+from ptp_ds.training.step import ptp_loss, settings_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,7 +43,7 @@ def test_packed_equals_plain_on_real_weights(folder, name):
     examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 1024).examples[:4]
     plain = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
     backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder))
-    prompt = initial_prompt("vocab", 20, backbone, tokenizer, seed=0, text=None, answers=[]).requires_grad_()
+    prompt = backbone.embed_ids(initial_ids("vocab", 20, tokenizer, backbone.vocabulary, seed=0)).requires_grad_()
     row = pack(examples)
     scores = backbone.score(row, backbone.embed(row.token_ids), prompt)[0]
     (gradient,) = torch.autograd.grad(sum(s.log_softmax(-1)[0] for s in scores), prompt)
@@ -60,7 +60,7 @@ def test_step_gradient_on_real_weights(folder, perturbation, activations):
     examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 1024).examples[:3]
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").requires_grad_(False).eval()
     backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder), Activations(activations))
-    prompt = initial_prompt("vocab", 20, backbone, tokenizer, seed=0, text=None, answers=[]).requires_grad_()
+    prompt = backbone.embed_ids(initial_ids("vocab", 20, tokenizer, backbone.vocabulary, seed=0)).requires_grad_()
     run = RunConfig(perturbation=perturbation)
     settings, row, noise = settings_of(run, backbone.mean_embedding_norm()), pack(examples), Noise(0, 0)
     ptp_loss(prompt, backbone, row, run, settings, noise).total.backward()

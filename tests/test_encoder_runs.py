@@ -10,12 +10,12 @@ from conftest import ROOT
 from processes import child_environment
 from safetensors.torch import load_file
 
-from ptp_ds.data import load_split, tail_ids, tokenise
-from ptp_ds.export import read_head
-from ptp_ds.heads import HeadPlan, auto_class, head_kind, plan_head
-from ptp_ds.loading import load_config, load_tokenizer
-from ptp_ds.rows import SeparateRows, TreeRows, rows_for
+from ptp_ds.adapters.read import read_head
+from ptp_ds.backbone.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
+from ptp_ds.backbone.source import load_config, load_tokenizer
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 
 
 def make_wordpiece():
@@ -166,7 +166,7 @@ def test_a_bare_encoder_is_no_masked_language_model(run_train, encoders):
 
 def test_classes_keep_their_trained_order(encoders, tmp_path):
     """AX-b lists its labels the other way round; a classifier's outputs are RTE's."""
-    from ptp_ds.run_evaluate import adapter_plan
+    from ptp_ds.adapters.task import adapter_plan
 
     (tmp_path / "ptp_ds.json").write_text(json.dumps({"head": {"kind": "classes"}, "task": load_task("RTE").spec()}))
     config = load_config(encoders["bare"])
@@ -178,7 +178,7 @@ def test_classes_keep_their_trained_order(encoders, tmp_path):
 
 
 def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
-    from ptp_ds.export import write_adapter
+    from ptp_ds.adapters.write import write_adapter
 
     head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
     write_adapter(tmp_path / "a", torch.ones(4, 32), "x", load_config(encoders["bare"]), {}, "soft",

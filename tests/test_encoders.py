@@ -9,15 +9,15 @@ from reference import VOCABULARY, make_examples, relative_error
 from test_packed_equals_plain import divergence
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.heads import Head, is_trained
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.heads import Head, is_trained
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import PERTURBATIONS, Noise
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.prompts.deep import deep_width
-from ptp_ds.rows import SeparateRows
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 _BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

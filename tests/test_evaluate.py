@@ -12,10 +12,10 @@ from reference import make_examples, make_model, plain_scores
 from test_layerwise import with_instruction
 from test_packed_equals_plain import make_prompt
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.distributed import Ranks
-from ptp_ds.evaluate import Evaluation, outcome_of, plan_packs, score_examples, together
-from ptp_ds.groups import group_length, pack_groups, share_contexts
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.evaluate import Evaluation, outcome_of, plan_packs, score_examples, together
 
 
 @settings(deadline=None)
@@ -151,8 +151,8 @@ def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
     from conftest import ROOT
     from processes import child_environment
 
-    from ptp_ds.export import write_adapter
-    from ptp_ds.loading import load_config
+    from ptp_ds.adapters.write import write_adapter
+    from ptp_ds.backbone.source import load_config
     from ptp_ds.tasks import load_task
 
     config, card = load_config(tiny_model), {"task": load_task("RTE").spec()}

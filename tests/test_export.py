@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ptp_ds.export import read_adapter, read_card, write_adapter
-from ptp_ds.loading import load_config
+from ptp_ds.adapters.read import read_adapter, read_card
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.source import load_config
 
 CARD = {"task": {"name": "CB"}, "result": {"metrics": {"accuracy": 0.5}}}
 
@@ -161,7 +162,7 @@ def test_damaged_cards_are_refused(adapter, content, message):
 
 
 def test_the_model_card_tells_scores_settings_and_versions():
-    from ptp_ds.card import model_card
+    from ptp_ds.adapters.card import model_card
 
     card = {
         "task": {"name": "CB", "text": "{premise}\nAnswer:"}, "versions": {"torch": "2.13.0", "gguf": None},

@@ -10,10 +10,10 @@ from test_deep_prompt import WINDOWED
 from test_encoders import ENCODERS, GENERIC, KINDS
 from test_seq2seq import SEQ2SEQ
 
-from ptp_ds.families import FAMILIES, describe_families, families_table
+from ptp_ds.backbone.families import FAMILIES, describe_families, families_table
+from ptp_ds.commands.train import main
 from ptp_ds.perturb import PERTURBATIONS
 from ptp_ds.prompts import PROMPTS
-from ptp_ds.run import main
 from ptp_ds.tasks import builtin_tasks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ptp_ds.distributed import Ranks
-from ptp_ds.faults import OutputError, OutputGuard, disk_sentence, explain_code, is_lost_rank, is_stop
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import OutputError, OutputGuard, disk_sentence, explain_code, is_lost_rank, is_stop
 
 
 @pytest.mark.parametrize(

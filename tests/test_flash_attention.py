@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import packed_rows
 
-from ptp_ds import flash_attention
-from ptp_ds.flash_attention import FlashTreeAttention, flash_attend, largest_error, parts_of, prove, trunk_part
-from ptp_ds.tree_attention import attend_reference
-from ptp_ds.tree_plan import plan_tree
+from ptp_ds.attention import flash as flash_attention
+from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prove, trunk_part
+from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.tree import attend_reference
 
 
 def sequences(part):

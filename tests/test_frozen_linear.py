@@ -7,11 +7,11 @@ from reference import make_model, relative_error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ptp_ds import frozen_linear
-from ptp_ds.activations import SavedBytes
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.frozen_linear import (
+from ptp_ds.backbone import frozen_linear
+from ptp_ds.backbone.activations import SavedBytes
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.frozen_linear import (
     FrozenLinear,
     explain_product,
     onednn,

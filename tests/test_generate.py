@@ -6,13 +6,13 @@ from reference import FAMILIES, VOCABULARY, make_model
 from test_deep_prompt import deep_prompt
 from test_packed_equals_plain import make_prompt
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.distributed import Ranks
-from ptp_ds.evaluate import score_examples
-from ptp_ds.export import write_adapter
-from ptp_ds.generate import generate, stop_tokens
-from ptp_ds.loading import load_config
-from ptp_ds.packing import Example
+from ptp_ds.adapters.generate import generate, stop_tokens
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.source import load_config
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.evaluate import score_examples
 
 CONTEXT = [5, 17, 3, 42, 8, 77, 30]
 

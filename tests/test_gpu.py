@@ -4,12 +4,12 @@ import pytest
 import torch
 from reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.flash_attention import flashes, largest_error, prove
-from ptp_ds.packing import Block, pack
-from ptp_ds.tree_attention import attend_reference
-from ptp_ds.tree_plan import plan_tree
+from ptp_ds.attention.flash import flashes, largest_error, prove
+from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.tree import attend_reference
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.packing.row import Block, pack
 
 pytestmark = [
     pytest.mark.gpu,

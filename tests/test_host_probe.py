@@ -9,8 +9,8 @@ import time
 import pytest
 from processes import child_environment
 
-from ptp_ds import host_probe
-from ptp_ds.host_probe import (
+from ptp_ds.hosts import probe as host_probe
+from ptp_ds.hosts.probe import (
     JOB_VARIABLE,
     answer,
     connection_ports,

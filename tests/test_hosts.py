@@ -4,18 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds import hosts
-from ptp_ds.host_probe import JOB_VARIABLE
-from ptp_ds.hosts import (
-    adopt_mpi,
-    choose_interface,
-    interface_of,
-    master_address,
-    plan_job,
-    shared_environment,
-    write_environment,
-)
-from ptp_ds.remote import HostError
+from ptp_ds.hosts import hosts
+from ptp_ds.hosts.environment import adopt_mpi, shared_environment
+from ptp_ds.hosts.network import choose_interface, interface_of, master_address
+from ptp_ds.hosts.probe import JOB_VARIABLE
+from ptp_ds.hosts.remote import HostError
+from ptp_ds.launch.job_plan import plan_job, write_environment
 
 LINKS = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["192.168.0.1"]}
 

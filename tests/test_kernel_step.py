@@ -7,15 +7,15 @@ import torch
 from kernel_cases import DEVICE
 from reference import make_examples, make_model, relative_error
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels.choice import use_triton
-from ptp_ds.packing import pack
+from ptp_ds.packing.layouts import SeparateRows
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.base import ascend
-from ptp_ds.rows import SeparateRows
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 
 def step(kernels: str, perturbation: str, dtype: torch.dtype, rows) -> tuple[torch.Tensor, ...]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds import launch, restarts
-from ptp_ds.faults import STOP_SIGNALS
-from ptp_ds.launch import Launcher, hosts_of, local_only_flags, run_attempts, split_command
+from ptp_ds.hosts.hostfile import hosts_of
+from ptp_ds.launch import launcher as launch
+from ptp_ds.launch import restarts
+from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
+from ptp_ds.ranks.faults import STOP_SIGNALS
 
 HOSTFILES = Path(__file__).parent.parent / "hostfiles"
 

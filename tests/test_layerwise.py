@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 from test_packed_equals_plain import divergence, make_prompt
 
-from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.packing import pack, pack_text_twins
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 PATHS = {
     "keep": (Activations(), None),

@@ -9,13 +9,13 @@ from reference import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.backbone import max_row_length
-from ptp_ds.config import RunConfig
-from ptp_ds.distributed import start_processes
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.heads import auto_class
-from ptp_ds.loading import load_backbone, load_config, load_tokenizer
-from ptp_ds.models import resolve_model
+from ptp_ds.backbone.heads import auto_class
+from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.backbone.positions import max_row_length
+from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.ranks.distributed import start_processes
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from ptp_ds.distributed import Ranks
-from ptp_ds.monitor import Monitor, peak_memory_bytes
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 
 RANK0 = Ranks(0, 1, 0, torch.device("cpu"))
 VALUES = {"loss": 1.0, "cross_entropy": 1.0, "divergence": 0.0, "grad_norm": 1.0, "learning_rate": 0.1,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference import VOCABULARY, make_model
 
-from ptp_ds.backbone import Backbone
+from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from drill import wait_until
 
-from ptp_ds import node
-from ptp_ds.node import Host
+from ptp_ds.launch import node
+from ptp_ds.launch.node import Host
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 SAVES = (
@@ -97,7 +97,7 @@ def test_no_rank_starts_after_a_signal(host):
 
 def test_a_reader_that_goes_away_is_noticed(tmp_path):
     """As ssh's end of the output does when a launcher's host is gone."""
-    code = "import os, sys, time\nfrom ptp_ds.node import launcher_is_gone\nparent = os.getppid()\n" \
+    code = "import os, sys, time\nfrom ptp_ds.launch.node import launcher_is_gone\nparent = os.getppid()\n" \
            "with open(sys.argv[1], 'a', buffering=1) as file:\n" \
            "    for _ in range(600):\n        gone = launcher_is_gone(parent)\n        file.write(f'{gone}\\n')\n" \
            "        if gone: break\n        time.sleep(0.05)\n"  # fmt: skip

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 from processes import child_environment
 
-from ptp_ds import models, once
-from ptp_ds.models import EMBEDDED_MODEL, _move_into_place, resolve_model
-from ptp_ds.once import one_first, one_host_at_a_time
+from ptp_ds.backbone import source as models
+from ptp_ds.backbone.source import _move_into_place, resolve_model
+from ptp_ds.hosts import model_files
+from ptp_ds.hosts.model_files import EMBEDDED_MODEL
+from ptp_ds.ranks import once
+from ptp_ds.ranks.once import one_first, one_host_at_a_time
 
 # Each process notes when it begins to prepare, and what it sees in the end.
 WORKER = """
 import sys, time
 from pathlib import Path
-from ptp_ds import models
+from ptp_ds.backbone import source as models
 
 def convert(target):
     with open(sys.argv[1] + "/began", "a") as log:
@@ -95,11 +98,11 @@ def test_the_slower_hosts_copy_gives_way(tmp_path):
 @pytest.mark.usefixtures("_own_locks")
 def test_a_model_that_is_there_is_not_converted(monkeypatch, tmp_path):
     monkeypatch.setenv("PTP_DS_CACHE", str(tmp_path))
-    target = models._embedded_folder()
-    assert models.present_model(EMBEDDED_MODEL) is None
+    target = model_files.embedded_folder()
+    assert model_files.present_model(EMBEDDED_MODEL) is None
     target.mkdir()
     (target / "config.json").write_text("{}")
     monkeypatch.setattr(models, "_convert_embedded", lambda folder: pytest.fail("converted again"))
-    assert resolve_model(EMBEDDED_MODEL) == models.present_model(EMBEDDED_MODEL) == target
-    assert models.present_model(str(tmp_path)) == tmp_path
-    assert models.present_model("nobody/no-such-model") is None
+    assert resolve_model(EMBEDDED_MODEL) == model_files.present_model(EMBEDDED_MODEL) == target
+    assert model_files.present_model(str(tmp_path)) == tmp_path
+    assert model_files.present_model("nobody/no-such-model") is None

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from processes import child_environment
 
-from ptp_ds.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
+from ptp_ds.commands.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
 from ptp_ds.tasks import builtin_tasks
 
 

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
-from ptp_ds.activations import Activations
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
-from ptp_ds.packing import pack, pack_text_twins
+from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 SHAPES = ("single", "multi", "ragged")
 
@@ -205,7 +205,7 @@ def test_families_outside_the_interface_are_refused_by_name(family):
 
 def test_check_notices_wrong_attention(monkeypatch):
     """The check can fail: with the trunk hidden from the rows it refuses llama."""
-    import ptp_ds.tree_plan as tree_plan
+    import ptp_ds.attention.plan as tree_plan
 
     real = tree_plan.TreePlan._make_mask
 
@@ -222,8 +222,8 @@ def test_check_notices_wrong_attention(monkeypatch):
 
 @pytest.mark.parametrize(("keyword", "value"), [("s_aux", torch.zeros(4)), ("position_bias", torch.zeros(1))])
 def test_unknown_attention_keywords_are_refused(keyword, value):
-    from ptp_ds.attention import Call, _tree_attention, attending
-    from ptp_ds.tree_plan import plan_tree
+    from ptp_ds.attention.interface import Call, _tree_attention, attending
+    from ptp_ds.attention.plan import plan_tree
 
     row = pack(make_examples("single"))
     q = torch.randn(1, 4, row.num_tokens, 8)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ptp_ds.packing import Block, Example, pack, pack_text_twins, shared_start
+from ptp_ds.packing.row import Block, pack, pack_text_twins, shared_start
+from ptp_ds.tasks.example import Example
 
 
 def example(context, candidates, index=0):

@@ -9,13 +9,13 @@ from test_encoders import make_values as head_values
 from test_packed_equals_plain import make_prompt
 from test_packed_equals_plain import plain_step as causal_step
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone, checked
-from ptp_ds.config import RunConfig
-from ptp_ds.padded import PaddedBackbone, padding
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone, checked
+from ptp_ds.backbone.padded import PaddedBackbone, padding
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
-from ptp_ds.rows import SeparateRows, TreeRows
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 
 def make_padded(family, kind, choice=False):

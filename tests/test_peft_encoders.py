@@ -13,13 +13,13 @@ from processes import child_environment
 from reference import make_examples
 from test_training import QUICK, adapter, check
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.distributed import Ranks
-from ptp_ds.evaluate import score_examples
-from ptp_ds.export import adapter_kind, read_adapter
-from ptp_ds.loading import load_config
-from ptp_ds.packing import Example
+from ptp_ds.adapters.read import adapter_kind, read_adapter
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.source import load_config
 from ptp_ds.prompts import prompt_width
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.evaluate import score_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 ENCODERS = ("MLP", "LSTM", "prefix")

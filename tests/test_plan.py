@@ -7,9 +7,11 @@ import pytest
 from plan_ranks import MODEL, SMALL, run_scenarios
 from transformers import LlamaConfig
 
-from ptp_ds.config import RunConfig
-from ptp_ds.loading import load_config
-from ptp_ds.plan import (
+from ptp_ds.backbone.shapes import NAMED, config_of, elements, shape_of
+from ptp_ds.backbone.source import load_config
+from ptp_ds.commands.plan import main, parse_plan
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.planning.plan import (
     Cluster,
     Layout,
     between_hosts,
@@ -25,8 +27,7 @@ from ptp_ds.plan import (
     reduced_bytes,
     shard_elements,
 )
-from ptp_ds.plan_report import main, parse_plan, plans
-from ptp_ds.shapes import NAMED, config_of, elements, shape_of
+from ptp_ds.planning.report import plans
 
 BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 4, "chunk_tokens": 126}  # two rows a chunk
 HPZ, INT8 = {"zero_hpz_partition_size": "auto"}, {"zero_quantized_weights": True}
@@ -121,7 +122,7 @@ def test_operations_are_the_benchmarks_floor(tiny_model, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "scripts"), *sys.path])
     from bench_measure import floor_operations
 
-    from ptp_ds.backbone import Backbone
+    from ptp_ds.backbone.backbone import Backbone
 
     config = load_config(tiny_model)
     shape = shape_of(config)

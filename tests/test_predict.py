@@ -10,13 +10,13 @@ from conftest import ROOT, make_tokenizer
 from processes import child_environment
 from test_tasks import ROWS
 
-from ptp_ds.data import DEMO_DATA, Split
-from ptp_ds.export import write_adapter
-from ptp_ds.heads import HeadPlan
-from ptp_ds.loading import load_config
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.heads import HeadPlan
+from ptp_ds.backbone.source import load_config
+from ptp_ds.commands.predict import answer_lines, main, row_of_text
 from ptp_ds.prompts import prompt_width
-from ptp_ds.run_predict import answer_lines, main, row_of_text
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import DEMO_DATA, Split
 
 VAL = DEMO_DATA / "COPA" / "val.jsonl"
 FIELDS = ["premise=The ice melted.", "choice1=It was warm.", "choice2=It froze.", "question=cause"]

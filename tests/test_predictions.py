@@ -10,9 +10,10 @@ from conftest import ROOT
 from processes import child_environment
 from test_tasks import ROWS
 
-from ptp_ds.data import Split, is_labelled, load_split, tokenise
-from ptp_ds.predictions import check_numbers, prediction_lines, require_writable, write_jsonl
+from ptp_ds.files import require_writable, write_jsonl
 from ptp_ds.tasks import NoLabelError, load_task
+from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
+from ptp_ds.tasks.predictions import check_numbers, prediction_lines
 from ptp_ds.tasks.template import parse_task
 
 SUPERGLUE = ["AX-b", "AX-g", "BoolQ", "CB", "COPA", "MultiRC", "RTE", "ReCoRD", "WSC", "WiC"]

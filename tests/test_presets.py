@@ -7,15 +7,18 @@ import torch
 from reference import make_examples, make_model
 from test_training import QUICK, check
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig, parse_run
-from ptp_ds.packing import Example, PackedRow, pack
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.checks import without_effect
+from ptp_ds.config.flags import parse_run
+from ptp_ds.config.presets import PRESETS, describe_preset, preset_effect
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import PackedRow, pack
 from ptp_ds.perturb import Noise, SharedPass
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.base import start_delta
 from ptp_ds.perturb.units import UNITS, unit_of, vanishes
-from ptp_ds.presets import PRESETS, describe_preset, preset_effect
-from ptp_ds.step import settings_of
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.step import settings_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -24,7 +27,7 @@ def test_a_preset_sets_its_flags_and_no_others(preset):
     wanted = {**vars(RunConfig()), "preset": preset, **PRESETS[preset]}
     assert {name: getattr(run, name) for name in wanted} == wanted
     assert explicit == {"preset"}
-    assert run.without_effect(set(PRESETS[preset])) == []
+    assert without_effect(run, set(PRESETS[preset])) == []
     assert run.perturbs
     assert preset_effect(preset, vars(run)) == {"set": PRESETS[preset], "overridden": {}}
 

@@ -13,15 +13,15 @@ from processes import child_environment
 from reference import make_examples, make_model, relative_error
 from test_packed_equals_plain import divergence, make_prompt
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.data import Split, tokenise
-from ptp_ds.heads import HeadPlan
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.heads import HeadPlan, rows_for
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
-from ptp_ds.rows import SeparateRows, TreeRows, rows_for
-from ptp_ds.step import ptp_loss, settings_of
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import Split, tokenise
 from ptp_ds.tasks.template import parse_task
+from ptp_ds.training.step import ptp_loss, settings_of
 
 TEMPLATE = {"name": "Mine", "text": "{title}: {body}<prompt>\nTopic:", "truncate": "body", "label": "topic",
             "verbalizers": {"sport": " sports", "money": " business"}, "metrics": ["accuracy"]}  # fmt: skip

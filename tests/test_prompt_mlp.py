@@ -8,9 +8,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_training import QUICK, adapter, check, last_prompt
 
-from ptp_ds.config import RunConfig
-from ptp_ds.export import adapter_kind
-from ptp_ds.loading import load_config
+from ptp_ds.adapters.read import adapter_kind
+from ptp_ds.backbone.source import load_config
+from ptp_ds.config.checks import require_valid
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.prompts import SoftPrompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.mlp import PromptMlp
 
@@ -78,7 +79,7 @@ def test_a_plain_prompt_is_its_weight():
 
 def test_range():
     with pytest.raises(ValueError, match=r"^--prompt_mlp is 0; expected a whole number of 1 or more\.$"):
-        RunConfig(prompt_mlp=0).validate()
+        require_valid(RunConfig(prompt_mlp=0))
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.prompts import initial_prompt
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.prompts import initial_ids
 from ptp_ds.prompts.initialise import label_ids, repeat_to_length, text_ids, vocab_ids
 
 
@@ -15,7 +15,8 @@ def backbone(tiny_model):
 
 
 def start(kind, length, backbone, tokenizer, seed=0, text=None):
-    return initial_prompt(kind, length, backbone, tokenizer, seed=seed, text=text, answers=["true", "false"])
+    ids = initial_ids(kind, length, tokenizer, backbone.vocabulary, seed=seed, text=text, answers=["true", "false"])
+    return backbone.embed_ids(ids)
 
 
 @pytest.mark.parametrize("kind", ["vocab", "text", "labels"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds.remote import HostError, ask, ask_all, ssh_command
+from ptp_ds.hosts.remote import HostError, ask, ask_all, ssh_command
 
 
 @pytest.fixture

@@ -5,8 +5,17 @@ import json
 import pytest
 from deepspeed.launcher.runner import parse_args
 
-from ptp_ds.faults import LOST_RANK, STALLED, explain_code, shell_code
-from ptp_ds.restarts import asked_slots, check_script, dealt_ranks, flags_for, newest, restarts, resumed, slots_left
+from ptp_ds.launch.restarts import (
+    asked_slots,
+    check_script,
+    dealt_ranks,
+    flags_for,
+    newest,
+    restarts,
+    resumed,
+    slots_left,
+)
+from ptp_ds.ranks.faults import LOST_RANK, STALLED, explain_code, shell_code
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from ptp_ds.config import RunConfig
-from ptp_ds.step import reg_weight_at
-from ptp_ds.trainer import learning_rate
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.training.step import reg_weight_at
+from ptp_ds.training.trainer import learning_rate
 
 
 def rates(**settings) -> list[float]:

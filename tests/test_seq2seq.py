@@ -13,14 +13,14 @@ from reference import VOCABULARY, make_examples, relative_error
 from test_packed_equals_plain import divergence, make_prompt
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import checked
-from ptp_ds.config import RunConfig
-from ptp_ds.heads import Head
-from ptp_ds.padded import PaddedBackbone
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.heads import Head
+from ptp_ds.backbone.padded import PaddedBackbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
-from ptp_ds.rows import SeparateRows
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 _COMMON = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 SEQ2SEQ = {
@@ -84,7 +84,7 @@ def test_step_gradient(family, shape, perturbation):
 def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
     from peft import PeftModel
 
-    from ptp_ds.export import read_adapter
+    from ptp_ds.adapters.read import read_adapter
 
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model("t5", **{**SEQ2SEQ["t5"], "vocab_size": len(tokenizer)})
@@ -122,11 +122,10 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     import sentencepiece
     from conftest import _demo_texts
 
-    from ptp_ds.data import load_split, tail_ids, tokenise
-    from ptp_ds.heads import HeadPlan
-    from ptp_ds.loading import load_tokenizer
-    from ptp_ds.rows import rows_for
+    from ptp_ds.backbone.heads import HeadPlan, rows_for
+    from ptp_ds.backbone.source import load_tokenizer
     from ptp_ds.tasks import load_task
+    from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 
     (tmp_path / "texts.txt").write_text("\n".join(_demo_texts()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(

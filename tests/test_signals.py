@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from ptp_ds import signals
-from ptp_ds.distributed import Ranks
-from ptp_ds.faults import STOP_SIGNALS
-from ptp_ds.signals import StopRequest
+from ptp_ds.ranks import signals
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import STOP_SIGNALS
+from ptp_ds.ranks.signals import StopRequest
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

@@ -8,14 +8,15 @@ from test_encoders import PROMPT, make_backbone, make_encoder, make_values
 from test_encoders import plain_scores as encoder_scores
 from test_packed_equals_plain import divergence, make_prompt
 
-from ptp_ds.backbone import Backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.heads import HeadPlan
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.heads import HeadPlan, rows_for
+from ptp_ds.config.checks import require_valid
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.rows import SeparateRows, rows_for
-from ptp_ds.step import ptp_loss, settings_of
 from ptp_ds.tasks import load_task
+from ptp_ds.training.step import ptp_loss, settings_of
 
 
 def total_of(scores, examples, deltas):
@@ -34,7 +35,7 @@ def total_of(scores, examples, deltas):
 def test_step_gradient(model, target, perturbation):
     examples = make_examples("ragged")
     run = RunConfig(perturbation=perturbation, target=target, divergence="sym_kl", reg_weight=0.7, epsilon=0.5)
-    run.validate()
+    require_valid(run)
     if model == "bert":
         backbone = make_backbone("bert", "masked")
         values = make_values(backbone)
@@ -73,7 +74,7 @@ def test_step_gradient(model, target, perturbation):
 @pytest.mark.parametrize("change", [{"prompt": "deep"}, {"perturbation": "mask"}])
 def test_what_it_is_not_for(change):
     with pytest.raises(ValueError, match="--target both is for soft prompts and deltas in embedding space"):
-        RunConfig(target="both", **change).validate()
+        require_valid(RunConfig(target="both", **change))
 
 
 @pytest.mark.slow

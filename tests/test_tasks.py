@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ptp_ds.data import DEMO_DATA, load_split
 from ptp_ds.tasks import Outcome, builtin_tasks, compute_metrics, load_task, majority_accuracy
+from ptp_ds.tasks.data import DEMO_DATA, load_split
 from ptp_ds.tasks.readers import noun_phrases
 from ptp_ds.tasks.template import builtin_templates, canonical_label, parse_task
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from ptp_ds.data import Split, load_split, tokenise
-from ptp_ds.packing import Example
 from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import Split, load_split, tokenise
+from ptp_ds.tasks.example import Example
 from ptp_ds.tasks.template import parse_task
 
 ROOMY = 100_000

@@ -221,8 +221,8 @@ def test_adapter_round_trip_through_evaluate_and_peft(run_train, tiny_model, tmp
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ptp_ds.data import load_split, tokenise
     from ptp_ds.tasks import load_task
+    from ptp_ds.tasks.data import load_split, tokenise
 
     out, scores_file = tmp_path / "run", tmp_path / "scores.json"
     check(run_train([*QUICK, "--model", tiny_model, "--max_steps", "3", "--output_dir", out, "--lr", "0.3"]))

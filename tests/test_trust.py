@@ -14,15 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptp_ds.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_json
-from ptp_ds.distributed import Ranks
-from ptp_ds.ds_config import ResolvedDeepSpeed
-from ptp_ds.export import adapter_kind, read_adapter, read_card, write_adapter
-from ptp_ds.launch import keep_from_command_lines
-from ptp_ds.loading import load_backbone, load_config, load_tokenizer
+from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
+from ptp_ds.backbone.source import load_config, load_tokenizer
+from ptp_ds.commands.predict import main as predict
+from ptp_ds.files import write_json
+from ptp_ds.launch.launcher import keep_from_command_lines
+from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.redact import is_secret, redacted
-from ptp_ds.run_predict import main as predict
 from ptp_ds.tasks import load_task
+from ptp_ds.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], torch.float32)
@@ -359,7 +361,7 @@ def test_a_run_writes_no_secret(run_train, tmp_path, tiny_model):
 
 
 def test_error_messages_hold_no_secret(secrets, tmp_path, monkeypatch, capfd):
-    from ptp_ds.run import main
+    from ptp_ds.commands.train import main
 
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK"):

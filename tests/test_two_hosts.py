@@ -12,7 +12,7 @@ import torch
 from processes import child_environment
 from two_hosts import NAMES, TwoHosts, wait_for
 
-from ptp_ds.data import DEMO_DATA
+from ptp_ds.tasks.data import DEMO_DATA
 
 pytestmark = [pytest.mark.slow]
 ZERO3 = ["scripts/train.py", "--ds_config", "ds_configs/zero3.json"]
@@ -65,7 +65,7 @@ def test_the_readmes_command_on_two_hosts_gives_one_hosts_result(hosts, tiny_mod
 
 def left(hosts: TwoHosts) -> list[str]:
     """Processes of a run that are still there, on either host."""
-    words = ("scripts/train.py", "pdsh", "deepspeed.launcher", "ptp_ds.node")
+    words = ("scripts/train.py", "pdsh", "deepspeed.launcher", "ptp_ds.launch.node")
     return [line for host in ("host1", "host2") for word in words for line in hosts.processes(host, word)]
 
 

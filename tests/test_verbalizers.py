@@ -5,13 +5,13 @@ import torch
 from reference import FAMILIES, make_examples, make_model, relative_error
 from torch import nn
 
-from ptp_ds import verbalizers
-from ptp_ds.backbone import Backbone
-from ptp_ds.check import check_backbone
-from ptp_ds.config import RunConfig
-from ptp_ds.packing import pack
+from ptp_ds.backbone import verbalizers
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
-from ptp_ds.step import ptp_loss, settings_of
+from ptp_ds.training.step import ptp_loss, settings_of
 
 
 def make_prompt() -> torch.Tensor:

@@ -10,9 +10,9 @@ import pytest
 from drill import wait_until
 from processes import child_environment
 
-from ptp_ds import watchdog as module
-from ptp_ds.faults import STALLED
-from ptp_ds.watchdog import Watchdog
+from ptp_ds.ranks import watchdog as module
+from ptp_ds.ranks.faults import STALLED
+from ptp_ds.ranks.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_rank_whose_launcher_died_gets_sigterm(tmp_path):
     """A launcher starts a rank and is killed; the rank notes SIGTERM, which it has a handler for, and ends."""
     rank = (
         "import signal, sys, time\n"
-        "from ptp_ds.watchdog import Watchdog\n"
+        "from ptp_ds.ranks.watchdog import Watchdog\n"
         "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w').write('asked'), sys.exit()))\n"
         "dog = Watchdog(0, 0)\nprint('ready', flush=True)\ntime.sleep(60)\n"
     )

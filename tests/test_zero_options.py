@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from ptp_ds import zero_options
-from ptp_ds.config import RunConfig
-from ptp_ds.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.shapes import config_of, shape_of
+from ptp_ds.backbone.shapes import config_of, shape_of
+from ptp_ds.config import zero_options
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
 
 
 def written(folder, **zero) -> str:

@@ -11,7 +11,7 @@ With a = log p, b = log q, m = log((p + q) / 2) and E_p[x] = sum p x, the gradie
     ce       0                                   q - onehot(y)
 
 The reference is ptp_ds.objective. Scores of hidden states are a product with the verbalizers' rows of the head
-(ptp_ds.verbalizers), so nothing of the vocabulary's size is made for either.
+(ptp_ds.backbone.verbalizers), so nothing of the vocabulary's size is made for either.
 """
 
 from typing import NamedTuple

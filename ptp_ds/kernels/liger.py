@@ -1,7 +1,7 @@
 """Norms, gated feed-forwards and rotary positions from Liger-Kernel, where it is installed and the model is on a GPU.
 
-`pip install ptp_ds[kernels]` brings it. ptp_ds.frozen_ops tries each one against the family's own code before it takes
-its place. Source: Hsu et al. 2024, "Liger Kernel: Efficient Triton kernels for LLM training".
+`pip install ptp_ds[kernels]` brings it. backbone.frozen_ops tries each one against the family's own code before it
+takes its place. Source: Hsu et al. 2024, "Liger Kernel: Efficient Triton kernels for LLM training".
 """
 
 import importlib.util

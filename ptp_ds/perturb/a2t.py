@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ptp_ds.objective import log_probabilities
-from ptp_ds.packing import Example
 from ptp_ds.perturb.base import Attacked, PerturbSettings, Twin
 from ptp_ds.perturb.neighbours import BARE, WORD, Vocabulary
 from ptp_ds.perturb.text_scoring import Gradients, TextScorer
+from ptp_ds.tasks.example import Example
 
 LEAST_WORDS = 4  # of a short text, where the share would allow fewer
 TEXTS = 3  # tried for each row

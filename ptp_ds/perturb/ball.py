@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptp_ds.kernels.perturb_step import NORMS
 from ptp_ds.kernels.perturb_step import example_norm as norm_of_places
-from ptp_ds.packing import PackedRow
+from ptp_ds.packing.row import PackedRow
 
 __all__ = ["NORMS", "example_norm", "movable_only", "radius_of"]
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone import Backbone, Trunk, trunk_chunk
+from ptp_ds.backbone.backbone import Backbone, Trunk, trunk_chunk
+from ptp_ds.backbone.layerwise import LayerPass, Section, TrunkCache
 from ptp_ds.kernels import dual_divergence, noise, perturb_step
 from ptp_ds.kernels.pack_embed import sum_rows
-from ptp_ds.layerwise import LayerPass, Section, TrunkCache
-from ptp_ds.packing import Example, PackedRow
+from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb.ball import radius_of
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.seeding import derive_seed
+from ptp_ds.tasks.example import Example
 
 
 @dataclass(frozen=True, kw_only=True)

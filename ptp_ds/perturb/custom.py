@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.files import brief
-from ptp_ds.packing import PackedRow
+from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import movable_only
 from ptp_ds.perturb.base import Find

@@ -8,7 +8,7 @@ the prompt of the step before; and K steps see one batch, so an epoch takes K ti
 
 from torch import Tensor
 
-from ptp_ds.packing import PackedRow
+from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass, start_delta
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ptp_ds.packing import Example
 from ptp_ds.perturb.base import Noise, PerturbSettings, Twin
 from ptp_ds.seeding import make_generator
+from ptp_ds.tasks.example import Example
 
 _NEUTRAL = " _"  # where a tokenizer has no mask token
 

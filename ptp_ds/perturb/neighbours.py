@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone import Backbone
+from ptp_ds.backbone.backbone import Backbone
 
 OTHER, BARE, WORD = 0, 1, 2  # kinds of tokens: anything else, punctuation alone, from here on words
 _SPACE_MARKERS = ("\u0120", "\u2581")  # byte-level BPE's and sentencepiece's

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone import Backbone
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.layerwise import TrunkCache
 from ptp_ds.kernels.pack_embed import sum_rows
-from ptp_ds.layerwise import TrunkCache
 from ptp_ds.objective import cross_entropy_sum
-from ptp_ds.packing import Example
 from ptp_ds.perturb.neighbours import Neighbours
 from ptp_ds.precision import at_least_fp32
+from ptp_ds.tasks.example import Example
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ptp_ds.packing import PackedRow
+from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass
 
 

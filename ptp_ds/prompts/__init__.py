@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ptp_ds.prompts.deep import DeepPrompt, deep_width
-from ptp_ds.prompts.initialise import initial_prompt
+from ptp_ds.prompts.initialise import initial_ids
 from ptp_ds.prompts.mlp import PromptMlp, prompt_mlp
 from ptp_ds.prompts.soft import SoftPrompt, embedding_width
 
@@ -20,7 +20,7 @@ def prompt_width(kind: str, config: Any) -> int:
 def empty_prompt(kind: str, length: int, config: Any, mlp: PromptMlp | None, beside: int = 0) -> SoftPrompt:
     """What is trained, all zeros: a prompt of `length` tokens, or the numbers that an MLP makes it from.
 
-    beside: rows behind them that are trained as they are (ptp_ds.heads).
+    beside: rows behind them that are trained as they are (ptp_ds.backbone.heads).
     """
     if mlp is not None:
         return PROMPTS[kind](torch.zeros(mlp.flat.rows + beside, mlp.width), mlp.values)
@@ -33,7 +33,7 @@ __all__ = [
     "PromptMlp",
     "SoftPrompt",
     "empty_prompt",
-    "initial_prompt",
+    "initial_ids",
     "prompt_mlp",
     "prompt_width",
 ]

@@ -1,4 +1,4 @@
-"""Several tensors in one matrix: ptp_ds.engine trains one parameter, so whatever is trained lies in its rows.
+"""Several tensors in one matrix: ptp_ds.training.engine trains one parameter, so whatever is trained lies in its rows.
 
 Each tensor begins on a row of its own, flattened, with zeros behind it up to a whole row. A [P, W] tensor among rows of
 width W is thus exactly P rows. Padding gets no gradient and stays zero.

@@ -4,31 +4,31 @@ All but the adapter start on the embedding manifold; random vectors off it train
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ptp_ds.seeding import make_generator
 
-if TYPE_CHECKING:
-    from ptp_ds.backbone import Backbone
 
+def initial_ids(
+    kind: str, length: int, tokenizer: Any, vocabulary: int, *, seed: int, text: str | None = None,
+    answers: Sequence[str] = (),
+) -> list[int]:  # fmt: skip
+    """`length` token ids whose embeddings a prompt starts at. vocabulary: rows of the model's embedding.
 
-def initial_prompt(kind: str, length: int, backbone: "Backbone", tokenizer: Any, *, seed: int, text: str | None,
-                   answers: Sequence[str]) -> Tensor:  # fmt: skip
-    """[P, H] fp32 on the backbone's device. kind: vocab, text (needs `text`) or labels (the answers' words)."""
+    kind: vocab, text (needs `text`) or labels (the answers' words). Raises ValueError for another kind, no text, and a
+    prompt longer than the vocabulary.
+    """
     if kind == "vocab":
-        ids = vocab_ids(length, tokenizer, backbone.model.get_input_embeddings().num_embeddings, seed)
-    elif kind == "text":
+        return vocab_ids(length, tokenizer, vocabulary, seed)
+    if kind == "text":
         if not text:
             raise ValueError("--prompt_init text needs --init_text 'some words'.")
-        ids = repeat_to_length(text_ids(tokenizer, [text]), length)
-    elif kind == "labels":
-        ids = label_ids(length, tokenizer, backbone.model.get_input_embeddings().num_embeddings, seed, answers)
-    else:
-        raise ValueError(f"Unknown prompt initialiser {kind!r}; choose vocab, text or labels.")
-    return backbone.embed(torch.tensor(ids, device=backbone.device)).float()
+        return repeat_to_length(text_ids(tokenizer, [text]), length)
+    if kind == "labels":
+        return label_ids(length, tokenizer, vocabulary, seed, answers)
+    raise ValueError(f"Unknown prompt initialiser {kind!r}; choose vocab, text or labels.")
 
 
 def vocab_ids(length: int, tokenizer: Any, vocabulary: int, seed: int) -> list[int]:

@@ -6,7 +6,7 @@
 
 The prompt is base + MLP(embedding). base is the initial prompt; it gets no gradient, and weight decay shrinks it as it
 shrinks a plain prompt. The last layer starts at zero, so step 0 has the initial prompt to the bit. All tensors, base
-too, lie in the one matrix that ptp_ds.engine trains and saves (see flat.py): a resumed run has each of them exactly.
+too, lie in the one matrix that training.engine trains and saves (see flat.py): a resumed run has each of them exactly.
 The MLP is computed in fp32 and is needed in training alone: an adapter holds the prompt.
 """
 

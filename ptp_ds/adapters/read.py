@@ -1,0 +1,97 @@
+"""Reading an adapter, ours or peft's: the prompt, a trained classifier, our card. All is checked before it is used."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PROMPT_KEY, PROMPT_OF_TYPE, WEIGHTS_FILE
+from ptp_ds.backbone.heads import HEADS
+from ptp_ds.files import brief, is_file, listed, open_tensors, read_json, tensor_shape
+
+
+def adapter_kind(folder: str | Path) -> str:
+    """soft or deep; ValueError for a folder that holds neither."""
+    folder = Path(folder)
+    if not is_file(folder / CONFIG_FILE):
+        raise ValueError(f"Adapter {folder}: no {CONFIG_FILE} there; give a folder written by this project or peft.")
+    config = read_json(folder / CONFIG_FILE, f"Adapter {folder}: {CONFIG_FILE}")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in PROMPT_OF_TYPE:
+        raise ValueError(f"Adapter {folder} is of peft type {brief(kind)}; expected {', '.join(PROMPT_OF_TYPE)}.")
+    return PROMPT_OF_TYPE[kind]
+
+
+def read_adapter(
+    folder: str | Path, width: int | None = None, length: int | None = None, kind: str | None = None
+) -> Tensor:
+    """The prompt [P, H], or [P, D] of a deep one, fp32. width, length, kind: what the run needs, checked if given.
+
+    Reads the header before the data and loads safetensors only. Raises ValueError with what is wrong.
+    """
+    folder = Path(folder)
+    found = adapter_kind(folder)
+    if kind is not None and found != kind:
+        raise ValueError(f"Adapter {folder} holds a {found} prompt; set --prompt {found}.")
+    file, where = folder / WEIGHTS_FILE, f"Adapter {folder}: {WEIGHTS_FILE}"
+    if not is_file(file):
+        raise ValueError(f"Adapter {folder}: no {WEIGHTS_FILE}; adapters in pickle files are not loaded.")
+    with open_tensors(file, where) as handle:
+        names = list(handle.keys())
+        if [name for name in names if not name.startswith(HEAD_PREFIX)] != [PROMPT_KEY]:
+            raise ValueError(f"Adapter {folder} holds {listed(names)}; expected {PROMPT_KEY} alone.")
+        shape = tensor_shape(handle, PROMPT_KEY, where)
+        if len(shape) != 2 or not all(shape):
+            raise ValueError(f"Adapter {folder}: the prompt has shape {brief(shape)}; expected [length, width].")
+        if width is not None and shape[1] != width:
+            raise ValueError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
+        if length is not None and shape[0] != length:
+            raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
+        prompt = handle.get_tensor(PROMPT_KEY).float()
+    if not bool(torch.isfinite(prompt).all()):
+        raise ValueError(f"Adapter {folder}: the prompt holds values that are not finite.")
+    return prompt
+
+
+def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The trained head's tensors beside an adapter's prompt, fp32, by the model's names.
+
+    wanted: names and shapes that the model has. ValueError where the adapter's differ.
+    """
+    where = f"Adapter {folder}: {WEIGHTS_FILE}"
+    with open_tensors(Path(folder) / WEIGHTS_FILE, where) as handle:
+        names = [name for name in handle.keys() if name != PROMPT_KEY]  # noqa: SIM118
+        shapes = {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in names}
+        if shapes != dict(wanted) or len(shapes) < len(names):
+            raise ValueError(
+                f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
+                f"this model and task need {dict(wanted) or 'none'}."
+            )
+        found = {name.removeprefix(HEAD_PREFIX): handle.get_tensor(name).float() for name in names}
+    for name, tensor in found.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"Adapter {folder}: {name} holds values that are not finite.")
+    return found
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card beside an adapter of ours, empty for one of peft's own; ValueError for one that isn't as we write it."""
+    file = Path(folder) / CARD_FILE
+    if not os.path.lexists(file):
+        return {}
+    where = f"Adapter {folder}: {CARD_FILE}"
+    card = read_json(file, where)
+    if not isinstance(card, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(card).__name__}.")
+    for name in ("task", "head", "result"):
+        if not isinstance(card.get(name), dict | None):
+            raise ValueError(f"{where}: {name} is {brief(card[name])}; expected a JSON object.")
+    kind, answers = (card.get("head") or {}).get("kind", HEADS[0]), (card.get("task") or {}).get("answers")
+    if kind not in HEADS:
+        raise ValueError(f"{where}: the head is of kind {brief(kind)}; expected {', '.join(HEADS)}.")
+    if not isinstance(answers, dict | None):
+        raise ValueError(f"{where}: the task's answers are {brief(answers)}; expected a JSON object.")
+    return card

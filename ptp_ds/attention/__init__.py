@@ -1,0 +1,1 @@
+"""How a token sees the tree."""

@@ -1,0 +1,223 @@
+"""Attention over the tree on a GPU: flash kernels over ragged sequences, the parts joined by their log-sum-exps.
+
+A query sees the trunk, the segments above its own, and its own segment up to itself. Each of these is one call of
+torch's variable-length flash kernel (FlashAttention-2, Dao 2023) without padding or masks: all segments against
+themselves, all against their parents, their grandparents, ..., and runs of queries against the trunk. The backward of
+each part is that of ordinary attention with the joined output and log-sum-exp.
+
+Half precision only. Before it is used it is tried against the reference on the device itself (`prove`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptp_ds.attention.plan import TreePlan, plan_tree
+from ptp_ds.packing.row import Block
+from ptp_ds.precision import at_least_fp32
+from ptp_ds.ranks.log import ANY_RANK, get_logger
+
+log = get_logger(__name__)
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_WIDTH = 256  # of a head
+_TRUNK_RUN = 1024  # queries that share a copy of the trunk's keys: the kernel's backward works run by run
+_proven: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of queries against sequences of keys. queries, keys: places in the row, None for all in order.
+
+    cu_q, cu_k: [sequences + 1] int32 sums of their lengths. max_q, max_k: the longest.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+
+
+def _part(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device, *, gathered: bool, causal: bool
+) -> Part:
+    """pairs: for each sequence the places of its queries and of its keys."""
+    sizes = [np.array([len(places) for places in side]) for side in zip(*pairs, strict=True)]
+    cu_q, cu_k = (torch.from_numpy(np.concatenate([[0], np.cumsum(s)]).astype(np.int32)).to(device) for s in sizes)
+    queries, keys = (torch.from_numpy(np.concatenate(side)).to(device) for side in zip(*pairs, strict=True))
+    max_q, max_k = (int(size.max()) for size in sizes)
+    return Part(queries if gathered else None, keys if gathered else None, cu_q, cu_k, max_q, max_k, causal)
+
+
+def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
+    """The row's own parts: segments against themselves, then against each distance of ancestors."""
+    own: list[tuple[np.ndarray, np.ndarray]] = []
+    above: dict[int, dict[tuple[int, int], list[np.ndarray]]] = {}
+    segments: dict[tuple[int, int], np.ndarray] = {}
+    start = 0
+    for number, block in enumerate(blocks):
+        ends = (*block.starts[1:], block.length)
+        for segment, (first, end) in enumerate(zip(block.starts, ends, strict=True)):
+            places = np.arange(start + first, start + end)
+            segments[number, segment] = places
+            own.append((places, places))
+            distance, parent = 1, block.parents[segment]
+            while parent >= 0:
+                above.setdefault(distance, {}).setdefault((number, parent), []).append(places)
+                distance, parent = distance + 1, block.parents[parent]
+        start += block.length
+    parts = [_part(own, device, gathered=False, causal=blocks[0].causal)]
+    for asked in above.values():
+        pairs = [(np.concatenate(queries), segments[key]) for key, queries in asked.items()]
+        parts.append(_part(pairs, device, gathered=True, causal=False))
+    return parts
+
+
+def trunk_part(tokens: int, trunk_keys: int, device: torch.device) -> Part:
+    """All queries in runs, each against a copy of the trunk's keys."""
+    runs = -(-tokens // _TRUNK_RUN)
+    cu_q = torch.arange(runs + 1, dtype=torch.int32) * _TRUNK_RUN
+    cu_q[-1] = tokens
+    cu_k = torch.arange(runs + 1, dtype=torch.int32) * trunk_keys
+    longest = min(tokens, _TRUNK_RUN)
+    return Part(None, None, cu_q.to(device), cu_k.to(device), longest, trunk_keys, causal=False)
+
+
+def flash_forward(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """(output [T, heads, d], log-sum-exp [heads, T] in fp32) of one part's sequences."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q_THD, k_TKD, v_TKD, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, False, scale=scale
+    )
+    return out, lse
+
+
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of one part, given the joined output and log-sum-exp."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, no_dropout, unused,
+        scale=scale,
+    )  # fmt: skip
+
+
+def _of(x: Tensor, places: Tensor | None, axis: int = 0) -> Tensor:
+    return x if places is None else x.index_select(axis, places)
+
+
+class FlashTreeAttention(torch.autograd.Function):
+    """[T, heads, d] queries, [T, key heads, d] keys and values, trunk [P, key heads, d] -> [T, heads, d].
+
+    parts: the trunk's (trunk_part), then the row's own (parts_of); made once a plan.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_trunk, v_trunk, parts, scale):  # type: ignore[override]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        trunk, *parts = parts
+        runs = trunk.cu_q.shape[0] - 1
+        out_trunk, lse = flash_forward(q, k_trunk.repeat(runs, 1, 1), v_trunk.repeat(runs, 1, 1), trunk, scale)
+        found = [(None, out_trunk, lse)]
+        for part in parts:
+            part_out, part_lse = flash_forward(_of(q, part.queries), _of(k, part.keys), _of(v, part.keys), part, scale)
+            found.append((part.queries, part_out, part_lse))
+            if part.queries is None:
+                lse = torch.logaddexp(lse, part_lse)
+            else:
+                joined = torch.logaddexp(_of(lse, part.queries, 1), part_lse)
+                lse = lse.index_copy(1, part.queries, joined)
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        for queries, part_out, part_lse in found:
+            share = (part_lse - _of(lse, queries, 1)).exp().T.unsqueeze(-1)
+            _add(out, queries, part_out * share)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, lse)
+        ctx.parts, ctx.trunk, ctx.scale = parts, trunk, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
+        grad, runs = grad.contiguous(), ctx.trunk.cu_q.shape[0] - 1
+        copies = k_trunk.repeat(runs, 1, 1), v_trunk.repeat(runs, 1, 1)
+        d_q, *to_trunk = flash_backward(grad, q, *copies, out, lse, ctx.trunk, ctx.scale)
+        to_trunk = [x.unflatten(0, (runs, -1)).sum(0, dtype=torch.float32).to(x.dtype) for x in to_trunk]
+        if not any(ctx.needs_input_grad[:3]):
+            return None, None, None, *to_trunk, None, None
+        d_q = d_q.float()
+        d_k, d_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+        for part in ctx.parts:
+            q_p, out_p, grad_p = (_of(x, part.queries) for x in (q, out, grad))
+            lse_p = _of(lse, part.queries, 1).contiguous()
+            found = flash_backward(grad_p, q_p, _of(k, part.keys), _of(v, part.keys), out_p, lse_p, part, ctx.scale)
+            for sums, places, gradient in zip(
+                (d_q, d_k, d_v), (part.queries, part.keys, part.keys), found, strict=True
+            ):
+                _add(sums, places, gradient)
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *to_trunk, None, None
+
+
+def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
+    """sums[places] += more; no place occurs twice."""
+    if places is None:
+        sums += more
+    else:
+        sums.index_add_(0, places, more.to(sums.dtype))
+
+
+def flashes(plan: TreePlan, q_THD: Tensor) -> bool:
+    """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
+    fits = plan.rows_behind_a_trunk and q_THD.shape[-1] <= _MOST_WIDTH
+    return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
+
+
+def flash_attend(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Attention of blocks behind a cached trunk; see ptp_ds.attention.tree.attend_tree."""
+    if plan.parts is None:
+        plan.parts = [trunk_part(q_THD.shape[0], plan.trunk_keys, q_THD.device), *parts_of(plan.blocks, q_THD.device)]
+    return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan.parts, scale)
+
+
+Reference = Callable[[Tensor, Tensor, Tensor, TreePlan, tuple[Tensor, Tensor], float], Tensor]
+
+
+def prove(device: torch.device, dtype: torch.dtype, reference: Reference, tolerance: float = 2e-2) -> None:
+    """Tries the kernels against `reference` on a small tree, once a process; says so where they can't be used."""
+    if (device, dtype) in _proven or device.type != "cuda" or dtype not in _DTYPES:
+        return
+    try:
+        worst = largest_error(device, dtype, reference)
+        reason = f"differ from the reference by {worst:.1e}" if not worst <= tolerance else ""
+    except (RuntimeError, TypeError) as error:
+        reason = f"fail here ({str(error).splitlines()[0]})"
+    _proven[device, dtype] = not reason
+    if reason:
+        log.warning("ptp_ds: torch's flash kernels %s; attention takes the slower reference.", reason, extra=ANY_RANK)
+
+
+def largest_error(device: torch.device, dtype: torch.dtype, reference: Reference) -> float:
+    """Largest relative l2 error of output and gradients: kernels in `dtype` against `reference` in fp32 or better."""
+    blocks = [Block(70, (0, 40, 60), (-1, 0, 0)), Block(1, (0,), (-1,)), Block(9, (0, 2, 5), (-1, 0, 1))]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    shapes = [(80, 4, 64), (80, 2, 64), (80, 2, 64), (33, 2, 64), (33, 2, 64)]
+    given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    weight = torch.randn(shapes[0], generator=generator).to(device)
+    sides = []
+    ways: list[tuple[Reference, Callable[[Tensor], Tensor]]] = [(flash_attend, torch.clone), (reference, at_least_fp32)]
+    for attend, widen in ways:
+        q, k, v, k_trunk, v_trunk = leaves = [widen(x).requires_grad_() for x in given]
+        plan = plan_tree(blocks, 0, 33, device)
+        with torch.enable_grad():
+            out = attend(q, k, v, plan, (k_trunk, v_trunk), 0.125)
+            sides.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*sides, strict=True))

@@ -1,0 +1,105 @@
+"""The tree's attention behind transformers' AttentionInterface: what a call sees, and what it is refused for."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ptp_ds.attention.plan import TreePlan
+from ptp_ds.attention.tree import KeysValues, attend_tree
+
+T = TypeVar("T")
+ATTENTION_NAME = "ptp_tree"
+# Keywords that families hand to their attention function and that change nothing here: dropout is checked to be 0,
+# positions are already in the rotated keys, the rest are outputs or hints for other kernels.
+_INERT_KEYWORDS = frozenset(
+    {"output_attentions", "output_hidden_states", "use_cache", "return_dict", "is_causal", "position_ids",
+     "cache_position", "logits_to_keep", "num_items_in_batch", "deterministic"}
+)  # fmt: skip
+
+
+class KeysReady(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a layer's forward once its keys and values are known; see Call.keys_only."""
+
+
+@dataclass
+class Call:
+    """How one layer attends now: its plan, where trunk keys come from, and what to hand back.
+
+    trunk: keys and values [P, heads, d] of each attention call of the layer, in order, or None where the trunk is in
+    the row. keys: the row's own, computed before, for queries that are fewer than its tokens. keys_only: stop
+    with KeysReady at the first attention call. recorded: filled with every call's keys and values, with their graph.
+    """
+
+    plan: TreePlan
+    trunk: Sequence[KeysValues] | None = None
+    keys: KeysValues | None = None
+    keys_only: bool = False
+    recorded: list[KeysValues] = field(default_factory=list)
+    windows: set[int | None] = field(default_factory=set)
+
+
+_current: ContextVar[Call | None] = ContextVar("ptp_tree_call", default=None)
+local_sizes: ContextVar[set[int] | None] = ContextVar("ptp_local_sizes", default=None)
+
+
+@contextmanager
+def holding(variable: ContextVar[T | None], value: T) -> Iterator[T]:
+    """`variable` is `value` inside."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
+def attending(call: Call) -> AbstractContextManager[Call]:
+    """Every attention call inside follows `call`."""
+    return holding(_current, call)
+
+
+def _tree_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **others: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention signature: q, k, v [1, heads, P + T, d] -> ([1, P + T, heads, d], None)."""
+    call = _current.get()
+    name = type(module).__name__
+    if call is None:
+        raise ValueError(
+            f"{name} was called outside a packed pass; score through ptp_ds.backbone.backbone, not the bare model."
+        )
+    unknown = {word for word, value in others.items() if value is not None and word not in _INERT_KEYWORDS}
+    if unknown:
+        raise ValueError(f"{name} hands attention {sorted(unknown)}, which packed attention doesn't know: refused.")
+    if dropout or attention_mask is not None:
+        raise ValueError(f"{name} asks for dropout {dropout} or a mask of its own; a frozen packed row has neither.")
+    if query.shape[0] != 1:
+        raise ValueError(f"{name} got {query.shape[0]} rows; a packed batch is one row.")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    trunk = call.trunk[len(call.recorded)] if call.trunk is not None else None
+    call.windows.add(sliding_window)
+    call.recorded.append((k, v))
+    if call.keys_only:
+        raise KeysReady
+    if call.keys is not None:
+        k, v = call.keys
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    out = attend_tree(q, k, v, call.plan, trunk, scale=scale, softcap=softcap, window=sliding_window)
+    return out[None], None
+
+
+def _no_mask(*_: object, local_size: int | None = None, **__: object) -> None:
+    """The mask hook: the tree needs no mask; a local window that a family asks for is noted for the start-up check."""
+    seen = local_sizes.get()
+    if seen is not None and local_size is not None:
+        seen.add(int(local_size))
+
+
+AttentionInterface.register(ATTENTION_NAME, _tree_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

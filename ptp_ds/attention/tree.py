@@ -1,0 +1,258 @@
+"""Attention over the packed row's tree: the trunk attends to itself, every block to the trunk and to itself.
+
+On a CPU rows take two parts, to the trunk and to themselves, merged by log-sum-exp (MergedAttention); on a GPU in half
+precision so do the segments of a row (ptp_ds.attention.flash).
+
+The reference serves everything else: soft caps, short windows, the trunk itself, scored positions alone. It gathers
+blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each bucket
+is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are folded
+into the query length, so grouped-query keys are never repeated.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptp_ds.attention.flash import flash_attend, flashes
+from ptp_ds.attention.plan import Piece, Slots, TreePlan
+from ptp_ds.precision import at_least_fp32
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class _Pad(torch.autograd.Function):
+    """[T, D] block tokens to [sum R*length, D] bucket slots; padding repeats a token and sends no gradient back.
+
+    A plain index_select would scatter-add in its backward, row by row; here both directions are gathers.
+    """
+
+    @staticmethod
+    def forward(ctx, x, to_padded, to_packed):  # type: ignore[override]
+        ctx.save_for_backward(to_packed)
+        return x.index_select(0, to_padded)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The way back: [sum R*length, D] to [T, D]; padding slots get a zero gradient, so padding moves no key."""
+
+    @staticmethod
+    def forward(ctx, x, to_packed):  # type: ignore[override]
+        ctx.save_for_backward(to_packed)
+        ctx.slots = x.shape[0]
+        return x.index_select(0, to_packed)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad.new_zeros(ctx.slots, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def merges(plan: TreePlan, q_THD: Tensor) -> bool:
+    """Whether MergedAttention serves this call: on a CPU, every token asking, behind a trunk."""
+    return q_THD.device.type == "cpu" and plan.rows_behind_a_trunk
+
+
+class MergedAttention(torch.autograd.Function):
+    """Rows' attention in two parts, to the trunk and to themselves, joined by their log-sum-exps.
+
+    The trunk's keys and values lie there once for all rows; no row joins or pads keys. Each part's backward is that of
+    ordinary attention with the joined output and log-sum-exp: its probabilities are then the joint ones
+    (FlashAttention, Dao et al. 2022, section 3.1). The trunk's keys and values get gradients summed over all rows.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_trunk, v_trunk, plan, scale):  # type: ignore[override]
+        groups = q.shape[1] // k.shape[1]
+        q = _spread(q, 1)
+        k, v, k_trunk, v_trunk = (_spread(x, groups) for x in (k, v, k_trunk, v_trunk))
+        out_trunk, lse_trunk = _flash(q, k_trunk, v_trunk, 0.0, False, scale=scale)
+        outs, lses = [], []
+        for piece, part in _by_piece(plan, q, k, v):
+            mask = _mask_of(plan, piece, q)
+            out_b, lse_b = _flash(*part, 0.0, mask is None and piece.causal, attn_mask=mask, scale=scale)
+            outs.append(out_b)
+            lses.append(lse_b)
+        own, out = torch.cat(lses, dim=2), out_trunk
+        share = torch.sigmoid(own - lse_trunk).unsqueeze(-1).to(out.dtype)
+        torch._foreach_lerp_(_split(plan, out), outs, _split(plan, share))
+        lse = torch.logaddexp(own, lse_trunk)
+        for asking, seen in plan.pieces()[1]:
+            part_out, part_lse = _flash(q[:, :, asking], k[:, :, seen], v[:, :, seen], 0.0, False, scale=scale)
+            share = torch.sigmoid(part_lse - lse[:, :, asking]).unsqueeze(-1).to(out.dtype)
+            out[:, :, asking].lerp_(part_out, share)
+            lse[:, :, asking] = torch.logaddexp(lse[:, :, asking], part_lse)
+        ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, lse)
+        ctx.plan, ctx.scale, ctx.groups = plan, scale, groups
+        return out[0].transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
+        grad, scale = _spread(grad, 1), ctx.scale
+        d_q, d_k_trunk, d_v_trunk = _flash_backward(grad, q, k_trunk, v_trunk, out, lse, 0.0, False, scale=scale)
+        to_trunk = [_gathered(x, ctx.groups) for x in (d_k_trunk, d_v_trunk)]
+        if not any(ctx.needs_input_grad[:3]):  # the first layer's clean rows move nothing
+            return None, None, None, *to_trunk, None, None
+        parts = []
+        for piece, part in _by_piece(ctx.plan, grad, q, k, v, out, lse):
+            mask = _mask_of(ctx.plan, piece, q)
+            causal = mask is None and piece.causal
+            parts.append(_flash_backward(*part, 0.0, causal, attn_mask=mask, scale=scale))
+        own_q, *columns = zip(*parts, strict=True)
+        torch._foreach_add_(_split(ctx.plan, d_q), own_q)
+        d_k, d_v = (_joined(column) for column in columns)
+        for asking, seen in ctx.plan.pieces()[1]:
+            asked = (x[:, :, asking] for x in (grad, q))
+            found = _flash_backward(
+                *asked, k[:, :, seen], v[:, :, seen], out[:, :, asking], lse[:, :, asking], 0.0, False, scale=scale
+            )
+            for sums, place, more in zip((d_q, d_k, d_v), (asking, seen, seen), found, strict=True):
+                sums[:, :, place] += more
+        own = (_gathered(x, ctx.groups) for x in (d_k, d_v))
+        return _gathered(d_q, 1), *own, *to_trunk, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _spread(x_THD: Tensor, groups: int) -> Tensor:
+    """[T, heads, d] -> [1, heads * groups, T, d], each head `groups` times."""
+    x = x_THD if groups == 1 else x_THD.repeat_interleave(groups, dim=1)
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _gathered(x: Tensor, groups: int) -> Tensor:
+    """The transpose of _spread: [1, heads * groups, T, d] -> [T, heads, d], summed over a head's copies."""
+    x_THD = x[0].transpose(0, 1)
+    return x_THD if groups == 1 else x_THD.unflatten(1, (-1, groups)).sum(2)
+
+
+def _by_piece(plan: TreePlan, *tensors: Tensor) -> Iterator[tuple[Piece, tuple[Tensor, ...]]]:
+    """Each tensor's part [1, heads, length, ...] for one piece of the row after the other."""
+    return zip(plan.pieces()[0], zip(*(_split(plan, x) for x in tensors), strict=True), strict=True)
+
+
+def _split(plan: TreePlan, x: Tensor) -> tuple[Tensor, ...]:
+    return x.split([piece.length for piece in plan.pieces()[0]], dim=2)
+
+
+def _mask_of(plan: TreePlan, piece: Piece, q: Tensor) -> Tensor | None:
+    return None if piece.masked is None else plan.block_mask(piece.masked, q.dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[1, heads, length, d] parts -> [1, heads, T, d], laid out token by token as the flash kernels do."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    logits = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    return torch.softmax(at_least_fp32(logits + mask), dim=-1).to(v.dtype) @ v
+
+
+def _fold(x: Tensor, heads: int) -> Tensor:
+    """[R, Q, heads * g, d] -> [R, heads, g * Q, d]: query heads of one key head lie behind each other."""
+    rows, length, all_heads, width = x.shape
+    return x.view(rows, length, heads, all_heads // heads, width).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, width)
+
+
+def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
+    """The inverse of _fold, with rows and length joined: [R * Q, heads * g, d]."""
+    rows, heads, _, width = x.shape
+    split = x.view(rows, heads, all_heads // heads, length, width).permute(0, 3, 1, 2, 4)
+    return split.reshape(rows * length, all_heads, width)
+
+
+def attend_tree(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of one layer over the packed row: [P + T, heads, d] -> [P + T, heads, d].
+
+    q has heads * g query heads, k and v heads key heads. With `trunk` (cached keys and values [P, heads, d]) the row
+    holds blocks only. window: keys at a distance of `window` positions or more are not seen.
+    """
+    window = None if window is not None and window >= plan.longest_path else window
+    if trunk is not None and softcap is None and window is None:
+        if merges(plan, q_THD):
+            return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
+        if flashes(plan, q_THD):
+            return flash_attend(q_THD, k_TKD, v_TKD, plan, trunk, scale)
+    if softcap is None and window is None and stands_alone(plan, q_THD):
+        return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
+    return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, trunk, scale=scale, softcap=softcap, window=window)
+
+
+def stands_alone(plan: TreePlan, q_THD: Tensor) -> bool:
+    """Whether attend_alone serves this call: on a CPU, no trunk, every token asking, blocks of one segment."""
+    alone = plan.every_token_asks and not plan.trunk_keys and all(len(block.starts) == 1 for block in plan.blocks)
+    return alone and bool(plan.blocks) and q_THD.device.type == "cpu"
+
+
+def attend_alone(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, scale: float) -> Tensor:
+    """Blocks that see nothing but themselves (an encoder's), one after the other: nothing is padded or masked."""
+    groups = q_THD.shape[1] // k_TKD.shape[1]
+    q, k, v = _spread(q_THD, 1), _spread(k_TKD, groups), _spread(v_TKD, groups)
+    parts = _by_piece(plan, q, k, v)
+    outs = [
+        F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=piece.causal, scale=scale)
+        for piece, (q_b, k_b, v_b) in parts
+    ]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def attend_tree_reference(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    scale: float, softcap: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """attend_tree by buckets and masks, keys of the trunk and of the row joined: for every feature and device."""
+    heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.trunk_length
+    groups = all_heads // heads
+    # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
+    (q_trunk, q_rows), (k_own, k_rows), (v_own, v_rows) = (
+        x.split([length, x.shape[0] - length]) for x in (q_THD, k_TKD, v_TKD)
+    )
+    k_trunk, v_trunk = trunk if trunk is not None else (k_own, v_own)
+    k_trunk, v_trunk = k_trunk.transpose(0, 1)[None], v_trunk.transpose(0, 1)[None]
+    parts = []
+    if length:
+        mask = plan.mask(-1, q_THD.dtype, groups, window)
+        out = _attend(_fold(q_trunk[None], heads), k_trunk, v_trunk, mask, scale, softcap)
+        parts.append(_unfold(out, length, all_heads))
+    if not plan.buckets:
+        return parts[0]
+    q = _padded(q_rows, plan.query_slots, [bucket.rows * bucket.queries for bucket in plan.buckets])
+    key_sizes = [bucket.rows * bucket.keys for bucket in plan.buckets]
+    k, v = (_padded(x, plan.key_slots, key_sizes) for x in (k_rows, v_rows))
+    outs = []
+    for number, bucket in enumerate(plan.buckets):
+        rows = bucket.rows
+        q_b = _fold(q[number].view(rows, bucket.queries, all_heads, -1), heads)
+        k_b, v_b = (x[number].view(rows, bucket.keys, heads, -1).transpose(1, 2) for x in (k, v))
+        k_b = torch.cat([k_trunk.expand(rows, -1, -1, -1), k_b], dim=2)
+        v_b = torch.cat([v_trunk.expand(rows, -1, -1, -1), v_b], dim=2)
+        mask = plan.mask(number, q_THD.dtype, groups, window)
+        outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap), bucket.queries, all_heads))
+    padded = torch.cat(outs)
+    packed = _Unpad.apply(padded.view(padded.shape[0], -1), plan.query_slots.to_packed)
+    parts.append(packed.view(-1, all_heads, padded.shape[-1]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, trunk: KeysValues, scale: float) -> Tensor:
+    """attend_tree_reference for blocks behind a cached trunk: what other ways are held against."""
+    return attend_tree_reference(q, k, v, plan, trunk, scale=scale)
+
+
+def _padded(x_THD: Tensor, slots: Slots, sizes: list[int]) -> tuple[Tensor, ...]:
+    """[T, heads, d] -> for each bucket [rows * length, heads * d]."""
+    return _Pad.apply(x_THD.reshape(x_THD.shape[0], -1), slots.to_padded, slots.to_packed).split(sizes)

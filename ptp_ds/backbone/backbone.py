@@ -1,0 +1,328 @@
+"""The frozen model: packed scoring through transformers' public interfaces."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptp_ds.attention.flash import prove
+from ptp_ds.attention.interface import ATTENTION_NAME
+from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.tree import attend_reference
+from ptp_ds.backbone import verbalizers
+from ptp_ds.backbone.activations import Activations
+from ptp_ds.backbone.frozen_linear import replace_products
+from ptp_ds.backbone.frozen_ops import replace_frozen
+from ptp_ds.backbone.heads import Head
+from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, detached, passing
+from ptp_ds.backbone.positions import first_position
+from ptp_ds.backbone.sharding import Shards
+from ptp_ds.kernels import Sources, pack_embed
+from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
+from ptp_ds.packing.row import PackedRow
+from ptp_ds.prompts.deep import split_deep
+
+
+class Backbone(nn.Module):
+    """A transformers model that is never trained, never in train mode, and sees packed rows only.
+
+    model: a *ForCausalLM, *ForMaskedLM or *ForSequenceClassification, as `head` says, whose attention goes through
+    AttentionInterface and whose forward takes inputs_embeds and position_ids. Its files are neither copied nor patched:
+    each layer object's forward follows backbone.layerwise, everything else is the family's own. Functions that take
+    `values` want all that is trained: the prompt's rows, then those of a trained head (ptp_ds.backbone.heads).
+    """
+
+    model: Any  # a transformers model; its methods are found at run time
+    packs = True  # whether rows share one pass through layers of ours
+
+    def __init__(
+        self, model: Any, activations: Activations | None = None, prompt: str = "soft", head: Head | None = None,
+        rows: Rows | None = None, kernels: str = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.kernels = kernels  # which implementation of ptp_ds.kernels runs
+        self.prompt = prompt  # "soft": the prompt is token embeddings [P, H]; "deep": every layer's keys and values
+        self.head = head or Head()
+        self.rows: Rows = rows or TreeRows(prompt)
+        self.first_position = first_position(model)
+        self.model = model.eval().requires_grad_(False)
+        self.activations = activations or Activations()
+        self.takes_attention, self._own_attention = True, model.config._attn_implementation
+        try:
+            model.set_attn_implementation(ATTENTION_NAME)
+        except (ValueError, ImportError, AttributeError):
+            self.takes_attention = False
+        layers = decoder_layers(model)
+        self.shards = Shards(layers, model)
+        with self.shards.layer(0):
+            replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
+        replace_products(model.modules(), kernels, self.shards.sharded)
+        self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
+        self.output = verbalizers.follow(model)
+        self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.backbone.check)
+
+    def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
+        """From now on: prompts of this kind and length, rows of this form."""
+        self.prompt, self.rows = prompt, rows
+
+    def release(self) -> None:
+        """Gives the model its own layers and attention back."""
+        self.stack.release()
+        if self.output is not None:
+            verbalizers.leave(self.output)
+        if self.takes_attention:
+            self.model.set_attn_implementation(self._own_attention)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a frozen model has no dropout, so both streams of a row see the same function."""
+        return super().train(False)
+
+    @property
+    def width(self) -> int:
+        """H: length of a token embedding."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """V: rows of the token embedding."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    def embed_ids(self, token_ids: Sequence[int]) -> Tensor:
+        """[n, H] fp32 frozen embeddings of token ids on the host, on the backbone's device."""
+        return self.embed(torch.tensor(token_ids, device=self.device)).float()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, H] frozen token embeddings, no gradient."""
+        with torch.no_grad(), self.shards.edges():
+            return self.model.get_input_embeddings()(token_ids)
+
+    def inputs(
+        self, row: PackedRow, values: Tensor, trunk_ids: Tensor | None = None, *, clean: bool = True,
+        delta_TH: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[N, H] embeddings of the trunk (Trunk.ids), of the clean row and of the row that delta moves: what is asked.
+
+        With the soft prompt, and its graph, where it stands in the trunk or in the blocks; and delta's, if it has one.
+        """
+        parts = [trunk_ids] if trunk_ids is not None else []
+        ids_N = torch.cat(parts + [row.input_ids] * (clean + (delta_TH is not None)))
+        delta_of = None
+        if delta_TH is not None:
+            own = row.moves_with if row.moves_with is not None else torch.arange(row.num_tokens, device=ids_N.device)
+            delta_of = torch.cat([own.new_full((ids_N.shape[0] - row.num_tokens,), -1), own])
+        has_prompt = trunk_ids is not None or (row.slots is not None and row.slots.shape[0] > 0)
+        return self.pack(ids_N, values if has_prompt else None, delta_TH, delta_of)
+
+    def pack(
+        self, ids_N: Tensor, values: Tensor | None, delta_SH: Tensor | None = None, delta_of: Tensor | None = None
+    ) -> Tensor:
+        """[N, H] tokens' embeddings, the prompt's row p for an id of -p - 1; see ptp_ds.kernels.pack_embed."""
+        embedding = self.model.get_input_embeddings()
+        with self.shards.edges():
+            if type(embedding) is nn.Embedding and embedding.max_norm is None:
+                table = embedding.weight
+            else:  # a family that scales its embeddings
+                with torch.no_grad():
+                    table = embedding(ids_N.clamp_min(0))
+                ids_N = torch.where(ids_N < 0, ids_N, torch.arange(ids_N.shape[0], device=ids_N.device))
+            prompt = table[:0] if values is None else self.head.split(values)[0]
+            return pack_embed(table, prompt, Sources(ids_N, delta_of), delta_SH, impl=self.kernels)
+
+    def narrow(self, row: PackedRow) -> PackedRow:
+        """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
+        return row.narrowed() if self.narrows and row.verbalizers is not None else row
+
+    def chunks(self, row: PackedRow, trunk_keys: int, max_rows: int | None = None) -> list[Chunk]:
+        """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
+        cuts, tokens = [0], 0
+        for number, block in enumerate(row.blocks):
+            full = max_rows is not None and number - cuts[-1] >= max_rows
+            if number > cuts[-1] and (full or tokens + block.length > self.activations.chunk_tokens):
+                cuts.append(number)
+                tokens = 0
+            tokens += block.length
+        return [
+            _chunk(row, first, last, trunk_keys) for first, last in zip(cuts, [*cuts[1:], len(row.blocks)], strict=True)
+        ]
+
+    def run(
+        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order.
+
+        columns [n]: the tokens whose logits are wanted, for [N, n].
+        """
+        prove(inputs_TH.device, inputs_TH.dtype, attend_reference)
+        layer_pass.leaves = self.head.leaves
+        arguments: dict[str, Any] = {
+            "inputs_embeds": inputs_TH[None],
+            "position_ids": positions_T[None] + self.first_position,
+        }
+        if self.head.kind == "causal":
+            arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored()}
+        with passing(layer_pass), verbalizers.only(columns), self.shards.edges():
+            out = self.call_model(values, **arguments)
+        return out.logits if self.head.kind == "classes" else out.logits[0]
+
+    def call_model(self, values: Tensor | None, **arguments: Any) -> Any:
+        """The model's own forward, with the trained head's tensors in the place of its own."""
+        if not self.head.trained:
+            return self.model(**arguments)
+        if values is None:
+            raise ValueError("A model with a trained head needs the trained values in every pass.")
+        tensors = {name: tensor.to(self.dtype) for name, tensor in self.head.split(values)[1].items()}
+        return torch.func.functional_call(self.model, tensors, kwargs=arguments)
+
+    def score(
+        self,
+        row: PackedRow,
+        embeds_TH: Tensor,
+        values: Tensor | None = None,
+        trunk: TrunkCache | None = None,
+        max_rows: int | None = None,
+        watch: Callable[[LayerPass], None] | None = None,
+        narrow: bool = False,
+    ) -> Tensor:
+        """Candidate log-probabilities [S, B, C] of a packed row in one pass; embeds_TH: see `inputs`.
+
+        trunk: a cache of it, to attend to it without computing it again. max_rows: blocks that a layer handles in one
+        go. watch: is handed the pass afterwards. narrow: whether scores may be logits that aren't normalised.
+        """
+        row = self.narrow(row) if narrow else row
+        if values is None and trunk is None:
+            raise ValueError("score needs the trained values, a cached trunk, or both.")
+        graph = torch.is_grad_enabled()
+        source = Trunk(_trunk_length(trunk or {}))
+        if trunk is None and values is not None:
+            source = self.trunk(values, row.trunk_ids)
+        length = source.length
+        sections = [Section(chunk, graph, to_trunk=trunk is None) for chunk in self.chunks(row, length, max_rows)]
+        inputs, positions = embeds_TH, row.position_ids + length
+        if source.ids is not None:
+            sections.insert(0, Section(trunk_chunk(length, embeds_TH.device), graph))
+            inputs = torch.cat([self.pack(source.ids, values), embeds_TH])
+            positions = torch.cat([torch.arange(length, device=positions.device), positions])
+        recompute = graph and self.activations.recompute(inputs.shape[0])
+        layer_pass = LayerPass(sections, {} if trunk is None else trunk, recompute, given=source.values)
+        scores = row.scores(self.run(layer_pass, inputs, positions, values, row.columns))
+        if watch is not None:
+            watch(layer_pass)
+        return scores
+
+    def trunk(self, values: Tensor, trunk_ids: Tensor | None = None) -> "Trunk":
+        """What all rows stand on: a soft prompt and embeddings of `trunk_ids` [I], or a deep prompt's keys and values.
+
+        Nothing where the soft prompt stands in every block. Raises ValueError for trunk_ids behind a deep prompt:
+        tokens behind it belong to the rows.
+        """
+        prompt = self.head.split(values)[0]
+        tokens = trunk_ids if trunk_ids is not None else torch.empty(0, dtype=torch.int64, device=prompt.device)
+        if self.prompt == "deep":
+            if len(tokens):
+                raise ValueError("A deep prompt's trunk holds no tokens; pack the rows with shared=0.")
+            return Trunk(prompt.shape[0], values=split_deep(prompt.to(self.dtype), self.model.config))
+        if isinstance(self.rows, SeparateRows):
+            return Trunk(0)
+        ids = torch.cat([-1 - torch.arange(prompt.shape[0], device=tokens.device), tokens])
+        return Trunk(ids.shape[0], ids=ids)
+
+    def trunk_length(self, values: Tensor, row: PackedRow) -> int:
+        """Tokens that all rows stand on."""
+        if isinstance(self.rows, SeparateRows) and self.prompt == "soft":
+            return 0
+        return values.shape[0] - self.head.rows(values.shape[1]) + row.trunk_ids.shape[0]
+
+    def cache_trunk(self, values: Tensor, trunk_ids: Tensor | None = None) -> TrunkCache:
+        """Keys and values of the trunk for every layer, detached: computed once, used by any number of rows.
+
+        trunk_ids: those of the rows (PackedRow.trunk_ids). Empty where there is no trunk.
+        """
+        trunk = self.trunk(values, trunk_ids)
+        if trunk.ids is None:
+            return trunk.detached().values or {}
+        return self.keys_of(self.pack(trunk.ids, values), values)
+
+    def keys_of(self, inputs_IH: Tensor, values: Tensor) -> TrunkCache:
+        """Every layer's keys and values of `inputs_IH` as the only row, detached."""
+        length, device = inputs_IH.shape[0], inputs_IH.device
+        layer_pass = LayerPass([Section(trunk_chunk(length, device), graph=False)], {})
+        with torch.no_grad():
+            self.run(layer_pass, inputs_IH.to(self.dtype), torch.arange(length, device=device), values)
+        return layer_pass.trunk
+
+    def mean_embedding_norm(self, chunk: int = 16384) -> float:
+        """Mean l2 norm over the vocabulary's embeddings: the unit of sigma and epsilon."""
+        count = self.vocabulary
+        total = 0.0
+        with self.shards.edges():
+            for start in range(0, count, chunk):
+                ids = torch.arange(start, min(start + chunk, count), device=self.device)
+                total += self.embed(ids).float().norm(dim=-1).sum().item()
+        return total / count
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """length: its tokens. ids [length]: tokens that pass through the layers, the prompt's row p as -p - 1; or values:
+    keys and values of every layer, with their graph; neither where they are cached."""
+
+    length: int
+    ids: Tensor | None = None
+    values: TrunkCache | None = None
+
+    def detached(self) -> "Trunk":
+        """The same without its graph."""
+        if self.values is None:
+            return self
+        return Trunk(self.length, self.ids, {layer: detached(pairs) for layer, pairs in self.values.items()})
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated layers: the members of its longest ModuleList."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def trunk_chunk(length: int, device: torch.device) -> Chunk:
+    """The prompt's tokens and those behind it: scored nowhere, attended to by every row."""
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return Chunk(length, plan_tree((), length, length, device), None, nowhere, is_trunk=True)
+
+
+def _chunk(row: PackedRow, first: int, last: int, trunk_keys: int) -> Chunk:
+    """Blocks `first` to `last` of the row, with a plan of their own."""
+    blocks, scored = row.blocks[first:last], row.scored[first:last]
+    device = row.token_ids.device
+    starts, places = 0, []
+    for block, asked in zip(blocks, scored, strict=True):
+        places.append(starts + asked)
+        starts += block.length
+    plan = plan_tree(blocks, 0, trunk_keys, device)
+    last_plan = plan_tree(blocks, 0, trunk_keys, device, scored)
+    places_N = torch.from_numpy(np.concatenate(places)).to(device)
+    return Chunk(starts, plan, last_plan, places_N, targets=row.targets[first:last])
+
+
+def _trunk_length(trunk: TrunkCache) -> int:
+    return next(iter(trunk.values()))[0][0].shape[0] if trunk else 0
+
+
+def refusal(model: Any, reason: str) -> str:
+    """The sentence that refuses a family by name."""
+    family = getattr(model.config, "model_type", type(model).__name__)
+    return (
+        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use one that goes through "
+        "transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, bert, ...)"
+    )

@@ -1,0 +1,47 @@
+"""How many tokens a row may have, and the position id that its first one gets."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptp_ds.backbone.heads import HeadPlan, auto_class
+
+_LONG_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the whole row
+
+
+def first_position(model: nn.Module) -> int:
+    """The position id of a row's first token: roberta's family begins behind its padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def max_row_length(config: Any) -> int:
+    """Tokens of the longest row (prompt included) on which packed and plain passes agree, from the config alone."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    rope = getattr(text, "rope_parameters", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") in _LONG_ROPE:
+        limits.append(rope.get("original_max_position_embeddings"))
+    limits.append(getattr(text, "attention_chunk_size", None))  # chunked attention is plain attention below a chunk
+    known = [int(limit) for limit in limits if limit]
+    return min(known) if known else 1 << 30
+
+
+def row_room(max_length: int | None, prompt_length: int, config: Any, plan: HeadPlan | None = None) -> int:
+    """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
+    limit = max_row_length(config)
+    if plan is not None and plan.kind != "causal":
+        with torch.device("meta"):
+            limit -= first_position(auto_class(config, plan.kind, "").from_config(config))
+    if max_length is not None and not prompt_length < max_length <= limit:
+        raise ValueError(
+            f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's "
+            f"context of {limit}."
+        )
+    room = min(limit, max_length or limit) - prompt_length
+    if room < 1:
+        raise ValueError(f"--prompt_length {prompt_length} leaves no room in the backbone's context of {limit} tokens.")
+    return room

@@ -1,0 +1,125 @@
+"""Shapes of a model's parameters from its configuration alone: built on the meta device, no weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_ds.backbone.backbone import decoder_layers
+from ptp_ds.backbone.heads import auto_class, head_kind
+from ptp_ds.prompts.deep import deep_shape
+
+Shape = tuple[int, ...]
+
+# Public dimensions of well-known models, for a plan where no config.json is at hand.
+NAMED: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "llama-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                 "num_attention_heads": 32, "num_key_value_heads": 8},
+    "llama-70b": {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                  "num_attention_heads": 64, "num_key_value_heads": 8},
+    "llama-405b": {"vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+                   "num_attention_heads": 128, "num_key_value_heads": 8},
+    "mistral-7b": {"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """layers: shapes of each layer module's parameters; edges: of embeddings, final norm and head, a tied one once.
+
+    count: layers of a pass, more than modules where modules are used again (albert). width: H; inner: I, the
+    feed-forward's; queries, keys: numbers of a token's queries and keys; heads: query heads. gated: whether the
+    feed-forward has a gate; rms: whether norms are RMS norms.
+    """
+
+    layers: tuple[tuple[Shape, ...], ...]
+    edges: tuple[Shape, ...]
+    count: int
+    width: int
+    inner: int
+    heads: int
+    queries: int
+    keys: int
+    vocabulary: int
+    gated: bool
+    rms: bool
+
+    @property
+    def layer_elements(self) -> int:
+        """Elements of all layers."""
+        return sum(elements(layer) for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the whole model."""
+        return self.layer_elements + elements(self.edges)
+
+    @property
+    def parameters(self) -> list[Shape]:
+        """Every parameter's shape."""
+        return [shape for layer in self.layers for shape in layer] + list(self.edges)
+
+    @property
+    def matrix_elements(self) -> int:
+        """N: elements of the layers' weight matrices that a token passes through, a layer used twice counted twice."""
+        matrices = sum(math.prod(shape) for layer in self.layers for shape in layer if len(shape) == 2)
+        return matrices * self.count // len(self.layers)
+
+
+def elements(shapes: Sequence[Shape]) -> int:
+    """Elements of tensors of these shapes, together."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def shape_of(config: Any, head: str = "auto") -> ModelShape:
+    """The shapes of the model that a configuration describes, with the head of a run's --head.
+
+    Raises ValueError for a family without repeated layers, or without that head.
+    """
+    from transformers.initialization import no_init_weights
+
+    kind = head_kind(config, head)
+    auto = auto_class(config, kind, config.model_type)
+    with torch.device("meta"), no_init_weights():
+        model = auto.from_config(config)
+    model.tie_weights()
+    modules = decoder_layers(model)
+    if not modules:
+        raise ValueError(f"Model family {config.model_type!r} has no repeated layers to plan for.")
+    layers = tuple(tuple(tuple(p.shape) for p in layer.parameters()) for layer in modules)
+    in_layers = {id(parameter) for layer in modules for parameter in layer.parameters()}
+    edges = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in in_layers)
+    text, names = config.get_text_config(), {name.split(".")[-2] for name, _ in modules[0].named_parameters()}
+    count, key_heads, head_width = deep_shape(config)
+    width = text.hidden_size
+    widest = max((max(shape) for shape in layers[0] if len(shape) == 2 and width in shape), default=4 * width)
+    inner = int(getattr(text, "intermediate_size", 0) or widest)
+    return ModelShape(
+        layers=layers, edges=edges, count=count, width=width, inner=inner,
+        heads=text.num_attention_heads, queries=text.num_attention_heads * head_width, keys=key_heads * head_width,
+        vocabulary=text.vocab_size, gated="gate_proj" in names or "Wi" in names,
+        rms=any("RMSNorm" in type(module).__name__ for module in modules[0].modules()),
+    )  # fmt: skip
+
+
+def config_of(model: str) -> Any:
+    """transformers' configuration of one of NAMED, of a folder, or of a hub id; ValueError where there is none."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if model in NAMED:
+        return LlamaConfig(**{"tie_word_embeddings": False, **NAMED[model]}, pad_token_id=None)
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+    where = "config.json in it describes no model" if Path(model).is_dir() else "neither a folder nor a known hub id"
+    raise ValueError(
+        f"--model {model}: {where} ({first}); give a folder with config.json, a hub id that this machine can reach, or "
+        f"one of {', '.join(NAMED)}."
+    )

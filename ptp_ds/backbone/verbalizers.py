@@ -1,0 +1,50 @@
+"""The head's product with the rows of the verbalizers alone, in place of the whole vocabulary's.
+
+Where all candidates are single tokens, a softmax over them needs nothing else: [N, n] logits instead of [N, V]. The
+model's own output embeddings do it, so that whatever a family does behind them (scales, soft caps) stays as it is.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptp_ds.attention.interface import holding
+from ptp_ds.precision import at_least_fp32
+
+_columns: ContextVar[Tensor | None] = ContextVar("ptp_verbalizers", default=None)
+
+
+def only(columns_n: Tensor | None) -> AbstractContextManager[Tensor | None]:
+    """Inside, heads that `follow` give the logits of these tokens, in this order; all of them for None."""
+    return holding(_columns, columns_n)
+
+
+def follow(model: Any) -> nn.Module | None:
+    """Makes the model's output embeddings heed `only`; None where they are no plain linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear:
+        return None
+    head.forward = partial(_forward, head, head.forward)  # type: ignore[method-assign]
+    return head
+
+
+def leave(head: Any) -> None:
+    """Gives a head that `follow` has changed its forward of before back."""
+    _, before = head.forward.args
+    del head.forward
+    if before != head.forward:  # not the class' own (ptp_ds.backbone.frozen_linear)
+        head.forward = before
+
+
+def _forward(head: nn.Linear, whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The product in fp32 or better: a few columns cost nothing, and losses are in it anyway."""
+    columns = _columns.get()
+    if columns is None:
+        return whole(x)
+    bias = at_least_fp32(head.bias.index_select(0, columns)) if head.bias is not None else None
+    return F.linear(at_least_fp32(x), at_least_fp32(head.weight.index_select(0, columns)), bias)

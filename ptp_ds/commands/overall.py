@@ -1,0 +1,169 @@
+"""scripts/overall.py: SuperGLUE's overall score of several runs, a table for each model, perturbation and prompt.
+
+A task's score is the mean of its metrics, averaged over seeds; the overall score is the mean over the eight tasks'
+scores. The diagnostics AX-b and AX-g are shown and not counted, as on SuperGLUE's leaderboard. Everything is a fraction
+of 1.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.commands.exits import run_command
+from ptp_ds.config.flags import StrictParser
+from ptp_ds.files import is_file, read_json, require_writable, write_json
+
+TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
+_LONGEST = 200  # characters of a name in a table
+DIAGNOSTICS = ("AX-b", "AX-g")
+_TEXTS = ("task", "model", "perturbation", "prompt", "eval_split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one run's result.json says."""
+
+    folder: str
+    task: str
+    model: str
+    perturbation: str
+    prompt: str
+    eval_split: str
+    seed: int
+    metrics: Mapping[str, float]
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """What the runs of one table share."""
+        return self.model, self.perturbation, self.prompt
+
+    @property
+    def score(self) -> float:
+        """Mean of the metrics."""
+        return statistics.fmean(self.metrics.values())
+
+
+def read_result(folder: str) -> Result:
+    """The folder's result.json. Raises ValueError where there is none or it lacks what a table needs."""
+    file = Path(folder) / "result.json"
+    if not is_file(file):
+        raise ValueError(f"{folder} holds no result.json; give the folders of runs that have ended.")
+    read = read_json(file, str(file))
+    found: dict[str, Any] = read if isinstance(read, dict) else {}
+    texts = {name: found[name] for name in _TEXTS if _is_short(found.get(name))}
+    metrics: Any = found.get("metrics")
+    seed: Any = found.get("seed")
+    lacking = [name for name in _TEXTS if name not in texts]
+    lacking += [] if isinstance(seed, int) and not isinstance(seed, bool) else ["seed"]
+    lacking += [] if _are_numbers(metrics) else ["metrics"]
+    if lacking:
+        raise ValueError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
+    return Result(folder=folder, seed=seed, metrics=metrics, **texts)
+
+
+def _is_short(text: Any) -> bool:
+    return isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST
+
+
+def _are_numbers(metrics: Any) -> bool:
+    if not isinstance(metrics, dict) or not metrics:
+        return False
+    return all(isinstance(value, int | float) and -1 <= value <= 1 for value in metrics.values())  # fractions of 1
+
+
+def group_results(results: Iterable[Result]) -> list[dict[str, list[Result]]]:
+    """A table's runs by task, for each model, perturbation and prompt, in the order given.
+
+    Raises ValueError where two runs of a task share their seed, or differ in their split or metrics.
+    """
+    tables: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    for result in results:
+        runs = tables.setdefault(result.setting, {}).setdefault(result.task, [])
+        for other in runs:
+            _check_alike(other, result)
+        runs.append(result)
+    return list(tables.values())
+
+
+def _check_alike(one: Result, other: Result) -> None:
+    both = f"{one.folder} and {other.folder} both hold {one.task} ({', '.join(one.setting)})"
+    if one.seed == other.seed:
+        raise ValueError(f"{both} with seed {one.seed}; give each seed once.")
+    if one.eval_split != other.eval_split:
+        raise ValueError(
+            f"{both} but on splits {one.eval_split!r} and {other.eval_split!r}; give runs on the same split."
+        )
+    if one.metrics.keys() != other.metrics.keys():
+        raise ValueError(f"{both} but with different metrics; give runs of the same task template.")
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """mean, and std over seeds: the sample standard deviation (n - 1), None for one seed."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def table_of(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """One table as plain data. overall: the mean over those of the eight tasks that are there, None for none."""
+    known = (*TASKS, *DIAGNOSTICS)
+    ordered = sorted(runs, key=lambda task: known.index(task) if task in known else len(known))
+    tasks: dict[str, Any] = {}
+    for task in ordered:
+        results = sorted(runs[task], key=lambda result: result.seed)
+        tasks[task] = {
+            "seeds": [result.seed for result in results],
+            "score": spread([result.score for result in results]),
+            "metrics": {name: spread([result.metrics[name] for result in results]) for name in results[0].metrics},
+        }
+    present = [task for task in TASKS if task in tasks]
+    overall = statistics.fmean(tasks[task]["score"]["mean"] for task in present) if present else None
+    first = next(iter(runs.values()))[0]
+    return {
+        "model": first.model, "perturbation": first.perturbation, "prompt": first.prompt, "tasks": tasks,
+        "overall": overall, "missing": [task for task in TASKS if task not in tasks],
+    }  # fmt: skip
+
+
+def _shown(values: Mapping[str, float | None]) -> str:
+    deviation = values["std"]
+    return f"{values['mean']:.4f}" + ("" if deviation is None else f" +- {deviation:.4f}")
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """The table as lines to read: a task a line, the overall score in the last."""
+    lines = [f"{table['model']} | {table['perturbation']} | {table['prompt']}"]
+    width = max(len(task) for task in table["tasks"])
+    for task, found in table["tasks"].items():
+        count = len(found["seeds"])
+        line = f"  {task:{width}}  {count} seed{'s' if count > 1 else ' '}  score {_shown(found['score']):17}"
+        line += "".join(f"  {name} {_shown(values)}" for name, values in found["metrics"].items())
+        lines.append(line + ("" if task in TASKS else "  (not in the mean)"))
+    missing = table["missing"]
+    if table["overall"] is None:
+        lines.append("  no overall score: none of SuperGLUE's eight tasks is here")
+    elif missing:
+        there = len(TASKS) - len(missing)
+        lines.append(f"  partial mean of {there} of 8 tasks: {table['overall']:.4f}  (missing: {', '.join(missing)})")
+    else:
+        lines.append(f"  SuperGLUE score: {table['overall']:.4f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence."""
+    return run_command(lambda: _overall(sys.argv[1:] if argv is None else argv, description))
+
+
+def _overall(argv: Sequence[str], description: str) -> None:
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders with result.json, in any order")
+    parser.add_argument("--json", help="write the tables to this file as well")
+    args = parser.parse_args(argv)
+    file = require_writable("--json", args.json) if args.json else None
+    tables = [table_of(runs) for runs in group_results(map(read_result, args.runs))]
+    print("\n\n".join(map(table_text, tables)))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, tables)

@@ -1,0 +1,67 @@
+"""scripts/plan.py: the plans of all ds_configs for a model, a cluster and a run's flags, as a table or JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptp_ds.commands.exits import run_command
+from ptp_ds.config.flags import StrictParser, parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import write_json
+from ptp_ds.planning.plan import Cluster
+from ptp_ds.planning.report import report
+from ptp_ds.ranks.distributed import prepare_environment
+
+_GB, _GIB = 1e9, 2.0**30
+# flag -> (default, unit, help); rates are what is reached, not what is printed on the box
+_CLUSTER: dict[str, tuple[float | None, str, str]] = {
+    "hosts": (None, "", "hosts"), "gpus": (None, "", "GPUs of a host, a rank each"),
+    "gpu_memory": (None, "GiB", "memory of a GPU"),
+    "usable": (0.9, "", "share of it that tensors may fill; the rest is the CUDA context's and fragmentation's"),
+    "interconnect": (50.0, "GB/s", "into a host from the others"),
+    "local_interconnect": (200.0, "GB/s", "into a GPU from its own host's"),
+    "tflops": (400.0, "TFLOP/s", "of a GPU's matrix products, reached"),
+    "memory_bandwidth": (2500.0, "GB/s", "of a GPU's memory"),
+    "host_link": (25.0, "GB/s", "from a host's memory to a GPU"), "disk": (5.0, "GB/s", "read by a host's NVMe disk"),
+}  # fmt: skip
+
+
+def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, RunConfig, set[str], str | None]:
+    """(cluster, run, the run's flags that were given, --json's file). Raises ValueError."""
+    parser = StrictParser(
+        description=description, allow_abbrev=False, epilog="All flags of scripts/train.py are read as well."
+    )
+    for name, (default, unit, text) in _CLUSTER.items():
+        shown = f"{text}{f', {unit}' if unit else ''}" + ("" if default is None else f" (default: {default:g})")
+        kind = int if name in ("hosts", "gpus") else float
+        parser.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=shown)
+    parser.add_argument("--json", help="write the plans to this file")
+    values, rest = parser.parse_known_args(argv)
+    for name in _CLUSTER:
+        if not getattr(values, name) > 0:
+            raise ValueError(f"--{name} is {getattr(values, name)}; expected a number above 0.")
+    if values.usable > 1:
+        raise ValueError(f"--usable is {values.usable}; expected a share of at most 1.")
+    run, explicit = parse_run(rest)
+    cluster = Cluster(
+        hosts=values.hosts, gpus=values.gpus, gpu_memory=values.gpu_memory * _GIB * values.usable,
+        interconnect=values.interconnect * _GB, local=values.local_interconnect * _GB,
+        memory=values.memory_bandwidth * _GB, link=values.host_link * _GB, disk=values.disk * _GB,
+        operations=values.tflops * 1e12,
+    )  # fmt: skip
+    return cluster, run, explicit, values.json
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """scripts/plan.py: the exit code; user errors are one sentence."""
+    prepare_environment()
+    return run_command(lambda: _plan(sys.argv[1:] if argv is None else argv, description))
+
+
+def _plan(argv: Sequence[str], description: str) -> None:
+    cluster, run, explicit, file = parse_plan(argv, description)
+    text, data = report(cluster, run, explicit)
+    print(text)
+    if file is not None:
+        write_json(Path(file), json.loads(json.dumps(data)))

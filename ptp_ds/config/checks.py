@@ -1,0 +1,78 @@
+"""Whether a RunConfig holds together: ranges, contradictions, and flags that nothing reads."""
+
+import math
+from typing import Any
+
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.perturb import PERTURBATIONS
+
+
+def require_valid(run: RunConfig) -> None:
+    """Raises ValueError for the first field that is out of range or contradicts another."""
+    _ = run.chosen
+    for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
+                 "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
+        _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
+    for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed"):
+        _require(getattr(run, name) >= 0, name, getattr(run, name), "a whole number of 0 or more")
+    for name in ("mask_share", "a2t_share"):
+        _require(0 <= getattr(run, name) <= 1, name, getattr(run, name), "a share between 0 and 1")
+    _require(0 <= run.a2t_min_cosine < 1, "a2t_min_cosine", run.a2t_min_cosine, "a cosine from 0 up to below 1")
+    for name in ("reg_weight", "sigma", "epsilon", "weight_decay", "max_grad_norm", "stall_timeout"):
+        _require(0 <= getattr(run, name) < math.inf, name, getattr(run, name), "a finite number of 0 or more")
+    _require(0 < run.lr < math.inf, "lr", run.lr, "a finite number above 0")
+    _require(run.alpha is None or 0 < run.alpha < math.inf, "alpha", run.alpha, "a finite number above 0")
+    _require(0 < run.holdout < 1, "holdout", run.holdout, "a share between 0 and 1")
+    _require(run.max_length is None or run.max_length > run.prompt_length, "max_length", run.max_length,
+             f"more than the prompt's {run.prompt_length} tokens")  # fmt: skip
+    _require(run.tokens_per_step is None or run.tokens_per_step >= 1, "tokens_per_step", run.tokens_per_step,
+             "a whole number of 1 or more")  # fmt: skip
+    _require(run.prompt_mlp is None or run.prompt_mlp >= 1, "prompt_mlp", run.prompt_mlp,
+             "a whole number of 1 or more")  # fmt: skip
+    if run.data_dir is not None and run.dataset is not None:
+        raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+    if run.eval_split == run.train_split:
+        raise ValueError(f"--eval_split and --train_split are both {run.eval_split!r}; report another split.")
+    if run.select_split is not None and run.select_split == run.eval_split:
+        raise ValueError(
+            f"--select_split and --eval_split are both {run.eval_split!r}: the best prompt must not be chosen "
+            "on the split that is reported; leave --select_split out to hold rows out of the training split."
+        )
+    for kind, needed in (("text", "init_text"), ("adapter", "init_adapter")):
+        given = getattr(run, needed) is not None
+        if (run.prompt_init == kind) != given:
+            raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+    how = run.chosen.how
+    if run.target != "input" and (run.prompt != "soft" or (how is not None and how.in_text)):
+        raise ValueError(
+            f"--target {run.target} is for soft prompts and deltas in embedding space; leave it out with --prompt "
+            f"{run.prompt} --perturbation {run.perturbation}."
+        )
+    if run.resume == "auto" and run.output_dir is None:
+        raise ValueError("--resume auto needs the --output_dir of the run that it continues.")
+
+
+def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
+    """Flags that were given but that the chosen perturbation does not read."""
+    how = run.chosen.how
+    unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
+    unread -= {*how.sizes, *how.reads} if how is not None else set()
+    if not {"sigma", "epsilon"} & set(how.sizes if how is not None else ()):
+        unread |= {"units", "target"}
+    if how is None:
+        unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
+    if run.tokens_per_step is not None:
+        unread.add("batch_size")
+    return sorted(unread & explicit)
+
+
+def unsuited(run: RunConfig, explicit: set[str]) -> list[str]:
+    """A sentence for each default that doesn't suit what was given."""
+    if run.prompt_mlp is None or "lr" in explicit:
+        return []
+    return [f"--prompt_mlp trains more than a prompt: --lr {run.lr}, the default, is likely too high, try 0.001"]
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} is {value}; expected {expected}.")

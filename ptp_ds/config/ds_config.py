@@ -1,0 +1,184 @@
+"""DeepSpeed's JSON: read, checked against the flags, and every "auto" replaced by a value that is shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.backbone.shapes import ModelShape
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
+from ptp_ds.files import brief, is_file, nearest, read_json
+from ptp_ds.precision import enabled, resolve_precision
+
+# Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
+_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16", "fp16", "zero_optimization", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger",
+    "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "data_types",
+    "torch_autocast", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "log_level", "checkpoint",
+)  # fmt: skip
+_HOLDS = {  # what a key holds where it isn't an object
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                     "gradient_clipping", "steps_per_print", "gradient_predivide_factor"), "a number"),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients",
+                     "disable_allgather", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+                    "true or false"),
+    **dict.fromkeys(("communication_data_type", "log_level"), "text"),
+}  # fmt: skip
+_TYPES = {"a number": int | float, "true or false": bool, "text": str, "an object": dict}
+_OWNED = {
+    "optimizer": "the optimizer is AdamW over the prompt; use --lr and --weight_decay",
+    "scheduler": "the schedule is --lr_schedule with --warmup_steps",
+}
+
+
+def read_ds_config(file: str) -> dict[str, Any]:
+    """The JSON as written. Raises ValueError for a missing file, bad JSON, unknown keys or an unsupported stage."""
+    path = Path(file)
+    if not is_file(path) and not path.is_absolute():
+        packaged = Path(__file__).parent.parent.parent / file  # the checkout's own ds_configs, from any working folder
+        path = packaged if is_file(packaged) else path
+    raw = read_json(path, f"--ds_config {file}", "; see ds_configs/ for ready ones")
+    if not isinstance(raw, dict):
+        raise ValueError(f"--ds_config {file}: expected one JSON object.")
+    for key in raw:
+        if key in _OWNED:
+            raise ValueError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
+        if key not in _KEYS:
+            raise ValueError(f"--ds_config {file}: unknown key {brief(key)}{nearest(key, _KEYS)}.")
+        if key not in ("bf16", "fp16", "zero_optimization"):
+            _check_type(file, key, raw[key])
+    for block in ("bf16", "fp16"):
+        on = enabled(raw, block) if isinstance(raw.get(block, {}), dict) else None
+        if not isinstance(on, bool) and on != "auto":
+            raise ValueError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, dict) or not isinstance(zero.get("stage"), int) or zero["stage"] not in (2, 3):
+        raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
+    _check_zero_keys(file, zero)
+    return raw
+
+
+def _check_type(file: str, key: str, value: Any) -> None:
+    """ValueError for a value that DeepSpeed would only stumble over later."""
+    wanted = _HOLDS.get(key, "an object")
+    fits = isinstance(value, _TYPES[wanted]) and isinstance(value, bool) == (wanted == "true or false")
+    if wanted == "a number":
+        fits = fits and abs(value) < 1 << 63
+    if not fits and value != "auto":
+        raise ValueError(f"--ds_config {file}: {key} is {brief(value)}; expected {wanted}.")
+
+
+def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = list(fields) + [field.alias for field in fields.values() if field.alias]
+    for key in zero:
+        if key not in known:
+            shown = brief(f"zero_optimization.{key}")
+            raise ValueError(f"--ds_config {file}: unknown key {shown}{nearest(key, known)}.")
+    for block in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(block, {}), dict):
+            raise ValueError(
+                f'--ds_config {file}: zero_optimization.{block} must be an object such as {{"device": "cpu"}}; '
+                "leave it out to keep everything on the device."
+            )
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ValueError(
+            f"--ds_config {file}: remove offload_optimizer: the optimizer holds the prompt only, a few megabytes."
+        )
+    if zero.get("module_granularity_threshold") or zero.get("stage3_module_granularity_threshold"):
+        raise ValueError(
+            f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
+            "trained prompt a leaf; decoder layers are leaf modules already."
+        )
+    check_zero_options(file, zero)
+    try:
+        DeepSpeedZeroConfig(**zero)  # leaves out what is "auto"
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ValueError(
+            f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
+        ) from None
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], run: RunConfig, explicit: set[str], world: int, width: int, *,
+    host_ranks: int | None = None, shape: ModelShape | None = None,
+) -> ResolvedDeepSpeed:  # fmt: skip
+    """Fills in "auto", checks concrete values against explicit flags, and refuses contradictions with ValueError.
+
+    explicit: flags that the user gave. world: ranks. width: H, for the bucket sizes. host_ranks: ranks of this host,
+    all by default. shape: the model's, where weights go to NVMe.
+    """
+    config = json.loads(json.dumps(raw))
+    notes: list[str] = []
+    hands = world * run.gradient_accumulation_steps
+    # A budget's batches vary in size; DeepSpeed, which doesn't scale our losses, gets one row a rank and micro-batch.
+    batch = run.batch_size if run.tokens_per_step is None else hands
+    if batch % hands:
+        below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"--batch_size {run.batch_size} can't be dealt to {world} ranks x {run.gradient_accumulation_steps} "
+            f"micro-batches in equal parts; use {choices}."
+        )
+    owned = {
+        "train_batch_size": (batch, "batch_size"),
+        "gradient_accumulation_steps": (run.gradient_accumulation_steps, "gradient_accumulation_steps"),
+        "train_micro_batch_size_per_gpu": (batch // hands, "batch_size"),
+        "gradient_clipping": (run.max_grad_norm, "max_grad_norm"),
+    }
+    for key, (value, flag) in owned.items():
+        given = config.get(key, "auto")
+        if given != "auto" and given != value:
+            source = f"--{flag}" if flag in explicit else f"the default of --{flag}"
+            raise ValueError(
+                f'{run.ds_config} says {key} = {brief(given)}, but {source} makes it {value}; set it to "auto" or make '
+                f"the two agree with --{flag}."
+            )
+        if given == "auto":
+            notes.append(f"{key} = {value} (from --{flag})")
+        config[key] = value
+    dtype, note = resolve_precision(config, run.precision, run.ds_config)
+    notes += [note] if note else []
+    _resolve_buckets(config["zero_optimization"], width, notes)
+    resolve_zero_options(
+        config["zero_optimization"], run.ds_config, notes, world=world, host_ranks=host_ranks or world,
+        nvme_path=run.nvme_path, shape=shape,
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        for block in ("offload_param", "offload_optimizer"):
+            if config["zero_optimization"].get(block, {}).get("pin_memory"):
+                config["zero_optimization"][block]["pin_memory"] = False
+                notes.append(f"zero_optimization.{block}.pin_memory = false (no GPU here)")
+    config.setdefault("steps_per_print", 1 << 30)  # our own log says more
+    if left := _autos(config):
+        raise ValueError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
+    return ResolvedDeepSpeed(config, notes, dtype)
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values that are still "auto"."""
+    blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
+    nested = [name for key, block in blocks.items() for name in _autos(block, f"{prefix}{key}.")]
+    return [f"{prefix}{key}" for key, value in config.items() if value == "auto"] + nested
+
+
+def _resolve_buckets(zero: dict[str, Any], width: int, notes: list[str]) -> None:
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    for key, value in zero.items():
+        if value == "auto" and key in sizes:
+            zero[key] = sizes[key]
+            notes.append(f"zero_optimization.{key} = {sizes[key]} (from the width {width})")

@@ -1,0 +1,77 @@
+"""The command line: RunConfig's fields as flags, --config FILE, and what was given explicitly."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ptp_ds.config.checks import require_valid
+from ptp_ds.config.presets import with_preset
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import brief, nearest, read_json
+
+
+class StrictParser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors, one sentence each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+
+def _base_type(field: dataclasses.Field) -> type:
+    names = str(field.type).replace("None", "").strip(" |")
+    return {"int": int, "float": float, "str": str}[names if not isinstance(field.type, type) else field.type.__name__]
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of scripts/train.py, made from RunConfig's fields."""
+    parser = StrictParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(RunConfig):
+        shown = "" if field.default is None else f" (default: {field.default})"
+        text = (field.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
+    parser.add_argument("--config", help="JSON file with any of these settings; flags win over it")
+    parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    return parser
+
+
+def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]:
+    """What flags and --config FILE say, flags first, before any check across settings. Raises ValueError."""
+    parser = build_parser(description)
+    known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
+    values, rest = parser.parse_known_args(argv)
+    if rest:
+        flag = rest[0].split("=")[0]
+        raise ValueError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
+    given = vars(values)
+    for name in ("local_rank", "list_families"):
+        given.pop(name, None)
+    file = given.pop("config", None)
+    return {**(_read_config(file) if file else {}), **given}
+
+
+def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, set[str]]:
+    """The configuration from flags and --config FILE, and the names that were given explicitly. Raises ValueError."""
+    merged = given_settings(argv, description)
+    config = RunConfig(**with_preset(merged))
+    require_valid(config)
+    return config, set(merged)
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    values = read_json(file, f"--config {file}")
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file}: expected one JSON object of settings.")
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")
+        wanted, choices = _base_type(fields[name]), fields[name].metadata["choices"]
+        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
+        if not fits and not (value is None and fields[name].default is None):
+            raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"--config {file}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
+    return values

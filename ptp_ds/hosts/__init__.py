@@ -1,0 +1,1 @@
+"""What a machine knows of itself and of others."""

@@ -1,0 +1,55 @@
+"""The environment that all hosts of a run share, and what Open MPI says in variables of its own."""
+
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+_SHARED = (
+    "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PTP_DS_CACHE",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR",
+    "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME",
+)  # fmt: skip
+_SHARED_PREFIXES = ("NCCL_", "MALLOC_")
+
+
+def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that all hosts get: a known list, then the user's .deepspeed_env; never tokens and keys.
+
+    DeepSpeed writes them into a shell command between double quotes, so values that a shell would change are refused.
+    """
+    shared = {
+        name: value
+        for name, value in sorted(environment.items())
+        if name in _SHARED or name.startswith(_SHARED_PREFIXES)
+    }
+    for file in _environment_files(environment):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.strip() and "=" not in line:
+                raise ValueError(f"{file}: {line.strip()!r} isn't of the form NAME=value.")
+            if line.strip():
+                name, value = line.split("=", 1)
+                shared[name.strip()] = value.strip()
+    for name, value in shared.items():
+        if re.search(r'["$`\\\n]', value):
+            raise ValueError(
+                f"{name} holds one of \" $ ` \\ or a line break, which DeepSpeed can't hand to other hosts; set it "
+                "there (in ~/.bashrc, say) and unset it here."
+            )
+    return shared
+
+
+def _environment_files(environment: Mapping[str, str]) -> list[Path]:
+    """DeepSpeed's: $DS_ENV_FILE or .deepspeed_env, in the home folder and in this one."""
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    places = dict.fromkeys((Path.home() / name, Path.cwd() / name))
+    return [file for file in places if file.is_file()]
+
+
+def adopt_mpi(environment: MutableMapping[str, str]) -> None:
+    """RANK and its like from Open MPI's variables, where mpirun started this process and nobody set them."""
+    if "RANK" in environment or "OMPI_COMM_WORLD_RANK" not in environment:
+        return
+    names = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
+    for name, theirs in names.items():
+        environment[name] = environment[f"OMPI_COMM_WORLD_{theirs}"]

@@ -1,0 +1,142 @@
+"""--max_restarts of the launcher: what the next attempt's command line is, and on which hosts it runs."""
+
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.config.flags import given_settings
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.hosts.remote import ssh_command
+from ptp_ds.ranks.faults import USER_ERROR, is_stop
+from ptp_ds.training.checkpoint import list_checkpoints
+
+_SECONDS = 30
+Slots = dict[str, list[int]]  # by host, in the hostfile's order
+
+
+def restarts(code: int) -> bool:
+    """Whether an attempt that ended with this code is repeated: not after success, a stop or a user's error."""
+    return code not in (0, USER_ERROR) and not is_stop(code)
+
+
+def check_script(script: Sequence[str]) -> None:
+    """ValueError where the script's arguments leave no folder to go on from. script: its name and its arguments."""
+    if not given_settings(script[1:]).get("output_dir"):
+        raise ValueError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
+
+
+def newest(script: Sequence[str]) -> str | None:
+    """Name of the newest checkpoint in --output_dir, where this machine sees it."""
+    found = list_checkpoints(Path(given_settings(script[1:])["output_dir"]) / "checkpoints")
+    return found[-1].name if found else None
+
+
+def resumed(script: Sequence[str]) -> list[str]:
+    """The script and its arguments with --resume auto.
+
+    A folder that --resume names stays as long as --output_dir has no checkpoint of its own.
+    """
+    named = given_settings(script[1:]).get("resume") not in (None, "auto")
+    return list(script) if named and newest(script) is None else [*script, "--resume", "auto"]  # the last one counts
+
+
+def ssh_reaches(host: str, port: int | None) -> bool:
+    """Whether a command runs on `host` by ssh without a password, within some seconds."""
+    try:
+        done = subprocess.run([*ssh_command(host, port), "true"], capture_output=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def on_hosts_left(
+    own: Sequence[str], script: Sequence[str], hostfile: Path,
+    reaches: Callable[[str, int | None], bool] = ssh_reaches,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """The launcher's own flags without lost hosts, and what changed; `hostfile` is written where one was lost."""
+    slots, port = asked_slots([*own, *script])
+    left, told = slots_left(slots, port, given_settings(script[1:]), reaches) if slots else (slots, [])
+    if not told:
+        return list(own), []
+    return flags_for(own, left, hostfile, new_first=next(iter(slots)) not in left), told
+
+
+def asked_slots(argv: Sequence[str]) -> tuple[Slots, int | None]:
+    """The hosts and slots of a `deepspeed` command line, by DeepSpeed's own rules, and ssh's port.
+
+    No slots where ssh isn't used: no hostfile, --no_ssh, one host without --force_multi, or another launcher than pdsh.
+    """
+    from deepspeed.launcher.runner import (
+        apply_num_nodes_and_gpus,
+        fetch_hostfile,
+        parse_args,
+        parse_inclusion_exclusion,
+    )
+
+    args = parse_args(list(argv))
+    if not Path(args.hostfile).is_file() or args.no_ssh or args.launcher.lower() != "pdsh":
+        return {}, args.ssh_port
+    active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
+    slots = dict(apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus))
+    return (slots if len(slots) > 1 or args.force_multi else {}), args.ssh_port
+
+
+def slots_left(
+    slots: Slots, port: int | None, settings: Mapping[str, Any],
+    reaches: Callable[[str, int | None], bool],
+) -> tuple[Slots, list[str]]:  # fmt: skip
+    """The slots on hosts that can be reached, and a sentence for each thing that changed.
+
+    Where the batch doesn't deal out in equal parts to the ranks that are left, the last slots stay free. Raises
+    ValueError where no host is left.
+    """
+    with ThreadPoolExecutor(32) as pool:
+        reached = dict(zip(slots, pool.map(lambda host: reaches(host, port), slots), strict=True))
+    lost = [host for host in slots if not reached[host]]
+    if not lost:
+        return slots, []
+    left = {host: list(slots[host]) for host in slots if reached[host]}
+    if not left:
+        raise ValueError(f"None of the hosts {', '.join(lost)} can be reached by ssh; there is none to go on with.")
+    told = [f"{host} can't be reached by ssh and is left out" for host in lost]
+    ranks = sum(map(len, left.values()))
+    wanted = dealt_ranks(ranks, settings)
+    if wanted < ranks:
+        told.append(f"the batch deals out in equal parts to {wanted} of the {ranks} ranks that are left")
+    surplus = ranks - wanted
+    for host in reversed(list(left)):
+        dropped = min(surplus, len(left[host]))
+        left[host] = left[host][: len(left[host]) - dropped]
+        surplus -= dropped
+    return {host: numbers for host, numbers in left.items() if numbers}, told
+
+
+def dealt_ranks(ranks: int, settings: Mapping[str, Any]) -> int:
+    """The largest number of ranks, `ranks` at most, that gets equal parts of the batch; 1 where only that is left."""
+    if settings.get("tokens_per_step") is not None:
+        return ranks
+    batch = settings.get("batch_size", RunConfig.batch_size)
+    micro = settings.get("gradient_accumulation_steps", RunConfig.gradient_accumulation_steps)
+    return next((number for number in range(ranks, 1, -1) if batch % (number * micro) == 0), 1)
+
+
+def flags_for(own: Sequence[str], slots: Slots, hostfile: Path, new_first: bool) -> list[str]:
+    """Writes `hostfile` and returns the launcher's own flags, changed so that they choose these slots.
+
+    new_first: the host that the ranks met at is gone, so that --master_addr no longer counts.
+    """
+    lines = [f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items()]
+    hostfile.write_text("".join(lines), encoding="utf-8")
+    chosen = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+    kept: list[str] = []
+    words = iter(own)
+    for word in words:
+        if new_first and word == "--master_addr":
+            next(words, None)
+        elif not (new_first and word.startswith("--master_addr=")):
+            kept.append(word)
+    # DeepSpeed's parser takes the last of several
+    return [*kept, "--hostfile", str(hostfile), "--include", chosen, "--exclude", "", "--num_nodes", "-1",
+            "--num_gpus", "-1"]  # fmt: skip

@@ -1,0 +1,113 @@
+"""The plans of all ds_configs for a model, a cluster and a run's flags, as text and as plain data."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.backbone.heads import head_kind
+from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
+from ptp_ds.backbone.source import load_tokenizer
+from ptp_ds.config.ds_config import read_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, recommended
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tokenise
+
+CONFIGS = ("zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme", "zero3_quantized")
+_GB, _GIB = 1e9, 2.0**30
+
+
+def row_tokens(run: RunConfig, shape_room: int) -> float | None:
+    """Mean tokens of a row of --task's training split, one stream; None where --model is no folder with a tokenizer."""
+    if not Path(run.model).is_dir():
+        return None
+    task = load_task(run.task)
+    split = load_split(task, run.train_split, run.data_dir, run.dataset)
+    examples = tokenise(task, split, load_tokenizer(Path(run.model)), shape_room).examples
+    return sum(example.packed_length for example in examples) / len(examples)
+
+
+def tokens_of(run: RunConfig, explicit: set[str], cluster: Cluster, config: Any) -> tuple[int, str]:
+    """(tokens of a step over all ranks and streams, where the number comes from)."""
+    if run.tokens_per_step is not None:
+        return run.tokens_per_step, "--tokens_per_step"
+    room = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+    mean = row_tokens(run, max(2, room - run.prompt_length)) if {"task", "batch_size"} & explicit else None
+    if mean is None:
+        why = "no --tokens_per_step" + (
+            f", and {run.model} has no tokenizer here for {run.task}'s rows" if "task" in explicit else ""
+        )
+        return 4096 * cluster.world, f"4096 a rank: {why}"
+    return round(run.batch_size * run.streams * mean), f"--batch_size {run.batch_size} rows of {mean:.0f} tokens"
+
+
+def plans(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[ModelShape, Load, str, list[Estimate]]:
+    """(the model's shapes, the step, where its tokens come from, a plan for each ds_config). Raises ValueError."""
+    config = config_of(run.model)
+    kind = head_kind(config, run.head)
+    if kind == "seq2seq":
+        raise ValueError(f"--model {run.model}: encoder-decoders take the generic path, which isn't planned for.")
+    shape = shape_of(config, kind)
+    tokens, source = tokens_of(run, explicit, cluster, config)
+    size = 4 if run.precision == "fp32" else 2
+    load = load_of(run, shape, size, tokens, in_rows=kind != "causal" or run.target != "input")
+    found = []
+    for name in CONFIGS:
+        layout = layout_of(name, read_ds_config(f"ds_configs/{name}.json"), cluster)
+        found.append(estimate(shape, load, layout, cluster, run.activations))
+    return shape, load, source, found
+
+
+def _table(found: list[Estimate]) -> list[str]:
+    """A line for each ds_config below the columns' names; all: with the activations that the run would take."""
+    names = ("weights", "gathered", "keep", "recompute", "all")
+    head = f"{'':16s}" + "".join(f"{name:>10s}" for name in names) + " fits"
+    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':11s}{'most tokens':>12s}"
+    lines = [f"{'':16s}{'GiB a rank':>50s}{'':5s}{'GB a step':>20s}", head]
+    for one in found:
+        memory, kept = one.memory, one.activations
+        sizes = (memory.shards, memory.gathered, kept["keep"], kept["recompute"], memory.total)
+        line = f"{one.layout.name:16s}" + "".join(f"{size / _GIB:10.2f}" for size in sizes)
+        line += f" {'yes' if one.fits else 'no':4s}"
+        line += "".join(f"{size / _GB:10.1f}" for size in (one.gathered_bytes, one.between_hosts))
+        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.mode:11s}{one.most_tokens[one.mode]:12d}"
+        lines.append(line)
+    return lines
+
+
+def report(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[str, dict[str, Any]]:
+    """(the text, the same as plain data)."""
+    shape, load, source, found = plans(cluster, run, explicit)
+    best = recommended(found)
+    lines = [
+        f"{run.model}: {shape.elements / 1e9:.2f} billion weights, {shape.count} layers, "
+        f"{'fp32' if load.size == 4 else 'half precision'}; {cluster.hosts} host(s) x {cluster.gpus} GPU(s), "
+        f"{cluster.gpu_memory / _GIB:.0f} GiB usable each",
+        f"{run.perturbation}, prompt {run.prompt} {run.prompt_length}; {load.tokens} tokens a step, {load.streams} "
+        f"stream(s) ({source})",
+        "",
+        *_table(found),
+    ]
+    host = {one.layout.name: one.memory.host * cluster.gpus / _GIB for one in found if one.memory.host}
+    lines += ["", "host memory, GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in host.items())]
+    work, reduced = found[0].operations, found[0].reduced_bytes
+    lines.append(
+        f"a rank's step: {work / 1e12:.1f} TFLOP in matrix products; prompt and optimizer "
+        f"{found[0].memory.prompt / 2**20:.1f} MiB, {reduced / 2**20:.1f} MiB of gradient reduced"
+    )
+    if best is None:
+        lines.append("recommended: none fits; more GPUs, fewer --tokens_per_step or --activations recompute")
+    else:
+        most = best.most_tokens["recompute" if run.activations != "keep" else "keep"]
+        name = f"ds_configs/{best.layout.name}.json"
+        lines.append(f"recommended: {name} ({best.bound} bound); largest --tokens_per_step that fits: {most}")
+        lines += [
+            f"{one.layout.name} would take {one.step_seconds:.2f} s, with weights rounded to int8: not the same model"
+            for one in found if one.layout.int8 and one.fits and one.step_seconds < 0.95 * best.step_seconds
+        ]  # fmt: skip
+    data = {
+        "model": run.model, "elements": shape.elements, "cluster": asdict(cluster), "load": asdict(load),
+        "recommended": best.layout.name if best else None,
+        "plans": [asdict(one) | {"step_seconds": one.step_seconds, "bound": one.bound} for one in found],
+    }  # fmt: skip
+    return "\n".join(lines), data

@@ -1,0 +1,161 @@
+"""Process bootstrap for deepspeed, torchrun and plain python, free of DeepSpeed's traps on machines without a GPU."""
+
+import ctypes
+import os
+import sys
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ptp_ds.hosts.environment import adopt_mpi
+from ptp_ds.hosts.network import choose_interface
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    host_group: Any = None  # a gloo group beside nccl; None where the main group is gloo itself
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over ranks, in place; every rank must call it."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The tensor's maximum over ranks, in place; every rank must call it."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    def host_max(self, value: int) -> int:
+        """The largest of the ranks' whole numbers, over host memory: no device is waited for."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.host_group)
+        return int(tensor)
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's whole number, on every rank."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        torch.distributed.broadcast(tensor, 0)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def env_rank() -> int:
+    """This process' rank before anything is initialised (0 for plain python)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_world() -> int:
+    """The number of processes before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def env_host_ranks() -> int:
+    """The number of this host's processes before anything is initialised; all where no launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or env_world())
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before DeepSpeed is imported; called first of all. Keeps what a user has set."""
+    adopt_mpi(os.environ)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _keep_freed_memory() -> None:
+    """On a CPU: glibc gives freed memory back and faults it in again at every step, up to a tenth of the time."""
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def _stand_alone(backend: str, timeout: timedelta) -> None:
+    """What a launcher would set, for plain python; the group of one meets in memory, on no port."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def start_processes() -> Ranks:
+    """Joins the process group through DeepSpeed and returns this rank's place and device.
+
+    Raises ValueError where the network interface that leads to the other hosts can't be told.
+    """
+    prepare_environment()
+    choose_interface(os.environ)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renames, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # init_distributed would compile this op for two minutes, and training doesn't use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or env_world())
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, here)))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=30)
+    _stand_alone(backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    host_group = torch.distributed.new_group(backend="gloo") if backend == "nccl" and world > 1 else None
+    return Ranks(rank, world, local_rank, device, host_group)
+
+
+def stop_processes() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own teardown, once all is written and closed.
+
+    There a rank now and then aborts behind a run that was complete (SIGABRT, "terminate called without an active
+    exception", no Python frame left: 2 of about 60 on busy cores), and the launcher would report a failed run.
+    """
+    with suppress(OSError):  # whoever read them may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

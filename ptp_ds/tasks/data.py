@@ -1,0 +1,335 @@
+"""Rows from jsonl folders or the hub, tokenised examples, and the seeded order in which training sees them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_ds.files import is_file, is_folder, listed, parse_json, plain_name, read_text
+from ptp_ds.ranks.once import one_first
+from ptp_ds.seeding import make_generator
+from ptp_ds.tasks import NoLabelError, Rendered, Task
+from ptp_ds.tasks.example import Example
+
+DEMO_DATA = Path(__file__).parent / "demo_data"
+_MOST_CHARACTERS = 1 << 27  # of a row's context, once for each answer
+_HUB_SPLITS = {"val": "validation"}  # SuperGLUE's files say val, its hub repositories validation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split. where[i] names row i for messages (file:line). digest: sha256 over the rows."""
+
+    rows: Sequence[Mapping[str, Any]]
+    where: Sequence[str]
+    digest: str
+
+
+def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None) -> Split:
+    """The rows of `<data_dir>/<task>/<split>.jsonl`, or of a hub dataset; with neither, of the packaged demo data.
+
+    Raises ValueError for a missing file, a malformed line (with its number), a split with no rows.
+    """
+    if data_dir is not None and dataset is not None:
+        raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+    if dataset is not None:
+        source: str | Path = f"--dataset {dataset}"
+        rows, where = _read_hub(task, split, dataset)
+    else:
+        source = _find_file(task, split, data_dir)
+        rows, where = _read_jsonl(source)
+    if not rows:
+        raise ValueError(f"{source}: split {split!r} of task {task.name} has no rows; give one with at least one.")
+    return _split_of(rows, where)
+
+
+def load_rows(file: str) -> Split:
+    """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
+    if not is_file(file):
+        raise ValueError(f"--input {file}: there is no such file; give one with a JSON object a line.")
+    rows, where = _read_jsonl(Path(file))
+    if not rows:
+        raise ValueError(f"--input {file} has no rows; give a file with at least one.")
+    return _split_of(rows, where)
+
+
+def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
+    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows)
+    return Split(rows, where, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
+    folder = DEMO_DATA if data_dir is None else Path(data_dir)
+    if not is_folder(folder):
+        raise ValueError(f"--data_dir {folder}: there is no such folder.")
+    file = folder / task.name / f"{plain_name(split, 'The split')}.jsonl"
+    if is_file(file):
+        return file
+    if not is_folder(folder / task.name):
+        found = sorted(path.name for path in folder.iterdir() if is_folder(path))
+        source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
+        raise ValueError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
+    found = sorted(path.stem for path in (folder / task.name).glob("*.jsonl"))
+    raise ValueError(f"No file {file}; splits there: {listed(found) or 'none'}.")
+
+
+def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
+    rows, where = [], []
+    lines = read_text(file, str(file), most=None).split("\n")  # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, f"{file}:{number}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
+        rows.append(row)
+        where.append(f"{file}:{number}")
+    return rows, where
+
+
+def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[str]]:
+    import datasets
+
+    name = _HUB_SPLITS.get(split, split)
+    try:
+        with one_first(f"data set {dataset} {task.name} {name}"):
+            table = datasets.load_dataset(dataset, task.name.lower(), split=name)
+    except Exception as error:  # the loader raises many types: offline, unknown repository, configuration or split
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--dataset {dataset}: can't load configuration {task.name.lower()!r}, split {name!r} "
+            f"({type(error).__name__}: {first})."
+        ) from None
+    rows = [dict(row) for row in table]
+    names = getattr(table.features.get(task.label), "names", None) if task.label else None
+    if names:  # the hub stores class numbers; the files store the class's name, or its number where that is the label
+        by_lower = {label.lower(): label for label in task.labels}
+        for row in rows:
+            if row[task.label] is not None and row[task.label] >= 0:
+                row[task.label] = by_lower.get(names[row[task.label]].lower(), str(row[task.label]))
+    return rows, [f"{dataset}/{task.name.lower()}/{name} row {number}" for number in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A split ready for packing. truncated: how many rows were shortened."""
+
+    examples: Sequence[Example]
+    truncated: int
+
+
+def is_labelled(task: Task, split: Split) -> bool:
+    """Whether any row says what is right; official test splits don't. Raises ValueError for rows that are wrong."""
+    for row, where in zip(split.rows, split.where, strict=True):
+        try:
+            task.entries(row, where)
+            return True
+        except NoLabelError:
+            continue
+    return False
+
+
+def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled: bool = True) -> Tokenised:
+    """Examples of a split. max_length: tokens that fit behind the prompt, answers included.
+
+    labelled: every row must have its label; without, labels are not read, and the examples are for prediction alone.
+
+    A longer row loses tokens from the middle of the task's `truncate` field only. Raises ValueError where that can't
+    make it fit, where the tokenizer gives no offsets, or where a context and its answers share a token.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
+    entries: list[tuple[Rendered, str]] = []
+    for row, where in zip(split.rows, split.where, strict=True):
+        for entry in task.entries(row, where, labelled):
+            if len(entry.context) * len(entry.candidates) > _MOST_CHARACTERS:
+                raise ValueError(
+                    f"{where}: {len(entry.candidates)} answers behind a context of {len(entry.context)} characters are "
+                    f"more than the {_MOST_CHARACTERS} characters that a row may come to."
+                )
+            entries.append((entry, where))
+    contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
+    texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
+    answered = iter(_encode(tokenizer, texts))
+    examples, truncated = [], 0
+    groups: dict[Any, int] = {}
+    for number, ((entry, where), (ids, offsets)) in enumerate(zip(entries, contexts, strict=True)):
+        candidates = [_answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
+        fields, words = _field_of_tokens(entry, offsets), _words(entry.context, offsets)
+        movable = [name is not None and name not in task.fixed_fields for name in fields]
+        attackable = [moves and task.attacks(name) for moves, name in zip(movable, fields, strict=True)]
+        excess = len(ids) + max(map(len, candidates)) - 1 - max_length
+        keep = _kept(task, fields, max(0, excess), max_length, where)
+        truncated += excess > 0
+        examples.append(Example(
+            context_ids=[ids[place] for place in keep], movable=[movable[place] for place in keep],
+            candidate_ids=candidates, gold=entry.gold, index=number, golds=entry.golds, names=entry.names,
+            group=-1 if entry.key is None else groups.setdefault(entry.key, len(groups)), label=entry.label,
+            words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
+            prompt_at=sum(offsets[place][0] < entry.prompt_at for place in keep),
+        ))  # fmt: skip
+    return Tokenised(examples, truncated)
+
+
+def tail_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts behind a text."""
+    ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    return tuple(ids[len(_encode(tokenizer, ["a"])[0][0]) :])
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """(ids, character offsets) of each text with the tokenizer's own leading special tokens, none behind."""
+    batch = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
+    encoded = []
+    for ids, offsets, special in zip(
+        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+    ):
+        end = len(ids)
+        while end and special[end - 1]:
+            end -= 1
+        encoded.append((list(ids[:end]), list(offsets[:end])))
+    return encoded
+
+
+def _answer_ids(context: list[int], full: list[int], where: str) -> list[int]:
+    if full[: len(context)] != context or len(full) == len(context):
+        raise ValueError(
+            f"{where}: the tokenizer joins the end of the context with the answer's start; "
+            "end the template's text without a space and begin each answer with one."
+        )
+    return full[len(context) :]
+
+
+def _field_of_tokens(row: Rendered, offsets: Sequence[tuple[int, int]]) -> list[str | None]:
+    """Each token's field, None for template and special tokens and for tokens that straddle a border."""
+    context = row.context
+    field_of_char: list[str | None] = []
+    for text, name in row.pieces:
+        field_of_char.extend([name] * len(text))
+    fields: list[str | None] = []
+    for start, end in offsets:
+        first = start
+        while first < end and context[first].isspace():
+            first += 1
+        names = set(field_of_char[first if first < end else start : end])  # spaces alone: the field that they lie in
+        fields.append(names.pop() if len(names) == 1 else None)
+    return fields
+
+
+def _words(context: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Each token's word, counted from 0: a word begins behind a space, or with one."""
+    words, word = [], 0
+    for place, (start, end) in enumerate(offsets):
+        if place and end > start and (context[start].isspace() or context[start - 1 : start].isspace()):
+            word += 1
+        words.append(word)
+    return words
+
+
+def _kept(task: Task, fields: list[str | None], excess: int, max_length: int, where: str) -> list[int]:
+    """The context's places without `excess` of them, taken from the middle of the task's `truncate` field."""
+    if not excess:
+        return list(range(len(fields)))
+    positions = [position for position, name in enumerate(fields) if name == task.truncate and name is not None]
+    if len(positions) <= excess:
+        if task.truncate is None:
+            raise ValueError(
+                f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and "
+                f"task {task.name} names no field to shorten; set 'truncate' in its template."
+            )
+        raise ValueError(
+            f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its "
+            f"field {task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."
+        )
+    first = (len(positions) - excess) // 2 + (len(positions) - excess) % 2
+    dropped = set(positions[first : first + excess])
+    return [position for position in range(len(fields)) if position not in dropped]
+
+
+def hold_out(count: int, share: float, seed: int, groups: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    """Row numbers for (training, selection): a seeded share of the training rows, at least one each.
+
+    groups: each row's group, -1 for none; rows of one group (a question's answers) stay together.
+    """
+    units: dict[tuple[bool, int], list[int]] = {}
+    for number, group in enumerate(groups or [-1] * count):
+        units.setdefault((group >= 0, group if group >= 0 else number), []).append(number)
+    count = len(units)
+    if count < 2:
+        raise ValueError(f"Can't hold out rows for selection from {count} training row; give --select_split.")
+    order = torch.randperm(count, generator=make_generator(seed, "hold_out")).tolist()
+    size = min(max(1, round(count * share)), count - 1)
+    members = list(units.values())
+    kept, held = ([number for unit in part for number in members[unit]] for part in (order[size:], order[:size]))
+    return sorted(kept), sorted(held)
+
+
+class BatchOrder:
+    """The endless, seeded sequence of training rows: epoch after epoch, each shuffled anew; stateless to resume."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of optimizer step `step` (0-based), the whole global batch."""
+        start = step * self.batch_size
+        return self._rows(start, start + self.batch_size)
+
+    def _rows(self, start: int, stop: int) -> list[int]:
+        return [self._at(position) for position in range(start, stop)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        return self._epoch(epoch)[offset]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached", (None,))[0] != epoch:
+            generator = make_generator(self.seed, "order", epoch)
+            self._cached = (epoch, torch.randperm(self.count, generator=generator).tolist())
+        return self._cached[1]
+
+
+class BudgetOrder(BatchOrder):
+    """The same sequence cut into batches that fill a token budget, whatever their number of rows.
+
+    lengths: packed tokens of each row, all streams. fewest: rows of a batch at least, even where they exceed the
+    budget. The cuts follow from the seed and the lengths alone, so a step is found again without any state.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, fewest: int, seed: int) -> None:
+        super().__init__(len(lengths), fewest, seed)
+        self.lengths, self.budget = lengths, budget
+        self._cuts = [0]
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of optimizer step `step`: as many as fit the budget, at most one epoch."""
+        while len(self._cuts) <= step + 1:
+            self._cuts.append(self._next_cut(self._cuts[-1]))
+        return self._rows(self._cuts[step], self._cuts[step + 1])
+
+    def _next_cut(self, start: int) -> int:
+        stop, tokens = start, 0
+        while stop - start < max(self.count, self.batch_size):
+            tokens += self.lengths[self._at(stop)]
+            if tokens > self.budget and stop - start >= self.batch_size:
+                break
+            stop += 1
+        return stop
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Deals positions 0..n-1 to `hands`, longest first and back and forth, so token counts balance.
+
+    Where n is a multiple of hands all get equally many, else some one more. The split depends on the lengths alone, and
+    each hand keeps the batch's order.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for number, position in enumerate(order):
+        turn, place = divmod(number, hands)
+        dealt[place if turn % 2 == 0 else hands - 1 - place].append(position)
+    return [sorted(hand) for hand in dealt]

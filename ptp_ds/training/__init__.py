@@ -1,0 +1,1 @@
+"""How the prompt is trained."""

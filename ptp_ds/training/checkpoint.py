@@ -1,0 +1,211 @@
+"""Checkpoints: safetensors and JSON of the trained part only, written beside and renamed, for any number of ranks."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ptp_ds.files import (
+    brief,
+    is_file,
+    is_folder,
+    listed,
+    memory_bytes,
+    open_tensors,
+    read_json,
+    sha256_of,
+    tensor_shape,
+    write_folder,
+)
+
+_STATE, _META = "state.safetensors", "state.json"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
+_HINT = "; resume from another checkpoint"
+_LIKE_PROMPT = ("exp_avg", "exp_avg_sq")  # of the prompt's shape
+_TENSORS = ("prompt", *_LIKE_PROMPT, "adam_step", "best_prompt", "carried_delta", "loss_scaler")
+_VECTORS = {"adam_step": (1,), "loss_scaler": (4,)}  # and their shapes
+_REQUIRED = _TENSORS[:4]
+_NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
+
+
+class OtherFormatError(ValueError):
+    """A checkpoint of another version of this project: whole, but not for this one to read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: optimizer steps done. tensors: Engine.state() and, once chosen, best_prompt. best: its scores or None.
+
+    identity: what must not change between save and resume (model, task, prompt, data, seed ...).
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    best: dict[str, Any] | None
+    identity: dict[str, Any]
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes root/step-NNNNNN and returns it; of the checkpoints up to it, the newest `keep` stay. Rank 0 only."""
+
+    def fill(folder: Path) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, folder / _STATE)
+        meta = {
+            "format": _FORMAT, "step": checkpoint.step, "best": checkpoint.best, "identity": checkpoint.identity,
+            "sha256": sha256_of(folder / _STATE),
+        }  # fmt: skip
+        (folder / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    target = root / f"step-{checkpoint.step:06d}"
+    write_folder(target, fill)
+    found = list_checkpoints(root)
+    for old in found[: found.index(target) + 1][:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders under root, oldest first; unfinished ones have another name."""
+    named = [(_NAME.fullmatch(path.name), path) for path in root.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list[str]]:
+    """--resume auto: output_dir's newest checkpoint that is whole (None where there are none), and a sentence for each
+    newer one that is damaged. ValueError where all are: their steps are not done again without being asked for.
+    """
+    told: list[str] = []
+    found = list_checkpoints(output_dir / "checkpoints")
+    for folder in reversed(found):
+        try:
+            return folder, load_checkpoint(folder), told
+        except OtherFormatError:
+            raise
+        except ValueError as error:
+            told.append(str(error).split(";")[0])
+    if found:
+        raise ValueError(
+            f"No checkpoint in {output_dir / 'checkpoints'} is whole: {'; '.join(told)}. Put a copy back, or start a "
+            "new run in another --output_dir."
+        )
+    return None, None, told
+
+
+def set_aside(root: Path, newest: int) -> None:
+    """Renames checkpoints behind step `newest`, which --resume auto passed over, to step-....damaged. Rank 0 only."""
+    for folder in list_checkpoints(root):
+        match = _NAME.fullmatch(folder.name)
+        if match and int(match[1]) > newest:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def find_checkpoint(resume: str) -> Path:
+    """The checkpoint that --resume names by its folder."""
+    path = Path(resume)
+    if not is_folder(path):
+        raise ValueError(f"--resume {resume}: there is no such folder; give a checkpoints/step-... folder or auto.")
+    if not is_file(path / _META):
+        raise ValueError(f"--resume {resume}: not a checkpoint (no {_META}); give a checkpoints/step-... folder.")
+    return path
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint; ValueError where a file is missing, altered, of another format, or holds what
+    Engine.state never gave."""
+    where = str(folder / _META)
+    meta = read_json(folder / _META, f"{where} can't be read", _HINT)
+    if not isinstance(meta, dict):
+        raise ValueError(f"{where} can't be read: no JSON object{_HINT}.")
+    if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
+        later = _is_count(found) and _FORMAT < found < 1000  # else a damaged number
+        error = OtherFormatError if later else ValueError
+        raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
+    step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
+    if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
+        raise ValueError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
+    assert isinstance(step, int)
+    _verify(folder / _STATE, meta.get("sha256"))
+    return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _is_best(best: Any) -> bool:
+    """Whether `best` is what Checkpoint says: a step and an Evaluation's fields."""
+    if not isinstance(best, dict) or best.keys() != {"step", "evaluation"} or not _is_count(best["step"]):
+        return False
+    scores = best["evaluation"]
+    if (
+        not isinstance(scores, dict)
+        or scores.keys() != {"metrics", *_NUMBERS}
+        or not isinstance(scores["metrics"], dict)
+    ):
+        return False
+    return all(isinstance(x, float) or _is_count(x) for x in (*scores["metrics"].values(), *map(scores.get, _NUMBERS)))
+
+
+def _verify(file: Path, digest: Any) -> None:
+    """ValueError for a file whose sha256 differs, or that couldn't be held in memory."""
+    try:
+        if is_file(file) and file.stat().st_size > memory_bytes():
+            raise ValueError(f"{file} is larger than this machine's memory{_HINT}.")
+        if not is_file(file) or sha256_of(file) != digest:
+            raise ValueError(f"{file} is missing or altered (its sha256 differs){_HINT}.")
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}{_HINT}.") from None
+
+
+def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
+    """The file's tensors; names and shapes are checked before any is loaded, values behind."""
+    with open_tensors(file, str(file), _HINT) as handle:
+        names = sorted(handle.keys())
+        needed = {*_REQUIRED, *(["best_prompt"] if has_best else [])}
+        if unknown := sorted(set(names) - set(_TENSORS)):
+            raise ValueError(f"{file} holds {listed(unknown)}; expected {', '.join(_TENSORS)}{_HINT}.")
+        if missing := sorted(needed - set(names)):
+            raise ValueError(f"{file} lacks {', '.join(missing)}{_HINT}.")
+        shapes = {name: tensor_shape(handle, name, str(file), most=None) for name in names}  # _verify knows the size
+        for name, shape in shapes.items():
+            alike = shape == shapes["prompt"] if name in _LIKE_PROMPT else len(shape) == 2 and all(shape)
+            if not (shape == _VECTORS[name] if name in _VECTORS else alike):
+                raise ValueError(f"{file}: {name} has shape {shape} beside a prompt of {shapes['prompt']}{_HINT}.")
+        tensors = {name: handle.get_tensor(name) for name in names}
+    for name, tensor in tensors.items():
+        lowest = 0.0 if name in ("adam_step", "exp_avg_sq") else -torch.inf
+        if not bool((torch.isfinite(tensor) & (tensor >= lowest)).all()):
+            raise ValueError(f"{file}: {name} holds values that are not finite or below {lowest}{_HINT}.")
+    return tensors
+
+
+def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
+    """ValueError that names what differs between a checkpoint and this run."""
+    for name, value in identity.items():
+        saved = checkpoint.identity.get(name)
+        if saved != value:
+            if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
+                name, saved, value = next(
+                    (f"{name} {brief(key, 60)[1:-1]}", saved.get(key), value.get(key))
+                    for key in {**value, **saved}
+                    if key not in saved or key not in value or saved[key] != value[key]
+                )
+            raise ValueError(
+                f"{folder} is a checkpoint of another run: its {name} is {brief(saved)}, this run's is {brief(value)}. "
+                "Resume with the same settings, or start a new run in another --output_dir."
+            )
+
+
+def prompt_shape(checkpoint: Checkpoint) -> torch.Size:
+    """[P, H] of the saved prompt."""
+    return checkpoint.tensors["prompt"].shape

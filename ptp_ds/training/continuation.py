@@ -1,0 +1,74 @@
+"""Whether a run starts or goes on: its output folder, the checkpoint to resume from, what both must share."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.redact import redacted
+from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import Split
+from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """checkpoint: what the run goes on from, None where it starts; folder: where that lies. skipped: a sentence for
+    each newer one that --resume auto passed over because it is damaged.
+    """
+
+    checkpoint: Checkpoint | None = None
+    folder: Path | None = None
+    skipped: tuple[str, ...] = ()
+
+    def require_same(self, identity: Mapping[str, Any]) -> None:
+        """ValueError that names what differs between the checkpoint and the run that would go on from it."""
+        if self.checkpoint is not None:
+            assert self.folder is not None
+            require_same_run(self.checkpoint, dict(identity), self.folder)
+
+
+def checked_output_dir(run: RunConfig) -> Path | None:
+    """--output_dir, checked; None where it isn't given: rank 0 then names one by the time."""
+    if run.output_dir is None:
+        return None
+    folder = Path(run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; give a folder.")
+    holds_run = any((folder / name).exists() for name in ("config.json", "result.json", "checkpoints"))
+    if holds_run and run.resume is None:
+        raise ValueError(
+            f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
+        )
+    return folder
+
+
+def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
+    """What --resume asks for; nothing without it. Raises ValueError for a checkpoint that isn't there or is damaged."""
+    if run.resume is None:
+        return Continuation()
+    if run.resume != "auto":
+        folder = find_checkpoint(run.resume)
+        return Continuation(load_checkpoint(folder), folder)
+    assert output_dir is not None
+    newest, checkpoint, skipped = newest_whole(output_dir)
+    return Continuation(checkpoint, newest, tuple(skipped))
+
+
+def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split]) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    names = (
+        "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
+        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
+        "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
+        "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+    )  # fmt: skip
+    attacks = run.how is not None and run.how.attack is not None
+    asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()
+    identity = {"task": task.spec(), **{name: getattr(run, name) for name in (*names, *asked)}}
+    identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
+    identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
+    identity["training data"] = splits["train"].digest
+    return redacted(json.loads(json.dumps(identity)))

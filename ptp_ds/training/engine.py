@@ -1,0 +1,166 @@
+"""The DeepSpeed engine around the prompt, and its state in a form that knows no number of ranks.
+
+The frozen backbone is no part of the engine's module: DeepSpeed shards it (zero.Init) and backbone.sharding gathers it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.config.zero_options import BACKBONE_ONLY
+from ptp_ds.prompts import SoftPrompt
+from ptp_ds.ranks.distributed import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = "loss_scaler"
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Engine:
+    """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state."""
+
+    def __init__(
+        self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        import deepspeed
+
+        self.ranks, self.stage, self.backbone = ranks, resolved.stage, backbone
+        self.shape = tuple(prompt.weight.shape)
+        # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
+        optimizer = torch.optim.AdamW([prompt.weight], lr=0.0, weight_decay=weight_decay)
+        # Micro-batches are sections of one packed row (ptp_ds.backbone.layerwise): for DeepSpeed a step is one batch.
+        config = {**resolved.config, "gradient_accumulation_steps": 1}
+        config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] // ranks.world
+        zero = config["zero_optimization"]
+        config["zero_optimization"] = {name: value for name, value in zero.items() if name not in BACKBONE_ONLY}
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=prompt.to(ranks.device), optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
+        self.prompt_module: SoftPrompt = self.deepspeed.module
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.deepspeed.optimizer.optimizer
+
+    @property
+    def _master(self) -> Tensor:
+        """This rank's part of the flat fp32 weight; the parts of all ranks, in order, are the weight and padding."""
+        optimizer = self.deepspeed.optimizer
+        if self.stage == 3:
+            return optimizer.fp32_partitioned_groups_flat[0]
+        return optimizer.single_partition_of_fp32_groups[0]
+
+    def prompt_values(self) -> Tensor:
+        """[P, H] the prompt in the engine's dtype, with its graph: once an optimizer step."""
+        return self.deepspeed()
+
+    def backward_sum(self, loss_sum: Tensor, global_count: int) -> None:
+        """Backward of (sum over this rank's examples) / (examples of the optimizer step on all ranks).
+
+        DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: a sum of sums remains.
+        """
+        self.deepspeed.backward(loss_sum * (self.ranks.world / global_count), scale_wrt_gas=False)
+
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by before backward: 1 but under fp16."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.deepspeed.fp16_enabled() else 1.0
+
+    def step(self, lr: float) -> None:
+        """Clips and updates the prompt."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    def skipped(self) -> bool:
+        """Whether the last step's scaled gradient overflowed fp16: DeepSpeed then left the prompt as it was."""
+        return bool(self.deepspeed.fp16_enabled() and self.deepspeed.optimizer.overflow)
+
+    def grad_norm(self) -> float:
+        """Global l2 norm of the last optimizer step's gradient, before clipping; 0 for a step that was skipped."""
+        if self.skipped():
+            return 0.0
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def _gather(self, part: Tensor) -> Tensor:
+        """[R, H] fp32 on the CPU from every rank's part; all ranks must call it."""
+        flat = part.detach().float().flatten()
+        parts = [torch.empty_like(flat) for _ in range(self.ranks.world)]
+        torch.distributed.all_gather(parts, flat.contiguous())
+        whole = torch.cat(parts)
+        rows, width = self.shape
+        return whole[: rows * width].view(rows, width).cpu().clone()
+
+    def _part(self, whole_RH: Tensor) -> Tensor:
+        """This rank's part of a [R, H] tensor, zero-padded like the master."""
+        size = self._master.numel()
+        padded = torch.zeros(size * self.ranks.world)
+        padded[: whole_RH.numel()] = whole_RH.flatten().float()
+        return padded[size * self.ranks.rank : size * (self.ranks.rank + 1)].to(self._master.device)
+
+    def prompt(self) -> Tensor:
+        """[P, H] fp32 on the CPU, from the master weight; all ranks must call it."""
+        with torch.no_grad():
+            return self.prompt_module.values(self._gather(self._master))
+
+    def state(self) -> dict[str, Tensor]:
+        """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
+
+        Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has come to.
+
+        The weight is the prompt itself, or what it is computed from (SoftPrompt.values). All ranks must call it.
+        """
+        held = self._adamw.state.get(self._master, {})
+        count = float(held.get("step", 0.0))
+        tensors = {"prompt": self._gather(self._master), "adam_step": torch.tensor([count])}
+        for name in MOMENTS:
+            tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
+        if self.deepspeed.fp16_enabled():
+            scaler = self.deepspeed.optimizer.loss_scaler
+            tensors[_SCALER] = torch.tensor([getattr(scaler, name) for name in _SCALER_FIELDS], dtype=torch.float64)
+        return tensors
+
+    def set_prompt(self, weight_RH: Tensor) -> None:
+        """Sets the weight, its fp32 master and the working copy in the backbone's dtype; all ranks must call it."""
+        import deepspeed
+
+        self._master.data.copy_(self._part(weight_RH).view_as(self._master))
+        weight = self.prompt_module.weight
+        sharded = [weight] if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), torch.no_grad():
+            weight.copy_(weight_RH.view(self.shape))
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Puts `state()` of a run on any number of ranks back; all ranks must call it. ValueError for another shape."""
+        if (found := tuple(tensors["prompt"].shape)) != self.shape:
+            raise ValueError(f"The checkpoint's prompt has shape {found}, this run's {self.shape}; resume another one.")
+        self.set_prompt(tensors["prompt"])
+        if float(tensors["adam_step"]) > 0:
+            held: dict[str, Tensor] = {"step": tensors["adam_step"].reshape(()).clone()}
+            for name in MOMENTS:
+                held[name] = self._part(tensors[name]).view_as(self._master).clone()
+            self._adamw.state[self._master] = held
+        if self.deepspeed.fp16_enabled() and _SCALER in tensors:
+            scaler = self.deepspeed.optimizer.loss_scaler
+            for name, value in zip(_SCALER_FIELDS, tensors[_SCALER].tolist(), strict=True):
+                setattr(scaler, name, type(getattr(scaler, name))(value))
+
+    def sharded_elements(self) -> tuple[int, int]:
+        """(backbone elements this rank keeps between steps, elements of the whole backbone)."""
+        kept = whole = 0
+        parameter: Any
+        for parameter in self.backbone.parameters():
+            if hasattr(parameter, "ds_tensor"):
+                kept += parameter.ds_tensor.ds_numel
+                if parameter.ds_secondary_tensor is not None:  # hpZ's, whole within a host
+                    kept += parameter.ds_secondary_tensor.numel()
+                whole += parameter.ds_numel
+            else:
+                kept += parameter.numel()
+                whole += parameter.numel()
+        return kept, whole

@@ -1,0 +1,132 @@
+"""Scoring a split with a prompt: packed to a token budget, shared out over ranks, exact whatever their number."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.objective import cross_entropy_sum, log_probabilities
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.tasks import Outcome, Task, compute_metrics, majority_accuracy
+from ptp_ds.tasks.example import Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: the task's, as fractions of 1. score: their mean. majority: accuracy of the most frequent answer."""
+
+    metrics: dict[str, float]
+    score: float
+    cross_entropy: float
+    majority: float
+    examples: int
+
+    def better_than(self, other: "Evaluation | None") -> bool:
+        """A higher score, or the same at a lower cross-entropy."""
+        return other is None or (self.score, -self.cross_entropy) > (other.score, -other.cross_entropy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dict(vars(self))
+
+
+def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Example numbers of each pass: longest first, up to `budget` tokens, a multiple of `ranks` passes.
+
+    Under ZeRO-3 every rank must run as many passes as the others, so the last pack is split or repeated to fill up.
+    """
+    packs: list[list[int]] = []
+    free = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not packs or lengths[number] > free:
+            packs.append([])
+            free = budget
+        packs[-1].append(number)
+        free -= lengths[number]
+    while len(packs) % ranks:
+        largest = max(packs, key=len)
+        if len(largest) > 1:
+            packs.append(largest[1::2])
+            del largest[1::2]
+        else:
+            packs.append(list(largest))
+    return packs
+
+
+def score_examples(
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int,
+    beat: Callable[[], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """[N, C] fp32 candidate log-probabilities on the CPU, the same on every rank; -inf where a candidate is absent.
+
+    The keys and values of the prompt, and of what all rows begin with, are computed once. All ranks must call it.
+    beat: called after each pass (see Watchdog).
+    """
+    width = max(len(example.candidate_ids) for example in examples)
+    table = torch.zeros(len(examples), width)
+    counts = torch.zeros(len(examples), 1)
+    rows = backbone.rows
+    with torch.no_grad():
+        values, shared = values.to(ranks.device), rows.shared_start(examples)
+        trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
+        trunk = backbone.cache_trunk(values, trunk_ids)
+        groups = rows.groups(examples, budget)
+        lengths = [rows.group_length([examples[number] for number in group]) for group in groups]
+        for units in plan_packs(lengths, budget, ranks.world)[ranks.rank :: ranks.world]:
+            numbers = [number for unit in units for number in groups[unit]]
+            row = rows.pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
+            row = row.to(ranks.device)
+            scores = backbone.score(row, backbone.inputs(row, values), values, trunk=trunk)[0].cpu()
+            table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
+            counts[numbers] += 1
+            if beat is not None:
+                beat()
+    table = ranks.sum(table.to(ranks.device)).cpu() / ranks.sum(counts.to(ranks.device)).cpu()
+    for number, example in enumerate(examples):
+        table[number, len(example.candidate_ids) :] = float("-inf")
+    return table
+
+
+def together(scores: Sequence[Tensor]) -> Tensor:
+    """[N, C] of an ensemble of prompts: the log of their mean probabilities; one prompt's scores as they are."""
+    if len(scores) == 1:
+        return scores[0]
+    return torch.logsumexp(torch.stack([log_probabilities(scores_NC) for scores_NC in scores]), 0) - log(len(scores))
+
+
+def evaluate(
+    backbone: Backbone, values: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int,
+    beat: Callable[[], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Metrics of a split; all ranks must call it. beat: see score_examples."""
+    scores_NC = score_examples(backbone, values, examples, ranks, budget, beat)
+    return evaluation_of(scores_NC, examples, task)
+
+
+def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) -> Evaluation:
+    """Metrics from candidate log-probabilities."""
+    chosen = scores_NC.argmax(-1).tolist()
+    outcome = outcome_of(chosen, examples)
+    metrics = compute_metrics(task.metrics, outcome)
+    known = [number for number, example in enumerate(examples) if example.trainable]
+    gold = torch.tensor([examples[number].gold for number in known])
+    loss = cross_entropy_sum(scores_NC[known], gold).item() / len(known) if known else 0.0
+    majority = majority_accuracy(outcome.gold)
+    return Evaluation(metrics, sum(metrics.values()) / len(metrics), loss, majority, len(examples))
+
+
+def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:
+    """Chosen candidates as official labels and answers."""
+    predicted, gold, answers = [], [], []
+    for choice, example in zip(chosen, examples, strict=True):
+        by_label = example.label is not None
+        predicted.append(int(choice == 0) if by_label else choice)
+        gold.append(example.label if example.label is not None else example.gold)
+        if example.names:
+            right = [example.names[place] for place in example.golds or ()]
+            answers.append((example.names[choice], right))
+    return Outcome(predicted, gold, [example.group for example in examples], answers)

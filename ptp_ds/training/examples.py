@@ -1,0 +1,67 @@
+"""A run's data: the splits it reads, and the examples that train, select, are reported and are predicted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import Split, Tokenised, hold_out, load_split, tokenise
+from ptp_ds.tasks.example import Example
+from ptp_ds.tasks.predictions import check_numbers
+
+
+@dataclass(frozen=True)
+class RunExamples:
+    """train: those with a right answer among their options. select: those that choose the best prompt. evaluation:
+    those that are reported. predict: of predict_split, without labels. truncated: rows that had to be shortened.
+    """
+
+    train: Sequence[Example]
+    select: Sequence[Example]
+    evaluation: Sequence[Example]
+    truncated: int = 0
+    predict_split: Split | None = None
+    predict: Sequence[Example] = ()
+
+
+def load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
+    """The rows of the run's labelled splits, by what they are for: train, eval and, where given, select."""
+    names = {"train": run.train_split, "eval": run.eval_split}
+    if run.select_split is not None:
+        names["select"] = run.select_split
+    return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in names.items()}
+
+
+def run_examples(run: RunConfig, task: Task, splits: Mapping[str, Split], tokenizer: Any, room: int) -> RunExamples:
+    """The splits' rows as examples. room: tokens that fit behind the prompt. Raises ValueError (see tokenise)."""
+    tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
+    train, select = _train_and_select(run, tokenised)
+    predict_split, predict = _to_predict(run, task, tokenizer, room)
+    truncated = sum(part.truncated for part in tokenised.values())
+    return RunExamples(train, select, tokenised["eval"].examples, truncated, predict_split, predict)
+
+
+def _to_predict(run: RunConfig, task: Task, tokenizer: Any, room: int) -> tuple[Split | None, Sequence[Example]]:
+    """--predict_split's rows, read without labels; ValueError where its prediction file couldn't be written."""
+    if run.predict_split is None:
+        return None, ()
+    split = load_split(task, run.predict_split, run.data_dir, run.dataset)
+    examples = tokenise(task, split, tokenizer, room, labelled=False).examples
+    check_numbers(task, split, len(examples))
+    return split, examples
+
+
+def _train_and_select(
+    run: RunConfig, tokenised: Mapping[str, Tokenised]
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    train = tokenised["train"].examples
+    if "select" in tokenised:
+        select = tokenised["select"].examples
+    else:
+        kept, held = hold_out(len(train), run.holdout, run.seed, [example.group for example in train])
+        train, select = [train[number] for number in kept], [train[number] for number in held]
+    train = [example for example in train if example.trainable]
+    if not train:
+        raise ValueError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
+    return train, select

@@ -1,0 +1,103 @@
+"""What a run tells: log.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from ptp_ds.files import parse_json, read_bytes
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.log import get_logger
+
+log = get_logger(__name__)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Monitor:
+    """Rank 0's records under output_dir; on other ranks every call does nothing."""
+
+    def __init__(self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int) -> None:
+        self.ranks, self.first_step, self.last_step = ranks, first_step, last_step
+        self.started = time.perf_counter()
+        self._log: TextIO | None = None
+        self._bar: Any = None
+        if not ranks.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step or None)
+        self._log = _open_log(output_dir / "log.jsonl", first_step)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""
+        self._record("train", step, values)
+        if not self.ranks.is_main:
+            return
+        if self._bar is not None:
+            shown = {"loss": f"{values['loss']:.3f}", "div": f"{values['divergence']:.4f}"}
+            self._bar.set_postfix({**shown, "tok/s": f"{values['tokens_per_second']:.0f}"})
+            return
+        left = (self.last_step - step) * values["step_seconds"]
+        log.info(
+            "step %d/%d  loss %.4f  ce %.4f  div %.5f  grad %.3f  lr %.2e  %.2f s/step  %.0f tok/s  %.0f s left",
+            step, self.last_step, values["loss"], values["cross_entropy"], values["divergence"], values["grad_norm"],
+            values["learning_rate"], values["step_seconds"], values["tokens_per_second"], left,
+        )  # fmt: skip
+
+    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Metrics of `split` after `step` optimizer steps."""
+        self._record(split, step, values)
+
+    def _record(self, group: str, step: int, values: dict[str, float]) -> None:
+        if self._log is None:
+            return
+        self._log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            tag = name if "/" in name else f"{group}/{name}"  # a2t/... has a group of its own
+            self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+    def tick(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Flushes and closes everything; safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None:
+            self._log.close()
+            self._board.close()
+            self._log = None
+
+
+def _open_log(path: Path, first_step: int) -> TextIO:
+    """log.jsonl for appending, without lines after `first_step` that an interrupted run wrote past its checkpoint."""
+    kept = []
+    if path.is_file():
+        for line in read_bytes(path, str(path), most=None).decode("utf-8", "replace").splitlines():
+            try:
+                if parse_json(line, str(path))["step"] <= first_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off by a kill
+    work = path.with_name(f".{path.name}.writing")
+    work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    work.replace(path)
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""A run before any process group or model exists: everything that could be checked is."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.backbone.source import BackboneSource
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import Rows
+from ptp_ds.tasks import Task
+from ptp_ds.training.continuation import Continuation
+from ptp_ds.training.examples import RunExamples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """rows: how examples become rows. identity: what a checkpoint must share with the run. adapter: the prompt that
+    --prompt_init adapter starts from. mask_id: the token that masks. digests: of each split's rows, by what it is for.
+    output_dir: None where rank 0 names it by the time.
+    """
+
+    run: RunConfig
+    task: Task
+    source: BackboneSource
+    rows: Rows
+    resolved: ResolvedDeepSpeed
+    examples: RunExamples
+    continuation: Continuation
+    identity: dict[str, Any]
+    mask_id: int
+    output_dir: Path | None = None
+    adapter: Tensor | None = None
+    digests: dict[str, str] = field(default_factory=dict)

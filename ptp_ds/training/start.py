@@ -1,0 +1,98 @@
+"""How training starts: the backbone loaded and checked, the engine with the prompt's start or a checkpoint's state."""
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone.activations import Activations, memory_budget
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.frozen_linear import explain_product
+from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.kernels import explain
+from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
+from ptp_ds.perturb.units import unit_of, vanishes
+from ptp_ds.prompts import empty_prompt, initial_ids, prompt_mlp, prompt_width
+from ptp_ds.prompts.deep import join_deep
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.trainer import Progress, progress_from
+
+log = get_logger(__name__)
+
+
+def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
+    """[P, H] the prompt's start, an adapter's or the initialiser's; for a deep one [P, D], its keys and values."""
+    run, head = prepared.run, backbone.head
+    start = head.start(prepared.source.config, run.seed)
+    tensors = {name: tensor.to(backbone.device) for name, tensor in start.items()}
+    if prepared.adapter is not None:
+        return head.join(prepared.adapter.to(backbone.device), tensors)
+    ids = initial_ids(
+        run.prompt_init, run.prompt_length, prepared.source.tokenizer, backbone.vocabulary, seed=run.seed,
+        text=run.init_text, answers=[answer.strip() for answer in prepared.task.answers.values()],
+    )  # fmt: skip
+    prompt = backbone.embed_ids(ids)
+    if run.prompt == "soft":
+        return head.join(prompt, tensors)
+    return head.join(join_deep(backbone.keys_of(prompt, head.join(prompt, tensors))), tensors)
+
+
+def neighbours_of(prepared: Prepared) -> Neighbours | None:
+    """Near words for a perturbation that attacks the text; None for the others."""
+    run = prepared.run
+    if run.how is None or run.how.attack is None:
+        return None
+    return Neighbours(vocabulary_of(prepared.source.tokenizer), run.a2t_neighbours, run.a2t_min_cosine)
+
+
+def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
+    """The backbone, loaded, checked and serving the run's rows; says which path, activations and kernels it takes."""
+    run, source = prepared.run, prepared.source
+    backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels)
+    backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
+    backbone, refused = checked(backbone)
+    backbone.serve(run.prompt, prepared.rows, run.prompt_length)
+    if refused:
+        log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
+    log.info("  activations: %s", backbone.activations.describe())
+    place = run.kernels, ranks.device, backbone.dtype
+    log.info("  kernels: %s; frozen products: %s", explain(*place), explain_product(*place))
+    return backbone
+
+
+def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
+    """An engine around the backbone that holds the prompt's start or the checkpoint's state."""
+    run, config = prepared.run, prepared.source.config
+    backbone = open_backbone(prepared, ranks)
+    mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)
+    beside = backbone.head.rows(prompt_width(run.prompt, config))
+    prompt = empty_prompt(run.prompt, run.prompt_length, config, mlp, beside)
+    engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
+    checkpoint = prepared.continuation.checkpoint
+    if checkpoint is None:
+        start = initial_values(prepared, backbone)
+        engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
+        return engine, Progress()
+    engine.load_state(checkpoint.tensors)
+    progress = progress_from(checkpoint)
+    log.info("resumed behind step %d", progress.step)
+    return engine, progress
+
+
+def perturbation_unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype) -> float:
+    """What size 1 is in embedding coordinates, 1 without a perturbation; warns where the largest size is too small for
+    the dtype."""
+    if run.how is None:
+        return 1.0
+    mean_norm = backbone.mean_embedding_norm()
+    unit = unit_of(run.units, mean_norm, backbone.width)
+    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if name in run.how.sizes]
+    if sizes and vanishes(max(sizes) * unit, mean_norm, dtype):
+        log.warning(
+            "warning: deltas of norm %.1e are mostly lost beside embeddings of norm %.1e in %s; use --precision fp32 "
+            "or larger sizes", max(sizes) * unit, mean_norm, dtype,
+        )  # fmt: skip
+    return unit

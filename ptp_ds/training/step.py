@@ -1,0 +1,125 @@
+"""The train step: what is computed for one packed row, in the order of the formula in ptp_ds.objective."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.kernels import dual_divergence
+from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.packing.row import PackedRow
+from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
+from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.base import ascend
+from ptp_ds.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Sums over the row's examples, on the device. total carries the gradient; the rest is for the log."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
+    delta_norm: Tensor
+    tokens: int
+    delta: Tensor | None = None
+
+
+def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSettings:
+    """The perturbation's settings; unit: the backbone's mean embedding norm, mask_id: the token that masks."""
+    return PerturbSettings(
+        unit=unit, sigma=run.sigma, epsilon=run.epsilon, alpha=run.step_length, steps=run.ascent_steps, norm=run.norm,
+        divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
+        a2t_share=run.a2t_share, kernels=run.kernels,
+    )  # fmt: skip
+
+
+def reg_weight_at(run: RunConfig, step: int) -> float:
+    """lambda in optimizer step `step` (0-based): rises linearly over reg_warmup_steps."""
+    return run.reg_weight * min(1.0, (step + 1) / (run.reg_warmup_steps + 1))
+
+
+def ptp_loss(
+    values: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
+    max_rows: int | None = None, carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
+) -> StepLoss:  # fmt: skip
+    """The summed loss of one packed row, with its gradient to `values`, all that is trained.
+
+    max_rows: rows of a micro-batch. carried_TH, ascent_scale: see SharedPass.
+
+    Without a perturbation the pass is plain prompt tuning, the very same operations. Noise is known beforehand, so both
+    streams run as one pass; an adversarial delta climbs against the clean scores first. For a perturbation in text
+    space the row holds both streams already (pack_text_twins).
+    """
+    how = run.how
+    if (how is not None and how.in_text) != (row.streams == 2):
+        raise ValueError(f"--perturbation {run.perturbation} got a row of {row.streams} streams; see pack_text_twins.")
+    delta_TH = None
+    with backbone.shards.edges():
+        clean_TH = backbone.inputs(row, values)
+        tokens = backbone.trunk_length(values, row) + row.num_tokens
+        shared = None
+        if row.streams == 1:
+            shared = SharedPass(backbone, values, row, clean_TH, max_rows, carried_TH, ascent_scale)
+        if how is None:
+            assert shared is not None
+            total = cross_entropy_sum(shared.clean(), row.gold)
+            zero = torch.zeros((), device=total.device)
+            return StepLoss(total, total.detach(), zero, zero, tokens)
+        if how.find is not None:
+            delta_TH = how.find(shared, row, clean_TH.detach(), settings, noise)
+        if shared is not None:
+            assert delta_TH is not None
+            clean_BC, perturbed_BC = shared.both(delta_TH)
+            tokens += row.num_tokens
+        else:
+            inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
+            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, values, max_rows=max_rows, narrow=True)
+    weight = reg_weight_at(run, noise.step)
+    total, cross_entropy, divergence = dual_divergence(
+        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight, impl=run.kernels
+    )
+    delta_norm = example_norm(delta_TH, row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
+    return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH)
+
+
+def _ascent_scale(engine: Engine) -> float:
+    """Under fp16 somewhat below the loss scale, so that ascents don't overflow where training doesn't; else 1."""
+    return max(1.0, engine.loss_scale() / 16)
+
+
+def optimizer_step(
+    engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float,
+    *, global_count: int, carried_TH: Tensor | None = None,
+) -> tuple[StepLoss, Tensor | None]:  # fmt: skip
+    """One optimizer step on this rank's rows: forward, backward, update. Returns the loss and the delta to carry on.
+
+    `row` holds all micro-batches; global_count: examples of the step over all ranks. The backbone's embeddings and
+    head are gathered once, each layer once a pass.
+    """
+    with engine.backbone.shards.edges():
+        max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
+        loss = ptp_loss(
+            engine.prompt_values(),
+            engine.backbone,
+            row,
+            run,
+            settings,
+            noise,
+            max_rows,
+            carried_TH,
+            _ascent_scale(engine),
+        )
+        engine.backward_sum(loss.total, global_count)
+    engine.step(lr)
+    delta = loss.delta
+    if delta is None or not run.carries:
+        return loss, None
+    assert delta.grad is not None
+    carried = ascend(delta, delta.grad, row, settings)
+    if engine.backbone.dtype == torch.float16:  # a step whose scaled gradient overflowed moves nothing
+        carried = torch.where(carried.isfinite(), carried, delta.detach())
+    return loss, carried

@@ -1,0 +1,372 @@
+"""The train loop: batches in seeded order, the step of ptp_ds.training.step, evaluation, checkpoints, records."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import Rows
+from ptp_ds.packing.row import PackedRow
+from ptp_ds.perturb import Noise, PerturbSettings, Twin
+from ptp_ds.perturb.base import Attack
+from ptp_ds.perturb.neighbours import Neighbours
+from ptp_ds.perturb.text_scoring import TextScorer
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import OutputGuard
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.signals import StopRequest
+from ptp_ds.ranks.watchdog import Watchdog
+from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.evaluate import Evaluation, evaluate
+from ptp_ds.training.monitor import Monitor, peak_memory_bytes
+from ptp_ds.training.step import StepLoss, optimizer_step
+
+log = get_logger(__name__)
+
+Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
+
+
+class NonFiniteLossError(ValueError):
+    """Training diverged; nothing of the broken state was saved."""
+
+
+@dataclass
+class Progress:
+    """What changes while training: optimizer steps done, the best prompt so far, timings of logged steps."""
+
+    step: int = 0
+    best: Evaluation | None = None
+    best_prompt: Tensor | None = None
+    best_step: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    tokens_per_second: list[float] = field(default_factory=list)
+    stopped_by: int = 0
+    carried: "Carried | None" = None
+
+
+@dataclass
+class Carried:
+    """Deltas for the next step's batch, its second use or later. mine: this rank's [T, H]; whole: all ranks', [T', H],
+    in the order of the global batch, as a checkpoint holds them."""
+
+    mine: Tensor | None = None
+    whole: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Everything that the loop needs. neighbours: near words, for a perturbation that attacks the text."""
+
+    run: RunConfig
+    task: Task
+    engine: Engine
+    ranks: Ranks
+    settings: PerturbSettings
+    train_examples: Sequence[Example]
+    select_examples: Sequence[Example]
+    monitor: Monitor
+    output_dir: Path
+    identity: dict[str, Any]
+    neighbours: Neighbours | None = None
+    watchdog: Watchdog | None = None
+
+    def train(self, progress: Progress) -> Progress:
+        """Runs from progress.step to run.max_steps, or until a signal; all ranks call it."""
+        stop, meter = StopRequest(self.ranks), Meter(self.ranks)
+        try:
+            while progress.step < self.run.max_steps:
+                self._doing(f"optimizer step {progress.step + 1}")
+                self._optimizer_step(progress, meter)
+                progress.step += 1
+                self.monitor.tick(progress.step)
+                progress.stopped_by = stop.agreed()
+                self._after_step(progress, meter)
+                if progress.stopped_by:
+                    break
+        finally:
+            stop.restore()
+        return progress
+
+    def beat(self) -> None:
+        """Something has moved: one pass of an evaluation (see Watchdog)."""
+        if self.watchdog is not None:
+            self.watchdog.beat()
+
+    def _doing(self, what: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.doing(what)
+
+    def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
+        step = progress.step
+        batch, places = self._dealt(step)
+        noise = Noise(self.run.seed, step, self.run.kernels)
+        with self.engine.backbone.shards.edges():  # once for an attack and the step
+            packed, shares = self._packed([batch[place] for place in places], noise)
+            row = packed.to(self.ranks.device)
+            loss, delta = optimizer_step(
+                self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
+                global_count=len(batch), carried_TH=self._carried(progress),
+            )  # fmt: skip
+        progress.carried = Carried(mine=delta) if delta is not None else None
+        meter.add(loss, row, step, shares)
+
+    def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
+        """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
+        how = self.run.how
+        if how is None or not how.in_text:
+            return self._rows.pack(examples, self._shared), {}
+        shares: Shares = {}
+        if how.attack is not None:
+            twins, shares = self._attacked(how.attack, examples)
+        else:
+            assert how.twins is not None
+            twins = how.twins(examples, self.settings, noise)
+        movable = [twin.movable for twin in twins] if how.find is not None else None
+        return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared), shares
+
+    def _attacked(self, attack: Attack, examples: Sequence[Example]) -> tuple[Sequence[Twin], Shares]:
+        """Twins against the prompt as it stands, anew at each use of an example (once an epoch): nothing to save."""
+        assert self.neighbours is not None
+        scorer = TextScorer(self.engine.backbone, self.engine.prompt(), examples, self._shared, self.neighbours)
+        found = attack(scorer, self.settings)
+        return found.twins, found.shares
+
+    @cached_property
+    def _shared(self) -> int:
+        """Tokens that every training row begins with and the trunk takes."""
+        return self._rows.shared_start(self.train_examples)
+
+    @property
+    def _rows(self) -> Rows:
+        return self.engine.backbone.rows
+
+    def _lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Packed tokens of each example, one stream."""
+        return [self._rows.length(example) - self._shared for example in examples]
+
+    @cached_property
+    def _order(self) -> BatchOrder:
+        run, count = self.run, len(self.train_examples)
+        if run.tokens_per_step is None:
+            return BatchOrder(count, run.batch_size, run.seed)
+        lengths = [run.streams * length for length in self._lengths(self.train_examples)]
+        return BudgetOrder(lengths, run.tokens_per_step, self.ranks.world * run.gradient_accumulation_steps, run.seed)
+
+    def _dealt(self, step: int) -> tuple[list[Example], list[int]]:
+        """The global batch of optimizer step `step` and this rank's places in it, micro-batch by micro-batch."""
+        batch = [self.train_examples[number] for number in self._order.batch(step // self.run.batch_repeats)]
+        accumulate = self.run.gradient_accumulation_steps
+        hands = deal(self._lengths(batch), self.ranks.world * accumulate)
+        mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
+        return batch, [place for hand in mine for place in hand]
+
+    def _carried(self, progress: Progress) -> Tensor | None:
+        """[T, H] this rank's carried deltas for the step to come; None at a batch's first use."""
+        if progress.carried is None or progress.step % self.run.batch_repeats == 0:
+            return None
+        if progress.carried.mine is None:
+            assert progress.carried.whole is not None
+            batch, places = self._dealt(progress.step)
+            parts = progress.carried.whole.split(self._lengths(batch))
+            progress.carried.mine = torch.cat([parts[place] for place in places]).to(self.ranks.device)
+        return progress.carried.mine
+
+    def _whole_carried(self, progress: Progress) -> Tensor | None:
+        """All ranks' carried deltas in the order of the global batch, on the CPU; all ranks must call it."""
+        mine = self._carried(progress)
+        if mine is None:
+            return None
+        batch, places = self._dealt(progress.step)
+        lengths = self._lengths(batch)
+        whole = mine.new_zeros(sum(lengths), mine.shape[1])
+        parts = whole.split(lengths)
+        for place, part in zip(places, mine.split([lengths[place] for place in places]), strict=True):
+            parts[place].copy_(part)
+        return self.ranks.sum(whole).cpu()
+
+    def _after_step(self, progress: Progress, meter: "Meter") -> None:
+        step, run = progress.step, self.run
+        last = step == run.max_steps or bool(progress.stopped_by)
+        evaluates = _due(step, run.eval_every) or (step == run.max_steps)
+        saves = _due(step, run.save_every) or last
+        if not (_due(step, run.log_every) or evaluates or saves):
+            return
+        output = OutputGuard(self.ranks, self.output_dir)
+        self._log(progress, meter, output)
+        if evaluates:
+            self._doing(f"the evaluation behind step {step}")
+            self._select(progress, output)
+        if saves:
+            self._doing(f"saving step {step}")
+            self._save(progress, output)
+        output.agree()
+        meter.restart_clock()
+
+    def _log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
+        window = meter.reduce(self.run.reg_weight)
+        if window.bad_step >= 0:
+            raise NonFiniteLossError(
+                f"The loss is not finite at step {window.bad_step + 1}; nothing was saved after the last checkpoint. "
+                "Lower --lr, --sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
+            )
+        grad_norm = self.engine.grad_norm()
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLossError(
+                f"The prompt's gradient is not finite at step {progress.step}; nothing was saved after the last "
+                "checkpoint. Lower --lr, --sigma or --epsilon, or raise --warmup_steps."
+            )
+        prompt = self.engine.prompt()
+        progress.step_seconds.append(window.step_seconds)
+        progress.tokens_per_second.append(window.tokens_per_second)
+        peak = torch.tensor([peak_memory_bytes(self.ranks.device)], dtype=torch.float64, device=self.ranks.device)
+        values = {
+            **window.values, **window.shares, "grad_norm": grad_norm, "prompt_norm": float(prompt.norm(dim=-1).mean()),
+            "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
+            "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
+        }  # fmt: skip
+        with output.writing():
+            self.monitor.train(progress.step, values)
+
+    def _select(self, progress: Progress, output: OutputGuard) -> None:
+        prompt = self.engine.prompt()
+        result = evaluate(
+            self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens,
+            self.beat,
+        )  # fmt: skip
+        marker = ""
+        if result.better_than(progress.best):
+            progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
+            marker = "  (best so far)"
+        with output.writing():
+            self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
+        log.info(
+            "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, shown, result.cross_entropy,
+            marker,
+        )  # fmt: skip
+
+    def _save(self, progress: Progress, output: OutputGuard) -> None:
+        tensors = self.engine.state()
+        if progress.best_prompt is not None:
+            tensors["best_prompt"] = progress.best_prompt
+        carried = self._whole_carried(progress)
+        if carried is not None:
+            tensors["carried_delta"] = carried
+        best = None
+        if progress.best is not None:
+            best = {"step": progress.best_step, "evaluation": progress.best.as_dict()}
+        if self.ranks.is_main:
+            checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
+            with output.writing():
+                save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def learning_rate(run: RunConfig, step: int) -> float:
+    """The rate of optimizer step `step` (0-based): linear warm-up, then linear or cosine to 0 behind the last step."""
+    if step < run.warmup_steps:
+        return run.lr * (step + 1) / run.warmup_steps
+    if run.lr_schedule == "constant":
+        return run.lr
+    share = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
+    return run.lr * (1 - share if run.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def progress_from(checkpoint: Checkpoint) -> Progress:
+    """The progress that a checkpoint recorded."""
+    progress = Progress(step=checkpoint.step)
+    if "carried_delta" in checkpoint.tensors:
+        progress.carried = Carried(whole=checkpoint.tensors["carried_delta"])
+    if checkpoint.best is not None:
+        progress.best = Evaluation(**checkpoint.best["evaluation"])
+        progress.best_step = int(checkpoint.best["step"])
+        progress.best_prompt = checkpoint.tensors["best_prompt"]
+    return progress
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1.
+
+    shares: what attacks told, each a sum over another, 0 where there was nothing to share.
+    """
+
+    values: dict[str, float]
+    shares: dict[str, float]
+    bad_step: int
+    step_seconds: float
+    tokens_per_second: float
+
+
+class Meter:
+    """Sums on the device between log lines; nothing is read back until `reduce`, the only host sync."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._steps: set[int] = set()
+        self._sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
+        self._shares: dict[str, list[float]] = {}
+        self._clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leaves evaluation and saving out of the next window's time."""
+        self._clock = time.perf_counter()
+
+    def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:
+        """Adds one step's sums, without a host sync; shares: the same names on all ranks."""
+        self._steps.add(step)
+        for name, pair in shares.items():
+            held = self._shares.get(name, (0.0, 0.0))
+            self._shares[name] = [total + part for total, part in zip(held, pair, strict=True)]
+        parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
+        self._sums[:4] += torch.stack([part.detach().double() for part in parts])
+        self._sums[4] += row.num_examples
+        self._sums[5] += loss.tokens
+        bad = ~torch.isfinite(loss.total) & (self._bad < 0)
+        self._bad = torch.where(bad, step, self._bad)
+
+    def reduce(self, reg_weight: float) -> Window:
+        """The window's means over all ranks, and a fresh window; all ranks must call it."""
+        bad = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
+        first_bad = -int(self.ranks.max(-bad))
+        sums = self.ranks.sum(self._sums).tolist()
+        seconds = (time.perf_counter() - self._clock) / max(1, len(self._steps))
+        count = max(1.0, sums[4])
+        names = ("loss", "cross_entropy", "divergence", "delta_norm")
+        values = {name: total / count for name, total in zip(names, sums, strict=False)}
+        rate = sums[5] / max(1, len(self._steps)) / seconds
+        bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
+        shares = self._reduced_shares()
+        self._steps.clear()
+        self._sums = torch.zeros_like(self._sums)
+        self.restart_clock()
+        return Window(values, shares, bad_step, seconds, rate)
+
+    def _reduced_shares(self) -> dict[str, float]:
+        if not self._shares:
+            return {}
+        pairs = torch.tensor(list(self._shares.values()), dtype=torch.float64, device=self.ranks.device)
+        reduced = zip(self._shares, self.ranks.sum(pairs).tolist(), strict=True)
+        self._shares = {}
+        return {name: part / whole if whole else 0.0 for name, (part, whole) in reduced}
+
+
+def median_or_zero(values: Sequence[float]) -> float:
+    """The median, 0.0 where nothing was timed (a resumed run that had no step left)."""
+    return statistics.median(values) if values else 0.0
