@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds.hosts import hosts
+from ptp_ds.hosts import network
 from ptp_ds.hosts.environment import adopt_mpi, shared_environment
 from ptp_ds.hosts.network import choose_interface, interface_of, master_address
 from ptp_ds.hosts.probe import JOB_VARIABLE
 from ptp_ds.hosts.remote import HostError
+from ptp_ds.launch import job_plan
 from ptp_ds.launch.job_plan import plan_job, write_environment
 
 LINKS = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["192.168.0.1"]}
@@ -90,8 +91,8 @@ def test_no_interface_is_guessed(found, environment, sentence):
 
 @pytest.fixture
 def _on_eth0(monkeypatch):
-    monkeypatch.setattr(hosts, "route_to", lambda peer: route("10.0.0.1", "eth0"))
-    monkeypatch.setattr(hosts, "interface_addresses", lambda: LINKS)
+    monkeypatch.setattr(network, "route_to", lambda peer: route("10.0.0.1", "eth0"))
+    monkeypatch.setattr(network, "interface_addresses", lambda: LINKS)
 
 
 @pytest.mark.usefixtures("_on_eth0")
@@ -120,7 +121,7 @@ def test_one_host_needs_no_interface(rank):
 
 
 def test_a_loopback_master_of_several_hosts_is_refused(monkeypatch):
-    monkeypatch.setattr(hosts, "route_to", lambda peer: route("127.0.0.1", "lo", address="127.0.1.1"))
+    monkeypatch.setattr(network, "route_to", lambda peer: route("127.0.0.1", "lo", address="127.0.1.1"))
     with pytest.raises(ValueError, match=r"MASTER_ADDR=node1 is 127.0.1.1 on .* that no other host reaches"):
         choose_interface({"MASTER_ADDR": "node1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"})
 
@@ -167,8 +168,8 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch):
     stand_in = Cluster()
-    monkeypatch.setattr(hosts, "ask", stand_in.ask)
-    monkeypatch.setattr(hosts, "ask_all", stand_in.ask_all)
+    monkeypatch.setattr(job_plan, "ask", stand_in.ask)
+    monkeypatch.setattr(job_plan, "ask_all", stand_in.ask_all)
     return stand_in
 
 
