@@ -22,9 +22,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run on the CPU
 
 from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.ranks.log import log_to_console
 from ptp_ds.tasks.data import DEMO_DATA
 
 prepare_environment()
+log_to_console()  # as a command does
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 512  # positions of the tiny model

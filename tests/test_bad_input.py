@@ -12,6 +12,7 @@ import torch
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.train import main, prepare
+from ptp_ds.config.flags import parse_run
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 
 CB_ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
@@ -60,8 +61,9 @@ def refuse(tmp_path, monkeypatch, capfd) -> Callable[[list[str]], str]:
 
 def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepared = prepare([*base, "--output_dir", "out"])
-    assert (len(prepared.train), len(prepared.select), len(prepared.evaluation)) == (82, 14, 48)
+    prepared = prepare(*parse_run([*base, "--output_dir", "out"]))
+    found = prepared.examples
+    assert (len(found.train), len(found.select), len(found.evaluation)) == (82, 14, 48)
     assert snapshot(tmp_path) == {}, "preparing a run must not write"
 
 
@@ -162,7 +164,7 @@ def test_output_folder_that_is_a_file(base, refuse, tmp_path):
 def saved(base, tmp_path, monkeypatch) -> Path:
     """out/checkpoints/step-000001 of the run of `base`."""
     monkeypatch.chdir(tmp_path)
-    identity = prepare(base).identity
+    identity = prepare(*parse_run(base)).identity
     tensors = {name: torch.zeros(4, 32) for name in ("prompt", "exp_avg", "exp_avg_sq")}
     tensors["adam_step"] = torch.zeros(1)
     return save_checkpoint(Path("out/checkpoints"), Checkpoint(1, tensors, None, identity), keep=1)
@@ -170,9 +172,9 @@ def saved(base, tmp_path, monkeypatch) -> Path:
 
 def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
     for resume in ("auto", str(saved)):
-        prepared = prepare([*base, "--output_dir", "out", "--resume", resume])
-        assert prepared.checkpoint is not None
-        assert prepared.checkpoint.step == 1
+        prepared = prepare(*parse_run([*base, "--output_dir", "out", "--resume", resume]))
+        assert prepared.continuation.checkpoint is not None
+        assert prepared.continuation.checkpoint.step == 1
 
 
 @pytest.mark.parametrize(
@@ -204,10 +206,10 @@ def test_damaged_checkpoint_before_a_whole_one(base, saved, capsys):
     newer = Path("out/checkpoints/step-000002")
     shutil.copytree(saved, newer)
     os.truncate(newer / "state.safetensors", 50)
-    prepared = prepare([*base, "--output_dir", "out", "--resume", "auto"])
-    assert prepared.checkpoint is not None
-    assert prepared.checkpoint.step == 1
-    assert prepared.damaged
+    prepared = prepare(*parse_run([*base, "--output_dir", "out", "--resume", "auto"]))
+    assert prepared.continuation.checkpoint is not None
+    assert prepared.continuation.checkpoint.step == 1
+    assert prepared.continuation.skipped
     line = capsys.readouterr().err
     assert line.startswith(f"warning: {newer}/state.safetensors is missing or altered (its sha256 differs)")
     assert line.endswith("; going on from step-000001, the one before\n")
