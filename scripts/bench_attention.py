@@ -4,7 +4,7 @@
 reference  buckets of similar length, masks, scaled_dot_product_attention
 ours       what training takes: flash kernels over ragged sequences on a GPU, merged by log-sum-exp
            (ptp_ds/flash_attention.py); the same merging block by block on a CPU (ptp_ds/tree_attention.py)
-flex       torch's FlexAttention, compiled, over one row of trunk and blocks (CUDA only)
+flex       torch's FlexAttention, compiled, over one row of prefix and blocks (CUDA only)
 """
 
 import argparse
@@ -19,7 +19,7 @@ from bench_kernels import median_ms
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ptp_ds.attention.flash import prove
+from ptp_ds.attention.flash import try_flash
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference, attend_tree
 from ptp_ds.commands.train import versions
@@ -54,23 +54,23 @@ def ends_of(blocks: list[Block]) -> Tensor:
     return torch.tensor(ends)
 
 
-def flex_mask(blocks: list[Block], trunk: int, device: torch.device) -> BlockMask:
-    """Query q sees the trunk, and key k of the row where k <= q and q lies before the end of what is below k."""
+def flex_mask(blocks: list[Block], prefix: int, device: torch.device) -> BlockMask:
+    """Query q sees the prefix, and key k of the row where k <= q and q lies before the end of what is below k."""
     ends, tokens = ends_of(blocks).to(device), sum(block.length for block in blocks)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (key - trunk).clamp_min(0)
-        return (key < trunk) | ((own <= query) & (query < ends[own]))
+        own = (key - prefix).clamp_min(0)
+        return (key < prefix) | ((own <= query) & (query < ends[own]))
 
-    return create_block_mask(visible, None, None, tokens, trunk + tokens, device=device)
+    return create_block_mask(visible, None, None, tokens, prefix + tokens, device=device)
 
 
 def flex_way(mask: BlockMask, compiled: bool) -> Attend:
     """FlexAttention with attend_reference's signature, less the plan."""
     function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, trunk: tuple[Tensor, Tensor], scale: float) -> Tensor:
-        keys, values = (torch.cat([t, x]).transpose(0, 1)[None] for t, x in zip(trunk, (k, v), strict=True))
+    def attend(q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], scale: float) -> Tensor:
+        keys, values = (torch.cat([t, x]).transpose(0, 1)[None] for t, x in zip(prefix, (k, v), strict=True))
         out = function(q.transpose(0, 1)[None], keys, values, block_mask=mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    prove(device, dtype, attend_reference)
+    try_flash(device, dtype, attend_reference)
     rows = []
     for branches in args.branches:
         blocks = random_blocks(args.examples, args.length, branches)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, plan_head, rows_for
 from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
-from ptp_ds.backbone.sharding import EDGES
+from ptp_ds.backbone.sharding import OUTSIDE_LAYERS
 from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
@@ -30,8 +30,8 @@ from ptp_ds.training.step import optimizer_step, settings_of
 class Ours:
     """The trainer's own step, through the DeepSpeed engine."""
 
-    def __init__(self, engine: Engine, values: Tensor, unit: float, device: torch.device) -> None:
-        self.engine, self.values, self.unit, self.device = engine, values, unit, device
+    def __init__(self, engine: Engine, trained: Tensor, unit: float, device: torch.device) -> None:
+        self.engine, self.trained, self.unit, self.device = engine, trained, unit, device
         self.backbone = engine.backbone
 
     def step(self, examples: list[Example], method: str, run: RunConfig, number: int) -> float:
@@ -43,7 +43,7 @@ class Ours:
             self.engine, row, run, settings, Noise(run.seed, number), 1e-3, global_count=len(examples)
         )
         self.row_tokens, self.tokens = row.num_tokens, loss.tokens
-        self.trunk_inputs = self.backbone.trunk_length(self.values, row) if self.backbone.prompt == "soft" else 0
+        self.prefix_inputs = self.backbone.prefix_length(self.trained, row) if self.backbone.prompt == "soft" else 0
         return float(loss.total.detach())
 
     def peak_bytes(self, examples: list[Example], method: str, run: RunConfig) -> int:
@@ -61,7 +61,7 @@ class Ours:
         """Gathers since the last reset: the most of any layer, bytes, and the most elements held at once."""
         traffic = self.backbone.shards.traffic
         whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.backbone.parameters())
-        layers = [count for number, count in traffic.gathers.items() if number != EDGES]
+        layers = [count for number, count in traffic.gathers.items() if number != OUTSIDE_LAYERS]
         return {"gathers_per_layer": max(layers, default=0), "gathered_bytes": traffic.gathered_bytes,
                 "peak_gathered_share": traffic.peak_elements / whole}  # fmt: skip
 
@@ -99,20 +99,20 @@ class Sides:
         return str(self.resolved.dtype).removeprefix("torch.")
 
     def open_ours(self, length: int) -> tuple[Ours, Tensor]:
-        """Our side, and the values (prompt and head) that both start from."""
+        """Our side, and what is trained (prompt and head) that both start from."""
         backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels)
         check_backbone(backbone)  # as before training: narrow heads are proven by it
         head = backbone.head
         start = backbone.embed_ids(initial_ids("vocab", length, self.tokenizer, backbone.vocabulary, seed=0))
         tensors = head.start(self.config, 0)
-        values = head.join(start, tensors)
+        trained = head.join(start, tensors)
         if self.prompt == "deep":
-            values = head.join(join_deep(backbone.keys_of(start, values)), tensors)
+            trained = head.join(join_deep(backbone.keys_of(start, trained)), tensors)
         backbone.serve(self.prompt, rows_for(self.plan, self.task, self.tokenizer, self.prompt, length), length)
-        engine = Engine(SoftPrompt(values), backbone, self.resolved, self.ranks)
-        return Ours(engine, values, backbone.mean_embedding_norm(), self.ranks.device), values
+        engine = Engine(SoftPrompt(trained), backbone, self.resolved, self.ranks)
+        return Ours(engine, trained, backbone.mean_embedding_norm(), self.ranks.device), trained
 
-    def open_peft(self, values: Tensor, head: Head, keep: bool) -> PeftLoop:
+    def open_peft(self, trained: Tensor, head: Head, keep: bool) -> PeftLoop:
         """peft's side; keep: see PeftLoop."""
         auto = auto_class(self.config, self.plan.kind, self.folder)
         labels = {"num_labels": self.plan.outputs} if self.plan.kind == "classes" else {}
@@ -120,5 +120,5 @@ class Sides:
             self.ranks.device
         )
         return PeftLoop(
-            base, values, self.ranks.device, keep, self.peft_rows, head, self.prompt, tail_ids(self.tokenizer)
+            base, trained, self.ranks.device, keep, self.peft_rows, head, self.prompt, tail_ids(self.tokenizer)
         )

@@ -100,7 +100,7 @@ def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, p
         ours.backbone.shards.traffic.reset()
         seconds, loss = timed(lambda batch=batch, number=number: ours.step(batch, method, run, number), device)
         times.ours.append(seconds)
-        work = floor_operations(ours.backbone, method, run.ascent_steps, ours.trunk_inputs, ours.row_tokens)
+        work = floor_operations(ours.backbone, method, run.ascent_steps, ours.prefix_inputs, ours.row_tokens)
         for name, rate in matrix_rates(ours.backbone, ours.row_tokens, device).items():
             floors[name].append(work / rate / seconds)
         for name, loop in peft.items():
@@ -223,7 +223,7 @@ def bench_length(args: argparse.Namespace, length: int, sides: Sides) -> list[di
     for name in args.tasks:
         task = load_task(name)
         split = load_split(task, args.split, args.data_dir, None)
-        room = min(2048, row_room(None, length, ours.backbone.model.config)) - ours.backbone.rows.behind
+        room = min(2048, row_room(None, length, ours.backbone.model.config)) - ours.backbone.rows.extra_tokens
         examples = list(tokenise(task, split, tokenizer, room).examples)
         for rows in args.rows:
             batches = draw_batches(examples, rows, args.pairs + 1, seed=0)

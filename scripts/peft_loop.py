@@ -18,10 +18,10 @@ class PeftLoop:
     """
 
     def __init__(
-        self, base: Any, values: Tensor, device: torch.device, keep: bool, rows: int, head: Head, prompt: str,
+        self, base: Any, trained: Tensor, device: torch.device, keep: bool, rows: int, head: Head, prompt: str,
         tail: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
-        """base: a transformers model on `device`. values: prompt and head to start from. keep: whether logits are
+        """base: a transformers model on `device`. trained: prompt and head to start from. keep: whether logits are
         computed at the answers alone. rows: examples of a micro-batch. prompt: soft or deep. tail: tokens behind texts.
         """
         from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -30,18 +30,18 @@ class PeftLoop:
         self.classes, self.keep, self.device = head.kind == "classes", keep, device
         self.head, self.tail, self.micro_batch = head, list(tail), rows
         made = {"soft": PromptTuningConfig, "deep": PrefixTuningConfig}[prompt]
-        self.prompt_length, self.tokens = head.split(values)[0].shape[0], 0
+        self.prompt_length, self.tokens = head.split(trained)[0].shape[0], 0
         kind = "SEQ_CLS" if self.classes else "CAUSAL_LM"
         self.model = get_peft_model(base, made(task_type=kind, num_virtual_tokens=self.prompt_length))
-        self.start(values)
+        self.start(trained)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
         self.embed = base.get_input_embeddings()
 
     @torch.no_grad()
-    def start(self, values: Tensor) -> None:
-        """Prompt and head back at `values`."""
-        prompt, tensors = self.head.split(values)
+    def start(self, trained: Tensor) -> None:
+        """Prompt and head back at `trained`."""
+        prompt, tensors = self.head.split(trained)
         self.model.prompt_encoder["default"].embedding.weight.copy_(prompt)
         for name, parameter in self.model.base_model.named_parameters():
             wanted = tensors.get(name.replace("modules_to_save.default.", ""))

@@ -41,11 +41,13 @@ def snapshot(model: torch.nn.Module) -> list[Any]:
 
 def packed(engine: Engine, examples: list[Example], run: RunConfig) -> PackedRow:
     """The examples, with the twins of an attack; every token is a word here."""
-    if run.how is None or run.how.attack is None:
+    if run.active_perturbation is None or run.active_perturbation.attack is None:
         return pack(examples)
     words = Vocabulary([WORD] * 128, [f" {chr(97 + n // 26)}{chr(97 + n % 26)}oo" for n in range(128)])
     scorer = TextScorer(engine.backbone, engine.prompt(), examples, 0, Neighbours(words, 4, 0.0))
-    return pack_text_twins(examples, [t.context_ids for t in run.how.attack(scorer, settings_of(run, 1.0)).twins])
+    return pack_text_twins(
+        examples, [t.context_ids for t in run.active_perturbation.attack(scorer, settings_of(run, 1.0)).twins]
+    )
 
 
 def main(perturbation: str, activations: str, folder: Path) -> None:
@@ -87,7 +89,7 @@ def main(perturbation: str, activations: str, folder: Path) -> None:
         if ranks.rank:  # nothing to attack on this rank: its passes are the others' all the same
             examples = [replace(example, attackable=[False] * len(example.context_ids)) for example in examples]
         backbone.shards.traffic.reset()
-        with backbone.shards.edges():
+        with backbone.shards.outside_layers():
             row = packed(engine, examples, run)
             optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01, global_count=run.batch_size)
         fetched.append(engine.grad_norm())

@@ -101,7 +101,7 @@ def test_a_deep_prompt_scores_as_the_familys_own_cache():
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-def test_what_all_rows_begin_with_is_in_the_trunk(shared):
+def test_what_all_rows_begin_with_is_in_the_prefix(shared):
     examples = [
         replace(example, context_ids=[7, 8, *example.context_ids], movable=[False, False, *example.movable])
         for example in make_examples("multi")

@@ -32,17 +32,17 @@ open_blocks = st.integers(1, 12).map(lambda length: Block(length, (0,), (-1,), c
 packed_rows = st.one_of(st.lists(blocks(), min_size=1, max_size=5), st.lists(open_blocks, min_size=1, max_size=5))
 
 
-def dense(q, k, v, rows, trunk, scale, softcap, window):
+def dense(q, k, v, rows, prefix, scale, softcap, window):
     """The same attention with one [P + T, P + T] mask built token by token from its definition."""
     path, position, tokens = [], [], 0
-    for place in range(trunk):
+    for place in range(prefix):
         path.append(set(range(place + 1)))
         position.append(place)
-    tokens = trunk
+    tokens = prefix
     for block in rows:
         ends = [*block.starts[1:], block.length]
         for start, end, parent in zip(block.starts, ends, block.parents, strict=True):
-            before = set(range(trunk)) if parent < 0 else path[tokens + ends[parent] - 1]
+            before = set(range(prefix)) if parent < 0 else path[tokens + ends[parent] - 1]
             for place in range(start, end):
                 last = place + 1 if block.causal else end
                 path.append(before | set(range(tokens + start, tokens + last)))
@@ -62,33 +62,33 @@ def dense(q, k, v, rows, trunk, scale, softcap, window):
 
 
 @given(
-    rows=packed_rows, trunk=st.integers(0, 4), groups=st.sampled_from([1, 2]),
+    rows=packed_rows, prefix=st.integers(0, 4), groups=st.sampled_from([1, 2]),
     softcap=st.sampled_from([None, 0.7]), window=st.sampled_from([None, 3]), seed=st.integers(0, 99),
     worth=st.sampled_from([0, 6000]),
 )  # fmt: skip
-def test_equals_dense_attention(rows, trunk, groups, softcap, window, seed, worth):
+def test_equals_dense_attention(rows, prefix, groups, softcap, window, seed, worth):
     """worth 0: small blocks, too, are cut into segments where their mask would hide anything."""
     tree_plan.WORTH_A_CALL = worth
     generator = torch.Generator().manual_seed(seed)
-    tokens = trunk + sum(block.length for block in rows)
+    tokens = prefix + sum(block.length for block in rows)
 
     def draw(heads):
         return torch.randn(tokens, heads, 4, dtype=torch.float64, generator=generator).requires_grad_()
 
     q, k, v, weight = draw(2 * groups), draw(2), draw(2), draw(2 * groups).detach()
-    plan = plan_tree(rows, trunk, trunk, "cpu")
+    plan = plan_tree(rows, prefix, prefix, "cpu")
     out = attend_tree(q, k, v, plan, scale=0.5, softcap=softcap, window=window)
-    expected = dense(q, k, v, rows, trunk, 0.5, softcap, window)
+    expected = dense(q, k, v, rows, prefix, 0.5, softcap, window)
     torch.testing.assert_close(out, expected, atol=1e-9 if softcap is None else 1e-6, rtol=0)
-    if trunk and window is None:  # behind a cached trunk, merged by log-sum-exp where there is no soft cap
+    if prefix and window is None:  # behind a cached prefix, merged by log-sum-exp where there is no soft cap
         cached = attend_tree(
-            q[trunk:], k[trunk:], v[trunk:], plan_tree(rows, 0, trunk, "cpu"), (k[:trunk], v[:trunk]), scale=0.5,
+            q[prefix:], k[prefix:], v[prefix:], plan_tree(rows, 0, prefix, "cpu"), (k[:prefix], v[:prefix]), scale=0.5,
             softcap=softcap,
         )  # fmt: skip
-        torch.testing.assert_close(cached, expected[trunk:], atol=1e-9 if softcap is None else 1e-6, rtol=0)
+        torch.testing.assert_close(cached, expected[prefix:], atol=1e-9 if softcap is None else 1e-6, rtol=0)
         merged, wanted = (
-            torch.autograd.grad((rest * weight[trunk:]).sum(), (q, k, v), retain_graph=True)
-            for rest in (cached, expected[trunk:])
+            torch.autograd.grad((rest * weight[prefix:]).sum(), (q, k, v), retain_graph=True)
+            for rest in (cached, expected[prefix:])
         )
         for actual, right in zip(merged, wanted, strict=True):
             torch.testing.assert_close(actual, right, atol=1e-8 if softcap is None else 1e-5, rtol=0)
@@ -98,8 +98,8 @@ def test_equals_dense_attention(rows, trunk, groups, softcap, window, seed, wort
         torch.testing.assert_close(actual, wanted, atol=1e-8 if softcap is None else 1e-5, rtol=0)
 
 
-def test_cached_trunk_gets_its_gradient():
-    block, trunk = Block(5, (0, 3), (-1, 0)), 3
+def test_cached_prefix_gets_its_gradient():
+    block, prefix = Block(5, (0, 3), (-1, 0)), 3
     q, k, v = (torch.randn(8, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
     whole = attend_tree(
         q,
@@ -109,14 +109,14 @@ def test_cached_trunk_gets_its_gradient():
             [
                 block,
             ],
-            trunk,
-            trunk,
+            prefix,
+            prefix,
             "cpu",
         ),
         scale=1.0,
-    )[trunk:]
-    cache = (k[:trunk], v[:trunk])
-    cached = attend_tree(q[trunk:], k[trunk:], v[trunk:], plan_tree([block], 0, trunk, "cpu"), cache, scale=1.0)
+    )[prefix:]
+    cache = (k[:prefix], v[:prefix])
+    cached = attend_tree(q[prefix:], k[prefix:], v[prefix:], plan_tree([block], 0, prefix, "cpu"), cache, scale=1.0)
     torch.testing.assert_close(cached, whole, atol=1e-12, rtol=0)
     for ours, theirs in zip(*(torch.autograd.grad(out.sum(), (k, v)) for out in (cached, whole)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
@@ -168,11 +168,11 @@ def test_merged_is_what_a_cpu_runs(monkeypatch):
 
     monkeypatch.setattr(tree_attention, "attend_tree_reference", fail)
     q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
-    plan, trunk = plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, "cpu"), (torch.randn(3, 2, 8), torch.randn(3, 2, 8))
-    assert attend_tree(q, k, v, plan, trunk, scale=1.0).shape == (5, 4, 8)
-    assert attend_tree(q, k, v, plan, trunk, scale=1.0, window=9).shape == (5, 4, 8)  # no path is longer than 8
+    plan, prefix = plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, "cpu"), (torch.randn(3, 2, 8), torch.randn(3, 2, 8))
+    assert attend_tree(q, k, v, plan, prefix, scale=1.0).shape == (5, 4, 8)
+    assert attend_tree(q, k, v, plan, prefix, scale=1.0, window=9).shape == (5, 4, 8)  # no path is longer than 8
     with pytest.raises(AssertionError, match="reference"):
-        attend_tree(q, k, v, plan, trunk, scale=1.0, window=4)
+        attend_tree(q, k, v, plan, prefix, scale=1.0, window=4)
 
 
 def test_the_bare_model_says_how_it_must_be_called():

@@ -15,7 +15,7 @@ from ptp_ds.config.flags import build_parser, parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
-from ptp_ds.perturb.custom import BUILT_IN, choose
+from ptp_ds.perturb.custom import BUILT_IN, choose_perturbation
 from ptp_ds.training.step import ptp_loss, settings_of
 
 HEAD = "from ptp_ds.perturb import Perturbation\n"
@@ -39,14 +39,14 @@ def example(tmp_path) -> Path:
 
 
 def test_the_readmes_example_drops_tokens_of_the_example_alone(example):
-    chosen = choose(str(example))
+    chosen = choose_perturbation(str(example))
     assert chosen.name == "token_dropout"
     assert readme_example().count("\n") < 30
     row, backbone = pack(make_examples("multi")), Backbone(make_model("llama"))
     clean = backbone.embed(row.token_ids)
     for share in (0.0, 0.4, 1.0):
         settings = settings_of(RunConfig(mask_share=share), 1.0)
-        delta = chosen.how.find(None, row, clean, settings, Noise(1, 2))
+        delta = chosen.perturbation.find(None, row, clean, settings, Noise(1, 2))
         dropped = (delta != 0).any(-1)
         assert torch.equal(delta[dropped], -clean[dropped])
         assert not bool(dropped[~row.movable].any())
@@ -62,7 +62,7 @@ def test_a_run_with_the_readmes_example(run_train, tiny_model, tmp_path, example
     done = check(run_train([*args, "--output_dir", out], nproc=2))
     assert "no effect" not in done.stderr
     assert json.loads((out / "result.json").read_text())["perturbation"] == "token_dropout"
-    digest = choose(str(example)).sha256
+    digest = choose_perturbation(str(example)).sha256
     assert json.loads((out / "config.json").read_text())["perturbation_sha256"] == digest
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(line["delta_norm"] > 0 for line in logged if line["kind"] == "train")
@@ -104,7 +104,7 @@ def test_a_file_that_climbs_computes_what_the_built_in_one_does(tmp_path):
     text = tmp_path / "words.py"
     text.write_text(HEAD + "from ptp_ds.perturb.mask import mask\nPERTURBATION = Perturbation(twins=mask, sizes=())\n")
     run = RunConfig(perturbation=str(text))
-    twins = run.how.twins(make_examples("single"), settings_of(run, 1.0, 9), Noise(0, 0))
+    twins = run.active_perturbation.twins(make_examples("single"), settings_of(run, 1.0, 9), Noise(0, 0))
     assert twins == PERTURBATIONS["mask"].twins(make_examples("single"), settings_of(run, 1.0, 9), Noise(0, 0))
 
 
@@ -190,6 +190,6 @@ def test_deltas_of_another_shape_are_refused(tmp_path):
     clean, prompt = backbone.embed(row.token_ids), torch.zeros(3, backbone.width)
     for returned, named in (("clean_TH[0]", r"\(32,\)"), ("None", "NoneType")):
         file.write_text(FIND.replace("0.1 * clean_TH", returned) + "PERTURBATION = Perturbation(find=find, sizes=())\n")
-        find, shared = choose(str(file)).how.find, SharedPass(backbone, prompt, row, clean)
+        find, shared = choose_perturbation(str(file)).perturbation.find, SharedPass(backbone, prompt, row, clean)
         with pytest.raises(ValueError, match=rf"find returned {named}; expected a tensor of clean_TH's shape \("):
             find(shared, row, clean, settings, Noise(0, 0))

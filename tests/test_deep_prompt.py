@@ -93,7 +93,7 @@ def test_a_deep_prompt_starts_as_the_soft_one(family):
     """Its start is the soft prompt's own keys and values: the same scores, windows and soft caps included."""
     backbone, examples, soft = Backbone(make_model(family)), make_examples("multi"), make_prompt()
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    deep = join_deep(backbone.cache_trunk(soft))
+    deep = join_deep(backbone.cache_prefix(soft))
     assert deep.shape == (5, prompt_width("deep", backbone.model.config))
     expected = [plain_scores(make_model(family), soft, example) for example in examples]
     backbone.prompt = "deep"

@@ -106,7 +106,7 @@ def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
 def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, activations, passes):
     """2 ranks, 4 micro-batches, 8 layers: a layer is gathered twice a pass, K + 1 passes; never more than 2 at once.
 
-    a2t: one pass for the gradient, the step's, and two of a forward alone, over the trunk and over the texts.
+    a2t: one pass for the gradient, the step's, and two of a forward alone, over the prefix and over the texts.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from ptp_ds.launch.doctor_report import Limits, Seen, connection_faults, find_faults, table, usual
+from ptp_ds.launch.doctor_report import Limits, Seen, connection_faults, find_faults, most_common, table
 
 REPORT = {
     "folder": True, "python": "3.11.7", "project": "a" * 64, "model": {"config.json": "1", "model.safetensors": "2"},
@@ -70,7 +70,7 @@ def test_a_clock_that_is_off(seen, skew, words):
 def test_the_odd_one_is_named_even_when_it_is_the_first(seen):
     seen["node1"].report["python"] = "3.12.1"
     assert [fault.host for fault in find_faults(seen, LIMITS)] == ["node1"]
-    assert usual({"a": 2, "b": 1}) == 2  # a tie: the first
+    assert most_common({"a": 2, "b": 1}) == 2  # a tie: the first
 
 
 def test_hosts_without_an_answer_have_a_row(seen):

@@ -78,9 +78,9 @@ def make_values(backbone):
     return backbone.head.join(prompt, tensors)
 
 
-def plain_scores(model, kind, values, head, example, delta=None, choice=False):
+def plain_scores(model, kind, trained, head, example, delta=None, choice=False):
     """[C] by an ordinary forward a candidate; `model` is the family's own, eager."""
-    prompt, tensors = head.split(values)
+    prompt, tensors = head.split(trained)
     embed = model.get_input_embeddings()
     context = embed(torch.tensor(list(example.context_ids)))
     context = context if delta is None else context + delta
@@ -106,11 +106,11 @@ CASES = [("masked", False, "single"), ("masked", False, "ragged"), ("classes", F
 @pytest.mark.parametrize("family", ENCODERS)
 def test_scores_and_gradients(family, kind, choice, shape):
     backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
-    values = make_values(backbone).requires_grad_()
+    trained = make_values(backbone).requires_grad_()
     row = backbone.rows.pack(examples)
-    scores = backbone.score(row, backbone.inputs(row, values), values)[0]
-    (gradient,) = torch.autograd.grad(sum(s[: len(e.candidate_ids)].log_softmax(-1)[-1] for s, e in zip(scores, examples, strict=True)), values)  # fmt: skip # noqa: E501
-    model, plain = make_encoder(family, kind, 1 if choice else 3), values.detach().clone().requires_grad_()
+    scores = backbone.score(row, backbone.inputs(row, trained), trained)[0]
+    (gradient,) = torch.autograd.grad(sum(s[: len(e.candidate_ids)].log_softmax(-1)[-1] for s, e in zip(scores, examples, strict=True)), trained)  # fmt: skip # noqa: E501
+    model, plain = make_encoder(family, kind, 1 if choice else 3), trained.detach().clone().requires_grad_()
     expected = [plain_scores(model, kind, plain, backbone.head, example, choice=choice) for example in examples]
     for number, example in enumerate(examples):
         count = len(example.candidate_ids)
@@ -120,13 +120,13 @@ def test_scores_and_gradients(family, kind, choice, shape):
     assert relative_error(gradient, wanted) < 1e-4
 
 
-def plain_step(backbone, family, kind, values, examples, deltas, choice):
+def plain_step(backbone, family, kind, trained, examples, deltas, choice):
     """Summed loss (sym_kl, lambda 0.7) by one forward a candidate and stream."""
     model = make_encoder(family, kind, 1 if choice else 3)
     total = 0.0
     for example, delta in zip(examples, deltas, strict=True):
-        clean = plain_scores(model, kind, values, backbone.head, example, choice=choice)
-        perturbed = plain_scores(model, kind, values, backbone.head, example, delta, choice)
+        clean = plain_scores(model, kind, trained, backbone.head, example, choice=choice)
+        perturbed = plain_scores(model, kind, trained, backbone.head, example, delta, choice)
         total = total + F.cross_entropy(clean[None], torch.tensor([example.gold]))
         total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
     return total
@@ -138,10 +138,10 @@ def plain_step(backbone, family, kind, values, examples, deltas, choice):
 def test_step_gradient(family, kind, choice, shape, perturbation):
     """The same delta on an example's context wherever its blocks repeat it, and nowhere else."""
     backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
-    values = make_values(backbone).requires_grad_()
+    trained = make_values(backbone).requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    loss = ptp_loss(values, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), max_rows=2)
     loss.total.backward()
     delta = loss.delta.detach()
     assert float(delta[~row.movable].abs().max()) == 0.0 < float(delta[row.movable].abs().max())
@@ -151,26 +151,26 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
         part[PROMPT : PROMPT + len(example.context_ids)]
         for example, part in zip(examples, delta.split(row.lengths), strict=True)
     ]
-    plain = values.detach().clone().requires_grad_()
+    plain = trained.detach().clone().requires_grad_()
     total = plain_step(backbone, family, kind, plain, examples, deltas, choice)
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(values.grad, expected) < 1e-4
+    assert relative_error(trained.grad, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "choice", "shape"), CASES)
 @pytest.mark.parametrize("perturbation", ["mask", "mask+gaussian"])
 def test_step_gradient_in_text_space(kind, choice, shape, perturbation):
     backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
-    values = make_values(backbone).requires_grad_()
+    trained = make_values(backbone).requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.5, mask_share=0.4)
     settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
     twins = how.twins(examples, settings, noise)
     movable = [twin.movable for twin in twins] if how.find else None
     row = backbone.rows.pack_twins(examples, [twin.context_ids for twin in twins], movable)
-    loss = ptp_loss(values, backbone, row, run, settings, noise)
+    loss = ptp_loss(trained, backbone, row, run, settings, noise)
     loss.total.backward()
-    model, plain, total = make_encoder("bert", kind, 1 if choice else 3), values.detach().clone().requires_grad_(), 0.0
+    model, plain, total = make_encoder("bert", kind, 1 if choice else 3), trained.detach().clone().requires_grad_(), 0.0
     parts = loss.delta.split(row.lengths) if loss.delta is not None else [None] * len(examples)
     for example, twin, part in zip(examples, twins, parts, strict=True):
         clean = plain_scores(model, kind, plain, backbone.head, example, choice=choice)
@@ -184,7 +184,7 @@ def test_step_gradient_in_text_space(kind, choice, shape, perturbation):
         total = total + 0.7 * divergence("sym_kl", clean, perturbed, example.gold)
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(values.grad, expected) < 1e-4
+    assert relative_error(trained.grad, expected) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,21 +203,21 @@ def test_deep_prompts_train(family, kind, activations):
     """Keys and values of every layer, also where the family ignores a cache: gradients by finite differences."""
     backbone, examples = make_backbone(family, kind, "deep"), make_examples("single")
     backbone.activations = replace(backbone.activations, mode=activations)
-    values = make_values(backbone).requires_grad_()
+    trained = make_values(backbone).requires_grad_()
     run = RunConfig(perturbation="pgd", prompt="deep", divergence="js", epsilon=0.3)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    ptp_loss(values, backbone, row, run, settings, Noise(0, 0)).total.backward()
-    assert bool(values.grad.abs().sum(-1).min() > 0)
+    ptp_loss(trained, backbone, row, run, settings, Noise(0, 0)).total.backward()
+    assert bool(trained.grad.abs().sum(-1).min() > 0)
 
     def loss(matrix):
         with torch.no_grad():
             scores = backbone.score(row, backbone.inputs(row, matrix), matrix)[0]
         return -scores.log_softmax(-1)[:, 0].double().sum()
 
-    scores = backbone.score(row, backbone.inputs(row, values), values)[0]
-    (gradient,) = torch.autograd.grad(-scores.log_softmax(-1)[:, 0].sum(), values)
+    scores = backbone.score(row, backbone.inputs(row, trained), trained)[0]
+    (gradient,) = torch.autograd.grad(-scores.log_softmax(-1)[:, 0].sum(), trained)
     direction = gradient / gradient.norm()
-    plain = values.detach()
+    plain = trained.detach()
     slope = (loss(plain + 1e-2 * direction) - loss(plain - 1e-2 * direction)) / 2e-2
     assert float(slope) == pytest.approx(float(gradient.norm()), rel=2e-2)
 
@@ -230,11 +230,11 @@ def test_deep_prompts_equal_the_families_own_cache(family, kind):
     from ptp_ds.prompts.deep import split_deep
 
     backbone, example = make_backbone(family, kind, "deep"), make_examples("single")[3]
-    values = make_values(backbone)
+    trained = make_values(backbone)
     row = backbone.rows.pack([example])
     with torch.no_grad():
-        scores = backbone.score(row, backbone.inputs(row, values), values)[0, 0]
-    model, (prompt, tensors) = make_encoder(family, kind), backbone.head.split(values)
+        scores = backbone.score(row, backbone.inputs(row, trained), trained)[0, 0]
+    model, (prompt, tensors) = make_encoder(family, kind), backbone.head.split(trained)
     cache = DynamicCache()
     for layer, ((k, v),) in split_deep(prompt, model.config).items():
         cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
@@ -260,12 +260,12 @@ def test_gradients_that_an_attack_ranks_words_by(kind, choice, shape):
     from ptp_ds.perturb.text_scoring import TextScorer
 
     backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
-    values = make_values(backbone)
-    found = TextScorer(backbone, values, examples, 0, None).gradients()
+    trained = make_values(backbone)
+    found = TextScorer(backbone, trained, examples, 0, None).gradients()
     model = make_encoder("bert", kind, 1 if choice else 3)
     for example, places, clean in zip(examples, found.places, found.clean, strict=True):
         delta = torch.zeros(len(example.context_ids), 32, requires_grad=True)
-        scores = plain_scores(model, kind, values, backbone.head, example, delta, choice)
+        scores = plain_scores(model, kind, trained, backbone.head, example, delta, choice)
         loss = F.cross_entropy(scores[None], torch.tensor([example.gold]))
         (expected,) = torch.autograd.grad(loss, delta)
         assert relative_error(found.packed[places], expected) < 1e-4
@@ -282,19 +282,19 @@ def test_rows_of_several_tasks_have_each_its_own_prompt(kind):
     else:
         backbone = make_backbone("bert", "masked")
     examples = [replace(example, prompt=number % 2) for number, example in enumerate(make_examples("ragged"))]
-    values = 0.3 * torch.randn(2 * PROMPT, 32, generator=torch.Generator().manual_seed(2))
-    values.requires_grad_()
+    trained = 0.3 * torch.randn(2 * PROMPT, 32, generator=torch.Generator().manual_seed(2))
+    trained.requires_grad_()
     run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
     settings = settings_of(run, backbone.mean_embedding_norm())
     row = backbone.rows.pack(examples)
-    loss = ptp_loss(values, backbone, row, run, settings, Noise(1, 2))
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(1, 2))
     loss.total.backward()
     total = 0.0
     for task in (0, 1):
-        alone = values.detach()[task * PROMPT : (task + 1) * PROMPT].clone().requires_grad_()
+        alone = trained.detach()[task * PROMPT : (task + 1) * PROMPT].clone().requires_grad_()
         mine = [replace(example, prompt=0) for example in examples if example.prompt == task]
         found = ptp_loss(alone, backbone, backbone.rows.pack(mine), run, settings, Noise(1, 2))
         found.total.backward()
         total += float(found.total.detach())
-        assert relative_error(values.grad[task * PROMPT : (task + 1) * PROMPT], alone.grad) < 1e-4
+        assert relative_error(trained.grad[task * PROMPT : (task + 1) * PROMPT], alone.grad) < 1e-4
     assert float(loss.total.detach()) == pytest.approx(total, rel=1e-5)

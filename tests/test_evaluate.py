@@ -15,7 +15,7 @@ from test_packed_equals_plain import make_prompt
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.evaluate import Evaluation, outcome_of, plan_packs, score_examples, together
+from ptp_ds.training.evaluate import Evaluation, ensemble_scores, outcome_of, plan_packs, score_examples
 
 
 @settings(deadline=None)
@@ -84,7 +84,7 @@ def test_evaluations_survive_json():
 
 
 def test_rows_behind_one_instruction_score_as_they_do_alone():
-    """The instruction goes into the cached trunk; every pass holds a few rows."""
+    """The instruction goes into the cached prefix; every pass holds a few rows."""
     backbone, examples, prompt = Backbone(make_model("llama")), with_instruction(make_examples("ragged")), make_prompt()
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     found = score_examples(backbone, prompt, examples, ranks, budget=20)
@@ -137,9 +137,9 @@ def test_outcomes_of_tasks_that_name_their_own_options():
 def test_an_ensemble_is_the_mean_of_probabilities():
     first = torch.tensor([[0.0, 1.0, float("-inf")], [2.0, 0.5, -1.0]])
     second = torch.tensor([[3.0, 1.0, float("-inf")], [0.0, 0.5, 1.0]])
-    found = together([first, second])
+    found = ensemble_scores([first, second])
     torch.testing.assert_close(found.exp(), (first.softmax(-1) + second.softmax(-1)) / 2)
-    assert together([first]) is first
+    assert ensemble_scores([first]) is first
 
 
 @pytest.mark.slow

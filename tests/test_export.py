@@ -14,7 +14,7 @@ from ptp_ds.backbone.source import load_config
 CARD = {"task": {"name": "CB"}, "result": {"metrics": {"accuracy": 0.5}}}
 
 
-def prompt_values(length: int = 5, width: int = 32) -> torch.Tensor:
+def made_prompt(length: int = 5, width: int = 32) -> torch.Tensor:
     return torch.randn(length, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -22,7 +22,7 @@ def prompt_values(length: int = 5, width: int = 32) -> torch.Tensor:
 def adapter(tmp_path, tiny_model) -> Path:
     """An adapter of 5 tokens for the tiny model."""
     folder = tmp_path / "adapter"
-    write_adapter(folder, prompt_values(), str(tiny_model), load_config(tiny_model), CARD)
+    write_adapter(folder, made_prompt(), str(tiny_model), load_config(tiny_model), CARD)
     return folder
 
 
@@ -32,13 +32,13 @@ def test_round_trip(adapter):
     ]  # fmt: skip
     prompt = read_adapter(adapter, width=32, length=5)
     assert prompt.dtype == torch.float32
-    assert torch.equal(prompt, prompt_values())
+    assert torch.equal(prompt, made_prompt())
     assert torch.equal(read_adapter(str(adapter)), prompt)
     assert read_card(adapter) == CARD
 
 
 def test_bf16_prompts_are_written_and_read_as_fp32(tmp_path, tiny_model):
-    half = prompt_values().to(torch.bfloat16)
+    half = made_prompt().to(torch.bfloat16)
     write_adapter(tmp_path / "adapter", half, "model", load_config(tiny_model), {})
     assert torch.equal(read_adapter(tmp_path / "adapter"), half.float())
 
@@ -57,10 +57,10 @@ def test_peft_loads_it_and_computes_with_it(adapter, tiny_model):
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded = PeftModel.from_pretrained(base, adapter).eval()
-    assert torch.equal(loaded.get_prompt(1)[0], prompt_values())
+    assert torch.equal(loaded.get_prompt(1)[0], made_prompt())
     ids = torch.tensor([[10, 20, 30]])
     with torch.no_grad():
-        expected = base(inputs_embeds=torch.cat([prompt_values()[None], base.get_input_embeddings()(ids)], 1)).logits
+        expected = base(inputs_embeds=torch.cat([made_prompt()[None], base.get_input_embeddings()(ids)], 1)).logits
         found = loaded(input_ids=ids).logits
     assert torch.allclose(found[:, -3:], expected[:, -3:], atol=1e-6)
 
@@ -119,15 +119,15 @@ def test_wrong_shapes(adapter):
 
 
 def test_other_tensors(adapter):
-    rewrite(adapter, prompt_embeddings=prompt_values(), extra=torch.zeros(1))
+    rewrite(adapter, prompt_embeddings=made_prompt(), extra=torch.zeros(1))
     refused(adapter, "holds .*extra.*; expected prompt_embeddings alone")
-    rewrite(adapter, embeddings=prompt_values())
+    rewrite(adapter, embeddings=made_prompt())
     refused(adapter, "holds embeddings; expected prompt_embeddings alone")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(adapter, value):
-    prompt = prompt_values()
+    prompt = made_prompt()
     prompt[2, 3] = value
     rewrite(adapter, prompt_embeddings=prompt)
     refused(adapter, "the prompt holds values that are not finite")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_attention import packed_rows
 
 from ptp_ds.attention import flash as flash_attention
-from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prove, trunk_part
+from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference
 
@@ -65,22 +65,22 @@ def played(monkeypatch):
 
 
 @given(
-    rows=packed_rows, trunk=st.integers(1, 4), groups=st.sampled_from([1, 3]),
+    rows=packed_rows, prefix=st.integers(1, 4), groups=st.sampled_from([1, 3]),
     run=st.sampled_from([3, 1024]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_joined_parts_equal_the_reference(rows, trunk, groups, run, seed):
+def test_joined_parts_equal_the_reference(rows, prefix, groups, run, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_attention, "flash_forward", play_forward)
         patch.setattr(flash_attention, "flash_backward", play_backward)
-        patch.setattr(flash_attention, "_TRUNK_RUN", run)
+        patch.setattr(flash_attention, "_PREFIX_RUN", run)
         patch.setattr(torch, "float32", torch.float64)  # sums, too, in double precision
         generator, tokens = torch.Generator().manual_seed(seed), sum(block.length for block in rows)
-        shapes = [(tokens, 2 * groups, 4), (tokens, 2, 4), (tokens, 2, 4), (trunk, 2, 4), (trunk, 2, 4)]
+        shapes = [(tokens, 2 * groups, 4), (tokens, 2, 4), (tokens, 2, 4), (prefix, 2, 4), (prefix, 2, 4)]
         leaves = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
         weight = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
         sides = []
         for attend in (flash_attend, attend_reference):
-            out = attend(*leaves[:3], plan_tree(rows, 0, trunk, "cpu"), (leaves[3], leaves[4]), 0.5)
+            out = attend(*leaves[:3], plan_tree(rows, 0, prefix, "cpu"), (leaves[3], leaves[4]), 0.5)
             sides.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
         for ours, wanted in zip(*sides, strict=True):
             torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
@@ -104,7 +104,7 @@ def test_the_kernels_take_the_arguments_they_are_given():
     rows, meta = [flash_attention.Block(6, (0, 3, 5), (-1, 0, 0))], torch.device("meta")
     shapes = [(6, 4, 64), (6, 2, 64), (6, 2, 64), (5, 2, 64), (5, 2, 64)]
     leaves = [torch.empty(shape, dtype=torch.bfloat16, device=meta).requires_grad_() for shape in shapes]
-    out = FlashTreeAttention.apply(*leaves, [trunk_part(6, 5, meta), *parts_of(rows, meta)], 0.125)
+    out = FlashTreeAttention.apply(*leaves, [prefix_part(6, 5, meta), *parts_of(rows, meta)], 0.125)
     found = torch.autograd.grad(out.sum(), leaves)
     assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
     assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}
@@ -127,7 +127,7 @@ def test_kernels_that_cannot_be_used_are_left_out_aloud(worst, monkeypatch, caps
     monkeypatch.setattr(flash_attention, "_proven", {})
     monkeypatch.setattr(flash_attention, "largest_error", error)
     device = torch.device("cuda", 0)
-    prove(device, torch.bfloat16, attend_reference)
-    prove(device, torch.bfloat16, attend_reference)
+    try_flash(device, torch.bfloat16, attend_reference)
+    try_flash(device, torch.bfloat16, attend_reference)
     assert flash_attention._proven == {(device, torch.bfloat16): False}
     assert capsys.readouterr().err.count("attention takes the slower reference") == 1

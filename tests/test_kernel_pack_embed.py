@@ -10,7 +10,7 @@ from ptp_ds.kernels import Sources, pack_embed
 CASES = {
     "one token": ([2], [-1]),
     "prompt alone": ([-1, -2, -3], [-1, -1, -1]),
-    "trunk, clean and moved rows": ([-1, -2, -3, 7, 1, 2, 1, 10, 1, 2, 1, 10], [-1] * 8 + [0, 1, 2, 3]),
+    "prefix, clean and moved rows": ([-1, -2, -3, 7, 1, 2, 1, 10, 1, 2, 1, 10], [-1] * 8 + [0, 1, 2, 3]),
     "a prompt in every row": ([5, -1, -2, -3, 6, -1, -2, -3, 0, -3], [0, 1, -1, -1, 2, 1, -1, -1, 3, 3]),
 }
 
@@ -72,7 +72,7 @@ def test_without_delta_and_with_tensors_that_have_gaps(impl):
 def test_what_is_not_finite_is_passed_on_and_goes_nowhere_else(impl):
     table, prompt, delta = randn(11, 6), randn(3, 6, seed=1), randn(4, 6, seed=2)
     table[7, 1], prompt[1, 2], delta[3, 4] = float("nan"), float("inf"), float("nan")
-    ids, delta_of = CASES["trunk, clean and moved rows"]
+    ids, delta_of = CASES["prefix, clean and moved rows"]
     sources = Sources(torch.tensor(ids, device=DEVICE), torch.tensor(delta_of, device=DEVICE))
     out = pack_embed(table, prompt, sources, delta, impl=impl)
     wrong = {(3, 1), (1, 2), (11, 4)}

@@ -76,7 +76,7 @@ def with_instruction(examples):
 
 @pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
 @pytest.mark.parametrize("path", ["keep", "recompute, small chunks"])
-def test_gradient_with_an_instruction_in_the_trunk(path, perturbation):
+def test_gradient_with_an_instruction_in_the_prefix(path, perturbation):
     activations, max_rows = PATHS[path]
     backbone, examples = Backbone(make_double("llama"), activations), with_instruction(make_examples("ragged"))
     prompt = make_prompt(torch.float64).requires_grad_()

@@ -14,7 +14,7 @@ from ptp_ds.backbone.source import _move_into_place, resolve_model
 from ptp_ds.hosts import model_files
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks import once
-from ptp_ds.ranks.once import one_first, one_host_at_a_time
+from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 
 # Each process notes when it begins to prepare, and what it sees in the end.
 WORKER = """
@@ -63,11 +63,11 @@ def _own_locks(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("_own_locks")
 def test_the_first_is_alone_and_other_names_are_free():
-    with one_first("a") as first:
+    with first_of_host("a") as first:
         assert first
-        with one_first("b") as other:
+        with first_of_host("b") as other:
             assert other
-    with one_first("a") as again:
+    with first_of_host("a") as again:
         assert again
 
 
@@ -77,7 +77,7 @@ def test_a_disk_without_locks_is_said_and_used(monkeypatch, tmp_path, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with one_host_at_a_time(tmp_path / "cache" / "model.lock"):
+    with lock_across_hosts(tmp_path / "cache" / "model.lock"):
         pass
     assert f"warning: {tmp_path / 'cache'} has no file locks (No locks available)" in capsys.readouterr().err
 

@@ -182,13 +182,13 @@ def test_a_shared_step_equals_one_pass_over_both(activations, max_rows):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_trunk_equals_prompt_in_the_row(family):
+def test_cached_prefix_equals_prompt_in_the_row(family):
     backbone, row = Backbone(make_model(family)), pack(make_examples("multi"))
     prompt = make_prompt()
     clean = backbone.embed(row.token_ids)
     with torch.no_grad():
         together = backbone.score(row, clean, prompt)
-        cached = backbone.score(row, clean, trunk=backbone.cache_trunk(prompt))
+        cached = backbone.score(row, clean, prefix=backbone.cache_prefix(prompt))
     torch.testing.assert_close(cached, together, atol=1e-5, rtol=1e-6)
 
 
@@ -204,7 +204,7 @@ def test_families_outside_the_interface_are_refused_by_name(family):
 
 
 def test_check_notices_wrong_attention(monkeypatch):
-    """The check can fail: with the trunk hidden from the rows it refuses llama."""
+    """The check can fail: with the prefix hidden from the rows it refuses llama."""
     import ptp_ds.attention.plan as tree_plan
 
     real = tree_plan.TreePlan._make_mask
@@ -212,7 +212,7 @@ def test_check_notices_wrong_attention(monkeypatch):
     def blind(self, bucket, dtype, groups, window):
         mask = real(self, bucket, dtype, groups, window).clone()
         if bucket >= 0:
-            mask[..., : self.trunk_keys - 1] = torch.finfo(dtype).min
+            mask[..., : self.prefix_keys - 1] = torch.finfo(dtype).min
         return mask
 
     monkeypatch.setattr(tree_plan.TreePlan, "_make_mask", blind)
@@ -222,12 +222,12 @@ def test_check_notices_wrong_attention(monkeypatch):
 
 @pytest.mark.parametrize(("keyword", "value"), [("s_aux", torch.zeros(4)), ("position_bias", torch.zeros(1))])
 def test_unknown_attention_keywords_are_refused(keyword, value):
-    from ptp_ds.attention.interface import Call, _tree_attention, attending
+    from ptp_ds.attention.interface import Call, _tree_attention, use_call
     from ptp_ds.attention.plan import plan_tree
 
     row = pack(make_examples("single"))
     q = torch.randn(1, 4, row.num_tokens, 8)
-    with attending(Call(plan_tree(row.blocks, 0, 0, "cpu"))), pytest.raises(ValueError, match=keyword):
+    with use_call(Call(plan_tree(row.blocks, 0, 0, "cpu"))), pytest.raises(ValueError, match=keyword):
         _tree_attention(torch.nn.Identity(), q, q, q, None, scaling=1.0, **{keyword: value})
 
 

@@ -62,7 +62,7 @@ def test_what_all_contexts_begin_with():
     assert shared_start([still([5, 6], 2), still([5, 6], 2)]) == 1  # the last one is scored
     assert shared_start([still([5], 1), still([5, 6], 2)]) == 0
     row = pack([still([5, 6, 7, 8], 3), still([5, 6, 9], 3)], 2)
-    assert row.trunk_ids.tolist() == [5, 6]
+    assert row.shared_ids.tolist() == [5, 6]
     assert row.token_ids.tolist() == [7, 8, 2, 9, 2]
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1]
     with pytest.raises(ValueError, match="same 3 tokens"):

@@ -10,7 +10,7 @@ from test_packed_equals_plain import make_prompt
 from test_packed_equals_plain import plain_step as causal_step
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.check import check_backbone, checked
+from ptp_ds.backbone.check import check_backbone, checked_backbone
 from ptp_ds.backbone.padded import PaddedBackbone, padding
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
@@ -20,7 +20,7 @@ from ptp_ds.training.step import ptp_loss, settings_of
 
 def make_padded(family, kind, choice=False):
     model = make_encoder(family, kind, 1 if choice else 3)
-    backbone, reason = checked(Backbone(model, head=make_head(model, kind, choice)))
+    backbone, reason = checked_backbone(Backbone(model, head=make_head(model, kind, choice)))
     assert family in reason
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind=kind, prompt_length=PROMPT, mask_id=4, tail=(2,), choice=choice))
@@ -33,20 +33,20 @@ def make_padded(family, kind, choice=False):
 @pytest.mark.parametrize("family", GENERIC)
 def test_encoders(family, perturbation, kind, choice, shape):
     backbone, examples = make_padded(family, kind, choice), make_examples(shape)
-    values = head_values(backbone).requires_grad_()
+    trained = head_values(backbone).requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    loss = ptp_loss(values, backbone, row, run, settings, Noise(3, 4))
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4))
     loss.total.backward()
     deltas = [
         part[PROMPT : PROMPT + len(example.context_ids)]
         for example, part in zip(examples, loss.delta.detach().split(row.lengths), strict=True)
     ]
-    plain = values.detach().clone().requires_grad_()
+    plain = trained.detach().clone().requires_grad_()
     total = plain_step(backbone, family, kind, plain, examples, deltas, choice)
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(values.grad, expected) < 1e-4
+    assert relative_error(trained.grad, expected) < 1e-4
     scores = backbone.score(row, backbone.inputs(row, plain), plain)[0]
     for example, found in zip(examples, scores, strict=True):
         wanted = plain_scores(make_encoder(family, kind, 1 if choice else 3), kind, plain, backbone.head, example,
@@ -58,7 +58,7 @@ def test_encoders(family, perturbation, kind, choice, shape):
 @pytest.mark.parametrize("shape", ["single", "ragged"])
 @pytest.mark.parametrize("family", REFUSED)
 def test_causal_families(family, shape, perturbation):
-    backbone, reason = checked(Backbone(make_model(family)))
+    backbone, reason = checked_backbone(Backbone(make_model(family)))
     assert family in reason
     backbone.serve("soft", TreeRows(), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
@@ -83,7 +83,7 @@ def test_padding():
 
 
 def test_deep_prompts_are_refused():
-    backbone, _ = checked(Backbone(make_model("falcon")))
+    backbone, _ = checked_backbone(Backbone(make_model("falcon")))
     with pytest.raises(ValueError, match="--prompt deep needs the packed path, which 'falcon' can't take"):
         backbone.serve("deep", TreeRows("deep"), 5)
 

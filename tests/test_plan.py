@@ -152,7 +152,7 @@ def test_bytes_between_hosts():
     shape = shape_of(config_of("llama-8b"))
     load = load_of(RunConfig(perturbation="pgd"), shape, 2, 1 << 18)
     exact, rough = (gathered_bytes(shape, load, Layout("c", 3, int8=int8)) for int8 in (False, True))
-    assert 0.5 < rough / exact < 0.55  # edges and norms stay as they are
+    assert 0.5 < rough / exact < 0.55  # outside and norms stay as they are
 
 
 def test_most_tokens_is_the_last_that_fits():
@@ -251,7 +251,7 @@ def check_dry(world: int, ranks: list[int], reports: list[dict]) -> None:
     assert sorted(place for hand in first["dealt"] for place in hand) == list(range(rows))
     aligned = {tuple(s): -(-elements([s]) // world) * world for s in shape.parameters}
     layer = sum(aligned[s] for s in shape.layers[0])
-    edges = sum(aligned[s] for s in shape.edges)
+    outside = sum(aligned[s] for s in shape.outside_layers)
     for rank, report in zip(ranks, reports, strict=True):
         assert report["kept"] == shard_elements(shape.parameters, world)
         assert report["whole"] == shape.elements
@@ -262,9 +262,9 @@ def check_dry(world: int, ranks: list[int], reports: list[dict]) -> None:
             assert step["bytes"] == gathered_bytes(shape, load, Layout("zero3", 3))
             gathers = [size for name, size, _ in step["calls"] if name == "_allgather_base_"]
             assert gathers.count(layer) == 2 * PASSES * shape.count
-            assert gathers.count(edges) == 1
+            assert gathers.count(outside) == 1
             prompt = reduced_bytes(load, world) // 4
-            assert set(gathers) <= {layer, edges, prompt}
+            assert set(gathers) <= {layer, outside, prompt}
             assert gathers.count(prompt) == 1 or number == 0  # the first one also sets up DeepSpeed's optimizer
             reduced = [size * world * 4 for name, size, _ in step["calls"] if name == "_reduce_scatter_base_"]
             assert reduced == [reduced_bytes(load, world)]

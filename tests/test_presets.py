@@ -67,7 +67,7 @@ def delta_of(preset: str, width: int, backbone: Backbone | None = None) -> tuple
         prompt = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
         clean = backbone.embed(row.token_ids)
         shared = SharedPass(backbone, prompt, row, clean)
-    return run.how.find(shared, row, clean, settings, Noise(0, 0)), row
+    return run.active_perturbation.find(shared, row, clean, settings, Noise(0, 0)), row
 
 
 def test_r3f_is_uniform_noise_of_1e_5_on_every_coordinate():
@@ -96,7 +96,7 @@ def test_vats_long_step_leaves_the_gradients_direction():
     run, _ = parse_run(["--preset", "vat"])
     settings, clean = settings_of(run, 1.0), backbone.embed(row.token_ids)
     prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    delta = run.how.find(SharedPass(backbone, prompt, row, clean), row, clean, settings, Noise(0, 0))
+    delta = run.active_perturbation.find(SharedPass(backbone, prompt, row, clean), row, clean, settings, Noise(0, 0))
     gradient = SharedPass(backbone, prompt, row, clean).gradient(start_delta(row, 32, settings, Noise(0, 0)), "kl")
     gradient = torch.where(row.movable[:, None], gradient, 0.0)
     moved = example_norm(delta, row) > 0

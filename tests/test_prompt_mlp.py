@@ -74,7 +74,7 @@ def test_a_plain_prompt_is_its_weight():
     weight = torch.randn(3, 4)
     module = SoftPrompt(weight)
     assert torch.equal(module(), weight)
-    assert module.values(weight) is weight
+    assert module.trained_of(weight) is weight
 
 
 def test_range():

@@ -14,7 +14,7 @@ from test_packed_equals_plain import divergence, make_prompt
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.heads import Head
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.config.run_config import RunConfig
@@ -59,7 +59,7 @@ def plain_scores(model, prompt, example, delta=None):
 @pytest.mark.parametrize("shape", ["single", "ragged"])
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_step_gradient(family, shape, perturbation):
-    backbone, reason = checked(Backbone(make_seq2seq(family), head=Head("seq2seq")))
+    backbone, reason = checked_backbone(Backbone(make_seq2seq(family), head=Head("seq2seq")))
     assert "an encoder-decoder isn't packed" in reason
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind="seq2seq", prompt_length=5, tail=(1,)), 5)

@@ -38,15 +38,15 @@ def test_step_gradient(model, target, perturbation):
     require_valid(run)
     if model == "bert":
         backbone = make_backbone("bert", "masked")
-        values = make_values(backbone)
+        trained = make_values(backbone)
         rows = SeparateRows(kind="masked", prompt_length=PROMPT, mask_id=4, tail=(2,), target=target)
     else:
-        backbone, values = Backbone(make_model(model)), make_prompt()
+        backbone, trained = Backbone(make_model(model)), make_prompt()
         rows = rows_for(HeadPlan(), load_task("RTE"), None, "soft", PROMPT, target)
     backbone.serve("soft", rows)
-    values = values.requires_grad_()
+    trained = trained.requires_grad_()
     row, settings = rows.pack(examples), settings_of(run, backbone.mean_embedding_norm())
-    loss = ptp_loss(values, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), max_rows=2)
     loss.total.backward()
     parts = loss.delta.detach().split(row.lengths)
     assert all(float(part[:PROMPT].norm(dim=-1).min()) > 0 for part in parts)
@@ -54,7 +54,7 @@ def test_step_gradient(model, target, perturbation):
     assert (moved > 0) == (target == "both")
     if perturbation != "gaussian":
         assert float(example_norm(loss.delta.detach(), row).max()) <= 0.5 * settings.unit
-    plain = values.detach().clone().requires_grad_()
+    plain = trained.detach().clone().requires_grad_()
     eager = make_encoder("bert", "masked") if model == "bert" else make_model(model)
 
     def scores(example, delta):
@@ -68,7 +68,7 @@ def test_step_gradient(model, target, perturbation):
     total = total_of(scores, examples, parts)
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
-    assert relative_error(values.grad, expected) < 1e-4
+    assert relative_error(trained.grad, expected) < 1e-4
 
 
 @pytest.mark.parametrize("change", [{"prompt": "deep"}, {"perturbation": "mask"}])

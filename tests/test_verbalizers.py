@@ -77,7 +77,7 @@ def test_release_gives_the_head_back():
     assert "forward" not in vars(model.lm_head)
     columns, x = torch.tensor([3, 5]), torch.randn(2, 32)
     backbone = Backbone(model)
-    with verbalizers.only(columns):
+    with verbalizers.use_columns(columns):
         assert model.lm_head(x).shape == (2, 2)
         backbone.release()
         assert model.lm_head(x).shape == (2, 96)

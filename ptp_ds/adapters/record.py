@@ -44,8 +44,8 @@ def config_record(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         "model_folder": str(prepared.source.folder), "world_size": ranks.world,
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
         "rows": {"train": len(examples.train), "select": len(examples.select), "eval": len(examples.evaluation)},
-        "training_data_sha256": prepared.identity["training data"], "perturbation_sha256": run.chosen.sha256,
-        "versions": versions(),
+        "training_data_sha256": prepared.identity["training data"],
+        "perturbation_sha256": run.chosen_perturbation.sha256, "versions": versions(),
     }  # fmt: skip
 
 
@@ -55,8 +55,9 @@ def result_record(
     """result.json: the metrics of the best prompt on --eval_split, with what they cost."""
     run = prepared.run
     return {
-        "task": prepared.task.name, "model": run.model, "perturbation": run.chosen.name, "prompt": run.prompt,
-        "seed": run.seed, "world_size": ranks.world, "steps": progress.step, "metrics": result.metrics,
+        "task": prepared.task.name, "model": run.model, "perturbation": run.chosen_perturbation.name,
+        "prompt": run.prompt, "seed": run.seed, "world_size": ranks.world, "steps": progress.step,
+        "metrics": result.metrics,
         "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
         "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,

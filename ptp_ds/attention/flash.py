@@ -1,11 +1,11 @@
 """Attention over the tree on a GPU: flash kernels over ragged sequences, the parts joined by their log-sum-exps.
 
-A query sees the trunk, the segments above its own, and its own segment up to itself. Each of these is one call of
+A query sees the prefix, the segments above its own, and its own segment up to itself. Each of these is one call of
 torch's variable-length flash kernel (FlashAttention-2, Dao 2023) without padding or masks: all segments against
-themselves, all against their parents, their grandparents, ..., and runs of queries against the trunk. The backward of
+themselves, all against their parents, their grandparents, ..., and runs of queries against the prefix. The backward of
 each part is that of ordinary attention with the joined output and log-sum-exp.
 
-Half precision only. Before it is used it is tried against the reference on the device itself (`prove`).
+Half precision only. Before it is used it is tried against the reference on the device itself (`try_flash`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST_WIDTH = 256  # of a head
-_TRUNK_RUN = 1024  # queries that share a copy of the trunk's keys: the kernel's backward works run by run
+_PREFIX_RUN = 1024  # queries that share a copy of the prefix's keys: the kernel's backward works run by run
 _proven: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
@@ -79,14 +79,14 @@ def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
     return parts
 
 
-def trunk_part(tokens: int, trunk_keys: int, device: torch.device) -> Part:
-    """All queries in runs, each against a copy of the trunk's keys."""
-    runs = -(-tokens // _TRUNK_RUN)
-    cu_q = torch.arange(runs + 1, dtype=torch.int32) * _TRUNK_RUN
+def prefix_part(tokens: int, prefix_keys: int, device: torch.device) -> Part:
+    """All queries in runs, each against a copy of the prefix's keys."""
+    runs = -(-tokens // _PREFIX_RUN)
+    cu_q = torch.arange(runs + 1, dtype=torch.int32) * _PREFIX_RUN
     cu_q[-1] = tokens
-    cu_k = torch.arange(runs + 1, dtype=torch.int32) * trunk_keys
-    longest = min(tokens, _TRUNK_RUN)
-    return Part(None, None, cu_q.to(device), cu_k.to(device), longest, trunk_keys, causal=False)
+    cu_k = torch.arange(runs + 1, dtype=torch.int32) * prefix_keys
+    longest = min(tokens, _PREFIX_RUN)
+    return Part(None, None, cu_q.to(device), cu_k.to(device), longest, prefix_keys, causal=False)
 
 
 def flash_forward(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
@@ -114,18 +114,18 @@ def _of(x: Tensor, places: Tensor | None, axis: int = 0) -> Tensor:
 
 
 class FlashTreeAttention(torch.autograd.Function):
-    """[T, heads, d] queries, [T, key heads, d] keys and values, trunk [P, key heads, d] -> [T, heads, d].
+    """[T, heads, d] queries, [T, key heads, d] keys and values, prefix [P, key heads, d] -> [T, heads, d].
 
-    parts: the trunk's (trunk_part), then the row's own (parts_of); made once a plan.
+    parts: the prefix's (prefix_part), then the row's own (parts_of); made once a plan.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, k_trunk, v_trunk, parts, scale):  # type: ignore[override]
+    def forward(ctx, q, k, v, k_prefix, v_prefix, parts, scale):  # type: ignore[override]
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        trunk, *parts = parts
-        runs = trunk.cu_q.shape[0] - 1
-        out_trunk, lse = flash_forward(q, k_trunk.repeat(runs, 1, 1), v_trunk.repeat(runs, 1, 1), trunk, scale)
-        found = [(None, out_trunk, lse)]
+        prefix, *parts = parts
+        runs = prefix.cu_q.shape[0] - 1
+        out_prefix, lse = flash_forward(q, k_prefix.repeat(runs, 1, 1), v_prefix.repeat(runs, 1, 1), prefix, scale)
+        found = [(None, out_prefix, lse)]
         for part in parts:
             part_out, part_lse = flash_forward(_of(q, part.queries), _of(k, part.keys), _of(v, part.keys), part, scale)
             found.append((part.queries, part_out, part_lse))
@@ -139,19 +139,19 @@ class FlashTreeAttention(torch.autograd.Function):
             share = (part_lse - _of(lse, queries, 1)).exp().T.unsqueeze(-1)
             _add(out, queries, part_out * share)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, lse)
-        ctx.parts, ctx.trunk, ctx.scale = parts, trunk, scale
+        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, out, lse)
+        ctx.parts, ctx.prefix, ctx.scale = parts, prefix, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
-        grad, runs = grad.contiguous(), ctx.trunk.cu_q.shape[0] - 1
-        copies = k_trunk.repeat(runs, 1, 1), v_trunk.repeat(runs, 1, 1)
-        d_q, *to_trunk = flash_backward(grad, q, *copies, out, lse, ctx.trunk, ctx.scale)
-        to_trunk = [x.unflatten(0, (runs, -1)).sum(0, dtype=torch.float32).to(x.dtype) for x in to_trunk]
+        q, k, v, k_prefix, v_prefix, out, lse = ctx.saved_tensors
+        grad, runs = grad.contiguous(), ctx.prefix.cu_q.shape[0] - 1
+        copies = k_prefix.repeat(runs, 1, 1), v_prefix.repeat(runs, 1, 1)
+        d_q, *to_prefix = flash_backward(grad, q, *copies, out, lse, ctx.prefix, ctx.scale)
+        to_prefix = [x.unflatten(0, (runs, -1)).sum(0, dtype=torch.float32).to(x.dtype) for x in to_prefix]
         if not any(ctx.needs_input_grad[:3]):
-            return None, None, None, *to_trunk, None, None
+            return None, None, None, *to_prefix, None, None
         d_q = d_q.float()
         d_k, d_v = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
         for part in ctx.parts:
@@ -162,7 +162,7 @@ class FlashTreeAttention(torch.autograd.Function):
                 (d_q, d_k, d_v), (part.queries, part.keys, part.keys), found, strict=True
             ):
                 _add(sums, places, gradient)
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *to_trunk, None, None
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *to_prefix, None, None
 
 
 def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
@@ -175,23 +175,23 @@ def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
 
 def flashes(plan: TreePlan, q_THD: Tensor) -> bool:
     """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
-    fits = plan.rows_behind_a_trunk and q_THD.shape[-1] <= _MOST_WIDTH
+    fits = plan.rows_behind_a_prefix and q_THD.shape[-1] <= _MOST_WIDTH
     return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
 
 
 def flash_attend(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: tuple[Tensor, Tensor], scale: float
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Attention of blocks behind a cached trunk; see ptp_ds.attention.tree.attend_tree."""
+    """Attention of blocks behind a cached prefix; see ptp_ds.attention.tree.attend_tree."""
     if plan.parts is None:
-        plan.parts = [trunk_part(q_THD.shape[0], plan.trunk_keys, q_THD.device), *parts_of(plan.blocks, q_THD.device)]
-    return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan.parts, scale)
+        plan.parts = [prefix_part(q_THD.shape[0], plan.prefix_keys, q_THD.device), *parts_of(plan.blocks, q_THD.device)]
+    return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan.parts, scale)
 
 
 Reference = Callable[[Tensor, Tensor, Tensor, TreePlan, tuple[Tensor, Tensor], float], Tensor]
 
 
-def prove(device: torch.device, dtype: torch.dtype, reference: Reference, tolerance: float = 2e-2) -> None:
+def try_flash(device: torch.device, dtype: torch.dtype, reference: Reference, tolerance: float = 2e-2) -> None:
     """Tries the kernels against `reference` on a small tree, once a process; says so where they can't be used."""
     if (device, dtype) in _proven or device.type != "cuda" or dtype not in _DTYPES:
         return
@@ -215,9 +215,9 @@ def largest_error(device: torch.device, dtype: torch.dtype, reference: Reference
     sides = []
     ways: list[tuple[Reference, Callable[[Tensor], Tensor]]] = [(flash_attend, torch.clone), (reference, at_least_fp32)]
     for attend, widen in ways:
-        q, k, v, k_trunk, v_trunk = leaves = [widen(x).requires_grad_() for x in given]
+        q, k, v, k_prefix, v_prefix = leaves = [widen(x).requires_grad_() for x in given]
         plan = plan_tree(blocks, 0, 33, device)
         with torch.enable_grad():
-            out = attend(q, k, v, plan, (k_trunk, v_trunk), 0.125)
+            out = attend(q, k, v, plan, (k_prefix, v_prefix), 0.125)
             sides.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*sides, strict=True))

@@ -28,15 +28,15 @@ class KeysReady(Exception):  # noqa: N818 - a signal, not an error
 
 @dataclass
 class Call:
-    """How one layer attends now: its plan, where trunk keys come from, and what to hand back.
+    """How one layer attends now: its plan, where prefix keys come from, and what to hand back.
 
-    trunk: keys and values [P, heads, d] of each attention call of the layer, in order, or None where the trunk is in
+    prefix: keys and values [P, heads, d] of each attention call of the layer, in order, or None where the prefix is in
     the row. keys: the row's own, computed before, for queries that are fewer than its tokens. keys_only: stop
     with KeysReady at the first attention call. recorded: filled with every call's keys and values, with their graph.
     """
 
     plan: TreePlan
-    trunk: Sequence[KeysValues] | None = None
+    prefix: Sequence[KeysValues] | None = None
     keys: KeysValues | None = None
     keys_only: bool = False
     recorded: list[KeysValues] = field(default_factory=list)
@@ -48,7 +48,7 @@ local_sizes: ContextVar[set[int] | None] = ContextVar("ptp_local_sizes", default
 
 
 @contextmanager
-def holding(variable: ContextVar[T | None], value: T) -> Iterator[T]:
+def use_value(variable: ContextVar[T | None], value: T) -> Iterator[T]:
     """`variable` is `value` inside."""
     token = variable.set(value)
     try:
@@ -57,9 +57,9 @@ def holding(variable: ContextVar[T | None], value: T) -> Iterator[T]:
         variable.reset(token)
 
 
-def attending(call: Call) -> AbstractContextManager[Call]:
+def use_call(call: Call) -> AbstractContextManager[Call]:
     """Every attention call inside follows `call`."""
-    return holding(_current, call)
+    return use_value(_current, call)
 
 
 def _tree_attention(
@@ -82,7 +82,7 @@ def _tree_attention(
     if query.shape[0] != 1:
         raise ValueError(f"{name} got {query.shape[0]} rows; a packed batch is one row.")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    trunk = call.trunk[len(call.recorded)] if call.trunk is not None else None
+    prefix = call.prefix[len(call.recorded)] if call.prefix is not None else None
     call.windows.add(sliding_window)
     call.recorded.append((k, v))
     if call.keys_only:
@@ -90,7 +90,7 @@ def _tree_attention(
     if call.keys is not None:
         k, v = call.keys
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out = attend_tree(q, k, v, call.plan, trunk, scale=scale, softcap=softcap, window=sliding_window)
+    out = attend_tree(q, k, v, call.plan, prefix, scale=scale, softcap=softcap, window=sliding_window)
     return out[None], None
 
 

@@ -18,7 +18,7 @@ _SHRINK = 0.7  # a bucket holds blocks down to this share of its longest: more b
 class _Bucket:
     """R blocks padded to K keys and Q queries a block.
 
-    visible [1 or R, Q, K] bool; query_depth [1 or R, Q] and key_depth [1 or R, K]: positions behind the trunk.
+    visible [1 or R, Q, K] bool; query_depth [1 or R, Q] and key_depth [1 or R, K]: positions behind the prefix.
     """
 
     rows: int
@@ -69,12 +69,12 @@ def _moved(part: slice, by: int) -> slice:
 class TreePlan:
     """How one packed row attends: built once a row on the host, used by every layer.
 
-    trunk_length: P tokens at the row's front, 0 where the trunk's keys come from a cache. trunk_keys: P in either
+    prefix_length: P tokens at the row's front, 0 where the prefix's keys come from a cache. prefix_keys: P in either
     case. key_slots, query_slots: the same where every token asks; the last layer asks at scored positions only.
     """
 
-    trunk_length: int
-    trunk_keys: int
+    prefix_length: int
+    prefix_keys: int
     buckets: list[_Bucket]
     key_slots: Slots
     query_slots: Slots
@@ -91,14 +91,14 @@ class TreePlan:
         return self.query_slots is self.key_slots
 
     @property
-    def rows_behind_a_trunk(self) -> bool:
-        """Whether there is a trunk, rows behind it, and all of their tokens ask: what the merging functions serve."""
-        return self.every_token_asks and self.trunk_keys > 0 and bool(self.blocks)
+    def rows_behind_a_prefix(self) -> bool:
+        """Whether there is a prefix, rows behind it, and all of their tokens ask: what the merging functions serve."""
+        return self.every_token_asks and self.prefix_keys > 0 and bool(self.blocks)
 
     @property
     def longest_path(self) -> int:
-        """Tokens of the longest path through trunk and block, at most."""
-        return self.trunk_keys + max((block.length for block in self.blocks), default=0)
+        """Tokens of the longest path through prefix and block, at most."""
+        return self.prefix_keys + max((block.length for block in self.blocks), default=0)
 
     def pieces(self) -> tuple[list[Piece], list[tuple[slice, slice]]]:
         """The row cut into pieces that attend to themselves, in order, and (queries, keys) slices behind them.
@@ -135,23 +135,23 @@ class TreePlan:
         return self._masks[key]
 
     def mask(self, bucket: int, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
-        """[1 or R, 1, groups * Q, P + K] additive mask of a bucket, made once per plan; -1 is the trunk."""
+        """[1 or R, 1, groups * Q, P + K] additive mask of a bucket, made once per plan; -1 is the prefix."""
         key = (bucket, dtype, groups, window)
         if key not in self._masks:
             self._masks[key] = self._make_mask(bucket, dtype, groups, window)
         return self._masks[key]
 
     def _make_mask(self, bucket: int, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
-        trunk = np.arange(self.trunk_keys)
+        prefix = np.arange(self.prefix_keys)
         if bucket < 0:
-            visible, keys, queries = np.tri(self.trunk_keys, dtype=bool)[None], trunk[None], trunk[None]
+            visible, keys, queries = np.tri(self.prefix_keys, dtype=bool)[None], prefix[None], prefix[None]
         else:
             shape = self.buckets[bucket]
-            to_trunk = np.ones((*shape.visible.shape[:2], self.trunk_keys), dtype=bool)
-            visible = np.concatenate([to_trunk, shape.visible], axis=2)
-            queries = shape.query_depth + self.trunk_keys
-            own = shape.key_depth + self.trunk_keys
-            keys = np.concatenate([np.broadcast_to(trunk, (own.shape[0], self.trunk_keys)), own], axis=1)
+            to_prefix = np.ones((*shape.visible.shape[:2], self.prefix_keys), dtype=bool)
+            visible = np.concatenate([to_prefix, shape.visible], axis=2)
+            queries = shape.query_depth + self.prefix_keys
+            own = shape.key_depth + self.prefix_keys
+            keys = np.concatenate([np.broadcast_to(prefix, (own.shape[0], self.prefix_keys)), own], axis=1)
         if window is not None:
             visible = visible & (np.abs(queries[:, :, None] - keys[:, None, :]) < window)
         additive = torch.zeros(visible.shape, dtype=dtype)
@@ -210,10 +210,10 @@ def _slots(members: Sequence[tuple[np.ndarray, int]], count: int, device: torch.
 
 
 def plan_tree(
-    blocks: Sequence[Block], trunk_length: int, trunk_keys: int, device: torch.device | str,
+    blocks: Sequence[Block], prefix_length: int, prefix_keys: int, device: torch.device | str,
     asked: Sequence[np.ndarray] | None = None,
 ) -> TreePlan:  # fmt: skip
-    """The plan for `blocks` behind a trunk; see TreePlan. Blocks may be empty (the trunk alone).
+    """The plan for `blocks` behind a prefix; see TreePlan. Blocks may be empty (the prefix alone).
 
     asked: for each block the places in it (at least one) that ask; the row's queries are then these, in order.
     """
@@ -232,4 +232,4 @@ def plan_tree(
     device = torch.device(device)
     key_slots = _slots(key_rows, int(starts[-1]), device)
     query_slots = key_slots if asked is None else _slots(query_rows, int(ask_starts[-1]), device)
-    return TreePlan(trunk_length, trunk_keys, buckets, key_slots, query_slots, device, tuple(blocks))
+    return TreePlan(prefix_length, prefix_keys, buckets, key_slots, query_slots, device, tuple(blocks))

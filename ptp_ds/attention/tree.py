@@ -1,9 +1,9 @@
-"""Attention over the packed row's tree: the trunk attends to itself, every block to the trunk and to itself.
+"""Attention over the packed row's tree: the prefix attends to itself, every block to the prefix and to itself.
 
-On a CPU rows take two parts, to the trunk and to themselves, merged by log-sum-exp (MergedAttention); on a GPU in half
+On a CPU rows take two parts, to the prefix and to themselves, merged by log-sum-exp (MergedAttention); on a GPU in half
 precision so do the segments of a row (ptp_ds.attention.flash).
 
-The reference serves everything else: soft caps, short windows, the trunk itself, scored positions alone. It gathers
+The reference serves everything else: soft caps, short windows, the prefix itself, scored positions alone. It gathers
 blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each bucket
 is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are folded
 into the query length, so grouped-query keys are never repeated.
@@ -53,51 +53,51 @@ class _Unpad(torch.autograd.Function):
 
 
 def merges(plan: TreePlan, q_THD: Tensor) -> bool:
-    """Whether MergedAttention serves this call: on a CPU, every token asking, behind a trunk."""
-    return q_THD.device.type == "cpu" and plan.rows_behind_a_trunk
+    """Whether MergedAttention serves this call: on a CPU, every token asking, behind a prefix."""
+    return q_THD.device.type == "cpu" and plan.rows_behind_a_prefix
 
 
 class MergedAttention(torch.autograd.Function):
-    """Rows' attention in two parts, to the trunk and to themselves, joined by their log-sum-exps.
+    """Rows' attention in two parts, to the prefix and to themselves, joined by their log-sum-exps.
 
-    The trunk's keys and values lie there once for all rows; no row joins or pads keys. Each part's backward is that of
+    The prefix's keys and values lie there once for all rows; no row joins or pads keys. Each part's backward is that of
     ordinary attention with the joined output and log-sum-exp: its probabilities are then the joint ones
-    (FlashAttention, Dao et al. 2022, section 3.1). The trunk's keys and values get gradients summed over all rows.
+    (FlashAttention, Dao et al. 2022, section 3.1). The prefix's keys and values get gradients summed over all rows.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, k_trunk, v_trunk, plan, scale):  # type: ignore[override]
+    def forward(ctx, q, k, v, k_prefix, v_prefix, plan, scale):  # type: ignore[override]
         groups = q.shape[1] // k.shape[1]
         q = _spread(q, 1)
-        k, v, k_trunk, v_trunk = (_spread(x, groups) for x in (k, v, k_trunk, v_trunk))
-        out_trunk, lse_trunk = _flash(q, k_trunk, v_trunk, 0.0, False, scale=scale)
+        k, v, k_prefix, v_prefix = (_spread(x, groups) for x in (k, v, k_prefix, v_prefix))
+        out_prefix, lse_prefix = _flash(q, k_prefix, v_prefix, 0.0, False, scale=scale)
         outs, lses = [], []
         for piece, part in _by_piece(plan, q, k, v):
             mask = _mask_of(plan, piece, q)
             out_b, lse_b = _flash(*part, 0.0, mask is None and piece.causal, attn_mask=mask, scale=scale)
             outs.append(out_b)
             lses.append(lse_b)
-        own, out = torch.cat(lses, dim=2), out_trunk
-        share = torch.sigmoid(own - lse_trunk).unsqueeze(-1).to(out.dtype)
+        own, out = torch.cat(lses, dim=2), out_prefix
+        share = torch.sigmoid(own - lse_prefix).unsqueeze(-1).to(out.dtype)
         torch._foreach_lerp_(_split(plan, out), outs, _split(plan, share))
-        lse = torch.logaddexp(own, lse_trunk)
+        lse = torch.logaddexp(own, lse_prefix)
         for asking, seen in plan.pieces()[1]:
             part_out, part_lse = _flash(q[:, :, asking], k[:, :, seen], v[:, :, seen], 0.0, False, scale=scale)
             share = torch.sigmoid(part_lse - lse[:, :, asking]).unsqueeze(-1).to(out.dtype)
             out[:, :, asking].lerp_(part_out, share)
             lse[:, :, asking] = torch.logaddexp(lse[:, :, asking], part_lse)
-        ctx.save_for_backward(q, k, v, k_trunk, v_trunk, out, lse)
+        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, out, lse)
         ctx.plan, ctx.scale, ctx.groups = plan, scale, groups
         return out[0].transpose(0, 1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        q, k, v, k_trunk, v_trunk, out, lse = ctx.saved_tensors
+        q, k, v, k_prefix, v_prefix, out, lse = ctx.saved_tensors
         grad, scale = _spread(grad, 1), ctx.scale
-        d_q, d_k_trunk, d_v_trunk = _flash_backward(grad, q, k_trunk, v_trunk, out, lse, 0.0, False, scale=scale)
-        to_trunk = [_gathered(x, ctx.groups) for x in (d_k_trunk, d_v_trunk)]
+        d_q, d_k_prefix, d_v_prefix = _flash_backward(grad, q, k_prefix, v_prefix, out, lse, 0.0, False, scale=scale)
+        to_prefix = [_gathered(x, ctx.groups) for x in (d_k_prefix, d_v_prefix)]
         if not any(ctx.needs_input_grad[:3]):  # the first layer's clean rows move nothing
-            return None, None, None, *to_trunk, None, None
+            return None, None, None, *to_prefix, None, None
         parts = []
         for piece, part in _by_piece(ctx.plan, grad, q, k, v, out, lse):
             mask = _mask_of(ctx.plan, piece, q)
@@ -114,7 +114,7 @@ class MergedAttention(torch.autograd.Function):
             for sums, place, more in zip((d_q, d_k, d_v), (asking, seen, seen), found, strict=True):
                 sums[:, :, place] += more
         own = (_gathered(x, ctx.groups) for x in (d_k, d_v))
-        return _gathered(d_q, 1), *own, *to_trunk, None, None
+        return _gathered(d_q, 1), *own, *to_prefix, None, None
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -173,28 +173,28 @@ def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
 
 
 def attend_tree(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: KeysValues | None = None, *,
     scale: float, softcap: float | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over the packed row: [P + T, heads, d] -> [P + T, heads, d].
 
-    q has heads * g query heads, k and v heads key heads. With `trunk` (cached keys and values [P, heads, d]) the row
+    q has heads * g query heads, k and v heads key heads. With `prefix` (cached keys and values [P, heads, d]) the row
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
     """
     window = None if window is not None and window >= plan.longest_path else window
-    if trunk is not None and softcap is None and window is None:
+    if prefix is not None and softcap is None and window is None:
         if merges(plan, q_THD):
-            return MergedAttention.apply(q_THD, k_TKD, v_TKD, *trunk, plan, scale)
+            return MergedAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan, scale)
         if flashes(plan, q_THD):
-            return flash_attend(q_THD, k_TKD, v_TKD, plan, trunk, scale)
+            return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
     if softcap is None and window is None and stands_alone(plan, q_THD):
         return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
-    return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, trunk, scale=scale, softcap=softcap, window=window)
+    return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, softcap=softcap, window=window)
 
 
 def stands_alone(plan: TreePlan, q_THD: Tensor) -> bool:
-    """Whether attend_alone serves this call: on a CPU, no trunk, every token asking, blocks of one segment."""
-    alone = plan.every_token_asks and not plan.trunk_keys and all(len(block.starts) == 1 for block in plan.blocks)
+    """Whether attend_alone serves this call: on a CPU, no prefix, every token asking, blocks of one segment."""
+    alone = plan.every_token_asks and not plan.prefix_keys and all(len(block.starts) == 1 for block in plan.blocks)
     return alone and bool(plan.blocks) and q_THD.device.type == "cpu"
 
 
@@ -211,22 +211,22 @@ def attend_alone(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, sc
 
 
 def attend_tree_reference(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, trunk: KeysValues | None = None, *,
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: KeysValues | None = None, *,
     scale: float, softcap: float | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """attend_tree by buckets and masks, keys of the trunk and of the row joined: for every feature and device."""
-    heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.trunk_length
+    """attend_tree by buckets and masks, keys of the prefix and of the row joined: for every feature and device."""
+    heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.prefix_length
     groups = all_heads // heads
     # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
-    (q_trunk, q_rows), (k_own, k_rows), (v_own, v_rows) = (
+    (q_prefix, q_rows), (k_own, k_rows), (v_own, v_rows) = (
         x.split([length, x.shape[0] - length]) for x in (q_THD, k_TKD, v_TKD)
     )
-    k_trunk, v_trunk = trunk if trunk is not None else (k_own, v_own)
-    k_trunk, v_trunk = k_trunk.transpose(0, 1)[None], v_trunk.transpose(0, 1)[None]
+    k_prefix, v_prefix = prefix if prefix is not None else (k_own, v_own)
+    k_prefix, v_prefix = k_prefix.transpose(0, 1)[None], v_prefix.transpose(0, 1)[None]
     parts = []
     if length:
         mask = plan.mask(-1, q_THD.dtype, groups, window)
-        out = _attend(_fold(q_trunk[None], heads), k_trunk, v_trunk, mask, scale, softcap)
+        out = _attend(_fold(q_prefix[None], heads), k_prefix, v_prefix, mask, scale, softcap)
         parts.append(_unfold(out, length, all_heads))
     if not plan.buckets:
         return parts[0]
@@ -238,8 +238,8 @@ def attend_tree_reference(
         rows = bucket.rows
         q_b = _fold(q[number].view(rows, bucket.queries, all_heads, -1), heads)
         k_b, v_b = (x[number].view(rows, bucket.keys, heads, -1).transpose(1, 2) for x in (k, v))
-        k_b = torch.cat([k_trunk.expand(rows, -1, -1, -1), k_b], dim=2)
-        v_b = torch.cat([v_trunk.expand(rows, -1, -1, -1), v_b], dim=2)
+        k_b = torch.cat([k_prefix.expand(rows, -1, -1, -1), k_b], dim=2)
+        v_b = torch.cat([v_prefix.expand(rows, -1, -1, -1), v_b], dim=2)
         mask = plan.mask(number, q_THD.dtype, groups, window)
         outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap), bucket.queries, all_heads))
     padded = torch.cat(outs)
@@ -248,9 +248,9 @@ def attend_tree_reference(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, trunk: KeysValues, scale: float) -> Tensor:
-    """attend_tree_reference for blocks behind a cached trunk: what other ways are held against."""
-    return attend_tree_reference(q, k, v, plan, trunk, scale=scale)
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, prefix: KeysValues, scale: float) -> Tensor:
+    """attend_tree_reference for blocks behind a cached prefix: what other ways are held against."""
+    return attend_tree_reference(q, k, v, plan, prefix, scale=scale)
 
 
 def _padded(x_THD: Tensor, slots: Slots, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.attention.flash import prove
+from ptp_ds.attention.flash import try_flash
 from ptp_ds.attention.interface import ATTENTION_NAME
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference
@@ -17,7 +17,7 @@ from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import replace_products
 from ptp_ds.backbone.frozen_ops import replace_frozen
 from ptp_ds.backbone.heads import Head
-from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, Section, TrunkCache, detached, passing
+from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, detached, use_layer_pass
 from ptp_ds.backbone.positions import first_position
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.kernels import Sources, pack_embed
@@ -32,7 +32,7 @@ class Backbone(nn.Module):
     model: a *ForCausalLM, *ForMaskedLM or *ForSequenceClassification, as `head` says, whose attention goes through
     AttentionInterface and whose forward takes inputs_embeds and position_ids. Its files are neither copied nor patched:
     each layer object's forward follows backbone.layerwise, everything else is the family's own. Functions that take
-    `values` want all that is trained: the prompt's rows, then those of a trained head (ptp_ds.backbone.heads).
+    `trained` want all that is trained: the prompt's rows, then those of a trained head (ptp_ds.backbone.heads).
     """
 
     model: Any  # a transformers model; its methods are found at run time
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
         replace_products(model.modules(), kernels, self.shards.sharded)
         self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
-        self.output = verbalizers.follow(model)
+        self.output = verbalizers.narrow_head(model)
         self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.backbone.check)
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         """Gives the model its own layers and attention back."""
         self.stack.release()
         if self.output is not None:
-            verbalizers.leave(self.output)
+            verbalizers.restore_head(self.output)
         if self.takes_attention:
             self.model.set_attn_implementation(self._own_attention)
 
@@ -104,46 +104,47 @@ class Backbone(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, H] frozen token embeddings, no gradient."""
-        with torch.no_grad(), self.shards.edges():
+        with torch.no_grad(), self.shards.outside_layers():
             return self.model.get_input_embeddings()(token_ids)
 
     def inputs(
-        self, row: PackedRow, values: Tensor, trunk_ids: Tensor | None = None, *, clean: bool = True,
+        self, row: PackedRow, trained: Tensor, shared_ids: Tensor | None = None, *, clean: bool = True,
         delta_TH: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[N, H] embeddings of the trunk (Trunk.ids), of the clean row and of the row that delta moves: what is asked.
+        """[N, H] embeddings of the prefix (SharedPrefix.ids), of the clean row and of the row that delta moves: what is
+        asked.
 
-        With the soft prompt, and its graph, where it stands in the trunk or in the blocks; and delta's, if it has one.
+        With the soft prompt, and its graph, where it stands in the prefix or in the blocks; and delta's, if it has one.
         """
-        parts = [trunk_ids] if trunk_ids is not None else []
+        parts = [shared_ids] if shared_ids is not None else []
         ids_N = torch.cat(parts + [row.input_ids] * (clean + (delta_TH is not None)))
         delta_of = None
         if delta_TH is not None:
             own = row.moves_with if row.moves_with is not None else torch.arange(row.num_tokens, device=ids_N.device)
             delta_of = torch.cat([own.new_full((ids_N.shape[0] - row.num_tokens,), -1), own])
-        has_prompt = trunk_ids is not None or (row.slots is not None and row.slots.shape[0] > 0)
-        return self.pack(ids_N, values if has_prompt else None, delta_TH, delta_of)
+        has_prompt = shared_ids is not None or (row.slots is not None and row.slots.shape[0] > 0)
+        return self.pack(ids_N, trained if has_prompt else None, delta_TH, delta_of)
 
     def pack(
-        self, ids_N: Tensor, values: Tensor | None, delta_SH: Tensor | None = None, delta_of: Tensor | None = None
+        self, ids_N: Tensor, trained: Tensor | None, delta_SH: Tensor | None = None, delta_of: Tensor | None = None
     ) -> Tensor:
         """[N, H] tokens' embeddings, the prompt's row p for an id of -p - 1; see ptp_ds.kernels.pack_embed."""
         embedding = self.model.get_input_embeddings()
-        with self.shards.edges():
+        with self.shards.outside_layers():
             if type(embedding) is nn.Embedding and embedding.max_norm is None:
                 table = embedding.weight
             else:  # a family that scales its embeddings
                 with torch.no_grad():
                     table = embedding(ids_N.clamp_min(0))
                 ids_N = torch.where(ids_N < 0, ids_N, torch.arange(ids_N.shape[0], device=ids_N.device))
-            prompt = table[:0] if values is None else self.head.split(values)[0]
+            prompt = table[:0] if trained is None else self.head.split(trained)[0]
             return pack_embed(table, prompt, Sources(ids_N, delta_of), delta_SH, impl=self.kernels)
 
     def narrow(self, row: PackedRow) -> PackedRow:
         """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
         return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
-    def chunks(self, row: PackedRow, trunk_keys: int, max_rows: int | None = None) -> list[Chunk]:
+    def chunks(self, row: PackedRow, prefix_keys: int, max_rows: int | None = None) -> list[Chunk]:
         """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
         cuts, tokens = [0], 0
         for number, block in enumerate(row.blocks):
@@ -153,120 +154,121 @@ class Backbone(nn.Module):
                 tokens = 0
             tokens += block.length
         return [
-            _chunk(row, first, last, trunk_keys) for first, last in zip(cuts, [*cuts[1:], len(row.blocks)], strict=True)
+            _chunk(row, first, last, prefix_keys)
+            for first, last in zip(cuts, [*cuts[1:], len(row.blocks)], strict=True)
         ]
 
     def run(
-        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None,
+        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order.
 
         columns [n]: the tokens whose logits are wanted, for [N, n].
         """
-        prove(inputs_TH.device, inputs_TH.dtype, attend_reference)
-        layer_pass.leaves = self.head.leaves
+        try_flash(inputs_TH.device, inputs_TH.dtype, attend_reference)
+        layer_pass.head_input = self.head.head_input
         arguments: dict[str, Any] = {
             "inputs_embeds": inputs_TH[None],
             "position_ids": positions_T[None] + self.first_position,
         }
         if self.head.kind == "causal":
             arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored()}
-        with passing(layer_pass), verbalizers.only(columns), self.shards.edges():
-            out = self.call_model(values, **arguments)
+        with use_layer_pass(layer_pass), verbalizers.use_columns(columns), self.shards.outside_layers():
+            out = self.call_model(trained, **arguments)
         return out.logits if self.head.kind == "classes" else out.logits[0]
 
-    def call_model(self, values: Tensor | None, **arguments: Any) -> Any:
+    def call_model(self, trained: Tensor | None, **arguments: Any) -> Any:
         """The model's own forward, with the trained head's tensors in the place of its own."""
         if not self.head.trained:
             return self.model(**arguments)
-        if values is None:
-            raise ValueError("A model with a trained head needs the trained values in every pass.")
-        tensors = {name: tensor.to(self.dtype) for name, tensor in self.head.split(values)[1].items()}
+        if trained is None:
+            raise ValueError("A model with a trained head needs what is trained in every pass.")
+        tensors = {name: tensor.to(self.dtype) for name, tensor in self.head.split(trained)[1].items()}
         return torch.func.functional_call(self.model, tensors, kwargs=arguments)
 
     def score(
         self,
         row: PackedRow,
         embeds_TH: Tensor,
-        values: Tensor | None = None,
-        trunk: TrunkCache | None = None,
+        trained: Tensor | None = None,
+        prefix: PrefixCache | None = None,
         max_rows: int | None = None,
         watch: Callable[[LayerPass], None] | None = None,
         narrow: bool = False,
     ) -> Tensor:
         """Candidate log-probabilities [S, B, C] of a packed row in one pass; embeds_TH: see `inputs`.
 
-        trunk: a cache of it, to attend to it without computing it again. max_rows: blocks that a layer handles in one
+        prefix: a cache of it, to attend to it without computing it again. max_rows: blocks that a layer handles in one
         go. watch: is handed the pass afterwards. narrow: whether scores may be logits that aren't normalised.
         """
         row = self.narrow(row) if narrow else row
-        if values is None and trunk is None:
-            raise ValueError("score needs the trained values, a cached trunk, or both.")
+        if trained is None and prefix is None:
+            raise ValueError("score needs what is trained, a cached prefix, or both.")
         graph = torch.is_grad_enabled()
-        source = Trunk(_trunk_length(trunk or {}))
-        if trunk is None and values is not None:
-            source = self.trunk(values, row.trunk_ids)
+        source = SharedPrefix(_prefix_length(prefix or {}))
+        if prefix is None and trained is not None:
+            source = self.prefix(trained, row.shared_ids)
         length = source.length
-        sections = [Section(chunk, graph, to_trunk=trunk is None) for chunk in self.chunks(row, length, max_rows)]
+        sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, length, max_rows)]
         inputs, positions = embeds_TH, row.position_ids + length
         if source.ids is not None:
-            sections.insert(0, Section(trunk_chunk(length, embeds_TH.device), graph))
-            inputs = torch.cat([self.pack(source.ids, values), embeds_TH])
+            sections.insert(0, Section(prefix_chunk(length, embeds_TH.device), graph))
+            inputs = torch.cat([self.pack(source.ids, trained), embeds_TH])
             positions = torch.cat([torch.arange(length, device=positions.device), positions])
         recompute = graph and self.activations.recompute(inputs.shape[0])
-        layer_pass = LayerPass(sections, {} if trunk is None else trunk, recompute, given=source.values)
-        scores = row.scores(self.run(layer_pass, inputs, positions, values, row.columns))
+        layer_pass = LayerPass(sections, {} if prefix is None else prefix, recompute, given=source.keys_values)
+        scores = row.scores(self.run(layer_pass, inputs, positions, trained, row.columns))
         if watch is not None:
             watch(layer_pass)
         return scores
 
-    def trunk(self, values: Tensor, trunk_ids: Tensor | None = None) -> "Trunk":
-        """What all rows stand on: a soft prompt and embeddings of `trunk_ids` [I], or a deep prompt's keys and values.
+    def prefix(self, trained: Tensor, shared_ids: Tensor | None = None) -> "SharedPrefix":
+        """What all rows stand on: a soft prompt and embeddings of `shared_ids` [I], or a deep prompt's keys and values.
 
-        Nothing where the soft prompt stands in every block. Raises ValueError for trunk_ids behind a deep prompt:
+        Nothing where the soft prompt stands in every block. Raises ValueError for shared_ids behind a deep prompt:
         tokens behind it belong to the rows.
         """
-        prompt = self.head.split(values)[0]
-        tokens = trunk_ids if trunk_ids is not None else torch.empty(0, dtype=torch.int64, device=prompt.device)
+        prompt = self.head.split(trained)[0]
+        tokens = shared_ids if shared_ids is not None else torch.empty(0, dtype=torch.int64, device=prompt.device)
         if self.prompt == "deep":
             if len(tokens):
-                raise ValueError("A deep prompt's trunk holds no tokens; pack the rows with shared=0.")
-            return Trunk(prompt.shape[0], values=split_deep(prompt.to(self.dtype), self.model.config))
+                raise ValueError("A deep prompt's prefix holds no tokens; pack the rows with shared=0.")
+            return SharedPrefix(prompt.shape[0], keys_values=split_deep(prompt.to(self.dtype), self.model.config))
         if isinstance(self.rows, SeparateRows):
-            return Trunk(0)
+            return SharedPrefix(0)
         ids = torch.cat([-1 - torch.arange(prompt.shape[0], device=tokens.device), tokens])
-        return Trunk(ids.shape[0], ids=ids)
+        return SharedPrefix(ids.shape[0], ids=ids)
 
-    def trunk_length(self, values: Tensor, row: PackedRow) -> int:
+    def prefix_length(self, trained: Tensor, row: PackedRow) -> int:
         """Tokens that all rows stand on."""
         if isinstance(self.rows, SeparateRows) and self.prompt == "soft":
             return 0
-        return values.shape[0] - self.head.rows(values.shape[1]) + row.trunk_ids.shape[0]
+        return trained.shape[0] - self.head.rows(trained.shape[1]) + row.shared_ids.shape[0]
 
-    def cache_trunk(self, values: Tensor, trunk_ids: Tensor | None = None) -> TrunkCache:
-        """Keys and values of the trunk for every layer, detached: computed once, used by any number of rows.
+    def cache_prefix(self, trained: Tensor, shared_ids: Tensor | None = None) -> PrefixCache:
+        """Keys and values of the shared prefix for every layer, detached: computed once, used by any number of rows.
 
-        trunk_ids: those of the rows (PackedRow.trunk_ids). Empty where there is no trunk.
+        shared_ids: those of the rows (PackedRow.shared_ids). Empty where there is no prefix.
         """
-        trunk = self.trunk(values, trunk_ids)
-        if trunk.ids is None:
-            return trunk.detached().values or {}
-        return self.keys_of(self.pack(trunk.ids, values), values)
+        prefix = self.prefix(trained, shared_ids)
+        if prefix.ids is None:
+            return prefix.detached().keys_values or {}
+        return self.keys_of(self.pack(prefix.ids, trained), trained)
 
-    def keys_of(self, inputs_IH: Tensor, values: Tensor) -> TrunkCache:
+    def keys_of(self, inputs_IH: Tensor, trained: Tensor) -> PrefixCache:
         """Every layer's keys and values of `inputs_IH` as the only row, detached."""
         length, device = inputs_IH.shape[0], inputs_IH.device
-        layer_pass = LayerPass([Section(trunk_chunk(length, device), graph=False)], {})
+        layer_pass = LayerPass([Section(prefix_chunk(length, device), graph=False)], {})
         with torch.no_grad():
-            self.run(layer_pass, inputs_IH.to(self.dtype), torch.arange(length, device=device), values)
-        return layer_pass.trunk
+            self.run(layer_pass, inputs_IH.to(self.dtype), torch.arange(length, device=device), trained)
+        return layer_pass.prefix
 
     def mean_embedding_norm(self, chunk: int = 16384) -> float:
         """Mean l2 norm over the vocabulary's embeddings: the unit of sigma and epsilon."""
         count = self.vocabulary
         total = 0.0
-        with self.shards.edges():
+        with self.shards.outside_layers():
             for start in range(0, count, chunk):
                 ids = torch.arange(start, min(start + chunk, count), device=self.device)
                 total += self.embed(ids).float().norm(dim=-1).sum().item()
@@ -274,19 +276,21 @@ class Backbone(nn.Module):
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """length: its tokens. ids [length]: tokens that pass through the layers, the prompt's row p as -p - 1; or values:
-    keys and values of every layer, with their graph; neither where they are cached."""
+class SharedPrefix:
+    """length: its tokens. ids [length]: tokens that pass through the layers, the prompt's row p as -p - 1; or
+    keys_values: keys and values of every layer, with their graph; neither where they are cached."""
 
     length: int
     ids: Tensor | None = None
-    values: TrunkCache | None = None
+    keys_values: PrefixCache | None = None
 
-    def detached(self) -> "Trunk":
+    def detached(self) -> "SharedPrefix":
         """The same without its graph."""
-        if self.values is None:
+        if self.keys_values is None:
             return self
-        return Trunk(self.length, self.ids, {layer: detached(pairs) for layer, pairs in self.values.items()})
+        return SharedPrefix(
+            self.length, self.ids, {layer: detached(pairs) for layer, pairs in self.keys_values.items()}
+        )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -295,13 +299,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def trunk_chunk(length: int, device: torch.device) -> Chunk:
+def prefix_chunk(length: int, device: torch.device) -> Chunk:
     """The prompt's tokens and those behind it: scored nowhere, attended to by every row."""
     nowhere = torch.empty(0, dtype=torch.int64, device=device)
-    return Chunk(length, plan_tree((), length, length, device), None, nowhere, is_trunk=True)
+    return Chunk(length, plan_tree((), length, length, device), None, nowhere, is_prefix=True)
 
 
-def _chunk(row: PackedRow, first: int, last: int, trunk_keys: int) -> Chunk:
+def _chunk(row: PackedRow, first: int, last: int, prefix_keys: int) -> Chunk:
     """Blocks `first` to `last` of the row, with a plan of their own."""
     blocks, scored = row.blocks[first:last], row.scored[first:last]
     device = row.token_ids.device
@@ -309,14 +313,14 @@ def _chunk(row: PackedRow, first: int, last: int, trunk_keys: int) -> Chunk:
     for block, asked in zip(blocks, scored, strict=True):
         places.append(starts + asked)
         starts += block.length
-    plan = plan_tree(blocks, 0, trunk_keys, device)
-    last_plan = plan_tree(blocks, 0, trunk_keys, device, scored)
+    plan = plan_tree(blocks, 0, prefix_keys, device)
+    last_plan = plan_tree(blocks, 0, prefix_keys, device, scored)
     places_N = torch.from_numpy(np.concatenate(places)).to(device)
     return Chunk(starts, plan, last_plan, places_N, targets=row.targets[first:last])
 
 
-def _trunk_length(trunk: TrunkCache) -> int:
-    return next(iter(trunk.values()))[0][0].shape[0] if trunk else 0
+def _prefix_length(prefix: PrefixCache) -> int:
+    return next(iter(prefix.values()))[0][0].shape[0] if prefix else 0
 
 
 def refusal(model: Any, reason: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptp_ds.attention.interface import ATTENTION_NAME, holding, local_sizes
+from ptp_ds.attention.interface import ATTENTION_NAME, local_sizes, use_value
 from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
@@ -30,7 +30,7 @@ class _Found:
     gradient: Tensor
 
 
-def checked(backbone: Backbone) -> tuple[Backbone, str]:
+def checked_backbone(backbone: Backbone) -> tuple[Backbone, str]:
     """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is."""
     try:
         if backbone.head.kind == "seq2seq":
@@ -63,40 +63,43 @@ def check_backbone(backbone: Backbone) -> None:
     ]
     plain_rows = SeparateRows(kind=backbone.head.kind, prompt_length=_PROMPT, mask_id=draw[17], tail=(draw[18],),
                               choice=backbone.head.choice)  # fmt: skip
-    with backbone.shards.edges():
+    with backbone.shards.outside_layers():
         prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device))
         tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(model.config, 0).items()}
-        values = backbone.head.join(prompt, tensors).detach().requires_grad_()
+        trained = backbone.head.join(prompt, tensors).detach().requires_grad_()
         shares = backbone.head.kind == "causal" and backbone.packs
         rows = TreeRows() if shares else plain_rows
-        with _as(backbone, rows, "soft"):
-            found = _packed(backbone, backbone.rows.pack(examples).to(backbone.device), values)
+        with _serving(backbone, rows, "soft"):
+            found = _packed(backbone, backbone.rows.pack(examples).to(backbone.device), trained)
     _refuse(backbone, found)
-    with backbone.shards.edges(), _eager(backbone):
-        plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), values.detach())
+    with backbone.shards.outside_layers(), _eager(backbone):
+        plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), trained.detach())
     present = torch.isfinite(plain)
     error = float((found.scores - plain)[present].abs().max())
     bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
     if not error <= bound:
         raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
-    backbone.narrows = _narrows(backbone, examples[1], values.detach(), bound)
+    backbone.narrows = _narrows(backbone, examples[1], trained.detach(), bound)
 
 
 @torch.no_grad()
-def _narrows(backbone: Backbone, example: Example, values: Tensor, bound: float) -> bool:
+def _narrows(backbone: Backbone, example: Example, trained: Tensor, bound: float) -> bool:
     """Whether logits of a few tokens alone are those that the whole vocabulary's product has there."""
     if backbone.output is None or backbone.head.kind not in ("causal", "masked"):
         return False
     answers = [[token] for token in example.context_ids[:2]]
     example = replace(example, candidate_ids=[*example.candidate_ids, *answers])
     kind, mask = backbone.head.kind, example.context_ids[0]
-    with _as(backbone, SeparateRows(kind=kind, prompt_length=_PROMPT, mask_id=mask), "soft"), backbone.shards.edges():
+    with (
+        _serving(backbone, SeparateRows(kind=kind, prompt_length=_PROMPT, mask_id=mask), "soft"),
+        backbone.shards.outside_layers(),
+    ):
         row = backbone.rows.pack([example]).to(backbone.device)
-        inputs = backbone.inputs(row, values)
-        whole = backbone.score(row, inputs, values)[0]
+        inputs = backbone.inputs(row, trained)
+        whole = backbone.score(row, inputs, trained)[0]
         backbone.narrows = True
         try:
-            narrow = backbone.score(row, inputs, values, narrow=True)[0]
+            narrow = backbone.score(row, inputs, trained, narrow=True)[0]
         except RuntimeError:  # something of the vocabulary's size behind the head
             return False
         finally:
@@ -105,7 +108,7 @@ def _narrows(backbone: Backbone, example: Example, values: Tensor, bound: float)
 
 
 @contextmanager
-def _as(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
+def _serving(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
     """The backbone with these rows, a prompt of this kind and kept activations inside."""
     before = backbone.rows, backbone.prompt, backbone.activations.mode
     backbone.rows, backbone.prompt = rows, prompt
@@ -144,9 +147,9 @@ def _refuse(backbone: Backbone, found: _Found) -> None:
 
 
 @torch.no_grad()
-def plain_scores(backbone: Backbone, row: PackedRow, values: Tensor) -> Tensor:
+def plain_scores(backbone: Backbone, row: PackedRow, trained: Tensor) -> Tensor:
     """[B, C] scores by one ordinary forward of the family's own a block: the check's reference."""
-    inputs, logits, start = backbone.inputs(row, values), [], 0
+    inputs, logits, start = backbone.inputs(row, trained), [], 0
     first = getattr(backbone.model.config, "decoder_start_token_id", None)
     for number, (block, places) in enumerate(zip(row.blocks, row.scored, strict=True)):
         embeds = inputs[None, start : start + block.length]
@@ -156,20 +159,20 @@ def plain_scores(backbone: Backbone, row: PackedRow, values: Tensor) -> Tensor:
                 ids = torch.tensor([[first, *answer[:-1]]], device=embeds.device)
                 logits.append(backbone.model(inputs_embeds=embeds, decoder_input_ids=ids).logits[0])
             continue
-        out = backbone.call_model(values, inputs_embeds=embeds).logits
+        out = backbone.call_model(trained, inputs_embeds=embeds).logits
         logits.append(out if backbone.head.kind == "classes" else out[0, torch.from_numpy(places)])
     return row.scores(torch.cat(logits))[0]
 
 
-def _packed(backbone: Backbone, row: PackedRow, values: Tensor) -> _Found:
+def _packed(backbone: Backbone, row: PackedRow, trained: Tensor) -> _Found:
     if backbone.packs and not backbone.takes_attention:
         raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
     seen: set[int] = set()
     passes: list[LayerPass] = []
     saved = SavedBytes(backbone.parameters())
     try:
-        with holding(local_sizes, seen), saved.counting():
-            scores = backbone.score(row, backbone.inputs(row, values), values, watch=passes.append)
+        with use_value(local_sizes, seen), saved.counting():
+            scores = backbone.score(row, backbone.inputs(row, trained), trained, watch=passes.append)
     except RuntimeError as error:  # a family's own attention, with masks for the whole row
         raise ValueError(
             refusal(backbone.model, f"its layers fail on a packed row ({str(error).splitlines()[0]})")
@@ -178,8 +181,8 @@ def _packed(backbone: Backbone, row: PackedRow, values: Tensor) -> _Found:
     backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
     layers = {number for number, calls in passes[0].attention_calls.items() if calls}
     if not layers and backbone.packs:  # nothing below would say more than that
-        return _Found(layers, set(), scores[0], values)
-    (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), values)
+        return _Found(layers, set(), scores[0], trained)
+    (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), trained)
     named = {size for size in passes[0].windows if size is not None}
     if not row.blocks[0].causal:  # a bidirectional window of n on each side is named n + 1
         named |= {size - 1 for size in named}

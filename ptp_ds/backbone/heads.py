@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from ptp_ds.backbone.layerwise import Leaves
+from ptp_ds.backbone.layerwise import HeadInput
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.prompts.flat import Flat
 from ptp_ds.seeding import make_generator
@@ -32,7 +32,7 @@ _AUTO: dict[str, Any] = {
 _ENDINGS = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
 _CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
 _BETWEEN = ("pooler", "head", "pre_classifier")  # what some families have between the encoder and the classifier
-_LEAVES: dict[str, Leaves] = {"causal": "row", "masked": "scored", "classes": "columns", "seq2seq": "scored"}
+_HEAD_INPUTS: dict[str, HeadInput] = {"causal": "row", "masked": "scored", "classes": "columns", "seq2seq": "scored"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Head:
     trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
-    def leaves(self) -> Leaves:
+    def head_input(self) -> HeadInput:
         """What the last layer hands to this head."""
-        return _LEAVES[self.kind]
+        return _HEAD_INPUTS[self.kind]
 
     def rows(self, width: int) -> int:
         """Rows of `width` numbers that hold the trained tensors."""

@@ -1,14 +1,14 @@
 """Frozen layers over a packed row, section by section: what a layer computes once, keeps, recomputes and shares.
 
-A pass through the model carries sections: the trunk (the prompt), then runs of consecutive rows of the clean and of the
-perturbed stream. Each layer is one autograd function over all of them, so that
+A pass through the model carries sections: the shared prefix (the prompt), then runs of consecutive rows of the clean
+and of the perturbed stream. Each layer is one autograd function over all of them, so that
 
 - its weights are needed once forward and once backward, whatever the number of sections (ptp_ds.backbone.sharding);
-- the trunk's keys and values are computed once and their gradient is summed over all rows of both streams;
+- the prefix's keys and values are computed once and their gradient is summed over all rows of both streams;
 - a section passed before (the clean rows, when only the perturbation has changed) is not computed again: its
   outputs and its graph are taken from the first time;
 - a section keeps its graph, or only its input and computes the rest again in its backward ("recompute");
-- the last layer computes queries and feed-forward at scored positions only, and nothing but keys for the trunk.
+- the last layer computes queries and feed-forward at scored positions only, and nothing but keys for the prefix.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ptp_ds.attention.interface import Call, KeysReady, attending, holding
+from ptp_ds.attention.interface import Call, KeysReady, use_call, use_value
 from ptp_ds.attention.plan import TreePlan
 from ptp_ds.attention.tree import KeysValues
 from ptp_ds.backbone.sharding import Shards
@@ -31,7 +31,7 @@ from ptp_ds.precision import at_least_fp32
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive blocks of a packed row, or the trunk, that a layer handles in one go.
+    """Consecutive blocks of a packed row, or the prefix, that a layer handles in one go.
 
     length: its tokens. plan: how they attend; last_plan: the same for queries at `scored` positions [n] alone. targets:
     what a decoder scores behind each block (PackedRow.targets).
@@ -41,7 +41,7 @@ class Chunk:
     plan: TreePlan
     last_plan: TreePlan | None
     scored: Tensor
-    is_trunk: bool = False
+    is_prefix: bool = False
     targets: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
@@ -51,7 +51,7 @@ class _Held:
 
     leaf: Tensor
     output: Tensor
-    trunk_leaves: list[Tensor]
+    prefix_leaves: list[Tensor]
     own: list[KeysValues]
 
 
@@ -59,17 +59,17 @@ class _Held:
 class Section:
     """A chunk on its way through the layers. graph: whether anything of it is differentiated.
 
-    to_input, to_trunk: whether gradient goes to its input embeddings and to the trunk's keys and values.
+    to_input, to_prefix: whether gradient goes to its input embeddings and to the prefix's keys and values.
     """
 
     chunk: Chunk
     graph: bool
     to_input: bool = True
-    to_trunk: bool = True
+    to_prefix: bool = True
     held: dict[int, _Held] = field(default_factory=dict)
 
 
-TrunkCache = dict[int, list[KeysValues]]  # layer -> keys and values [P, heads, d] of its attention calls
+PrefixCache = dict[int, list[KeysValues]]  # layer -> keys and values [P, heads, d] of its attention calls
 
 
 def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
@@ -79,24 +79,24 @@ def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
 
 # What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
 # "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
-Leaves = Literal["row", "scored", "columns"]
+HeadInput = Literal["row", "scored", "columns"]
 
 
 @dataclass(eq=False)
 class LayerPass:
     """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
 
-    trunk: the trunk's keys and values, detached; filled where the pass holds the trunk itself, or from `given`: keys
+    prefix: the prefix's keys and values, detached; filled where the pass holds the prefix itself, or from `given`: keys
     and values that are inputs of the pass (a deep prompt), with the graph that their gradient goes back to; empty where
-    rows have no trunk. leaves: what the last layer hands to the model's head (see Leaves).
+    rows have no prefix. head_input: what the last layer hands to the model's head (see HeadInput).
     """
 
     sections: Sequence[Section]
-    trunk: TrunkCache
+    prefix: PrefixCache
     recompute: bool = False
     live: Sequence[Section] | None = None
-    given: TrunkCache | None = None
-    leaves: "Leaves" = "row"
+    given: PrefixCache | None = None
+    head_input: "HeadInput" = "row"
     windows: set[int | None] = field(default_factory=set)
     attention_calls: dict[int, int] = field(default_factory=dict)
     _entered: int = 0
@@ -128,9 +128,9 @@ class LayerPass:
 _pass: ContextVar[LayerPass | None] = ContextVar("ptp_layer_pass", default=None)
 
 
-def passing(layer_pass: LayerPass) -> AbstractContextManager[LayerPass]:
+def use_layer_pass(layer_pass: LayerPass) -> AbstractContextManager[LayerPass]:
     """Layers inside follow `layer_pass`; outside of any pass they are the family's own."""
-    return holding(_pass, layer_pass)
+    return use_value(_pass, layer_pass)
 
 
 class LayerStack:
@@ -175,7 +175,7 @@ class LayerStack:
 class _LayerFunction(torch.autograd.Function):
     """[1, T, H] -> [1, T, H] through one layer; behind the last one, zero where nothing is scored.
 
-    given: the trunk's keys and values where they are inputs of the pass, one after the other.
+    given: the prefix's keys and values where they are inputs of the pass, one after the other.
     """
 
     @staticmethod
@@ -186,9 +186,9 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         work, ctx.work = ctx.work, None
-        to_input, to_trunk = work.backward(grad)
+        to_input, to_prefix = work.backward(grad)
         given = len(work.given())
-        return to_input, None, *(to_trunk[:given] if to_trunk else [None] * given)
+        return to_input, None, *(to_prefix[:given] if to_prefix else [None] * given)
 
 
 class _LayerWork:
@@ -205,7 +205,7 @@ class _LayerWork:
     def forward(self, hidden: Tensor) -> Tensor:
         layer_pass = self.layer_pass
         if layer_pass.given is not None:
-            layer_pass.trunk[self.number] = detached(layer_pass.given[self.number])
+            layer_pass.prefix[self.number] = detached(layer_pass.given[self.number])
         inputs = self._inputs(hidden)
         outputs = []
         with self.stack.shards.layer(self.module, self.stack.after(self.module)):
@@ -215,8 +215,8 @@ class _LayerWork:
                     held = self._run(section, span, x)
                     if section.graph:
                         section.held[self.number] = held
-                if section.chunk.is_trunk:
-                    layer_pass.trunk[self.number] = detached(held.own)
+                if section.chunk.is_prefix:
+                    layer_pass.prefix[self.number] = detached(held.own)
                 outputs.append(held.output.detach())
         whole = torch.cat(outputs, dim=1)
         if self.is_last:
@@ -225,18 +225,18 @@ class _LayerWork:
         return whole
 
     def _leave(self, hidden: Tensor, scored: Tensor) -> Tensor:
-        """What the head gets of the scored tokens [1, N, H]; see Leaves."""
-        if self.layer_pass.leaves == "columns":
+        """What the head gets of the scored tokens [1, N, H]; see HeadInput."""
+        if self.layer_pass.head_input == "columns":
             return scored.transpose(0, 1)
-        if self.layer_pass.leaves == "scored":
+        if self.layer_pass.head_input == "scored":
             return scored
         return torch.zeros_like(hidden).index_copy_(1, self.layer_pass.scored(), scored)
 
     def _arrive(self, grad: Tensor) -> Tensor:
         """The transpose of _leave."""
-        if self.layer_pass.leaves == "columns":
+        if self.layer_pass.head_input == "columns":
             return grad.transpose(0, 1)
-        return grad if self.layer_pass.leaves == "scored" else grad.index_select(1, self.layer_pass.scored())
+        return grad if self.layer_pass.head_input == "scored" else grad.index_select(1, self.layer_pass.scored())
 
     def given(self) -> list[Tensor]:
         """Keys and values of this layer that are inputs of the pass, flat."""
@@ -251,12 +251,12 @@ class _LayerWork:
         return [hidden[:, start:stop] for start, stop in self.spans]
 
     def _run(self, section: Section, span: tuple[int, int], x: Tensor) -> _Held:
-        trunk = None if section.chunk.is_trunk else self.layer_pass.trunk.get(self.number)
+        prefix = None if section.chunk.is_prefix else self.layer_pass.prefix.get(self.number)
         with torch.set_grad_enabled(section.graph):
             leaf = x.detach().requires_grad_(section.graph and (section.to_input or self.number > 0))
-            flat = [tensor.detach() for pair in trunk or () for tensor in pair]
+            flat = [tensor.detach() for pair in prefix or () for tensor in pair]
             for tensor in flat:
-                tensor.requires_grad_(section.graph and section.to_trunk)
+                tensor.requires_grad_(section.graph and section.to_prefix)
             call = partial(self._call, section.chunk, span)
             if section.graph and self.layer_pass.recompute:
                 output, *own = checkpoint(call, leaf, *flat, use_reentrant=False, preserve_rng_state=False)
@@ -266,25 +266,25 @@ class _LayerWork:
         return _Held(leaf, output, flat, pairs)
 
     def _call(self, chunk: Chunk, span: tuple[int, int], x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        """(output, then, for the trunk, the keys and values of each attention call)."""
-        trunk = list(zip(flat[::2], flat[1::2], strict=True)) if flat else None
+        """(output, then, for the prefix, the keys and values of each attention call)."""
+        prefix = list(zip(flat[::2], flat[1::2], strict=True)) if flat else None
         if not self.is_last:
-            with attending(Call(chunk.plan, trunk)) as call:
+            with use_call(Call(chunk.plan, prefix)) as call:
                 output = self._layer(x, slice(*span))
         else:
-            with attending(Call(chunk.plan, trunk, keys_only=True)) as call:
+            with use_call(Call(chunk.plan, prefix, keys_only=True)) as call:
                 with suppress(KeysReady):
                     self._layer(x, slice(*span))
-            if chunk.is_trunk or chunk.last_plan is None:
+            if chunk.is_prefix or chunk.last_plan is None:
                 output = x[:, :0]
             else:
                 keys = call.recorded[0] if call.recorded else None
                 places = chunk.scored + span[0]
-                with attending(Call(chunk.last_plan, trunk, keys=keys)) as call:
+                with use_call(Call(chunk.last_plan, prefix, keys=keys)) as call:
                     output = self._layer(x.index_select(1, chunk.scored), places)
         self.layer_pass.windows |= call.windows
         self.layer_pass.attention_calls[self.number] = len(call.recorded)
-        own = [tensor for pair in call.recorded for tensor in pair] if chunk.is_trunk else []
+        own = [tensor for pair in call.recorded for tensor in pair] if chunk.is_prefix else []
         return (output, *own)
 
     def _layer(self, x: Tensor, places: slice | Tensor) -> Tensor:
@@ -297,40 +297,40 @@ class _LayerWork:
         return result
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-        """Gradients of the pass' inputs to this layer, zero where a section isn't live, and of the trunk's, if any."""
+        """Gradients of the pass' inputs to this layer, zero where a section isn't live, and of the prefix's, if any."""
         layer_pass = self.layer_pass
         pieces: list[Tensor] = []
         if self.is_last:
             grad = self._arrive(grad)
         grads = grad.split([self._output_length(section.chunk) for section in layer_pass.sections], dim=1)
-        trunk_grads: list[Tensor] | None = None
+        prefix_grads: list[Tensor] | None = None
         with self.stack.shards.layer(self.module, self.stack.after(self.module, -1)):
             for section, piece in zip(reversed(layer_pass.sections), reversed(grads), strict=True):
                 if not layer_pass.is_live(section):
                     pieces.append(piece.new_zeros(1, section.chunk.length, piece.shape[-1]))
                     continue
                 held = section.held.pop(self.number)
-                to_input, to_trunk = self._section_gradients(section, held, piece, trunk_grads)
+                to_input, to_prefix = self._section_gradients(section, held, piece, prefix_grads)
                 pieces.append(to_input)
-                if to_trunk:
-                    trunk_grads = to_trunk if trunk_grads is None else _added(trunk_grads, to_trunk)
-        return torch.cat(pieces[::-1], dim=1), trunk_grads
+                if to_prefix:
+                    prefix_grads = to_prefix if prefix_grads is None else _added(prefix_grads, to_prefix)
+        return torch.cat(pieces[::-1], dim=1), prefix_grads
 
     def _output_length(self, chunk: Chunk) -> int:
         return chunk.scored.shape[0] if self.is_last else chunk.length
 
     def _section_gradients(
-        self, section: Section, held: _Held, grad: Tensor, trunk_grads: list[Tensor] | None
+        self, section: Section, held: _Held, grad: Tensor, prefix_grads: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """(gradient of the section's input, gradients of the trunk's keys and values)."""
+        """(gradient of the section's input, gradients of the prefix's keys and values)."""
         outputs, gradients = ([held.output], [grad]) if grad.shape[1] else ([], [])
-        if section.chunk.is_trunk and trunk_grads is not None:
+        if section.chunk.is_prefix and prefix_grads is not None:
             own = [tensor for pair in held.own for tensor in pair]
             outputs, gradients = (
                 outputs + own,
-                gradients + [gradient.to(tensor.dtype) for gradient, tensor in zip(trunk_grads, own, strict=True)],
+                gradients + [gradient.to(tensor.dtype) for gradient, tensor in zip(prefix_grads, own, strict=True)],
             )
-        wanted = [tensor for tensor in (held.leaf, *held.trunk_leaves) if tensor.requires_grad]
+        wanted = [tensor for tensor in (held.leaf, *held.prefix_leaves) if tensor.requires_grad]
         found = list(torch.autograd.grad(outputs, wanted, gradients)) if outputs and wanted else []
         to_input = found.pop(0) if held.leaf.requires_grad and found else torch.zeros_like(held.leaf)
         return to_input, found

@@ -28,7 +28,7 @@ class PaddedBackbone(Backbone):
         refused.release()
         self.model, self.head, self.shards = refused.model, refused.head, refused.shards
         self.activations, self.kernels = Activations(), refused.kernels
-        self.output, self.narrows = verbalizers.follow(self.model), False
+        self.output, self.narrows = verbalizers.narrow_head(self.model), False
         self.serve("soft", refused.rows)
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
@@ -43,7 +43,7 @@ class PaddedBackbone(Backbone):
         self.prompt, self.rows = prompt, rows
 
     def run(
-        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, values: Tensor | None = None,
+        self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order."""
@@ -57,8 +57,8 @@ class PaddedBackbone(Backbone):
             return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
         if self.head.kind == "causal":
             arguments["use_cache"] = False
-        with verbalizers.only(columns):
-            logits = self.call_model(values, **arguments).logits
+        with verbalizers.use_columns(columns):
+            logits = self.call_model(trained, **arguments).logits
         if self.head.kind == "classes":
             return logits
         return logits[mask].index_select(0, layer_pass.scored())

@@ -31,7 +31,8 @@ NAMED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """layers: shapes of each layer module's parameters; edges: of embeddings, final norm and head, a tied one once.
+    """layers: shapes of each layer module's parameters; outside_layers: of embeddings, final norm and head, a tied one
+    once.
 
     count: layers of a pass, more than modules where modules are used again (albert). width: H; inner: I, the
     feed-forward's; queries, keys: numbers of a token's queries and keys; heads: query heads. gated: whether the
@@ -39,7 +40,7 @@ class ModelShape:
     """
 
     layers: tuple[tuple[Shape, ...], ...]
-    edges: tuple[Shape, ...]
+    outside_layers: tuple[Shape, ...]
     count: int
     width: int
     inner: int
@@ -58,12 +59,12 @@ class ModelShape:
     @property
     def elements(self) -> int:
         """Elements of the whole model."""
-        return self.layer_elements + elements(self.edges)
+        return self.layer_elements + elements(self.outside_layers)
 
     @property
     def parameters(self) -> list[Shape]:
         """Every parameter's shape."""
-        return [shape for layer in self.layers for shape in layer] + list(self.edges)
+        return [shape for layer in self.layers for shape in layer] + list(self.outside_layers)
 
     @property
     def matrix_elements(self) -> int:
@@ -94,14 +95,14 @@ def shape_of(config: Any, head: str = "auto") -> ModelShape:
         raise ValueError(f"Model family {config.model_type!r} has no repeated layers to plan for.")
     layers = tuple(tuple(tuple(p.shape) for p in layer.parameters()) for layer in modules)
     in_layers = {id(parameter) for layer in modules for parameter in layer.parameters()}
-    edges = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in in_layers)
+    outside = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in in_layers)
     text, names = config.get_text_config(), {name.split(".")[-2] for name, _ in modules[0].named_parameters()}
     count, key_heads, head_width = deep_shape(config)
     width = text.hidden_size
     widest = max((max(shape) for shape in layers[0] if len(shape) == 2 and width in shape), default=4 * width)
     inner = int(getattr(text, "intermediate_size", 0) or widest)
     return ModelShape(
-        layers=layers, edges=edges, count=count, width=width, inner=inner,
+        layers=layers, outside_layers=outside, count=count, width=width, inner=inner,
         heads=text.num_attention_heads, queries=text.num_attention_heads * head_width, keys=key_heads * head_width,
         vocabulary=text.vocab_size, gated="gate_proj" in names or "Wi" in names,
         rms=any("RMSNorm" in type(module).__name__ for module in modules[0].modules()),

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
-EDGES = -1  # everything outside the layers: embeddings, final norm, head
+OUTSIDE_LAYERS = -1  # everything outside the layers: embeddings, final norm, head
 
 
 @dataclass
 class Traffic:
-    """What was gathered since `reset`: calls for each layer (EDGES: the rest), bytes, and the most held at once.
+    """What was gathered since `reset`: calls for each layer (OUTSIDE_LAYERS: the rest), bytes, and the most held at
+    once.
 
     gathered_bytes: of whole parameters as they are sent, int8's scales left out (at most 4 bytes for 2000 numbers).
     """
@@ -45,9 +46,9 @@ class Shards:
         self._groups: dict[int, list[Any]] = {
             number: _sharded(layer.parameters()) for number, layer in enumerate(layers)
         }
-        self._groups[EDGES] = _sharded(p for p in root.parameters() if id(p) not in in_layers)
+        self._groups[OUTSIDE_LAYERS] = _sharded(p for p in root.parameters() if id(p) not in in_layers)
         self._handles: dict[int, list[Any]] = {}
-        self._edge_users = 0
+        self._outside_users = 0
         self.traffic = Traffic()
 
     @property
@@ -68,18 +69,18 @@ class Shards:
             self._release(number)
 
     @contextmanager
-    def edges(self) -> Iterator[None]:
+    def outside_layers(self) -> Iterator[None]:
         """Embeddings, final norm and head whole inside; contexts may nest, the outermost one gathers."""
-        if self._edge_users == 0:
-            self._start(EDGES)
-            self._wait(EDGES)
-        self._edge_users += 1
+        if self._outside_users == 0:
+            self._start(OUTSIDE_LAYERS)
+            self._wait(OUTSIDE_LAYERS)
+        self._outside_users += 1
         try:
             yield
         finally:
-            self._edge_users -= 1
-            if self._edge_users == 0:
-                self._release(EDGES)
+            self._outside_users -= 1
+            if self._outside_users == 0:
+                self._release(OUTSIDE_LAYERS)
 
     def _start(self, number: int) -> None:
         parameters = self._groups[number]
@@ -95,7 +96,7 @@ class Shards:
         traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in exact) + sum(p.ds_numel for p in rough)
         traffic.held_elements += size
         traffic.peak_elements = max(traffic.peak_elements, traffic.held_elements)
-        traffic.peak_layers = max(traffic.peak_layers, sum(held != EDGES for held in self._handles))
+        traffic.peak_layers = max(traffic.peak_layers, sum(held != OUTSIDE_LAYERS for held in self._handles))
 
     def _wait(self, number: int) -> None:
         for handle in self._handles.get(number, ()):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ptp_ds.backbone.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.files import brief, is_file, is_folder, sha256_of
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
-from ptp_ds.ranks.once import one_first, one_host_at_a_time
+from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 from ptp_ds.tasks import Task
 
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -134,9 +134,9 @@ def resolve_model(name: str) -> Path:
     if name == EMBEDDED_MODEL:
         target = embedded_folder()
         while not (target / "config.json").is_file():  # again where the host's first process failed
-            with one_first(str(target)) as first:
+            with first_of_host(str(target)) as first:
                 if first:
-                    with one_host_at_a_time(cache_root() / f"{EMBEDDED_MODEL}.lock"):
+                    with lock_across_hosts(cache_root() / f"{EMBEDDED_MODEL}.lock"):
                         if not (target / "config.json").is_file():
                             _convert_embedded(target)
         return target
@@ -155,7 +155,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        with one_first(f"hub model {name}") as first:
+        with first_of_host(f"hub model {name}") as first:
             held = None if first else present_model(name)
             return held or Path(snapshot_download(name, allow_patterns=WANTED))
     except HFValidationError:

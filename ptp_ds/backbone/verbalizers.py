@@ -13,19 +13,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptp_ds.attention.interface import holding
+from ptp_ds.attention.interface import use_value
 from ptp_ds.precision import at_least_fp32
 
 _columns: ContextVar[Tensor | None] = ContextVar("ptp_verbalizers", default=None)
 
 
-def only(columns_n: Tensor | None) -> AbstractContextManager[Tensor | None]:
-    """Inside, heads that `follow` give the logits of these tokens, in this order; all of them for None."""
-    return holding(_columns, columns_n)
+def use_columns(columns_n: Tensor | None) -> AbstractContextManager[Tensor | None]:
+    """Inside, heads that `narrow_head` prepared give the logits of these tokens, in this order; all of them for
+    None."""
+    return use_value(_columns, columns_n)
 
 
-def follow(model: Any) -> nn.Module | None:
-    """Makes the model's output embeddings heed `only`; None where they are no plain linear layer."""
+def narrow_head(model: Any) -> nn.Module | None:
+    """Makes the model's output embeddings heed `use_columns`; None where they are no plain linear layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if type(head) is not nn.Linear:
         return None
@@ -33,8 +34,8 @@ def follow(model: Any) -> nn.Module | None:
     return head
 
 
-def leave(head: Any) -> None:
-    """Gives a head that `follow` has changed its forward of before back."""
+def restore_head(head: Any) -> None:
+    """Gives a head that `narrow_head` has changed its forward of before back."""
     _, before = head.forward.args
     del head.forward
     if before != head.forward:  # not the class' own (ptp_ds.backbone.frozen_linear)

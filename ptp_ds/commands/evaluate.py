@@ -10,7 +10,7 @@ import torch
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card, read_head
 from ptp_ds.adapters.task import adapter_task, ensemble_plan
-from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.heads import auto_class, rows_for
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.backbone.positions import row_room
@@ -27,7 +27,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.tasks.predictions import check_numbers, prediction_lines
-from ptp_ds.training.evaluate import evaluation_of, score_examples, together
+from ptp_ds.training.evaluate import ensemble_scores, evaluation_of, score_examples
 
 log = get_logger(__name__)
 
@@ -78,16 +78,16 @@ def _evaluate(args: argparse.Namespace) -> None:
                     ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
     resolved = resolve_ds_config(raw, run, set(), env_world(), config.get_text_config().hidden_size)
     rows = rows_for(plan, task, tokenizer, kind, length)
-    room = row_room(args.max_length, length, config, plan) - rows.behind
+    room = row_room(args.max_length, length, config, plan) - rows.extra_tokens
     tokenised = tokenise(task, split, tokenizer, room, labelled)
     if args.predictions is not None:
         check_numbers(task, split, len(tokenised.examples))
     ranks = start_processes()
     backbone = load_backbone(folder, resolved, ranks, plan)
-    backbone, _ = checked(backbone)
+    backbone, _ = checked_backbone(backbone)
     backbone.serve(kind, rows, length)
     head = backbone.head
-    scores = together([
+    scores = ensemble_scores([
         score_examples(backbone, head.join(prompt, read_head(adapter, head.trained)), tokenised.examples, ranks,
                        args.eval_tokens)
         for adapter, prompt in zip(args.adapter, prompts, strict=True)

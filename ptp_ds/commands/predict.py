@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ptp_ds.adapters.generate import generate, stop_tokens
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_head
 from ptp_ds.adapters.task import adapter_plan, adapter_task
-from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.heads import HeadPlan, auto_class, rows_for
 from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
 from ptp_ds.backbone.positions import row_room
@@ -136,7 +136,7 @@ def _serve(args: argparse.Namespace, task: Task) -> Served:
         raise ValueError(f"--generate needs a causal model; {args.model} serves this adapter with a {plan.kind} head.")
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
     rows = rows_for(plan, task, tokenizer, kind, prompt.shape[0])
-    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.behind
+    room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.extra_tokens
     if args.generate is not None and args.generate >= room:
         raise ValueError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,10 +160,10 @@ def _score(served: Served, examples: Sequence[Example], budget: int) -> Tensor:
     """[N, C] the log-probabilities that scripts/evaluate.py computes."""
     ranks = Ranks(0, 1, 0, served.device)
     whole = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], served.dtype)
-    backbone, _ = checked(load_backbone(served.folder, whole, ranks, served.plan))
+    backbone, _ = checked_backbone(load_backbone(served.folder, whole, ranks, served.plan))
     backbone.serve(served.kind, served.rows, served.prompt.shape[0])
-    values = backbone.head.join(served.prompt, read_head(served.adapter, backbone.head.trained))
-    return score_examples(backbone, values, examples, ranks, budget)
+    trained = backbone.head.join(served.prompt, read_head(served.adapter, backbone.head.trained))
+    return score_examples(backbone, trained, examples, ranks, budget)
 
 
 def _generate(served: Served, examples: Sequence[Example], count: int) -> list[str]:

@@ -68,7 +68,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
         adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
-    room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.behind
+    room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
     identity = identity_of(run, task, source.config, splits)
     continuation.require_same(identity)
@@ -103,7 +103,7 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
     """runs/<task>-<perturbation>-<seed>-<time>, by rank 0's clock."""
     run, now = prepared.run, time.localtime(ranks.from_main(int(time.time())))
     stamp = time.strftime("%Y%m%d-%H%M%S", now)
-    return Path("runs") / f"{prepared.task.name}-{run.chosen.name}-{run.seed}-{stamp}"
+    return Path("runs") / f"{prepared.task.name}-{run.chosen_perturbation.name}-{run.seed}-{stamp}"
 
 
 def _introduce(prepared: Prepared, ranks: Ranks) -> None:
@@ -170,10 +170,10 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
 def _report(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
     """Scores the best prompt on --eval_split and writes adapter and result.json."""
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
-    values = progress.best_prompt
-    assert values is not None, "the last step always evaluates"
+    trained = progress.best_prompt
+    assert trained is not None, "the last step always evaluates"
     result = evaluate(
-        engine.backbone, values, prepared.examples.evaluation, prepared.task, ranks, prepared.run.eval_tokens,
+        engine.backbone, trained, prepared.examples.evaluation, prepared.task, ranks, prepared.run.eval_tokens,
         trainer.beat,
     )  # fmt: skip
     with output.writing():

@@ -9,7 +9,7 @@ from ptp_ds.perturb import PERTURBATIONS
 
 def require_valid(run: RunConfig) -> None:
     """Raises ValueError for the first field that is out of range or contradicts another."""
-    _ = run.chosen
+    _ = run.chosen_perturbation
     for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                  "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
@@ -42,8 +42,8 @@ def require_valid(run: RunConfig) -> None:
         given = getattr(run, needed) is not None
         if (run.prompt_init == kind) != given:
             raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
-    how = run.chosen.how
-    if run.target != "input" and (run.prompt != "soft" or (how is not None and how.in_text)):
+    perturbation = run.chosen_perturbation.perturbation
+    if run.target != "input" and (run.prompt != "soft" or (perturbation is not None and perturbation.in_text)):
         raise ValueError(
             f"--target {run.target} is for soft prompts and deltas in embedding space; leave it out with --prompt "
             f"{run.prompt} --perturbation {run.perturbation}."
@@ -54,12 +54,12 @@ def require_valid(run: RunConfig) -> None:
 
 def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
     """Flags that were given but that the chosen perturbation does not read."""
-    how = run.chosen.how
+    perturbation = run.chosen_perturbation.perturbation
     unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
-    unread -= {*how.sizes, *how.reads} if how is not None else set()
-    if not {"sigma", "epsilon"} & set(how.sizes if how is not None else ()):
+    unread -= {*perturbation.sizes, *perturbation.reads} if perturbation is not None else set()
+    if not {"sigma", "epsilon"} & set(perturbation.sizes if perturbation is not None else ()):
         unread |= {"units", "target"}
-    if how is None:
+    if perturbation is None:
         unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
     if run.tokens_per_step is not None:
         unread.add("batch_size")

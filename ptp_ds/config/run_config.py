@@ -14,7 +14,7 @@ from ptp_ds.kernels import IMPLS
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import Perturbation
 from ptp_ds.perturb.ball import NORMS
-from ptp_ds.perturb.custom import BUILT_IN, Chosen, choose
+from ptp_ds.perturb.custom import BUILT_IN, ChosenPerturbation, choose_perturbation
 from ptp_ds.perturb.units import UNITS
 from ptp_ds.precision import PRECISIONS
 
@@ -136,19 +136,19 @@ class RunConfig:
         return 2 if self.perturbs else 1
 
     @cached_property
-    def chosen(self) -> Chosen:
+    def chosen_perturbation(self) -> ChosenPerturbation:
         """The perturbation by its name; a file of the user's own is run here, once. Raises ValueError (see choose)."""
-        return choose(self.perturbation)
+        return choose_perturbation(self.perturbation)
 
     @property
-    def how(self) -> Perturbation | None:
+    def active_perturbation(self) -> Perturbation | None:
         """How the second stream differs; None where there is none."""
-        return self.chosen.how if self.perturbs else None
+        return self.chosen_perturbation.perturbation if self.perturbs else None
 
     @property
     def carries(self) -> bool:
         """Whether deltas are carried from one optimizer step to the next."""
-        return self.how is not None and self.how.carries
+        return self.active_perturbation is not None and self.active_perturbation.carries
 
     @property
     def batch_repeats(self) -> int:
@@ -158,7 +158,7 @@ class RunConfig:
     @property
     def perturbs(self) -> bool:
         """Whether a second stream is computed: not for lambda = 0 or a delta that can only be zero."""
-        how = self.chosen.how
-        if how is None or not self.reg_weight:
+        perturbation = self.chosen_perturbation.perturbation
+        if perturbation is None or not self.reg_weight:
             return False
-        return not how.sizes or any(getattr(self, size) > 0 for size in how.sizes)
+        return not perturbation.sizes or any(getattr(self, size) > 0 for size in perturbation.sizes)

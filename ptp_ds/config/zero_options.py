@@ -84,7 +84,8 @@ def require_quantiser(file: str) -> None:
 def _resolve_nvme(
     offload: dict[str, Any], file: str, notes: list[str], world: int, nvme_path: str | None, shape: ModelShape | None
 ) -> None:
-    """The folder, and buffers for the shards that ptp_ds.backbone.sharding holds at once: edges and two layers."""
+    """The folder, and buffers for the shards that ptp_ds.backbone.sharding holds at once: two layers and what lies
+    outside."""
     if offload.get("nvme_path", "auto") == "auto":
         if nvme_path is None:
             raise ValueError(f"{file} keeps weights on NVMe: give --nvme_path, a folder on each host's own NVMe disk.")
@@ -99,12 +100,14 @@ def _resolve_nvme(
     require_async_io(file)
     if shape is None:
         return
-    most = 2 * max(len(layer) for layer in shape.layers) + len(shape.edges)
+    most = 2 * max(len(layer) for layer in shape.layers) + len(shape.outside_layers)
     largest = max(-(-elements([parameter]) // world) for parameter in shape.parameters)
     for name, value in (("buffer_count", most), ("buffer_size", largest)):
         if offload.get(name, "auto") == "auto":
             offload[name] = value
-            notes.append(f"zero_optimization.offload_param.{name} = {value} (two layers and the edges at once)")
+            notes.append(
+                f"zero_optimization.offload_param.{name} = {value} (two layers and all outside the layers at once)"
+            )
 
 
 def require_async_io(file: str) -> None:

@@ -42,7 +42,7 @@ class Limits:
     max_skew: float
 
 
-def usual(values: Mapping[str, Any]) -> Any:
+def most_common(values: Mapping[str, Any]) -> Any:
     """What most hosts say, the first one's where it's a tie."""
     counted = Counter(map(repr, values.values()))
     most = max(counted.values())
@@ -65,14 +65,14 @@ def _differing_versions(seen: Mapping[str, Seen]) -> list[Fault]:
     faults = []
     for name in next(iter(versions.values())):
         values = {host: found[name] for host, found in versions.items()}
-        expected = usual(values)
+        expected = most_common(values)
         for host, value in values.items():
             if value is None:
                 faults.append(Fault(host, name, f"{host} lacks the package {name}.", anew))
             elif value != expected:
                 faults.append(Fault(host, name, f"{host} has {name} {value} where others have {expected}.", anew))
     projects = {host: one.report["project"] for host, one in seen.items()}
-    expected = usual(projects)
+    expected = most_common(projects)
     for host, value in projects.items():
         if value is None:
             faults.append(Fault(host, "ptp_ds", f"{host} can't import ptp_ds.", "Copy the project there."))
@@ -87,7 +87,7 @@ def _differing_models(seen: Mapping[str, Seen]) -> list[Fault]:
     present = {host: files for host, files in models.items() if files is not None}
     if not present:
         return []  # not asked, or to be fetched by one rank a host
-    expected, faults = usual(present), []
+    expected, faults = most_common(present), []
     for host, files in models.items():
         if files is None:
             sentence = f"{host} doesn't hold the model's files, which others do."

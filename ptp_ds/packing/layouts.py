@@ -1,4 +1,4 @@
-"""How examples become packed rows: trees behind a trunk (causal models), or every context on its own (all others).
+"""How examples become packed rows: trees behind a prefix (causal models), or every context on its own (all others).
 
 Both offer the same functions, so that training and evaluation need not know which kind of model they serve.
 """
@@ -20,18 +20,18 @@ Moves = Sequence[Sequence[bool]]
 class TreeRows:
     """For causal models: candidates branch off their context, twins off their first change; see ptp_ds.packing.row.
 
-    prompt: a soft prompt's trunk also takes what all rows begin with.
+    prompt: a soft prompt's prefix also takes what all rows begin with.
     """
 
     prompt: str = "soft"
-    behind: int = 0  # tokens of a row beside its context and all but one of its answer's
+    extra_tokens: int = 0  # tokens of a row beside its context and all but one of its answer's
 
     def shared_start(self, examples: Sequence[Example]) -> int:
-        """Tokens of the examples' common start that go into the trunk: none behind a deep prompt."""
+        """Tokens of the examples' common start that go into the prefix: none behind a deep prompt."""
         return shared_start(examples) if self.prompt == "soft" else 0
 
     def context_places(self, example: Example, shared: int) -> list[int]:
-        """Where each token of a context lies among its example's tokens; negative in the trunk."""
+        """Where each token of a context lies among its example's tokens; negative in the prefix."""
         return list(range(-shared, len(example.context_ids) - shared))
 
     def length(self, example: Example) -> int:
@@ -82,7 +82,7 @@ class SeparateRows:
     target: str = "input"
 
     @property
-    def behind(self) -> int:
+    def extra_tokens(self) -> int:
         """Tokens of a row beside its context and all but one of its answer's."""
         return 0 if self.kind == "causal" else 1 + len(self.tail)
 
@@ -238,7 +238,7 @@ class _Separate:
             scored=tuple(np.array(places) for places in self.scored),
             pick_row=pick_row.contiguous(), pick_token=pick_token.contiguous(), pick_cell=pick_cell.contiguous(),
             present=torch.arange(width) < counts[:, None], gold=torch.tensor([example.gold for example in examples]),
-            example_ids=tuple(example.index for example in examples), trunk_ids=torch.empty(0, dtype=torch.int64),
+            example_ids=tuple(example.index for example in examples), shared_ids=torch.empty(0, dtype=torch.int64),
             numbers=torch.tensor([example.index for example in examples]), verbalizers=verbalizers,
             pick_column=pick_column,
             streams=self.streams, members=tuple(self.members), slots=slots,

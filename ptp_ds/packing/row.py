@@ -1,10 +1,10 @@
 """A batch as one packed row of tokens: no padding, every shared token once.
 
-Layout of a row: the trunk (the soft prompt, and tokens that every context begins with), then one block per example and
+Layout of a row: the prefix (the soft prompt, and tokens that every context begins with), then one block per example and
 stream. A block is a small tree of segments: the context, then its candidate branches. Shape letters, used in the whole
 package:
-B examples, S streams (1 clean, 2 clean + perturbed), C candidates, P prompt (trunk) tokens, T packed tokens
-without the trunk, H width, L layers, V vocabulary, R rows of a bucket.
+B examples, S streams (1 clean, 2 clean + perturbed), C candidates, P prompt (prefix) tokens, T packed tokens
+without the prefix, H width, L layers, V vocabulary, R rows of a bucket.
 
 Scoring needs no branch token for the last token of a candidate (nothing follows it), so single-token candidates
 (verbalizers) have no branch at all: their score is read at the end of the context.
@@ -27,7 +27,7 @@ from ptp_ds.tasks.example import Example
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens that attend to the trunk and to each other only: a tree of segments in depth-first order.
+    """Tokens that attend to the prefix and to each other only: a tree of segments in depth-first order.
 
     starts[i]: offset of segment i in the block; parents[i]: the segment it continues, -1 for the block's root.
     causal: whether a token sees only those before it; an encoder's block is one segment whose tokens see each other.
@@ -39,7 +39,7 @@ class Block:
     causal: bool = True
 
     def depths(self) -> np.ndarray:
-        """[length] int: each token's distance from the end of the trunk (its position id less P)."""
+        """[length] int: each token's distance from the end of the prefix (its position id less P)."""
         ends = (*self.starts[1:], self.length)
         depth = np.empty(self.length, dtype=np.int64)
         for start, end, parent in zip(self.starts, ends, self.parents, strict=True):
@@ -67,8 +67,8 @@ class Block:
 class PackedRow:
     """B examples x S streams as one row of T tokens; plain data, all tensors on one device.
 
-    trunk_ids [I]: tokens behind the prompt that every example begins with, part of the trunk and not of any block.
-    token_ids, position_ids [T] (positions count from the end of the trunk), movable [T] bool, example_of [T]: the
+    shared_ids [I]: tokens behind the prompt that every example begins with, part of the prefix and not of any block.
+    token_ids, position_ids [T] (positions count from the end of the prefix), movable [T] bool, example_of [T]: the
     example a token belongs to, in [0, S*B), or [0, B) where an example's blocks hold both streams (text twins).
     blocks: host-side shape of each block, stream by stream. members: blocks of each example, empty for one each.
     slots, slot_of [n]: tokens that stand for a row of the prompt, and which: where the prompt lies in the blocks.
@@ -95,7 +95,7 @@ class PackedRow:
     present: Tensor
     gold: Tensor
     example_ids: tuple[int, ...]
-    trunk_ids: Tensor
+    shared_ids: Tensor
     numbers: Tensor
     verbalizers: Tensor | None = None
     pick_column: Tensor | None = None
@@ -280,7 +280,7 @@ class Packer:
             present=present,
             gold=torch.tensor([example.gold for example in self.examples]),
             example_ids=tuple(example.index for example in self.examples),
-            trunk_ids=torch.tensor(self.examples[0].context_ids[: self.shared], dtype=torch.int64),
+            shared_ids=torch.tensor(self.examples[0].context_ids[: self.shared], dtype=torch.int64),
             numbers=torch.tensor([example.index for example in self.examples]),
             verbalizers=verbalizers,
             pick_column=pick_column,
@@ -308,7 +308,7 @@ def shared_start(examples: Sequence[Example]) -> int:
 def pack(examples: Sequence[Example], shared: int = 0) -> PackedRow:
     """Packs examples into one clean row (S = 1) on the CPU; see PackedRow.
 
-    shared: leading tokens of every context that go into the trunk, at most shared_start(examples). Raises ValueError
+    shared: leading tokens of every context that go into the prefix, at most shared_start(examples). Raises ValueError
     for more, for no examples, an empty context or an empty candidate.
     """
     packer = Packer(examples, 1, shared)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone.backbone import Backbone, Trunk, trunk_chunk
-from ptp_ds.backbone.layerwise import LayerPass, Section, TrunkCache
+from ptp_ds.backbone.backbone import Backbone, SharedPrefix, prefix_chunk
+from ptp_ds.backbone.layerwise import LayerPass, PrefixCache, Section
 from ptp_ds.kernels import dual_divergence, noise, perturb_step
 from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.packing.row import PackedRow
@@ -84,20 +84,20 @@ class SharedPass:
     """
 
     def __init__(
-        self, backbone: Backbone, values: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
+        self, backbone: Backbone, trained: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
         carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
     ) -> None:  # fmt: skip
         self.carried_TH = carried_TH
         self.backbone, self.row, self.clean_TH, self._ascent_scale = backbone, row, clean_TH, ascent_scale
         self._scored = backbone.narrow(row)
-        self._values, self._in_rows = values, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
-        self._source = backbone.trunk(values, row.trunk_ids)
+        self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
+        self._source = backbone.prefix(trained, row.shared_ids)
         self._length = self._source.length
         self._chunks = backbone.chunks(row, self._length, max_rows)
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:
-            self._shared.insert(0, Section(trunk_chunk(self._length, clean_TH.device), graph=True))
-        self._trunk: TrunkCache = {}
+            self._shared.insert(0, Section(prefix_chunk(self._length, clean_TH.device), graph=True))
+        self._prefix: PrefixCache = {}
         self._recompute = backbone.activations.recompute(self._length + 2 * row.num_tokens)
         self._clean_BC: Tensor | None = None
         self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
@@ -131,7 +131,7 @@ class SharedPass:
 
     def _gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] ascent_scale times the gradient, in the backbone's dtype where no token takes another's delta."""
-        perturbed = [Section(chunk, graph=True, to_trunk=False) for chunk in self._chunks]
+        perturbed = [Section(chunk, graph=True, to_prefix=False) for chunk in self._chunks]
         row, source = self._scored, None if self._clean_BC is not None else self._source.detached()
         inputs = self._inputs(source, delta_TH, prompt=False).detach().requires_grad_()
         if self._clean_BC is None:
@@ -147,31 +147,31 @@ class SharedPass:
         gradient = torch.autograd.grad(loss.total * self._ascent_scale, inputs)[0][-row.num_tokens :]
         return gradient if row.moves_with is None else sum_rows(gradient, row.moves_with, row.num_tokens, impl=kernels)
 
-    def _inputs(self, trunk: Trunk | None, delta_TH: Tensor | None, prompt: bool = True) -> Tensor:
-        """[N, H] inputs of a pass: with a trunk its own, if any, and the clean rows; with a delta the perturbed ones.
+    def _inputs(self, prefix: SharedPrefix | None, delta_TH: Tensor | None, prompt: bool = True) -> Tensor:
+        """[N, H] inputs of a pass: with a prefix its own, if any, and the clean rows; with a delta the perturbed ones.
 
         prompt: whether gradient goes to a prompt that stands among them.
         """
-        if trunk is None and self._moved is not None and self._moved[0] is delta_TH:
+        if prefix is None and self._moved is not None and self._moved[0] is delta_TH:
             return self._moved[1]
-        values = self._values if prompt else self._values.detach()
-        ids = trunk.ids if trunk is not None else None
-        return self.backbone.inputs(self.row, values, ids, clean=trunk is not None, delta_TH=delta_TH)
+        trained = self._trained if prompt else self._trained.detach()
+        ids = prefix.ids if prefix is not None else None
+        return self.backbone.inputs(self.row, trained, ids, clean=prefix is not None, delta_TH=delta_TH)
 
     def _run(
-        self, sections: Sequence[Section], inputs_NH: Tensor, trunk: Trunk | None, live: Sequence[Section] | None,
-        prompt: bool = True,
+        self, sections: Sequence[Section], inputs_NH: Tensor, prefix: SharedPrefix | None,
+        live: Sequence[Section] | None, prompt: bool = True,
     ) -> Tensor:  # fmt: skip
         """Logits of one pass over the sections' inputs. prompt: whether gradient goes to a trained head."""
         behind = self.row.position_ids + self._length
-        tokens = sum(section.chunk.length for section in sections if not section.chunk.is_trunk)
+        tokens = sum(section.chunk.length for section in sections if not section.chunk.is_prefix)
         positions = [behind] * (tokens // self.row.num_tokens)
-        if sections[0].chunk.is_trunk:
+        if sections[0].chunk.is_prefix:
             positions.insert(0, torch.arange(self._length, device=behind.device))
-        given = trunk.values if trunk is not None else None
-        layer_pass = LayerPass(sections, self._trunk, self._recompute, live, given)
-        values = self._values if prompt else self._values.detach()
-        return self.backbone.run(layer_pass, inputs_NH, torch.cat(positions), values, self._scored.columns)
+        given = prefix.keys_values if prefix is not None else None
+        layer_pass = LayerPass(sections, self._prefix, self._recompute, live, given)
+        trained = self._trained if prompt else self._trained.detach()
+        return self.backbone.run(layer_pass, inputs_NH, torch.cat(positions), trained, self._scored.columns)
 
 
 def start_delta(row: PackedRow, width: int, settings: PerturbSettings, noise: Noise) -> Tensor:

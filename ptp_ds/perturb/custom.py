@@ -29,18 +29,18 @@ _VARIABLE = "PERTURBATION"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """name: the built-in one's, or the file's stem. how: None for `none`. sha256: the file's, None without a file."""
+class ChosenPerturbation:
+    """name: the built-in one's, or the file's stem. perturbation: None for `none`. sha256: the file's, if it is one."""
 
     name: str
-    how: Perturbation | None
+    perturbation: Perturbation | None
     sha256: str | None = None
 
 
-def choose(name: str) -> Chosen:
+def choose_perturbation(name: str) -> ChosenPerturbation:
     """The perturbation that --perturbation names. Raises ValueError for an unknown name or a file with a fault."""
     if name in BUILT_IN:
-        return Chosen(name, PERTURBATIONS.get(name))
+        return ChosenPerturbation(name, PERTURBATIONS.get(name))
     path = Path(name)
     if path.suffix != ".py":
         near = difflib.get_close_matches(name, BUILT_IN, 1, 0.5)
@@ -52,11 +52,15 @@ def choose(name: str) -> Chosen:
         source = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--perturbation {name}: {error.strerror}; give the path of a .py file.") from None
-    how = getattr(_execute(path, source), _VARIABLE, None)
-    _check(how, f"--perturbation {name}")
-    assert isinstance(how, Perturbation)
-    guarded = how if how.find is None or how.carries else replace(how, find=_guarded(how.find, name))
-    return Chosen(path.stem, guarded, hashlib.sha256(source).hexdigest())
+    perturbation = getattr(_execute(path, source), _VARIABLE, None)
+    _check(perturbation, f"--perturbation {name}")
+    assert isinstance(perturbation, Perturbation)
+    guarded = (
+        perturbation
+        if perturbation.find is None or perturbation.carries
+        else replace(perturbation, find=_guarded(perturbation.find, name))
+    )
+    return ChosenPerturbation(path.stem, guarded, hashlib.sha256(source).hexdigest())
 
 
 def _execute(path: Path, source: bytes) -> ModuleType:
@@ -78,21 +82,26 @@ def _execute(path: Path, source: bytes) -> ModuleType:
     return module
 
 
-def _check(how: Any, where: str) -> None:
+def _check(perturbation: Any, where: str) -> None:
     """ValueError for what is no Perturbation, has no function, or names flags that don't reach it."""
-    if how is None:
+    if perturbation is None:
         raise ValueError(f"{where} defines no {_VARIABLE}; add {_VARIABLE} = Perturbation(find=..., sizes=(...)).")
-    if not isinstance(how, Perturbation):
-        raise ValueError(f"{where}: {_VARIABLE} is of type {type(how).__name__}; expected ptp_ds.perturb.Perturbation.")
-    given = [function for function in (how.find, how.twins) if function is not None]
+    if not isinstance(perturbation, Perturbation):
+        raise ValueError(
+            f"{where}: {_VARIABLE} is of type {type(perturbation).__name__}; expected ptp_ds.perturb.Perturbation."
+        )
+    given = [function for function in (perturbation.find, perturbation.twins) if function is not None]
     if not given or not all(callable(function) for function in given):
         raise ValueError(f"{where}: {_VARIABLE} needs a function as find, as twins, or as both.")
-    if how.carries and (how.find is None or how.twins is not None):
+    if perturbation.carries and (perturbation.find is None or perturbation.twins is not None):
         raise ValueError(f"{where}: {_VARIABLE} carries its deltas, so it needs find and no twins.")
     sizes = sorted({size for known in PERTURBATIONS.values() for size in known.sizes})
-    _check_names(how.sizes, "sizes", sizes, where)
+    _check_names(perturbation.sizes, "sizes", sizes, where)
     _check_names(
-        how.reads, "reads", sorted({*sizes, *(flag for p in PERTURBATIONS.values() for flag in p.reads)}), where
+        perturbation.reads,
+        "reads",
+        sorted({*sizes, *(flag for p in PERTURBATIONS.values() for flag in p.reads)}),
+        where,
     )
 
 

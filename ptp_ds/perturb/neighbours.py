@@ -113,7 +113,8 @@ class Neighbours:
         self._known: dict[int, list[int]] = {}
 
     def of(self, backbone: Backbone, tokens: Iterable[int]) -> dict[int, list[int]]:
-        """Each token's neighbours, nearest first. Call it inside of backbone.shards.edges() where ranks differ."""
+        """Each token's neighbours, nearest first. Call it inside of backbone.shards.outside_layers() where ranks
+        differ."""
         wanted = set(tokens)
         new = sorted(wanted - self._known.keys())
         for kind, members in self.vocabulary.members.items():

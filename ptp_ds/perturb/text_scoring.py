@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.layerwise import TrunkCache
+from ptp_ds.backbone.layerwise import PrefixCache
 from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.perturb.neighbours import Neighbours
@@ -19,7 +19,7 @@ from ptp_ds.tasks.example import Example
 class Gradients:
     """clean: scores [B, C]. packed: fp32 gradient [T, H] of the summed cross-entropy at the packed tokens' embeddings.
 
-    places: for each example, where each token of its context lies among the packed tokens; negative in the trunk.
+    places: for each example, where each token of its context lies among the packed tokens; negative in the prefix.
     """
 
     clean: Tensor
@@ -30,26 +30,26 @@ class Gradients:
 class TextScorer:
     """Texts under the prompt as it stands: nothing here leaves a gradient on it.
 
-    examples: this rank's rows of the step. shared: leading tokens of every context that the trunk holds. The trunk is
+    examples: this rank's rows of the step. shared: leading tokens of every context that the prefix holds. The prefix is
     computed once, here; gradients and scores are one pass each. Under ZeRO-3 all ranks make a TextScorer and run the
-    same passes, inside of backbone.shards.edges(), whatever their rows are.
+    same passes, inside of backbone.shards.outside_layers(), whatever their rows are.
     """
 
     def __init__(
-        self, backbone: Backbone, values: Tensor, examples: Sequence[Example], shared: int, neighbours: Neighbours
+        self, backbone: Backbone, trained: Tensor, examples: Sequence[Example], shared: int, neighbours: Neighbours
     ) -> None:
         self.backbone, self.examples, self.shared, self.neighbours = backbone, examples, shared, neighbours
-        self._values = values.detach().to(backbone.device)
-        trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=backbone.device)
-        self._trunk: TrunkCache = backbone.cache_trunk(self._values, trunk_ids)
+        self._trained = trained.detach().to(backbone.device)
+        shared_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=backbone.device)
+        self._prefix: PrefixCache = backbone.cache_prefix(self._trained, shared_ids)
 
     def gradients(self) -> Gradients:
         """Scores of the clean texts and the gradient at their tokens, by one forward and one backward."""
         rows = self.backbone.rows
         row = rows.pack(self.examples, self.shared).to(self.backbone.device)
-        clean_TH = self.backbone.inputs(row, self._values).detach().requires_grad_()
+        clean_TH = self.backbone.inputs(row, self._trained).detach().requires_grad_()
         with torch.enable_grad():
-            scores_BC = self.backbone.score(row, clean_TH, self._values, trunk=self._trunk)[0]
+            scores_BC = self.backbone.score(row, clean_TH, self._trained, prefix=self._prefix)[0]
             (gradient_TH,) = torch.autograd.grad(cross_entropy_sum(scores_BC, row.gold), clean_TH)
         gradient_TH = at_least_fp32(gradient_TH)
         if row.moves_with is not None:  # a context that several blocks repeat
@@ -64,7 +64,7 @@ class TextScorer:
     def scores(self, groups: Sequence[Sequence[Example]]) -> Tensor:
         """[N, C] scores of the groups' texts, one behind the other, in one pass; a group's common start once."""
         row = self.backbone.rows.pack_groups(groups, self.shared).to(self.backbone.device)
-        return self.backbone.score(row, self.backbone.inputs(row, self._values), self._values, trunk=self._trunk)[0]
+        return self.backbone.score(row, self.backbone.inputs(row, self._trained), self._trained, prefix=self._prefix)[0]
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """[n, H] fp32 embeddings."""

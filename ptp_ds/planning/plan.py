@@ -62,7 +62,7 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """What a step works on. size: bytes of a number. passes: through the layers with gradient, over `streams` streams
-    or one. gathers: of each layer. tokens: packed tokens of a step over all ranks and streams; trunk: a soft prompt's
+    or one. gathers: of each layer. tokens: packed tokens of a step over all ranks and streams; prefix: a soft prompt's
     tokens in front of them, on each rank. kind: none, noise or ascent, for the tensors beside the layers' (_ROWS).
     """
 
@@ -71,21 +71,21 @@ class Load:
     passes: float
     gathers: int
     tokens: int
-    trunk: int
+    prefix: int
     prompt_elements: int
     chunk_tokens: int
     kind: str
 
     def row(self, world: int) -> int:
         """Tokens of a rank's longest pass: its share of both streams, and the prompt."""
-        return -(-self.tokens // world) + self.trunk
+        return -(-self.tokens // world) + self.prefix
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. shards: weights between steps, hpZ's copy too. gathered: what backbone.sharding holds at most:
-    the edges and two layers, one of them in its receive buffer. activations: of a step. prompt: with its optimizer
-    state. host: in the host's memory, a rank's part."""
+    what lies outside the layers and two of them, one of them in its receive buffer. activations: of a step. prompt:
+    with its optimizer state. host: in the host's memory, a rank's part."""
 
     shards: float
     gathered: float
@@ -142,15 +142,17 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
     Raises ValueError for a perturbation of the user's own: how often it passes through the layers isn't known.
     """
     known = {"none": (1.0, 1), "pgd": (run.ascent_steps + 2.0, run.ascent_steps + 1), "a2t": (4.0, 3)}
-    how, name = run.how, run.perturbation if run.perturbs else "none"
+    perturbation, name = run.active_perturbation, run.perturbation if run.perturbs else "none"
     if name.endswith(".py"):
         raise ValueError(f"--perturbation {name}: can't be planned for; take a built-in one that works alike.")
-    passes, visits = known.get("a2t" if how is not None and how.attack is not None else name, (2.0, 1))
+    passes, visits = known.get(
+        "a2t" if perturbation is not None and perturbation.attack is not None else name, (2.0, 1)
+    )
     shallow = run.prompt == "soft"
     width = shape.width if shallow else 2 * shape.count * shape.keys
     return Load(
         size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
-        trunk=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
+        prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
         chunk_tokens=run.chunk_tokens, kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
     )  # fmt: skip
 
@@ -161,15 +163,15 @@ def shard_elements(shapes: list[Shape], ranks: int) -> int:
 
 
 def held_elements(shape: ModelShape) -> int:
-    """Most gathered elements at once: the edges and two neighbouring layers."""
+    """Most gathered elements at once: what lies outside the layers and two neighbouring ones."""
     sizes = [elements(layer) for layer in shape.layers]
     pairs = [a + b for a, b in itertools.pairwise(sizes)] if len(sizes) == shape.count else []
-    return elements(shape.edges) + max(pairs or sizes)
+    return elements(shape.outside_layers) + max(pairs or sizes)
 
 
 def gathered_bytes(shape: ModelShape, load: Load, layout: Layout) -> int:
     """Bytes of whole parameters that a step gathers, as Traffic.gathered_bytes counts them: each layer `gathers`
-    times, the edges once; nothing where each rank has all weights."""
+    times, all else once; nothing where each rank has all weights."""
     if layout.stage != 3:
         return 0
     again = load.gathers * shape.count // len(shape.layers)
@@ -177,7 +179,7 @@ def gathered_bytes(shape: ModelShape, load: Load, layout: Layout) -> int:
     if layout.int8:
         matrices = sum(elements([s]) for layer in shape.layers for s in layer if len(s) > 1)
         layers -= matrices * (load.size - 1)
-    return again * layers + elements(shape.edges) * load.size
+    return again * layers + elements(shape.outside_layers) * load.size
 
 
 def reduced_bytes(load: Load, world: int) -> int:
@@ -233,16 +235,16 @@ def weights_memory(shape: ModelShape, load: Load, layout: Layout, world: int) ->
     if layout.hpz:
         aligned = [-(-elements([one]) // world) * world for one in everything]
         shards += sum(one // layout.hpz for one in aligned) * size
-    edges, largest = elements(shape.edges), max(elements(layer) for layer in shape.layers)
+    outside, largest = elements(shape.outside_layers), max(elements(layer) for layer in shape.layers)
     received = 2.5 if layout.int8 else 2.0  # a layer's weights and the buffer that they came in
-    gathered = max(2 * edges, edges + received * largest, held_elements(shape)) * size
+    gathered = max(2 * outside, outside + received * largest, held_elements(shape)) * size
     if world == 1 and layout.offload == "none":
         gathered = 0  # one rank's shards are the weights
     if layout.offload == "none":
         return shards, gathered, 0.0
     if layout.offload == "cpu":
         return 0.0, gathered, shards
-    buffers = 2 * max(len(layer) for layer in shape.layers) + len(shape.edges)
+    buffers = 2 * max(len(layer) for layer in shape.layers) + len(shape.outside_layers)
     return 0.0, gathered, float(buffers * max(-(-elements([one]) // world) for one in everything) * size)
 
 
@@ -259,7 +261,7 @@ def memory_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, m
 def operations_of(shape: ModelShape, load: Load, mode: str, world: int) -> float:
     """Floating-point operations of one rank's step: 4 N a token and pass, 6 where the forward is computed again."""
     stream = load.tokens / world / load.streams
-    return (4.0 if mode == "keep" else 6.0) * shape.matrix_elements * (load.passes * stream + load.trunk)
+    return (4.0 if mode == "keep" else 6.0) * shape.matrix_elements * (load.passes * stream + load.prefix)
 
 
 def mode_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str) -> str:

@@ -23,7 +23,7 @@ def empty_prompt(kind: str, length: int, config: Any, mlp: PromptMlp | None, bes
     beside: rows behind them that are trained as they are (ptp_ds.backbone.heads).
     """
     if mlp is not None:
-        return PROMPTS[kind](torch.zeros(mlp.flat.rows + beside, mlp.width), mlp.values)
+        return PROMPTS[kind](torch.zeros(mlp.flat.rows + beside, mlp.width), mlp.trained_of)
     return PROMPTS[kind](torch.zeros(length + beside, prompt_width(kind, config)))
 
 

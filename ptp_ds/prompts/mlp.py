@@ -65,7 +65,7 @@ class PromptMlp:
             tensors[f"bias{layer}"].uniform_(-bound, bound, generator=generator)
         return torch.cat([self.flat.pack(tensors), beside])
 
-    def values(self, weight_RW: Tensor) -> Tensor:
+    def trained_of(self, weight_RW: Tensor) -> Tensor:
         """All that is trained: the prompt [P, W], and the rows behind the MLP's as they are."""
         own, beside = weight_RW.split([self.flat.rows, weight_RW.shape[0] - self.flat.rows])
         return torch.cat([self.prompt(own), beside])

@@ -17,18 +17,18 @@ def embedding_width(config: Any) -> int:
 class SoftPrompt(nn.Module):
     """weight [R, W] fp32; under bf16 the engine keeps the fp32 master and casts a working copy.
 
-    values: [R, W] -> the prompt [P, W], for a weight that isn't the prompt itself.
+    trained_of: [R, W] -> the prompt [P, W], for a weight that isn't the prompt itself.
     """
 
-    def __init__(self, weight_RW: Tensor, values: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, weight_RW: Tensor, trained_of: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_RW.detach().to(torch.float32).clone())
-        self._values = values
+        self._trained_of = trained_of
 
-    def values(self, weight_RW: Tensor) -> Tensor:
+    def trained_of(self, weight_RW: Tensor) -> Tensor:
         """[P, W] the prompt that a weight stands for."""
-        return weight_RW if self._values is None else self._values(weight_RW)
+        return weight_RW if self._trained_of is None else self._trained_of(weight_RW)
 
     def forward(self) -> Tensor:
         """[P, W]. From a copy: ZeRO-3 releases the parameter's storage once this module's forward returns."""
-        return self.values(self.weight.clone())
+        return self.trained_of(self.weight.clone())

@@ -144,7 +144,7 @@ def start_processes() -> Ranks:
 
 
 def stop_processes() -> None:
-    """Leaves the process group."""
+    """HeadInput the process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

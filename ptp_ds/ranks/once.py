@@ -14,7 +14,7 @@ log = get_logger(__name__)
 
 
 @contextmanager
-def one_first(name: str) -> Iterator[bool]:
+def first_of_host(name: str) -> Iterator[bool]:
     """The first process of this host gets True, alone; the others wait, then all get False at once.
 
     name: what is prepared. The lock lies in the host's folder for temporary files, since shared disks don't all pass
@@ -37,7 +37,7 @@ def _folder() -> Path:
 
 
 @contextmanager
-def one_host_at_a_time(path: Path) -> Iterator[None]:
+def lock_across_hosts(path: Path) -> Iterator[None]:
     """Holds a lock on a disk that hosts may share. Where the disk has no locks it says so and goes on without: what is
     prepared must then be renamed into place at the end, so that the last host's copy is as good as the first's."""
     path.parent.mkdir(parents=True, exist_ok=True)

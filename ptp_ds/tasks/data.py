@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ptp_ds.files import is_file, is_folder, listed, parse_json, plain_name, read_text
-from ptp_ds.ranks.once import one_first
+from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
 from ptp_ds.tasks.example import Example
@@ -96,7 +96,7 @@ def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[st
 
     name = _HUB_SPLITS.get(split, split)
     try:
-        with one_first(f"data set {dataset} {task.name} {name}"):
+        with first_of_host(f"data set {dataset} {task.name} {name}"):
             table = datasets.load_dataset(dataset, task.name.lower(), split=name)
     except Exception as error:  # the loader raises many types: offline, unknown repository, configuration or split
         first = str(error).strip().split("\n")[0]

@@ -16,7 +16,7 @@ class Example:
     isn't the right candidate's number but whether the first candidate is right (WSC). words: the word that each context
     token belongs to, in rising numbers; empty: each token is a word. attackable: which movable tokens an attack on the
     text may change; empty: all. prompt_at: context tokens before the soft prompt. prompt: which of several prompts, one
-    behind the other in the trained values, this row has (SeparateRows alone: a trunk is the same for all rows).
+    behind the other in the trained values, this row has (SeparateRows alone: a prefix is the same for all rows).
     """
 
     context_ids: Sequence[int]

@@ -65,10 +65,13 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
         "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
-    attacks = run.how is not None and run.how.attack is not None
+    attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()
     identity = {"task": task.spec(), **{name: getattr(run, name) for name in (*names, *asked)}}
-    identity |= {"perturbation": run.chosen.name, "perturbation file's sha256": run.chosen.sha256}
+    identity |= {
+        "perturbation": run.chosen_perturbation.name,
+        "perturbation file's sha256": run.chosen_perturbation.sha256,
+    }
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return redacted(json.loads(json.dumps(identity)))

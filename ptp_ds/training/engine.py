@@ -55,7 +55,7 @@ class Engine:
             return optimizer.fp32_partitioned_groups_flat[0]
         return optimizer.single_partition_of_fp32_groups[0]
 
-    def prompt_values(self) -> Tensor:
+    def trained(self) -> Tensor:
         """[P, H] the prompt in the engine's dtype, with its graph: once an optimizer step."""
         return self.deepspeed()
 
@@ -106,14 +106,14 @@ class Engine:
     def prompt(self) -> Tensor:
         """[P, H] fp32 on the CPU, from the master weight; all ranks must call it."""
         with torch.no_grad():
-            return self.prompt_module.values(self._gather(self._master))
+            return self.prompt_module.trained_of(self._gather(self._master))
 
     def state(self) -> dict[str, Tensor]:
         """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
 
         Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has come to.
 
-        The weight is the prompt itself, or what it is computed from (SoftPrompt.values). All ranks must call it.
+        The weight is the prompt itself, or what it is computed from (SoftPrompt.trained_of). All ranks must call it.
         """
         held = self._adamw.state.get(self._master, {})
         count = float(held.get("step", 0.0))

@@ -58,7 +58,7 @@ def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int
 
 
 def score_examples(
-    backbone: Backbone, values: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int,
+    backbone: Backbone, trained: Tensor, examples: Sequence[Example], ranks: Ranks, budget: int,
     beat: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """[N, C] fp32 candidate log-probabilities on the CPU, the same on every rank; -inf where a candidate is absent.
@@ -71,16 +71,16 @@ def score_examples(
     counts = torch.zeros(len(examples), 1)
     rows = backbone.rows
     with torch.no_grad():
-        values, shared = values.to(ranks.device), rows.shared_start(examples)
-        trunk_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
-        trunk = backbone.cache_trunk(values, trunk_ids)
+        trained, shared = trained.to(ranks.device), rows.shared_start(examples)
+        shared_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
+        prefix = backbone.cache_prefix(trained, shared_ids)
         groups = rows.groups(examples, budget)
         lengths = [rows.group_length([examples[number] for number in group]) for group in groups]
         for units in plan_packs(lengths, budget, ranks.world)[ranks.rank :: ranks.world]:
             numbers = [number for unit in units for number in groups[unit]]
             row = rows.pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
             row = row.to(ranks.device)
-            scores = backbone.score(row, backbone.inputs(row, values), values, trunk=trunk)[0].cpu()
+            scores = backbone.score(row, backbone.inputs(row, trained), trained, prefix=prefix)[0].cpu()
             table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
             counts[numbers] += 1
             if beat is not None:
@@ -91,7 +91,7 @@ def score_examples(
     return table
 
 
-def together(scores: Sequence[Tensor]) -> Tensor:
+def ensemble_scores(scores: Sequence[Tensor]) -> Tensor:
     """[N, C] of an ensemble of prompts: the log of their mean probabilities; one prompt's scores as they are."""
     if len(scores) == 1:
         return scores[0]
@@ -99,11 +99,11 @@ def together(scores: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate(
-    backbone: Backbone, values: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int,
+    backbone: Backbone, trained: Tensor, examples: Sequence[Example], task: Task, ranks: Ranks, budget: int,
     beat: Callable[[], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Metrics of a split; all ranks must call it. beat: see score_examples."""
-    scores_NC = score_examples(backbone, values, examples, ranks, budget, beat)
+    scores_NC = score_examples(backbone, trained, examples, ranks, budget, beat)
     return evaluation_of(scores_NC, examples, task)
 
 
@@ -120,7 +120,7 @@ def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) ->
 
 
 def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:
-    """Chosen candidates as official labels and answers."""
+    """ChosenPerturbation candidates as official labels and answers."""
     predicted, gold, answers = [], [], []
     for choice, example in zip(chosen, examples, strict=True):
         by_label = example.label is not None

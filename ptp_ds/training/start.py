@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ptp_ds.backbone.activations import Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.check import checked
+from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.frozen_linear import explain_product
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.run_config import RunConfig
@@ -43,7 +43,7 @@ def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
 def neighbours_of(prepared: Prepared) -> Neighbours | None:
     """Near words for a perturbation that attacks the text; None for the others."""
     run = prepared.run
-    if run.how is None or run.how.attack is None:
+    if run.active_perturbation is None or run.active_perturbation.attack is None:
         return None
     return Neighbours(vocabulary_of(prepared.source.tokenizer), run.a2t_neighbours, run.a2t_min_cosine)
 
@@ -53,7 +53,7 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     run, source = prepared.run, prepared.source
     backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
-    backbone, refused = checked(backbone)
+    backbone, refused = checked_backbone(backbone)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
@@ -85,11 +85,11 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
 def perturbation_unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype) -> float:
     """What size 1 is in embedding coordinates, 1 without a perturbation; warns where the largest size is too small for
     the dtype."""
-    if run.how is None:
+    if run.active_perturbation is None:
         return 1.0
     mean_norm = backbone.mean_embedding_norm()
     unit = unit_of(run.units, mean_norm, backbone.width)
-    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if name in run.how.sizes]
+    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if name in run.active_perturbation.sizes]
     if sizes and vanishes(max(sizes) * unit, mean_norm, dtype):
         log.warning(
             "warning: deltas of norm %.1e are mostly lost beside embeddings of norm %.1e in %s; use --precision fp32 "

@@ -43,10 +43,10 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 
 def ptp_loss(
-    values: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
+    trained: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
     max_rows: int | None = None, carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
 ) -> StepLoss:  # fmt: skip
-    """The summed loss of one packed row, with its gradient to `values`, all that is trained.
+    """The summed loss of one packed row, with its gradient to `trained`, all that is trained.
 
     max_rows: rows of a micro-batch. carried_TH, ascent_scale: see SharedPass.
 
@@ -54,30 +54,30 @@ def ptp_loss(
     streams run as one pass; an adversarial delta climbs against the clean scores first. For a perturbation in text
     space the row holds both streams already (pack_text_twins).
     """
-    how = run.how
-    if (how is not None and how.in_text) != (row.streams == 2):
+    perturbation = run.active_perturbation
+    if (perturbation is not None and perturbation.in_text) != (row.streams == 2):
         raise ValueError(f"--perturbation {run.perturbation} got a row of {row.streams} streams; see pack_text_twins.")
     delta_TH = None
-    with backbone.shards.edges():
-        clean_TH = backbone.inputs(row, values)
-        tokens = backbone.trunk_length(values, row) + row.num_tokens
+    with backbone.shards.outside_layers():
+        clean_TH = backbone.inputs(row, trained)
+        tokens = backbone.prefix_length(trained, row) + row.num_tokens
         shared = None
         if row.streams == 1:
-            shared = SharedPass(backbone, values, row, clean_TH, max_rows, carried_TH, ascent_scale)
-        if how is None:
+            shared = SharedPass(backbone, trained, row, clean_TH, max_rows, carried_TH, ascent_scale)
+        if perturbation is None:
             assert shared is not None
             total = cross_entropy_sum(shared.clean(), row.gold)
             zero = torch.zeros((), device=total.device)
             return StepLoss(total, total.detach(), zero, zero, tokens)
-        if how.find is not None:
-            delta_TH = how.find(shared, row, clean_TH.detach(), settings, noise)
+        if perturbation.find is not None:
+            delta_TH = perturbation.find(shared, row, clean_TH.detach(), settings, noise)
         if shared is not None:
             assert delta_TH is not None
             clean_BC, perturbed_BC = shared.both(delta_TH)
             tokens += row.num_tokens
         else:
             inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, values, max_rows=max_rows, narrow=True)
+            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=max_rows, narrow=True)
     weight = reg_weight_at(run, noise.step)
     total, cross_entropy, divergence = dual_divergence(
         clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight, impl=run.kernels
@@ -100,10 +100,10 @@ def optimizer_step(
     `row` holds all micro-batches; global_count: examples of the step over all ranks. The backbone's embeddings and
     head are gathered once, each layer once a pass.
     """
-    with engine.backbone.shards.edges():
+    with engine.backbone.shards.outside_layers():
         max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
         loss = ptp_loss(
-            engine.prompt_values(),
+            engine.trained(),
             engine.backbone,
             row,
             run,

@@ -112,7 +112,7 @@ class Trainer:
         step = progress.step
         batch, places = self._dealt(step)
         noise = Noise(self.run.seed, step, self.run.kernels)
-        with self.engine.backbone.shards.edges():  # once for an attack and the step
+        with self.engine.backbone.shards.outside_layers():  # once for an attack and the step
             packed, shares = self._packed([batch[place] for place in places], noise)
             row = packed.to(self.ranks.device)
             loss, delta = optimizer_step(
@@ -124,16 +124,16 @@ class Trainer:
 
     def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
         """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
-        how = self.run.how
-        if how is None or not how.in_text:
+        perturbation = self.run.active_perturbation
+        if perturbation is None or not perturbation.in_text:
             return self._rows.pack(examples, self._shared), {}
         shares: Shares = {}
-        if how.attack is not None:
-            twins, shares = self._attacked(how.attack, examples)
+        if perturbation.attack is not None:
+            twins, shares = self._attacked(perturbation.attack, examples)
         else:
-            assert how.twins is not None
-            twins = how.twins(examples, self.settings, noise)
-        movable = [twin.movable for twin in twins] if how.find is not None else None
+            assert perturbation.twins is not None
+            twins = perturbation.twins(examples, self.settings, noise)
+        movable = [twin.movable for twin in twins] if perturbation.find is not None else None
         return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared), shares
 
     def _attacked(self, attack: Attack, examples: Sequence[Example]) -> tuple[Sequence[Twin], Shares]:
@@ -145,7 +145,7 @@ class Trainer:
 
     @cached_property
     def _shared(self) -> int:
-        """Tokens that every training row begins with and the trunk takes."""
+        """Tokens that every training row begins with and the prefix takes."""
         return self._rows.shared_start(self.train_examples)
 
     @property
@@ -325,7 +325,7 @@ class Meter:
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Leaves evaluation and saving out of the next window's time."""
+        """HeadInput evaluation and saving out of the next window's time."""
         self._clock = time.perf_counter()
 
     def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:
