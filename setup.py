@@ -13,7 +13,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["ptp_ds", "ptp_ds.*"]),
-    package_data={"ptp_ds": ["tasks/templates/*.json", "demo_data/*.md", "demo_data/*/*.jsonl", "demo_data/*/*.json"]},
+    package_data={
+        "ptp_ds": [
+            "tasks/templates/*.json",
+            "tasks/demo_data/*.md",
+            "tasks/demo_data/*/*.jsonl",
+            "tasks/demo_data/*/*.json",
+        ]
+    },
     install_requires=[
         "torch>=2.13.0,<2.14",
         "deepspeed>=0.19.8,<0.20",
@@ -40,6 +47,7 @@ setup(
             "scikit-learn>=1.9.1,<2",
             "triton>=3.6,<3.8",
             "ruff==0.17.5",
+            "import-linter>=2.17,<3",
             "mypy==2.4.1",
         ],
     },

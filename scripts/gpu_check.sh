@@ -28,12 +28,12 @@ rm -f "$out/exit_codes.txt"
 run tests "$python" -m pytest -q -m gpu
 run kernel_tests "$python" -m pytest -q tests/test_kernel_choice.py tests/test_kernel_noise.py \
     tests/test_kernel_perturb_step.py tests/test_kernel_pack_embed.py tests/test_kernel_dual_divergence.py
-run kernels "$python" scripts/bench_kernels.py --json "$out/kernels.json"
-run attention "$python" scripts/bench_attention.py --json "$out/attention.json"
-run bench "$python" scripts/bench_step.py --rows 16 64 --prompt_lengths 20 100 --pairs 10 --activations --json "$out/bench.json"
+run kernels "$python" scripts/bench/bench_kernels.py --json "$out/kernels.json"
+run attention "$python" scripts/bench/bench_attention.py --json "$out/attention.json"
+run bench "$python" scripts/bench/bench_step.py --rows 16 64 --prompt_lengths 20 100 --pairs 10 --activations --json "$out/bench.json"
 rm -rf "$out/train"
 run train "$python" scripts/train.py --max_steps 200 --eval_every 50 --batch_size 16 --output_dir "$out/train"
-run precision "$python" scripts/compare_precision.py --seeds 0 1 2 --json "$out/precision.json"
-run llama8b "$python" scripts/bench_large.py --shape 8b --rows 256 --json "$out/llama8b.json"
-"$python" scripts/gpu_report.py "$out" || failed=1
+run precision "$python" scripts/bench/compare_precision.py --seeds 0 1 2 --json "$out/precision.json"
+run llama8b "$python" scripts/bench/bench_large.py --shape 8b --rows 256 --json "$out/llama8b.json"
+"$python" scripts/bench/gpu_report.py "$out" || failed=1
 exit "$failed"

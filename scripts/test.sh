@@ -9,6 +9,7 @@ if [ "$#" -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
+    lint-imports --no-logo
     set -- -n 2 --dist loadfile -m "not gpu and not slow"
 fi
 python -m pytest "$@"

@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
 from ptp_ds.hosts.probe import take_port  # noqa: E402
 from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes  # noqa: E402
@@ -188,14 +189,14 @@ def dry(scenario: dict[str, Any], rank: int, folder: Path) -> None:
     Trainer._optimizer_step = noting  # type: ignore[method-assign]
     monitor = Monitor(output, ranks, 0, run.max_steps)
     trainer = Trainer(
-        run, task, engine, ranks, settings_of(run, 1.0), train, examples_of(6, 0, 9), monitor, output, {"dry": True}
-    )
+        run=run, task=task, engine=engine, ranks=ranks, settings=settings_of(run, 1.0), train_examples=train,
+        select_examples=examples_of(6, 0, 9), monitor=monitor, output_dir=output, identity={"dry": True},
+    )  # fmt: skip
     with collectives:
         trainer.train(Progress())
     monitor.close()
     dealt = [
-        Trainer(run, task, engine, Ranks(r, world, 0, ranks.device), trainer.settings, train, (), monitor, output, {})
-        ._dealt(0)[1]
+        replace(trainer, ranks=Ranks(r, world, 0, ranks.device))._dealt(0)[1]
         for r in (range(world) if rank == 0 else ())
     ]  # fmt: skip
     kept, whole = engine.sharded_elements()

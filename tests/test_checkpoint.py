@@ -296,14 +296,14 @@ def test_a_failing_save_leaves_the_old_checkpoints(tmp_path, monkeypatch):
 def test_a_failing_rename_leaves_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "adapter"
     write_folder(target, lambda folder: (folder / "file").write_text("old"))
-    rename = module.os.rename
+    rename = os.rename
 
     def refuse(source, name):
         if str(source).endswith(".writing"):
             raise OSError("disk full")
         rename(source, name)
 
-    monkeypatch.setattr(module.os, "rename", refuse)
+    monkeypatch.setattr("ptp_ds.files.os.rename", refuse)
     with pytest.raises(OSError, match="disk full"):
         write_folder(target, lambda folder: (folder / "file").write_text("new"))
     assert (target / "file").read_text() == "old"

@@ -119,7 +119,7 @@ def test_int8_gathers_round_matrices_and_leave_norms_exact(reports):
 
 
 def test_operations_are_the_benchmarks_floor(tiny_model, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "scripts"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "scripts" / "bench"), *sys.path])
     from bench_measure import floor_operations
 
     from ptp_ds.backbone.backbone import Backbone

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 def train(precision: str, seed: int, steps: int, folder: Path, more: list[str]) -> tuple[dict[int, float], dict]:

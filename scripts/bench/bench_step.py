@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times a train step of ours against a plain loop over peft's PromptTuning, on the same rows, in one run.
 
-    python scripts/bench_step.py --data_dir DATA --json bench.json
+    python scripts/step.py --data_dir DATA --json bench.json
 
 (a) peft as documented: rows padded on the right, full logits. (b) the best of it: padded on the left and
 logits_to_keep=1 (or as many as the longest answer). Both take --peft_rows rows at a time and carry the same
@@ -180,7 +180,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 def default_data() -> str | None:
     """The developers' copy of SuperGLUE beside the checkout where there is one, else None: the packaged demo data."""
-    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "superglue"
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "superglue"
     return str(folder) if folder.is_dir() else None
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """One train step of a large random Llama under ZeRO-3: time, memory, tokens per second, no weights needed.
 
-    python scripts/bench_large.py --shape 8b --json llama8b.json
+    python scripts/bench/bench_large.py --shape 8b --json llama8b.json
 
 The weights are random, so the scores mean nothing; shapes and dtype are the real ones. --shape tiny runs anywhere.
 """
