@@ -8,11 +8,14 @@ PERTURBATIONS.
 """
 
 from ptp_ds.perturb.a2t import a2t
-from ptp_ds.perturb.base import Noise, Perturbation, PerturbSettings, SharedPass, Twin
 from ptp_ds.perturb.free import free
 from ptp_ds.perturb.gaussian import gaussian
 from ptp_ds.perturb.mask import mask
+from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.perturbation import Perturbation, Twin
 from ptp_ds.perturb.pgd import pgd
+from ptp_ds.perturb.settings import PerturbSettings
+from ptp_ds.perturb.shared_pass import SharedPass
 from ptp_ds.perturb.uniform import uniform
 
 _ASCENT = ("alpha", "ascent_steps", "norm")

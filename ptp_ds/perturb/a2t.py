@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ptp_ds.objective import log_probabilities
-from ptp_ds.perturb.base import Attacked, PerturbSettings, Twin
 from ptp_ds.perturb.neighbours import BARE, WORD, Vocabulary
+from ptp_ds.perturb.perturbation import Attacked, Twin
+from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.perturb.text_scoring import Gradients, TextScorer
 from ptp_ds.tasks.example import Example
 

@@ -22,7 +22,7 @@ from ptp_ds.files import brief
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import movable_only
-from ptp_ds.perturb.base import Find
+from ptp_ds.perturb.perturbation import Find
 
 BUILT_IN = ("none", *PERTURBATIONS)
 _VARIABLE = "PERTURBATION"

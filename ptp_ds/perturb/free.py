@@ -9,7 +9,10 @@ the prompt of the step before; and K steps see one batch, so an epoch takes K ti
 from torch import Tensor
 
 from ptp_ds.packing.row import PackedRow
-from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass, start_delta
+from ptp_ds.perturb.ascent import start_delta
+from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.settings import PerturbSettings
+from ptp_ds.perturb.shared_pass import SharedPass
 
 
 def free(

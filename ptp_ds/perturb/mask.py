@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from ptp_ds.perturb.base import Noise, PerturbSettings, Twin
+from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.perturbation import Twin
+from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 

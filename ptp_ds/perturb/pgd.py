@@ -3,7 +3,10 @@
 from torch import Tensor
 
 from ptp_ds.packing.row import PackedRow
-from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass, start_delta
+from ptp_ds.perturb.ascent import start_delta
+from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.settings import PerturbSettings
+from ptp_ds.perturb.shared_pass import SharedPass
 
 
 def pgd(shared: SharedPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise) -> Tensor:

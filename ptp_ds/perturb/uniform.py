@@ -3,7 +3,9 @@
 from torch import Tensor
 
 from ptp_ds.packing.row import PackedRow
-from ptp_ds.perturb.base import Noise, PerturbSettings, SharedPass
+from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.settings import PerturbSettings
+from ptp_ds.perturb.shared_pass import SharedPass
 
 
 def uniform(

@@ -11,8 +11,8 @@ from ptp_ds.kernels import dual_divergence
 from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
+from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.perturb.base import ascend
 from ptp_ds.training.engine import Engine
 
 

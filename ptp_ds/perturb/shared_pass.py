@@ -1,76 +1,18 @@
-"""What a perturbation is given: settings, noise, the passes that it shares with the step, ascent."""
+"""What a perturbation and the step share: the prompt and the clean rows, computed once for all passes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone, SharedPrefix, prefix_chunk
 from ptp_ds.backbone.layerwise import LayerPass, PrefixCache, Section
-from ptp_ds.kernels import dual_divergence, noise, perturb_step
+from ptp_ds.kernels import dual_divergence
 from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.packing.row import PackedRow
-from ptp_ds.perturb.ball import radius_of
-from ptp_ds.perturb.text_scoring import TextScorer
+from ptp_ds.perturb.ascent import moved_delta
+from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.precision import at_least_fp32
-from ptp_ds.seeding import derive_seed
-from ptp_ds.tasks.example import Example
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerturbSettings:
-    """sigma, epsilon, alpha are in units of `unit`, the backbone's mean embedding norm.
-
-    sigma: root-mean-square l2 norm of a noisy token's delta. epsilon: radius of the ball (see perturb.ball for each
-    norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
-    of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap. kernels: which
-    implementation of ptp_ds.kernels runs.
-    """
-
-    unit: float
-    sigma: float
-    epsilon: float
-    alpha: float
-    steps: int
-    norm: str
-    divergence: str
-    mask_share: float = 0.0
-    mask_id: int = 0
-    a2t_share: float = 0.0
-    kernels: str = "auto"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Random numbers of one optimizer step: those of (seed, purpose, step, example number), see ptp_ds.kernels.noise.
-
-    The same example in the same step gets the same noise on any rank, in any micro-batch, at any place of the row.
-    kernels: which implementation draws them.
-    """
-
-    seed: int
-    step: int
-    kernels: str = "auto"
-
-    def normal(self, row: PackedRow, width: int, purpose: str = "noise", scale: float = 1.0) -> Tensor:
-        """[T, width] fp32 normal numbers of deviation `scale`, zero on tokens that may not move."""
-        return self._draw("normal", row, width, purpose, scale)
-
-    def uniform(
-        self, row: PackedRow, width: int, purpose: str = "noise", scale: float = 1.0, norm: str | None = None
-    ) -> Tensor:
-        """[T, width] fp32 numbers, uniform in [-scale, scale), zero on tokens that may not move.
-
-        norm: instead scaled so that each example ("frobenius") or token ("token_l2") has norm `scale`.
-        """
-        return self._draw("uniform", row, width, purpose, scale, norm)
-
-    def _draw(
-        self, kind: str, row: PackedRow, width: int, purpose: str, scale: float, norm: str | None = None
-    ) -> Tensor:
-        key = derive_seed(self.seed, purpose)
-        return noise(kind, key, self.step, row.places, width, scale, norm=norm, impl=self.kernels)
 
 
 class SharedPass:
@@ -113,7 +55,7 @@ class SharedPass:
     def ascend(self, delta_TH: Tensor, settings: PerturbSettings) -> Tensor:
         """delta after one step of ascent on the divergence; see `ascend`."""
         gradient = self._gradient(delta_TH, settings.divergence)
-        delta, moved = _step(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
+        delta, moved = moved_delta(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
         assert moved is not None
         if self._ascent_scale != 1.0:  # under fp16: an overflow leaves its example where it was
             return torch.where(delta.isfinite(), delta, delta_TH)
@@ -172,80 +114,3 @@ class SharedPass:
         layer_pass = LayerPass(sections, self._prefix, self._recompute, live, given)
         trained = self._trained if prompt else self._trained.detach()
         return self.backbone.run(layer_pass, inputs_NH, torch.cat(positions), trained, self._scored.columns)
-
-
-def start_delta(row: PackedRow, width: int, settings: PerturbSettings, noise: Noise) -> Tensor:
-    """[T, width] a random point of the ball, zero where nothing may move: where ascent begins.
-
-    Half of the radius in the ball's norm, or uniform in the cube. Never zero: the gradient of a divergence at delta = 0
-    is exactly zero (VAT), so ascent can't start there.
-    """
-    radius = radius_of(settings.norm, settings.epsilon * settings.unit, width)
-    if settings.norm == "linf":
-        return noise.uniform(row, width, "start", radius)
-    return noise.uniform(row, width, "start", 0.5 * radius, settings.norm)
-
-
-def ascend(delta_TH: Tensor, gradient_TH: Tensor, row: PackedRow, settings: PerturbSettings) -> Tensor:
-    """delta after one step of length alpha along the steepest direction, projected into the ball."""
-    return _step(delta_TH.detach(), gradient_TH, row, settings)[0]
-
-
-def _step(
-    delta_TH: Tensor, gradient_TH: Tensor, row: PackedRow, settings: PerturbSettings, embeds_TH: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    width = delta_TH.shape[1]
-    radius, length = (
-        radius_of(settings.norm, size * settings.unit, width) for size in (settings.epsilon, settings.alpha)
-    )
-    return perturb_step(
-        delta_TH, gradient_TH, row.places, norm=settings.norm, radius=radius, length=length, embeds_TH=embeds_TH,
-        impl=settings.kernels,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A context in other words. movable: which of its tokens may still get a delta."""
-
-    context_ids: Sequence[int]
-    movable: Sequence[bool]
-
-
-Find = Callable[["SharedPass | None", PackedRow, Tensor, PerturbSettings, Noise], Tensor]
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """An attack's twins, and what the log tells of it: by name, (this rank's sum, the sum that it is a share of)."""
-
-    twins: Sequence[Twin]
-    shares: dict[str, tuple[float, float]]
-
-
-Twins = Callable[[Sequence[Example], PerturbSettings, Noise], list[Twin]]
-Attack = Callable[[TextScorer, PerturbSettings], Attacked]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perturbation:
-    """How the second stream differs: in embedding space, in text space, or in both.
-
-    find(shared, row, clean_TH, settings, noise) -> delta_TH. twins(examples, settings, noise) -> each example's context
-    in other words; attack(scorer, settings) the same for the scorer's examples, found with its losses and gradients.
-    Beside either, find gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero where
-    they are 0. reads: flags it reads besides. carries: whether a batch is used for K optimizer steps, its delta moved
-    after each (see ascend).
-    """
-
-    find: Find | None = None
-    twins: Twins | None = None
-    attack: Attack | None = None
-    sizes: tuple[str, ...]
-    reads: tuple[str, ...] = ()
-    carries: bool = False
-
-    @property
-    def in_text(self) -> bool:
-        """Whether the second stream has other tokens than the clean one."""
-        return self.twins is not None or self.attack is not None

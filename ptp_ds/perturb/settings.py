@@ -1,0 +1,26 @@
+"""The numbers that a perturbation is given."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbSettings:
+    """sigma, epsilon, alpha are in units of `unit`, the backbone's mean embedding norm.
+
+    sigma: root-mean-square l2 norm of a noisy token's delta. epsilon: radius of the ball (see perturb.ball for each
+    norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
+    of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap. kernels: which
+    implementation of ptp_ds.kernels runs.
+    """
+
+    unit: float
+    sigma: float
+    epsilon: float
+    alpha: float
+    steps: int
+    norm: str
+    divergence: str
+    mask_share: float = 0.0
+    mask_id: int = 0
+    a2t_share: float = 0.0
+    kernels: str = "auto"

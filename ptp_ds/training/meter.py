@@ -1,0 +1,80 @@
+"""What is summed up between two log lines, on the device: the only host sync of training is its `reduce`."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ptp_ds.packing.row import PackedRow
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.step import StepLoss
+
+Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1.
+
+    shares: what attacks told, each a sum over another, 0 where there was nothing to share.
+    """
+
+    values: dict[str, float]
+    shares: dict[str, float]
+    bad_step: int
+    step_seconds: float
+    tokens_per_second: float
+
+
+class Meter:
+    """Sums on the device between log lines; nothing is read back until `reduce`, the only host sync."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._steps: set[int] = set()
+        self._sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
+        self._shares: dict[str, list[float]] = {}
+        self._clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """HeadInput evaluation and saving out of the next window's time."""
+        self._clock = time.perf_counter()
+
+    def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:
+        """Adds one step's sums, without a host sync; shares: the same names on all ranks."""
+        self._steps.add(step)
+        for name, pair in shares.items():
+            held = self._shares.get(name, (0.0, 0.0))
+            self._shares[name] = [total + part for total, part in zip(held, pair, strict=True)]
+        parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
+        self._sums[:4] += torch.stack([part.detach().double() for part in parts])
+        self._sums[4] += row.num_examples
+        self._sums[5] += loss.tokens
+        bad = ~torch.isfinite(loss.total) & (self._bad < 0)
+        self._bad = torch.where(bad, step, self._bad)
+
+    def reduce(self, reg_weight: float) -> Window:
+        """The window's means over all ranks, and a fresh window; all ranks must call it."""
+        bad = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
+        first_bad = -int(self.ranks.max(-bad))
+        sums = self.ranks.sum(self._sums).tolist()
+        seconds = (time.perf_counter() - self._clock) / max(1, len(self._steps))
+        count = max(1.0, sums[4])
+        names = ("loss", "cross_entropy", "divergence", "delta_norm")
+        values = {name: total / count for name, total in zip(names, sums, strict=False)}
+        rate = sums[5] / max(1, len(self._steps)) / seconds
+        bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
+        shares = self._reduced_shares()
+        self._steps.clear()
+        self._sums = torch.zeros_like(self._sums)
+        self.restart_clock()
+        return Window(values, shares, bad_step, seconds, rate)
+
+    def _reduced_shares(self) -> dict[str, float]:
+        if not self._shares:
+            return {}
+        pairs = torch.tensor(list(self._shares.values()), dtype=torch.float64, device=self.ranks.device)
+        reduced = zip(self._shares, self.ranks.sum(pairs).tolist(), strict=True)
+        self._shares = {}
+        return {name: part / whole if whole else 0.0 for name, (part, whole) in reduced}
