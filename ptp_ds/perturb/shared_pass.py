@@ -1,6 +1,7 @@
 """What a perturbation and the step share: the prompt and the clean rows, computed once for all passes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,27 +16,40 @@ from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.precision import at_least_fp32
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """max_rows: rows that a layer handles in one go (a micro-batch). carried: [T, H] deltas of the step before, for a
+    perturbation that carries them. ascent_scale: what ascents' losses are multiplied by, for gradients in fp16; the
+    steepest direction is the same.
+    """
+
+    max_rows: int | None = None
+    carried: Tensor | None = None
+    ascent_scale: float = 1.0
+
+
+DEFAULT_PASS = PassOptions()
+
+
 class SharedPass:
     """Prompt and clean rows, computed once, and any number of perturbed passes against them.
 
     The first ascent takes prompt and clean rows along, so that K ascents and the last pass are K + 1 passes; their
     graph is kept for the last one. Ascents take delta's gradient alone: none for the prompt, no pass over its tokens.
-    max_rows: rows that a layer handles in one go (a micro-batch). carried_TH: the deltas of the step before, for a
-    perturbation that carries them. ascent_scale: what ascents' losses are multiplied by, for gradients in fp16; the
-    steepest direction is the same. Where all candidates are single tokens, scores are their logits, not normalised.
+    Where all candidates are single tokens, scores are their logits, not normalised.
     """
 
     def __init__(
-        self, backbone: Backbone, trained: Tensor, row: PackedRow, clean_TH: Tensor, max_rows: int | None = None,
-        carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
+        self, backbone: Backbone, trained: Tensor, row: PackedRow, clean_TH: Tensor,
+        options: PassOptions = DEFAULT_PASS,
     ) -> None:  # fmt: skip
-        self.carried_TH = carried_TH
-        self.backbone, self.row, self.clean_TH, self._ascent_scale = backbone, row, clean_TH, ascent_scale
+        self.backbone, self.row, self.clean_TH = backbone, row, clean_TH
+        self.carried_TH, self._ascent_scale = options.carried, options.ascent_scale
         self._scored = backbone.narrow(row)
         self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
         self._source = backbone.prefix(trained, row.shared_ids)
         self._length = self._source.length
-        self._chunks = backbone.chunks(row, self._length, max_rows)
+        self._chunks = backbone.chunks(row, self._length, options.max_rows)
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:
             self._shared.insert(0, Section(prefix_chunk(self._length, clean_TH.device), graph=True))

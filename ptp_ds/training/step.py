@@ -13,6 +13,7 @@ from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.shared_pass import DEFAULT_PASS, PassOptions
 from ptp_ds.training.engine import Engine
 
 
@@ -44,11 +45,9 @@ def reg_weight_at(run: RunConfig, step: int) -> float:
 
 def ptp_loss(
     trained: Tensor, backbone: Backbone, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise,
-    max_rows: int | None = None, carried_TH: Tensor | None = None, ascent_scale: float = 1.0,
+    options: PassOptions = DEFAULT_PASS,
 ) -> StepLoss:  # fmt: skip
     """The summed loss of one packed row, with its gradient to `trained`, all that is trained.
-
-    max_rows: rows of a micro-batch. carried_TH, ascent_scale: see SharedPass.
 
     Without a perturbation the pass is plain prompt tuning, the very same operations. Noise is known beforehand, so both
     streams run as one pass; an adversarial delta climbs against the clean scores first. For a perturbation in text
@@ -63,7 +62,7 @@ def ptp_loss(
         tokens = backbone.prefix_length(trained, row) + row.num_tokens
         shared = None
         if row.streams == 1:
-            shared = SharedPass(backbone, trained, row, clean_TH, max_rows, carried_TH, ascent_scale)
+            shared = SharedPass(backbone, trained, row, clean_TH, options)
         if perturbation is None:
             assert shared is not None
             total = cross_entropy_sum(shared.clean(), row.gold)
@@ -77,7 +76,7 @@ def ptp_loss(
             tokens += row.num_tokens
         else:
             inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=max_rows, narrow=True)
+            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=options.max_rows, narrow=True)
     weight = reg_weight_at(run, noise.step)
     total, cross_entropy, divergence = dual_divergence(
         clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight, impl=run.kernels
@@ -102,17 +101,8 @@ def optimizer_step(
     """
     with engine.backbone.shards.outside_layers():
         max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
-        loss = ptp_loss(
-            engine.trained(),
-            engine.backbone,
-            row,
-            run,
-            settings,
-            noise,
-            max_rows,
-            carried_TH,
-            _ascent_scale(engine),
-        )
+        options = PassOptions(max_rows, carried_TH, _ascent_scale(engine))
+        loss = ptp_loss(engine.trained(), engine.backbone, row, run, settings, noise, options)
         engine.backward_sum(loss.total, global_count)
     engine.step(lr)
     delta = loss.delta
