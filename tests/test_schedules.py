@@ -5,8 +5,7 @@ import math
 import pytest
 
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.training.step import reg_weight_at
-from ptp_ds.training.trainer import learning_rate
+from ptp_ds.training.schedules import learning_rate, reg_weight_at
 
 
 def rates(**settings) -> list[float]:

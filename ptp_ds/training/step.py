@@ -15,6 +15,7 @@ from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import DEFAULT_PASS, PassOptions
 from ptp_ds.training.engine import Engine
+from ptp_ds.training.schedules import reg_weight_at
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,6 @@ def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSetting
         divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
         a2t_share=run.a2t_share, kernels=run.kernels,
     )  # fmt: skip
-
-
-def reg_weight_at(run: RunConfig, step: int) -> float:
-    """lambda in optimizer step `step` (0-based): rises linearly over reg_warmup_steps."""
-    return run.reg_weight * min(1.0, (step + 1) / (run.reg_warmup_steps + 1))
 
 
 def ptp_loss(

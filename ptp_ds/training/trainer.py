@@ -31,6 +31,7 @@ from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, evaluate
 from ptp_ds.training.meter import Meter, Shares
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
+from ptp_ds.training.schedules import learning_rate
 from ptp_ds.training.step import optimizer_step
 
 log = get_logger(__name__)
@@ -273,16 +274,6 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def learning_rate(run: RunConfig, step: int) -> float:
-    """The rate of optimizer step `step` (0-based): linear warm-up, then linear or cosine to 0 behind the last step."""
-    if step < run.warmup_steps:
-        return run.lr * (step + 1) / run.warmup_steps
-    if run.lr_schedule == "constant":
-        return run.lr
-    share = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
-    return run.lr * (1 - share if run.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def progress_from(checkpoint: Checkpoint) -> Progress:
