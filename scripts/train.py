@@ -8,7 +8,7 @@ deepspeed, torchrun and plain python (one process) start the same run.
 """
 
 from ptp_ds.commands.train import main
-from ptp_ds.ranks.distributed import leave
+from ptp_ds.ranks.distributed import exit_process
 
 if __name__ == "__main__":
-    leave(main(description=__doc__.split("\n")[0]))
+    exit_process(main(description=__doc__.split("\n")[0]))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptp_ds.attention.flash import flash_attend, flashes
+from ptp_ds.attention.flash import flash_attend, flash_serves
 from ptp_ds.attention.plan import Piece, Slots, TreePlan
 from ptp_ds.precision import at_least_fp32
 
@@ -52,7 +52,7 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.slots, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def merges(plan: TreePlan, q_THD: Tensor) -> bool:
+def merged_serves(plan: TreePlan, q_THD: Tensor) -> bool:
     """Whether MergedAttention serves this call: on a CPU, every token asking, behind a prefix."""
     return q_THD.device.type == "cpu" and plan.rows_behind_a_prefix
 
@@ -183,16 +183,16 @@ def attend_tree(
     """
     window = None if window is not None and window >= plan.longest_path else window
     if prefix is not None and softcap is None and window is None:
-        if merges(plan, q_THD):
+        if merged_serves(plan, q_THD):
             return MergedAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan, scale)
-        if flashes(plan, q_THD):
+        if flash_serves(plan, q_THD):
             return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
-    if softcap is None and window is None and stands_alone(plan, q_THD):
+    if softcap is None and window is None and alone_serves(plan, q_THD):
         return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
     return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, softcap=softcap, window=window)
 
 
-def stands_alone(plan: TreePlan, q_THD: Tensor) -> bool:
+def alone_serves(plan: TreePlan, q_THD: Tensor) -> bool:
     """Whether attend_alone serves this call: on a CPU, no prefix, every token asking, blocks of one segment."""
     alone = plan.every_token_asks and not plan.prefix_keys and all(len(block.starts) == 1 for block in plan.blocks)
     return alone and bool(plan.blocks) and q_THD.device.type == "cpu"

@@ -220,11 +220,11 @@ class _LayerWork:
                 outputs.append(held.output.detach())
         whole = torch.cat(outputs, dim=1)
         if self.is_last:
-            return self._leave(hidden, whole)
+            return self._to_head_input(hidden, whole)
         layer_pass._outputs = (whole, outputs)
         return whole
 
-    def _leave(self, hidden: Tensor, scored: Tensor) -> Tensor:
+    def _to_head_input(self, hidden: Tensor, scored: Tensor) -> Tensor:
         """What the head gets of the scored tokens [1, N, H]; see HeadInput."""
         if self.layer_pass.head_input == "columns":
             return scored.transpose(0, 1)
@@ -232,8 +232,8 @@ class _LayerWork:
             return scored
         return torch.zeros_like(hidden).index_copy_(1, self.layer_pass.scored(), scored)
 
-    def _arrive(self, grad: Tensor) -> Tensor:
-        """The transpose of _leave."""
+    def _from_head_input(self, grad: Tensor) -> Tensor:
+        """The transpose of _to_head_input."""
         if self.layer_pass.head_input == "columns":
             return grad.transpose(0, 1)
         return grad if self.layer_pass.head_input == "scored" else grad.index_select(1, self.layer_pass.scored())
@@ -301,7 +301,7 @@ class _LayerWork:
         layer_pass = self.layer_pass
         pieces: list[Tensor] = []
         if self.is_last:
-            grad = self._arrive(grad)
+            grad = self._from_head_input(grad)
         grads = grad.split([self._output_length(section.chunk) for section in layer_pass.sections], dim=1)
         prefix_grads: list[Tensor] | None = None
         with self.stack.shards.layer(self.module, self.stack.after(self.module, -1)):

@@ -172,23 +172,29 @@ def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Seq
     """The first attempt and, where ranks die, up to `count` more from the newest checkpoint; the last one's code."""
     if not count:
         return launcher.attempt([*own, *script])
-    from ptp_ds.launch.restarts import check_script, newest, on_hosts_left, restarts, resumed  # takes seconds
+    from ptp_ds.launch.restarts import (  # takes seconds
+        check_script,
+        newest_checkpoint,
+        on_hosts_left,
+        should_restart,
+        with_resume,
+    )
 
     check_script(script)
     code = launcher.attempt([*own, *script])
     for number in range(1, count + 1):
-        if launcher.received or not restarts(code):
+        if launcher.received or not should_restart(code):
             break
         with tempfile.TemporaryDirectory(prefix="ptp_ds_restart") as folder:
             left, told = on_hosts_left(own, script, Path(folder) / "hostfile")
             for sentence in told:
                 log.warning("restart %d of %d: %s", number, count, sentence, extra=ANY_RANK)
-            start = newest(script) or "the start, there is no checkpoint yet"
+            start = newest_checkpoint(script) or "the start, there is no checkpoint yet"
             log.warning(
                 "restart %d of %d: the ranks ended with code %d; going on from %s", number, count, code, start,
                 extra=ANY_RANK,
             )  # fmt: skip
-            code = launcher.attempt([*left, *resumed(script)])
+            code = launcher.attempt([*left, *with_resume(script)])
     return code
 
 

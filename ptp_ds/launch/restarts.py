@@ -16,7 +16,7 @@ _SECONDS = 30
 Slots = dict[str, list[int]]  # by host, in the hostfile's order
 
 
-def restarts(code: int) -> bool:
+def should_restart(code: int) -> bool:
     """Whether an attempt that ended with this code is repeated: not after success, a stop or a user's error."""
     return code not in (0, USER_ERROR) and not is_stop(code)
 
@@ -27,19 +27,21 @@ def check_script(script: Sequence[str]) -> None:
         raise ValueError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
 
 
-def newest(script: Sequence[str]) -> str | None:
+def newest_checkpoint(script: Sequence[str]) -> str | None:
     """Name of the newest checkpoint in --output_dir, where this machine sees it."""
     found = list_checkpoints(Path(given_settings(script[1:])["output_dir"]) / "checkpoints")
     return found[-1].name if found else None
 
 
-def resumed(script: Sequence[str]) -> list[str]:
+def with_resume(script: Sequence[str]) -> list[str]:
     """The script and its arguments with --resume auto.
 
     A folder that --resume names stays as long as --output_dir has no checkpoint of its own.
     """
     named = given_settings(script[1:]).get("resume") not in (None, "auto")
-    return list(script) if named and newest(script) is None else [*script, "--resume", "auto"]  # the last one counts
+    if named and newest_checkpoint(script) is None:
+        return list(script)
+    return [*script, "--resume", "auto"]  # the last one counts
 
 
 def ssh_reaches(host: str, port: int | None) -> bool:

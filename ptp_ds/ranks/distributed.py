@@ -149,7 +149,7 @@ def stop_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process without the interpreter's own teardown, once all is written and closed.
 
     There a rank now and then aborts behind a run that was complete (SIGABRT, "terminate called without an active

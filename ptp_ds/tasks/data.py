@@ -321,7 +321,7 @@ class BudgetOrder(BatchOrder):
         return stop
 
 
-def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+def deal_rows(lengths: Sequence[int], hands: int) -> list[list[int]]:
     """Deals positions 0..n-1 to `hands`, longest first and back and forth, so token counts balance.
 
     Where n is a multiple of hands all get equally many, else some one more. The split depends on the lengths alone, and

@@ -23,7 +23,7 @@ from ptp_ds.training.trainer import Progress, progress_from
 log = get_logger(__name__)
 
 
-def initial_values(prepared: Prepared, backbone: Backbone) -> Tensor:
+def initial_trained(prepared: Prepared, backbone: Backbone) -> Tensor:
     """[P, H] the prompt's start, an adapter's or the initialiser's; for a deep one [P, D], its keys and values."""
     run, head = prepared.run, backbone.head
     start = head.start(prepared.source.config, run.seed)
@@ -73,7 +73,7 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
     checkpoint = prepared.continuation.checkpoint
     if checkpoint is None:
-        start = initial_values(prepared, backbone)
+        start = initial_trained(prepared, backbone)
         engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
         return engine, Progress()
     engine.load_state(checkpoint.tensors)

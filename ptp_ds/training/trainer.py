@@ -24,7 +24,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks import Task
-from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal
+from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal_rows
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 from ptp_ds.training.engine import Engine
@@ -167,7 +167,7 @@ class Trainer:
         """The global batch of optimizer step `step` and this rank's places in it, micro-batch by micro-batch."""
         batch = [self.train_examples[number] for number in self._order.batch(step // self.run.batch_repeats)]
         accumulate = self.run.gradient_accumulation_steps
-        hands = deal(self._lengths(batch), self.ranks.world * accumulate)
+        hands = deal_rows(self._lengths(batch), self.ranks.world * accumulate)
         mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
         return batch, [place for hand in mine for place in hand]
 
