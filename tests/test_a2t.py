@@ -6,11 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_scores, relative_error
 from safetensors.torch import load_file
-from test_deep_prompt import cached_scores, deep_prompt
-from test_neighbours import letters
-from test_packed_equals_plain import make_prompt, plain_twin_gradient, twin_deltas
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.flags import parse_run
@@ -35,6 +31,10 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.deep_prompts import cached_scores, deep_prompt
+from support.packed import make_prompt, plain_twin_gradient, twin_deltas
+from support.reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_scores, relative_error
+from support.words import letters
 
 A2T = PERTURBATIONS["a2t"].attack
 SETTINGS = settings_of(RunConfig(perturbation="a2t"), 1.0)

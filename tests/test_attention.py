@@ -2,34 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ptp_ds.attention import plan as tree_plan
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import MergedAttention, attend_tree
 from ptp_ds.packing.row import Block
-
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
-settings.load_profile("fixed")
-
-
-@st.composite
-def blocks(draw):
-    """A block of 1 to 5 segments, each the child of an earlier one; depth-first order is kept by construction."""
-    parents, path = [-1], [0]
-    for segment in range(1, draw(st.integers(1, 5))):
-        keep = draw(st.integers(1, len(path)))
-        path = path[:keep]
-        parents.append(path[-1])
-        path.append(segment)
-    lengths = [draw(st.integers(1, 6)) for _ in parents]
-    starts = [sum(lengths[:place]) for place in range(len(lengths))]
-    return Block(sum(lengths), tuple(starts), tuple(parents))
-
-
-open_blocks = st.integers(1, 12).map(lambda length: Block(length, (0,), (-1,), causal=False))  # an encoder's
-packed_rows = st.one_of(st.lists(blocks(), min_size=1, max_size=5), st.lists(open_blocks, min_size=1, max_size=5))
+from support.reference import make_model
+from support.trees import packed_rows
 
 
 def dense(q, k, v, rows, prefix, scale, softcap, window):
@@ -176,8 +157,6 @@ def test_merged_is_what_a_cpu_runs(monkeypatch):
 
 
 def test_the_bare_model_says_how_it_must_be_called():
-    from reference import make_model
-
     from ptp_ds.backbone.backbone import Backbone
 
     backbone = Backbone(make_model("llama"))

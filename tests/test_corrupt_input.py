@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import damage
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card, read_head
 from ptp_ds.adapters.task import adapter_plan, adapter_task
@@ -43,8 +42,9 @@ from ptp_ds.training.checkpoint import (
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import _open_log
 from ptp_ds.training.trainer import progress_from
+from support.mutations import damage
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5  # for one file
 FILES = 250  # for each loader
 HEAD = {"score.weight": (2, 32)}

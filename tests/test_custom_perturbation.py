@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from reference import make_examples, make_model
-from test_training import QUICK, check, last_prompt
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.checks import without_effect
@@ -17,6 +14,9 @@ from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.custom import BUILT_IN, choose_perturbation
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.paths import ROOT
+from support.reference import make_examples, make_model
+from support.runs import QUICK, check, last_prompt
 
 HEAD = "from ptp_ds.perturb import Perturbation\n"
 FIND = HEAD + "def find(shared, row, clean_TH, settings, noise):\n    return 0.1 * clean_TH\n"

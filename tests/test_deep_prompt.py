@@ -5,9 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FAMILIES, candidate_scores, make_examples, make_model, plain_scores, relative_error
-from test_packed_equals_plain import divergence, make_prompt
-from transformers import DynamicCache
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter
 from ptp_ds.adapters.write import write_adapter
@@ -22,27 +19,11 @@ from ptp_ds.prompts.deep import join_deep, split_deep
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import score_examples
 from ptp_ds.training.step import ptp_loss, settings_of
-
-WINDOWED = {"mistral", "gemma2"}  # their caches drop what lies outside of the window
-
-
-def deep_prompt(model, dtype=torch.float32):
-    width = prompt_width("deep", model.config)
-    return 0.5 * torch.randn(5, width, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def cached_scores(model, prompt_PD, example, delta_LH=None):
-    """[C] log-probabilities by transformers' past_key_values, a candidate at a time."""
-
-    def forward(rows_LH):
-        cache, length = DynamicCache(), rows_LH.shape[0]
-        for layer, ((k, v),) in split_deep(prompt_PD, model.config).items():
-            cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
-        positions, mask = torch.arange(5, 5 + length)[None], torch.ones(1, 5 + length, dtype=torch.long)
-        out = model(inputs_embeds=rows_LH[None], past_key_values=cache, position_ids=positions, attention_mask=mask)
-        return out.logits[0]
-
-    return candidate_scores(model, forward, example, delta_LH)
+from support.deep_prompts import WINDOWED, cached_scores, deep_prompt
+from support.packed import divergence, make_prompt
+from support.paths import ROOT
+from support.processes import child_environment
+from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - WINDOWED))
@@ -144,8 +125,6 @@ def test_training_evaluating_and_resuming(run_train, tiny_model, tmp_path):
     import subprocess
     import sys
 
-    from conftest import ROOT
-    from processes import child_environment
     from safetensors.torch import load_file
 
     prompts = []

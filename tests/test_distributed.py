@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import child_environment
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import SUPPORT
+from support.processes import worker_environment
+
 STEP = ["--task", "COPA", "--max_steps", "1", "--batch_size", "8", "--prompt_length", "5", "--max_grad_norm", "0",
         "--eval_tokens", "600", "--lr", "0.01", "--weight_decay", "0.1"]  # fmt: skip
 
@@ -110,9 +111,9 @@ def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, activations
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(ROOT / "tests" / "sharding_worker.py"), perturbation, activations, str(tmp_path),
+        str(SUPPORT / "sharding_worker.py"), perturbation, activations, str(tmp_path),
     ]  # fmt: skip
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2)]
     for report in reports:

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from processes import child_environment
-from two_hosts import TwoHosts
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+from support.processes import child_environment
+from support.two_hosts import TwoHosts
+
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 
 

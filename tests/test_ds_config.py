@@ -11,8 +11,9 @@ from ptp_ds.backbone.shapes import config_of, shape_of
 from ptp_ds.config import zero_options
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from support.paths import ROOT
 
-READY = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+READY = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ import importlib.util
 
 import pytest
 import torch
-from reference import plain_scores, relative_error
-from test_packed_equals_plain import divergence
 from transformers import AutoModelForCausalLM
 
 from ptp_ds.backbone.activations import Activations
@@ -19,6 +17,8 @@ from ptp_ds.prompts import initial_ids
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.packed import divergence
+from support.reference import plain_scores, relative_error
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import child_environment
 from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import read_head
@@ -16,16 +14,19 @@ from ptp_ds.backbone.source import load_config, load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise
+from support.encoders import ENCODERS
+from support.paths import ROOT
+from support.processes import child_environment
+from support.tiny import demo_texts
 
 
 def make_wordpiece():
     """A small BERT tokenizer trained on the demo data."""
-    from conftest import _demo_texts
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(_demo_texts(), vocab_size=700, show_progress=False)
+    trained.train_from_iterator(demo_texts(), vocab_size=700, show_progress=False)
     return BertTokenizerFast(tokenizer_object=trained._tokenizer)
 
 
@@ -110,7 +111,6 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
 def test_families_under_zero3(run_train, encoders, tmp_path, family, prompt):
     """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again; albert
     and modernbert ignore a cache; roberta's positions begin behind its padding's."""
-    from test_encoders import ENCODERS
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     tokenizer = load_tokenizer(encoders["masked"])

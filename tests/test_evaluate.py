@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import make_examples, make_model, plain_scores
-from test_layerwise import with_instruction
-from test_packed_equals_plain import make_prompt
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import Evaluation, ensemble_scores, outcome_of, plan_packs, score_examples
+from support.packed import make_prompt
+from support.paths import ROOT
+from support.processes import child_environment
+from support.reference import make_examples, make_model, plain_scores, with_instruction
 
 
 @settings(deadline=None)
@@ -147,9 +148,6 @@ def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
     """Two different prompts: the written scores are those of their mean probabilities, and one prompt twice is one."""
     import subprocess
     import sys
-
-    from conftest import ROOT
-    from processes import child_environment
 
     from ptp_ds.adapters.write import write_adapter
     from ptp_ds.backbone.source import load_config

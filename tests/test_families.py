@@ -3,18 +3,18 @@
 import re
 
 import pytest
-from conftest import ROOT
-from reference import FAMILIES as CAUSAL
-from reference import REFUSED
-from test_deep_prompt import WINDOWED
-from test_encoders import ENCODERS, GENERIC, KINDS
-from test_seq2seq import SEQ2SEQ
 
 from ptp_ds.backbone.families import FAMILIES, describe_families, families_table
 from ptp_ds.commands.train import main
 from ptp_ds.perturb import PERTURBATIONS
 from ptp_ds.prompts import PROMPTS
 from ptp_ds.tasks import builtin_tasks
+from support.deep_prompts import WINDOWED
+from support.encoders import ENCODERS, GENERIC, KINDS
+from support.paths import ROOT
+from support.reference import FAMILIES as CAUSAL
+from support.reference import REFUSED
+from support.seq2seq import SEQ2SEQ
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

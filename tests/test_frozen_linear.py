@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import make_model, relative_error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from ptp_ds.backbone.frozen_linear import (
     suits_onednn,
     trial,
 )
+from support.reference import make_model, relative_error
 
 CPU = torch.device("cpu")
 PRODUCTS = [F.linear, pytest.param(onednn, marks=pytest.mark.skipif(

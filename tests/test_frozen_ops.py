@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference import make_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from ptp_ds.backbone.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, replace_frozen
 from ptp_ds.kernels import liger
+from support.reference import make_model
 
 
 def test_gradcheck():

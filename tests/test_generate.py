@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from reference import FAMILIES, VOCABULARY, make_model
-from test_deep_prompt import deep_prompt
-from test_packed_equals_plain import make_prompt
 
 from ptp_ds.adapters.generate import generate, stop_tokens
 from ptp_ds.adapters.write import write_adapter
@@ -13,6 +10,9 @@ from ptp_ds.backbone.source import load_config
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import score_examples
+from support.deep_prompts import deep_prompt
+from support.packed import make_prompt
+from support.reference import FAMILIES, VOCABULARY, make_model
 
 CONTEXT = [5, 17, 3, 42, 8, 77, 30]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
 from ptp_ds.attention.flash import flashes, largest_error, try_flash
 from ptp_ds.attention.plan import plan_tree
@@ -10,6 +9,7 @@ from ptp_ds.attention.tree import attend_reference
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.packing.row import Block, pack
+from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

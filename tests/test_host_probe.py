@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-from processes import child_environment
 
 from ptp_ds.hosts import probe as host_probe
 from ptp_ds.hosts.probe import (
@@ -20,6 +19,7 @@ from ptp_ds.hosts.probe import (
     signal_ranks,
     take_port,
 )
+from support.processes import child_environment
 
 
 def test_the_route_to_this_host_is_its_loopback():

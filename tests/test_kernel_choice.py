@@ -4,15 +4,15 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import make_places
-from processes import child_environment
 
 from ptp_ds.kernels import explain, liger, noise
 from ptp_ds.kernels.choice import block_of, refusal, use_triton
+from support.kernel_cases import make_places
+from support.paths import ROOT, SUPPORT
+from support.processes import child_environment, worker_environment
 
 CPU = torch.device("cpu")
 X = torch.zeros(2)
@@ -91,12 +91,12 @@ def test_block_of(size, most, block):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them here")
 def test_every_kernel_compiles_for_gpus_that_are_not_here():
     """Triton's interpreter runs what its compiler may refuse: Ampere's and Hopper's machine code is made of each."""
-    worker = Path(__file__).parent / "compile_worker.py"
-    environment = child_environment({"TRITON_INTERPRET": "0"})
+    worker = SUPPORT / "compile_worker.py"
+    environment = worker_environment({"TRITON_INTERPRET": "0"})
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    kernels = Path(__file__).parent.parent / "ptp_ds" / "kernels"
+    kernels = ROOT / "ptp_ds" / "kernels"
     named = {
         f"{file.stem}.{name}" for file in kernels.glob("*.py")
         for name in re.findall(r"def (\w+_kernel)\(", file.read_text()) if file.stem != "choice"

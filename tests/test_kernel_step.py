@@ -4,8 +4,6 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import DEVICE
-from reference import make_examples, make_model, relative_error
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
@@ -16,6 +14,8 @@ from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.base import ascend
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.kernel_cases import DEVICE
+from support.reference import make_examples, make_model, relative_error
 
 
 def step(kernels: str, perturbation: str, dtype: torch.dtype, rows) -> tuple[torch.Tensor, ...]:

@@ -11,8 +11,9 @@ from ptp_ds.launch import launcher as launch
 from ptp_ds.launch import restarts
 from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
 from ptp_ds.ranks.faults import STOP_SIGNALS
+from support.paths import ROOT
 
-HOSTFILES = Path(__file__).parent.parent / "hostfiles"
+HOSTFILES = ROOT / "hostfiles"
 
 
 @pytest.fixture(autouse=True)

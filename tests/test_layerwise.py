@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
-from test_packed_equals_plain import divergence, make_prompt
 
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
@@ -15,6 +13,8 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.packed import divergence, make_prompt
+from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error, with_instruction
 
 PATHS = {
     "keep": (Activations(), None),
@@ -67,11 +67,6 @@ def test_gradient_of_every_path_in_double_precision(family, path, shape, perturb
     expected = plain_gradient(family, examples, delta.detach(), prompt, "sym_kl")
     # gemma2 computes its norms and soft caps in fp32 even for fp64 weights
     assert relative_error(prompt.grad, expected) < (1e-5 if family == "gemma2" else 1e-9)
-
-
-def with_instruction(examples):
-    """The examples behind three tokens that all of them begin with."""
-    return [replace(e, context_ids=[7, 8, 9, *e.context_ids], movable=[False] * 3 + list(e.movable)) for e in examples]
 
 
 @pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])

@@ -5,15 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import VOCABULARY, make_model
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
-
-
-def letters(number: int) -> str:
-    """A word of its own for each number: no two begin alike."""
-    return "abcdefghijklm"[number // 10] + "qrstuvwxyz"[number % 10] + "oo"
+from support.reference import VOCABULARY, make_model
+from support.words import letters
 
 
 def fake_tokenizer(tokens, special=()):

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from processes import child_environment
 
 from ptp_ds.commands.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
 from ptp_ds.tasks import builtin_tasks
+from support.paths import ROOT
+from support.processes import child_environment
 
 
 @pytest.fixture

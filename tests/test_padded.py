@@ -2,12 +2,6 @@
 
 import pytest
 import torch
-from reference import REFUSED, make_examples, make_model, relative_error
-from reference import plain_scores as causal_scores
-from test_encoders import GENERIC, PROMPT, make_encoder, make_head, plain_scores, plain_step
-from test_encoders import make_values as head_values
-from test_packed_equals_plain import make_prompt
-from test_packed_equals_plain import plain_step as causal_step
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone, checked_backbone
@@ -16,6 +10,12 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.encoders import GENERIC, PROMPT, make_encoder, make_head, plain_scores, plain_step
+from support.encoders import make_values as head_values
+from support.packed import make_prompt
+from support.packed import plain_step as causal_step
+from support.reference import REFUSED, make_examples, make_model, relative_error
+from support.reference import plain_scores as causal_scores
 
 
 def make_padded(family, kind, choice=False):

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import child_environment
-from reference import make_examples
-from test_training import QUICK, adapter, check
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter
 from ptp_ds.backbone.backbone import Backbone
@@ -20,6 +16,10 @@ from ptp_ds.prompts import prompt_width
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import score_examples
+from support.paths import ROOT
+from support.processes import child_environment
+from support.reference import make_examples
+from support.runs import QUICK, adapter, check
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 ENCODERS = ("MLP", "LSTM", "prefix")

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import make_examples
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels.perturb_step import project, steepest
@@ -15,6 +14,7 @@ from ptp_ds.perturb.base import start_delta
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import settings_of
+from support.reference import make_examples
 
 
 def long_row(movable):

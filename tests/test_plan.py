@@ -1,10 +1,8 @@
 """plan.py against measurement: bytes exactly, memory within 15 %, on 1, 2 and 4 CPU ranks; on 8 to 1024 fake ones."""
 
 import sys
-from pathlib import Path
 
 import pytest
-from plan_ranks import MODEL, SMALL, run_scenarios
 from transformers import LlamaConfig
 
 from ptp_ds.backbone.shapes import NAMED, config_of, elements, shape_of
@@ -28,6 +26,8 @@ from ptp_ds.planning.plan import (
     shard_elements,
 )
 from ptp_ds.planning.report import plans
+from support.paths import ROOT
+from support.plan_ranks import MODEL, SMALL, run_scenarios
 
 BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 4, "chunk_tokens": 126}  # two rows a chunk
 HPZ, INT8 = {"zero_hpz_partition_size": "auto"}, {"zero_quantized_weights": True}
@@ -119,7 +119,7 @@ def test_int8_gathers_round_matrices_and_leave_norms_exact(reports):
 
 
 def test_operations_are_the_benchmarks_floor(tiny_model, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "scripts" / "bench"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts" / "bench"), *sys.path])
     from bench_measure import floor_operations
 
     from ptp_ds.backbone.backbone import Backbone
@@ -189,7 +189,7 @@ def test_the_script_plans_every_ready_config(capsys, tmp_path):
     argv = ["--model", "llama-70b", "--hosts", "8", "--gpus", "8", "--gpu_memory", "80", "--perturbation", "pgd"]
     assert main([*argv, "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    ready = {path.stem for path in (Path(__file__).parent.parent / "ds_configs").glob("*.json")}
+    ready = {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
     assert {line.split()[0] for line in out.splitlines() if line.startswith("zero")} == ready
     assert "recommended: ds_configs/zero3_hpz.json" in out
     assert '"recommended": "zero3_hpz"' in file.read_text()

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from reference import make_examples, make_model
-from test_training import QUICK, check
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.checks import without_effect
@@ -19,6 +17,8 @@ from ptp_ds.perturb.base import start_delta
 from ptp_ds.perturb.units import UNITS, unit_of, vanishes
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import settings_of
+from support.reference import make_examples, make_model
+from support.runs import QUICK, check
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
-from test_training import QUICK, adapter, check, last_prompt
 
 from ptp_ds.adapters.read import adapter_kind
 from ptp_ds.backbone.source import load_config
@@ -14,6 +12,8 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.prompts import SoftPrompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.mlp import PromptMlp
+from support.paths import ROOT
+from support.runs import QUICK, adapter, check, last_prompt
 
 KINDS = ("soft", "deep")
 

@@ -7,10 +7,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_tokenizer
-from processes import child_environment
-from reference import VOCABULARY, make_examples, relative_error
-from test_packed_equals_plain import divergence, make_prompt
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from ptp_ds.backbone.backbone import Backbone
@@ -21,38 +17,12 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.training.step import ptp_loss, settings_of
-
-_COMMON = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-SEQ2SEQ = {
-    "t5": {**_COMMON, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8},
-    "bart": {**_COMMON, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
-             "max_position_embeddings": 96, "bos_token_id": 0, "forced_eos_token_id": None},
-}  # fmt: skip
-
-
-def make_seq2seq(family):
-    torch.manual_seed(11)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **SEQ2SEQ[family])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    return model.requires_grad_(False)
-
-
-def plain_scores(model, prompt, example, delta=None):
-    """[C] by one ordinary forward an answer."""
-    embed = model.get_input_embeddings()
-    context = embed(torch.tensor(list(example.context_ids)))
-    context = context if delta is None else context + delta
-    inputs = torch.cat([prompt, context, embed(torch.tensor([1]))])[None]
-    scores = []
-    for candidate in example.candidate_ids:
-        ids = torch.tensor([[0, *candidate[:-1]]])
-        log_probs = model(inputs_embeds=inputs, decoder_input_ids=ids).logits[0].log_softmax(-1)
-        scores.append(sum(log_probs[place, token] for place, token in enumerate(candidate)))
-    return torch.stack(scores)
+from support.packed import divergence, make_prompt
+from support.paths import ROOT
+from support.processes import child_environment
+from support.reference import make_examples, relative_error
+from support.seq2seq import SEQ2SEQ, make_seq2seq, plain_scores
+from support.tiny import demo_texts, make_tokenizer
 
 
 @pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
@@ -120,14 +90,13 @@ def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
 def test_a_sentencepiece_tokenizer(tmp_path):
     """T5's own kind: contexts keep no end token, answers begin behind them, and rows end with the tokenizer's own."""
     import sentencepiece
-    from conftest import _demo_texts
 
     from ptp_ds.backbone.heads import HeadPlan, rows_for
     from ptp_ds.backbone.source import load_tokenizer
     from ptp_ds.tasks import load_task
     from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 
-    (tmp_path / "texts.txt").write_text("\n".join(_demo_texts()), encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("\n".join(demo_texts()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "texts.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=500, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, byte_fallback=False, minloglevel=2,

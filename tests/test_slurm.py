@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "slurm.sbatch"
+from support.paths import ROOT
+
+SCRIPT = ROOT / "scripts" / "slurm.sbatch"
 SRUN = """#!/bin/bash
 [ "$1" = --wait=120 ] || exit 99
 shift

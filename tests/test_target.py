@@ -3,10 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import make_examples, make_model, plain_scores, relative_error
-from test_encoders import PROMPT, make_backbone, make_encoder, make_values
-from test_encoders import plain_scores as encoder_scores
-from test_packed_equals_plain import divergence, make_prompt
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.heads import HeadPlan, rows_for
@@ -17,6 +13,10 @@ from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.tasks import load_task
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.encoders import PROMPT, make_backbone, make_encoder, make_values
+from support.encoders import plain_scores as encoder_scores
+from support.packed import divergence, make_prompt
+from support.reference import make_examples, make_model, plain_scores, relative_error
 
 
 def total_of(scores, examples, deltas):

@@ -9,25 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import child_environment
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--eval_tokens", "600", "--log_every", "1"]
-
-
-def adapter(folder: Path) -> torch.Tensor:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
-
-
-def last_prompt(folder: Path) -> torch.Tensor:
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    return load_file(newest / "state.safetensors")["prompt"]
-
-
-def check(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+from support.paths import ROOT
+from support.processes import child_environment
+from support.runs import QUICK, adapter, check, last_prompt
 
 
 def test_no_perturbation_zero_lambda_and_zero_noise_are_plain_prompt_tuning(run_train, tiny_model, tmp_path):

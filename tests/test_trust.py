@@ -25,8 +25,8 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.redact import is_secret, redacted
 from ptp_ds.tasks import load_task
 from ptp_ds.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WHOLE = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], torch.float32)
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 PICKLES = ("adapter_model.bin", "pytorch_model.bin", "model.pt", "optimizer.pt", "training_args.bin", "state.pkl",

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import child_environment
-from two_hosts import NAMES, TwoHosts, wait_for
 
 from ptp_ds.tasks.data import DEMO_DATA
+from support.paths import ROOT
+from support.processes import child_environment
+from support.two_hosts import NAMES, TwoHosts, wait_for
 
 pytestmark = [pytest.mark.slow]
 ZERO3 = ["scripts/train.py", "--ds_config", "ds_configs/zero3.json"]
@@ -34,10 +35,9 @@ def one_host(tmp_path_factory, tiny_model):
     """The same run, two ranks on one host, by torchrun."""
     folder = tmp_path_factory.mktemp("one-host")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [*launcher, *ZERO3, "--model", tiny_model, *STEPS, "--output_dir", folder / "out"],
-        cwd=root, env=child_environment(), capture_output=True, text=True, timeout=170, check=False,
+        cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=170, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return curve(folder / "out")

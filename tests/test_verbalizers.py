@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from reference import FAMILIES, make_examples, make_model, relative_error
 from torch import nn
 
 from ptp_ds.backbone import verbalizers
@@ -12,6 +11,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.training.step import ptp_loss, settings_of
+from support.reference import FAMILIES, make_examples, make_model, relative_error
 
 
 def make_prompt() -> torch.Tensor:

@@ -7,12 +7,12 @@ import sys
 import time
 
 import pytest
-from drill import wait_until
-from processes import child_environment
 
 from ptp_ds.ranks import watchdog as module
 from ptp_ds.ranks.faults import STALLED
 from ptp_ds.ranks.watchdog import Watchdog
+from support.drill import wait_until
+from support.processes import child_environment
 
 
 @pytest.fixture

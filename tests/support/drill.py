@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
-from processes import child_environment
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+from support.processes import child_environment
+
 _SECONDS = 90.0  # any one thing; a start takes 10 s on two idle cores
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
-from ptp_ds.hosts.probe import take_port  # noqa: E402
-from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes  # noqa: E402
+from ptp_ds.hosts.probe import take_port
+from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
 
 prepare_environment()
 

@@ -1,6 +1,7 @@
 """Plain references and small models: everything here uses transformers as anyone would, one row at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ def make_examples(shape: str, seed: int = 0) -> list[Example]:
             Example(context_ids=context, movable=movable, candidate_ids=candidates, gold=len(sizes) - 1, index=number)
         )
     return examples
+
+
+def with_instruction(examples):
+    """The examples behind three tokens that all of them begin with."""
+    return [replace(e, context_ids=[7, 8, 9, *e.context_ids], movable=[False] * 3 + list(e.movable)) for e in examples]
 
 
 def plain_scores(model: torch.nn.Module, prompt_PH: Tensor, example: Example, delta_LH: Tensor | None = None) -> Tensor:

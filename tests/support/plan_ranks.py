@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from processes import child_environment
+from support.paths import SUPPORT
+from support.processes import worker_environment
 
 MODEL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}  # fmt: skip
@@ -16,9 +17,9 @@ SMALL = {**MODEL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers
 def run_scenarios(folder: Path, scenarios: list[dict[str, Any]], seconds: int) -> dict[str, list[dict[str, Any]]]:
     """name -> each rank's report, in order."""
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    command = [sys.executable, str(Path(__file__).parent / "plan_worker.py"), str(folder)]
+    command = [sys.executable, str(SUPPORT / "plan_worker.py"), str(folder)]
     done = subprocess.run(
-        command, env=child_environment(), cwd=folder, capture_output=True, text=True, timeout=seconds, check=False
+        command, env=worker_environment(), cwd=folder, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {

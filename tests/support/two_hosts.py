@@ -17,9 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from processes import child_environment
+from support.paths import ROOT
+from support.processes import child_environment
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("host1", "host2")
 ADDRESSES = {"host1": "10.77.0.1", "host2": "10.77.0.2"}
 _TOOLS = ("unshare", "nsenter", "setpriv", "ip", "ssh", "ssh-keygen", "sshd", "pdsh")
