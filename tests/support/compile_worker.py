@@ -1,4 +1,4 @@
-"""Run by test_kernel_choice.py without TRITON_INTERPRET: compiles every launch of every kernel for GPUs not at hand.
+"""Run by tests/kernels/test_choice.py without TRITON_INTERPRET: compiles every kernel's launches for GPUs not at hand.
 
 Launches are caught: their arguments give the signature, nothing runs. Prints one JSON line: kernel -> variants.
 """

@@ -27,7 +27,7 @@ ENCODERS = {
     "distilbert": {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
                    "max_position_embeddings": 96, "pad_token_id": 1},
 }  # fmt: skip
-# Families that take the generic path (tests/test_padded.py).
+# Families that take the generic path (tests/backbone/test_padded.py).
 GENERIC = {
     "deberta-v2": {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 32},
     "mpnet": _BERT,

@@ -1,4 +1,4 @@
-"""Run by test_precision.py: fp16 with dynamic loss scaling, on a CPU where DeepSpeed is told that it may.
+"""Run by tests/test_precision.py: fp16 with dynamic loss scaling, on a CPU where DeepSpeed is told that it may.
 
 Prints one JSON line: losses of fp32 and of fp16, which fp16 steps moved the prompt, and whether a resumed engine goes
 on bit for bit.

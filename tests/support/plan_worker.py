@@ -1,4 +1,4 @@
-"""Started by test_plan.py: ranks as forked children of one process that has imported everything.
+"""Started by plan_ranks.py: ranks as forked children of one process that has imported everything.
 
     python plan_worker.py FOLDER    reads FOLDER/scenarios.json, writes FOLDER/<name>-<rank>.json
 

@@ -1,4 +1,4 @@
-"""Started by test_distributed.py under torchrun: counts what ZeRO-3 keeps and gathers, and prints one JSON line."""
+"""Run by tests/training/test_engine.py under torchrun: counts what ZeRO-3 keeps and gathers; prints one JSON line."""
 
 import json
 import sys

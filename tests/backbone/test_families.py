@@ -30,7 +30,7 @@ def test_every_listed_family_is_tested_and_every_tested_one_listed():
     assert listed("generic", ("causal",)) == set(REFUSED)
     assert listed("generic", ("seq2seq",)) == set(SEQ2SEQ)
     assert len(FAMILIES) == len(CAUSAL) + len(ENCODERS) + len(GENERIC) + len(REFUSED) + len(SEQ2SEQ)
-    assert set(CAUSAL) >= WINDOWED  # their deep prompts: tests/test_deep_prompt.py, where a soft one's keys start one
+    assert set(CAUSAL) >= WINDOWED  # their deep prompts: tests/prompts/test_deep.py, where a soft one's keys start one
 
 
 def test_list_families_prints_the_table(capsys):

@@ -1,4 +1,4 @@
-"""The real command on two hosts of one machine (tests/two_hosts.py): results, signals, launch lines."""
+"""The real command on two hosts of one machine (tests/support/two_hosts.py): results, signals, launch lines."""
 
 import json
 import shutil
