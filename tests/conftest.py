@@ -99,6 +99,13 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture
+def no_environment_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No .deepspeed_env of the user's: a home and a working folder without one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     """Two hosts on this machine (tests/support/two_hosts.py), for all tests of a module."""
