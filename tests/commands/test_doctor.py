@@ -73,7 +73,7 @@ def test_healthy_hosts_have_no_fault_and_are_timed(doctor, hosts):
 def test_six_planted_faults_of_one_host(doctor, hosts, tiny_model, tmp_path):
     """Another python, torch, project and model file, a clock ahead, a read-only output folder: all at once."""
     torch_info = next(Path(sysconfig.get_path("purelib")).glob("torch-*.dist-info")) / "METADATA"
-    source, weights = ROOT / "ptp_ds" / "families.py", tiny_model / "model.safetensors"
+    source, weights = ROOT / "ptp_ds" / "backbone" / "families.py", tiny_model / "model.safetensors"
     planted = {
         torch_info: copy_changed(torch_info, tmp_path / "METADATA", b"\nVersion: 2.", b"\nVersion: 1."),
         source: copy_changed(source, tmp_path / "families.py", b'"""', b'""" '),
