@@ -4,4 +4,4 @@
 # mounts; where mounting is not allowed those rows are skipped with a reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec bash scripts/test.sh -q -m drill tests/test_drill.py "$@"
+exec bash scripts/test.sh -q -m drill tests/commands/test_drill.py "$@"

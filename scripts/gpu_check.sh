@@ -26,8 +26,7 @@ run() { # name, command...: runs it, keeps its output and exit code
 }
 rm -f "$out/exit_codes.txt"
 run tests "$python" -m pytest -q -m gpu
-run kernel_tests "$python" -m pytest -q tests/test_kernel_choice.py tests/test_kernel_noise.py \
-    tests/test_kernel_perturb_step.py tests/test_kernel_pack_embed.py tests/test_kernel_dual_divergence.py
+run kernel_tests "$python" -m pytest -q tests/kernels/test_{choice,noise,perturb_step,pack_embed,dual_divergence}.py
 run kernels "$python" scripts/bench/bench_kernels.py --json "$out/kernels.json"
 run attention "$python" scripts/bench/bench_attention.py --json "$out/attention.json"
 run bench "$python" scripts/bench/bench_step.py --rows 16 64 --prompt_lengths 20 100 --pairs 10 --activations --json "$out/bench.json"

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import child_environment
-from two_hosts import TwoHosts, why_not
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,35 +22,15 @@ if not torch.cuda.is_available():
 
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import log_to_console
-from ptp_ds.tasks.data import DEMO_DATA
+from support.paths import ROOT
+from support.processes import child_environment
+from support.tiny import CONTEXT, make_tokenizer
+from support.two_hosts import TwoHosts, why_not
 
 prepare_environment()
 log_to_console()  # as a command does
-
-ROOT = Path(__file__).resolve().parent.parent
-CONTEXT = 512  # positions of the tiny model
-
-
-def _demo_texts() -> list[str]:
-    files = sorted(DEMO_DATA.glob("*/*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
-    return [value for row in rows for value in row.values() if isinstance(value, str)]
-
-
-def make_tokenizer() -> Any:
-    """A byte-level BPE of 600 tokens trained on the demo data; it encodes any text without <unk>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    bpe.train_from_iterator(_demo_texts(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", model_max_length=CONTEXT)
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")
@@ -120,9 +99,16 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture
+def no_environment_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No .deepspeed_env of the user's: a home and a working folder without one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    """Two hosts on this machine (tests/two_hosts.py), for all tests of a module."""
+    """Two hosts on this machine (tests/support/two_hosts.py), for all tests of a module."""
     if reason := why_not():
         pytest.skip(reason)
     with TwoHosts(tmp_path_factory.mktemp("hosts") / "two") as started:

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import relative_error
 
 from ptp_ds.objective import DIVERGENCES, cross_entropy_sum, divergence_sum
+from support.reference import relative_error
 
 GOLD = torch.tensor([0, 2, 1])
 

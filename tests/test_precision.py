@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from processes import child_environment
 
 from ptp_ds import precision
 from ptp_ds.precision import dtype_of, resolve_precision
+from support.paths import SUPPORT
+from support.processes import worker_environment
 
 BF16, FP16 = {"enabled": True}, {"enabled": True}
 AUTO, OFF = {"enabled": "auto"}, {"enabled": False}
@@ -79,9 +79,8 @@ def test_fp16_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])
 def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
-    worker = Path(__file__).parent / "fp16_worker.py"
-    command = [sys.executable, str(worker), str(stage), perturbation]
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    command = [sys.executable, str(SUPPORT / "fp16_worker.py"), str(stage), perturbation]
+    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     moved = found["moved"]

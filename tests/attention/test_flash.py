@@ -1,0 +1,133 @@
+"""The GPU's attention on a CPU: its parts and their joining, the kernels played by plain loops, and its self-test."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptp_ds.attention import flash as flash_attention
+from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
+from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.tree import attend_reference
+from support.trees import packed_rows
+
+
+def sequences(part):
+    """(query slice, key slice) of each of a part's sequences."""
+    bounds = [cu.tolist() for cu in (part.cu_q, part.cu_k)]
+    assert part.max_q == max(b - a for a, b in pairwise(bounds[0]))
+    assert part.max_k == max(b - a for a, b in pairwise(bounds[1]))
+    return [
+        (slice(*q), slice(*k))
+        for q, k in zip(*(pairwise(b) for b in bounds), strict=True)
+    ]  # fmt: skip
+
+
+def logits_of(q, k, part, scale):
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return logits.masked_fill(~torch.ones(logits.shape[1:]).tril().bool(), float("-inf")) if part.causal else logits
+
+
+def play_forward(q, k, v, part, scale):
+    """What the kernel promises: each sequence's attention and its log-sum-exp [heads, T]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    outs, lses = [], []
+    for asking, seen in sequences(part):
+        logits = logits_of(q[asking], k[seen], part, scale)
+        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[seen]))
+        lses.append(logits.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def play_backward(grad, q, k, v, out, lse, part, scale):
+    """FlashAttention's backward, with the output and log-sum-exp that it is given."""
+    groups, heads = q.shape[1] // k.shape[1], k.shape[1]
+    wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    for asking, seen in sequences(part):
+        shares = (logits_of(q[asking], wide_k[seen], part, scale) - lse[:, asking, None]).exp()
+        d_v[seen] += torch.einsum("hqk,qhd->khd", shares, grad[asking])
+        d_shares = torch.einsum("qhd,khd->hqk", grad[asking], wide_v[seen])
+        inner = (grad[asking] * out[asking]).sum(-1).T.unsqueeze(-1)
+        d_logits = shares * (d_shares - inner) * scale
+        d_q[asking] += torch.einsum("hqk,khd->qhd", d_logits, wide_k[seen])
+        d_k[seen] += torch.einsum("hqk,qhd->khd", d_logits, q[asking])
+    return d_q, *(x.unflatten(1, (heads, groups)).sum(2) for x in (d_k, d_v))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    monkeypatch.setattr(flash_attention, "flash_forward", play_forward)
+    monkeypatch.setattr(flash_attention, "flash_backward", play_backward)
+
+
+@given(
+    rows=packed_rows, prefix=st.integers(1, 4), groups=st.sampled_from([1, 3]),
+    run=st.sampled_from([3, 1024]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_joined_parts_equal_the_reference(rows, prefix, groups, run, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_attention, "flash_forward", play_forward)
+        patch.setattr(flash_attention, "flash_backward", play_backward)
+        patch.setattr(flash_attention, "_PREFIX_RUN", run)
+        patch.setattr(torch, "float32", torch.float64)  # sums, too, in double precision
+        generator, tokens = torch.Generator().manual_seed(seed), sum(block.length for block in rows)
+        shapes = [(tokens, 2 * groups, 4), (tokens, 2, 4), (tokens, 2, 4), (prefix, 2, 4), (prefix, 2, 4)]
+        leaves = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+        weight = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
+        sides = []
+        for attend in (flash_attend, attend_reference):
+            out = attend(*leaves[:3], plan_tree(rows, 0, prefix, "cpu"), (leaves[3], leaves[4]), 0.5)
+            sides.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+        for ours, wanted in zip(*sides, strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_a_nested_tree_has_a_part_for_each_distance():
+    rows = [flash_attention.Block(9, (0, 2, 5), (-1, 0, 1)), flash_attention.Block(4, (0, 2, 3), (-1, 0, 0))]
+    own, parents, grandparents = parts_of(rows, torch.device("cpu"))
+    assert own.queries is None
+    assert own.causal
+    assert own.cu_q.tolist() == [0, 2, 5, 9, 11, 12, 13]
+    assert parents.queries.tolist() == [2, 3, 4, 5, 6, 7, 8, 11, 12]
+    assert parents.keys.tolist() == [0, 1, 2, 3, 4, 9, 10]  # a parent once, whatever the number of its children
+    assert (parents.cu_q.tolist(), parents.cu_k.tolist()) == ([0, 3, 7, 9], [0, 2, 5, 7])
+    assert grandparents.queries.tolist() == [5, 6, 7, 8]
+    assert grandparents.keys.tolist() == [0, 1]
+
+
+def test_the_kernels_take_the_arguments_they_are_given():
+    """Shapes alone: on the meta device, half precision, the operators' own checks of their arguments run."""
+    rows, meta = [flash_attention.Block(6, (0, 3, 5), (-1, 0, 0))], torch.device("meta")
+    shapes = [(6, 4, 64), (6, 2, 64), (6, 2, 64), (5, 2, 64), (5, 2, 64)]
+    leaves = [torch.empty(shape, dtype=torch.bfloat16, device=meta).requires_grad_() for shape in shapes]
+    out = FlashTreeAttention.apply(*leaves, [prefix_part(6, 5, meta), *parts_of(rows, meta)], 0.125)
+    found = torch.autograd.grad(out.sum(), leaves)
+    assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
+    assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}
+
+
+def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(played, monkeypatch):
+    cpu = torch.device("cpu")
+    assert largest_error(cpu, torch.float64, attend_reference) < 1e-5
+    monkeypatch.setattr(flash_attention, "flash_backward", lambda *args: play_backward(*args[:-1], 1.0))
+    assert largest_error(cpu, torch.float64, attend_reference) > 0.1
+
+
+@pytest.mark.parametrize("worst", [0.5, float("nan"), RuntimeError("no kernel image")])
+def test_kernels_that_cannot_be_used_are_left_out_aloud(worst, monkeypatch, capsys):
+    def error(*_):
+        if isinstance(worst, Exception):
+            raise worst
+        return worst
+
+    monkeypatch.setattr(flash_attention, "_proven", {})
+    monkeypatch.setattr(flash_attention, "largest_error", error)
+    device = torch.device("cuda", 0)
+    try_flash(device, torch.bfloat16, attend_reference)
+    try_flash(device, torch.bfloat16, attend_reference)
+    assert flash_attention._proven == {(device, torch.bfloat16): False}
+    assert capsys.readouterr().err.count("attention takes the slower reference") == 1

@@ -1,0 +1,163 @@
+"""Frozen norms and gated feed-forwards: the family's own values and gradients, and which modules are replaced."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+
+from ptp_ds.backbone.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, replace_frozen
+from ptp_ds.kernels import liger
+from support.reference import make_model
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(5, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda x: FrozenRMSNorm.apply(x, weight, 1e-5), [x])
+    gate, up = (torch.randn(2, 7, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(GatedSilu.apply, [gate, up])
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    cos, sin = torch.randn(2, 1, 1, 3, 4, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda x: FrozenRotary.apply(x, cos, sin), [x])
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("llama", {"LlamaRMSNorm", "LlamaMLP"}), ("qwen3", {"Qwen3RMSNorm", "Qwen3MLP"}), ("gemma2", {"Gemma2RMSNorm"}),
+     ("gpt2", set()), ("opt", set()), ("phi", set())],
+)  # fmt: skip
+def test_what_is_replaced(family, expected):
+    """gemma2's feed-forward has another activation, the others have LayerNorm: their own code stays."""
+    model = make_model(family)
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    modules = [module for module in model.modules() if type(module).__name__ in expected]
+    widths = {module: getattr(module, "weight", module_weight(module)).shape[-1] for module in modules}
+    before = [module(x[..., : widths[module]]) for module in modules]
+    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    for module, wanted in zip(modules, before, strict=True):
+        torch.testing.assert_close(module(x[..., : widths[module]]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def module_weight(module):
+    return next(module.parameters())
+
+
+def test_a_norm_that_computes_something_else_is_left_alone():
+    class Odd(nn.Module):
+        eps = 1e-5
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.weight * (x - x.mean(-1, keepdim=True))
+
+    odd = Odd().requires_grad_(False)
+    assert replace_frozen([odd], [odd]) == set()
+    assert "forward" not in odd.__dict__
+
+
+def test_other_precisions_keep_the_familys_own_rounding():
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model("llama", dtype)
+        assert replace_frozen(model.modules(), list(model.modules())) == set()
+
+
+@pytest.mark.parametrize(("family", "replaced"), [("llama", True), ("qwen3", True), ("phi", True), ("gpt2", False)])
+def test_rotary_positions_are_the_familys(family, replaced):
+    """The attention's forward is the family's own with one name rebound; the family's module keeps its function."""
+    model = make_model(family)
+    replace_frozen(model.modules(), list(model.modules()))
+    modules = [module for module in model.modules() if "forward" in module.__dict__ and hasattr(module, "q_proj")]
+    assert bool(modules) == replaced
+    cos, sin, q, k = torch.randn(4, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for module in modules:
+        ours, familys = (
+            function.__globals__["apply_rotary_pos_emb"] for function in (module.forward.__func__, type(module).forward)
+        )
+        assert ours.familys is familys
+        for given, wanted in zip(ours(q, k, cos[:, 0], sin[:, 0]), familys(q, k, cos[:, 0], sin[:, 0]), strict=True):
+            torch.testing.assert_close(given, wanted)
+        assert module.forward.__code__ is type(module).forward.__code__
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda q, k, cos, sin, unsqueeze_dim=1: (q * cos.unsqueeze(1), k * cos.unsqueeze(1)),
+        lambda q, k, cos, sin, unsqueeze_dim=1: (llama_rotary(q, k, cos, sin)[0], k),
+        lambda x, k, cos, sin: llama_rotary(x, k, cos, sin),
+    ],
+)  # fmt: skip
+def test_a_rotary_function_that_does_something_else_is_left_alone(odd, monkeypatch):
+    model = make_model("llama")
+    module = next(module for module in model.modules() if hasattr(module, "q_proj"))
+    monkeypatch.setitem(type(module).forward.__globals__, "apply_rotary_pos_emb", odd)
+    replace_frozen(model.modules(), list(model.modules()))
+    assert "forward" not in module.__dict__
+
+
+def liger_in_torch(monkeypatch):
+    """Stands in for Liger's three functions, with its formulas: which of them are tried and taken is under test."""
+
+    def norms(weight, epsilon):
+        def norm(offset, gemma):
+            def run(x):
+                scaled = x.float() * (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+                if gemma:
+                    return (scaled * (weight().float() + offset)).to(x.dtype)
+                return scaled.to(x.dtype) * (weight() + offset)
+
+            return run
+
+        return [norm(offset, gemma) for offset in (0.0, 1.0) for gemma in (False, True)]
+
+    def rotary(q, k, cos, sin):
+        return llama_rotary(q, k, cos, sin)
+
+    calls = []
+
+    def counted(name, function):
+        return lambda *args: (calls.append(name), function(*args))[1]
+
+    monkeypatch.setattr(liger, "available", lambda impl, device, dtype: impl != "torch")
+    monkeypatch.setattr(liger, "norms", norms)
+    monkeypatch.setattr(liger, "gated_silu", counted("gated", lambda gate, up: nn.functional.silu(gate) * up))
+    monkeypatch.setattr(liger, "rotary", counted("rotary", rotary))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "expected", "called"),
+    [("llama", {"LlamaRMSNorm", "LlamaMLP"}, {"gated", "rotary"}), ("gemma2", {"Gemma2RMSNorm"}, {"rotary"}),
+     ("gpt2", set(), set())],
+)  # fmt: skip
+def test_on_a_gpu_ligers_take_the_place(monkeypatch, family, expected, called, dtype):
+    ids = torch.tensor([[5, 9, 2, 7]])
+    wanted = make_model(family, dtype)(ids).logits
+    model, calls = make_model(family, dtype), liger_in_torch(monkeypatch)
+    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    calls.clear()
+    found = model(ids).logits
+    assert set(calls) == called
+    torch.testing.assert_close(found, wanted, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    plain = make_model(family, dtype)
+    replace_frozen(plain.modules(), list(plain.modules()), "torch")
+    calls.clear()
+    plain(ids)
+    assert not calls
+
+
+def test_a_kernel_that_fails_here_is_left_out(monkeypatch, capsys):
+    liger_in_torch(monkeypatch)
+
+    def fails(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(liger, "gated_silu", fails)
+    model = make_model("llama")
+    assert replace_frozen(model.modules(), list(model.modules())) == {"LlamaRMSNorm"}
+    assert "a fused layer fails here (RuntimeError); it stays as it is" in capsys.readouterr().err

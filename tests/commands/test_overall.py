@@ -1,0 +1,146 @@
+"""The overall score: means over seeds and tasks by hand, what is kept apart, what is missing, every message."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ptp_ds.commands.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
+from ptp_ds.tasks import builtin_tasks
+from support.paths import ROOT
+from support.processes import child_environment
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(task, seed, **changes) writes a result.json as train.py does and returns its folder."""
+
+    def write(task: str = "CB", seed: int = 0, folder: str | None = None, **changes) -> str:
+        target = tmp_path / (folder or f"{task}-{seed}")
+        target.mkdir(exist_ok=True)
+        result = {
+            "task": task, "model": "small", "perturbation": "pgd", "prompt": "soft", "seed": seed, "eval_split": "val",
+            "metrics": {"accuracy": 0.5}, "steps": 3, **changes,
+        }  # fmt: skip
+        kept = {key: value for key, value in result.items() if value is not ...}
+        (target / "result.json").write_text(json.dumps(kept), encoding="utf-8")
+        return str(target)
+
+    return write
+
+
+def tables(*folders: str) -> list[dict]:
+    return [table_of(runs) for runs in group_results(map(read_result, folders))]
+
+
+def test_the_eight_tasks_and_the_diagnostics_are_ours():
+    assert {*TASKS, "AX-b", "AX-g", "Reviews"} == set(builtin_tasks())
+
+
+def test_means_over_seeds_and_tasks(run):
+    """CB's scores are (0.6 + 0.4) / 2 and (0.8 + 0.6) / 2; the overall score is the mean of 0.6 and RTE's 0.9."""
+    folders = [
+        run("RTE", 0, metrics={"accuracy": 0.9}),
+        run("CB", 1, metrics={"accuracy": 0.8, "macro_f1": 0.6}),
+        run("CB", 0, metrics={"accuracy": 0.6, "macro_f1": 0.4}),
+        run("AX-b", 0, metrics={"matthews": -0.5}),
+    ]
+    (table,) = tables(*folders)
+    assert list(table["tasks"]) == ["CB", "RTE", "AX-b"]
+    cb = table["tasks"]["CB"]
+    assert cb["seeds"] == [0, 1]
+    assert cb["score"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.2 / 2**0.5)}
+    assert cb["metrics"]["macro_f1"] == {"mean": pytest.approx(0.5), "std": pytest.approx(0.2 / 2**0.5)}
+    assert table["overall"] == pytest.approx(0.75)
+    assert table["missing"] == ["BoolQ", "COPA", "MultiRC", "ReCoRD", "WiC", "WSC"]
+    lines = table_text(table).splitlines()
+    assert lines[0] == "small | pgd | soft"
+    assert " ".join(lines[1].split()) == (
+        "CB 2 seeds score 0.6000 +- 0.1414 accuracy 0.7000 +- 0.1414 macro_f1 0.5000 +- 0.1414"
+    )
+    assert lines[3].endswith("matthews -0.5000  (not in the mean)")
+    assert lines[4] == "  partial mean of 2 of 8 tasks: 0.7500  (missing: BoolQ, COPA, MultiRC, ReCoRD, WiC, WSC)"
+
+
+def test_all_eight_tasks_make_the_score(run):
+    folders = [run(task, 0, metrics={"accuracy": number / 10}) for number, task in enumerate(TASKS)]
+    (table,) = tables(*folders, run("AX-g", 0, metrics={"accuracy": 1.0}))
+    assert table["missing"] == []
+    assert table["overall"] == pytest.approx(0.35)
+    assert table_text(table).endswith("  SuperGLUE score: 0.3500")
+
+
+def test_one_seed_has_no_deviation():
+    assert spread([0.25]) == {"mean": 0.25, "std": None}
+
+
+@pytest.mark.parametrize("change", [{"model": "large"}, {"perturbation": "none"}, {"prompt": "deep"}])
+def test_other_settings_get_a_table_of_their_own(run, change):
+    found = tables(run(seed=0), run(seed=0, folder="other", **change), run(seed=1))
+    assert [table["tasks"]["CB"]["seeds"] for table in found] == [[0, 1], [0]]
+
+
+def test_tasks_of_ones_own_are_shown_and_not_counted(run):
+    (table,) = tables(run("Mine", 0))
+    assert table["overall"] is None
+    assert "Mine" in table_text(table)
+    assert table_text(table).endswith("no overall score: none of SuperGLUE's eight tasks is here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 0}, r"CB-0 and .*other both hold CB \(small, pgd, soft\) with seed 0; give each seed once\."),
+        ({"eval_split": "dev32"}, r"but on splits 'val' and 'dev32'; give runs on the same split\."),
+        ({"metrics": {"f1a": 1.0}}, r"but with different metrics; give runs of the same task template\."),
+    ],
+)
+def test_runs_that_cannot_be_averaged(run, change, message):
+    with pytest.raises(ValueError, match=message):
+        tables(run(seed=0), run(**{"seed": 1, "folder": "other", **change}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("task", ...), ("model", 3), ("perturbation", ...), ("prompt", None), ("eval_split", ...), ("seed", "0"),
+     ("seed", True), ("metrics", ...), ("metrics", {}), ("metrics", {"accuracy": "0.5"}),
+     ("metrics", {"accuracy": float("nan")})],
+)  # fmt: skip
+def test_files_that_lack_something(run, name, value):
+    with pytest.raises(ValueError, match=rf"result\.json has no valid {name}; give a file that train\.py or evaluate"):
+        read_result(run(folder="bad", **{name: value}))
+
+
+def test_folders_without_a_result(tmp_path):
+    message = "nowhere holds no result.json; give the folders of runs that have ended"
+    with pytest.raises(ValueError, match=message):
+        read_result(str(tmp_path / "nowhere"))
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json: not valid JSON \("):
+        read_result(str(tmp_path))
+
+
+def test_the_command(run, tmp_path, capsys):
+    file = tmp_path / "new" / "overall.json"
+    folders = [run("CB", seed) for seed in (0, 1)]
+    assert main([*folders, "--json", str(file)]) == 0
+    assert "partial mean of 1 of 8 tasks: 0.5000" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == tables(*folders)
+    for argv, message in (
+        ([str(tmp_path / "no")], "holds no result.json; give the folders of runs that have ended."),
+        ([folders[0], "--json", str(tmp_path)], "that is a folder or lies below a file; give a file's name."),
+        ([], "the following arguments are required"),
+    ):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message.lower() in error.lower()
+
+
+def test_the_script(run):
+    command = [sys.executable, str(ROOT / "scripts" / "overall.py"), run("RTE", 0)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("small | pgd | soft\n  RTE  1 seed")

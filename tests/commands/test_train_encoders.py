@@ -1,0 +1,189 @@
+"""Whole runs with encoders: a classifier and a masked language model, on one and two ranks, and through peft."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptp_ds.adapters.read import read_head
+from ptp_ds.backbone.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
+from ptp_ds.backbone.source import load_config, load_tokenizer
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split, tail_ids, tokenise
+from support.encoders import ENCODERS
+from support.paths import ROOT
+from support.processes import child_environment
+from support.tiny import demo_texts
+
+
+def make_wordpiece():
+    """A small BERT tokenizer trained on the demo data."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(demo_texts(), vocab_size=700, show_progress=False)
+    return BertTokenizerFast(tokenizer_object=trained._tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders of a bare BertModel and of a BertForMaskedLM, random, with a tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    tokenizer = make_wordpiece()
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=256)  # fmt: skip
+    folders = {}
+    for name, kind in (("bare", BertModel), ("masked", BertForMaskedLM)):
+        torch.manual_seed(0)
+        folders[name] = tmp_path_factory.mktemp("encoders") / name
+        kind(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def evaluate(folder, out, *extra):
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--adapter", str(out / "adapter"), "--model",
+               str(folder), "--json", str(out / "again.json"), *extra]  # fmt: skip
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    return done, (json.loads((out / "again.json").read_text()) if done.returncode == 0 else None)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_classifier_is_trained_saved_and_read_by_peft(run_train, encoders, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    states = []
+    for nproc, stage in ((1, "zero2"), (2, "zero3")):
+        out = tmp_path / str(nproc)
+        done = run_train(
+            ["--model", encoders["bare"], "--task", "CB", "--perturbation", "pgd", "--max_steps", "3", "--lr", "0.1",
+             "--prompt_length", "4", "--ds_config", ROOT / "ds_configs" / f"{stage}.json", "--output_dir", out],
+            nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(load_file(out / "checkpoints" / "step-000003" / "state.safetensors")["prompt"])
+    assert states[0].shape == (4 + 4, 32)  # three classes of 32 weights and a bias: 99 numbers in four rows
+    assert float((states[1] - states[0]).norm() / states[0].norm()) < 1e-5
+    result = json.loads((tmp_path / "1" / "result.json").read_text())
+    done, again = evaluate(encoders["bare"], tmp_path / "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert again["metrics"] == result["metrics"]
+    assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
+    task, tokenizer = load_task("CB"), load_tokenizer(encoders["bare"])
+    examples = tokenise(task, load_split(task, "val", None, None), tokenizer, 200).examples
+    base = AutoModelForSequenceClassification.from_pretrained(encoders["bare"], num_labels=3)
+    model = PeftModel.from_pretrained(base, tmp_path / "1" / "adapter").eval()
+    for example, scores in list(zip(examples, again["scores"], strict=True))[:5]:
+        logits = model(input_ids=torch.tensor([[*example.context_ids, *tail_ids(tokenizer)]])).logits[0]
+        torch.testing.assert_close(logits, torch.tensor(scores), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "prompt", "perturbation"),
+    [
+        pytest.param("masked", "COPA", "deep", "mask+gaussian", marks=pytest.mark.slow),
+        ("bare", "COPA", "soft", "free"),
+    ],
+)
+def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, model, task, prompt, perturbation):
+    out = tmp_path / "run"
+    done = run_train(
+        ["--model", encoders[model], "--task", task, "--prompt", prompt, "--perturbation", perturbation, "--max_steps",
+         "2", "--prompt_length", "4", "--output_dir", out],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((out / "result.json").read_text())
+    done, again = evaluate(encoders[model], out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert again["metrics"] == result["metrics"]
+    assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "prompt"), [("albert", "deep"), ("modernbert", "deep"), ("roberta", "soft")])
+def test_families_under_zero3(run_train, encoders, tmp_path, family, prompt):
+    """Sharded, recomputed, two ranks: the prompt of one whole rank. albert's layers are one module, used again; albert
+    and modernbert ignore a cache; roberta's positions begin behind its padding's."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    tokenizer = load_tokenizer(encoders["masked"])
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**ENCODERS[family], **changes})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    states = []
+    for nproc, stage, activations in ((1, "zero2", "keep"), (2, "zero3", "recompute")):
+        out = tmp_path / str(nproc)
+        done = run_train(
+            ["--model", tmp_path / "model", "--task", "CB", "--prompt", prompt, "--perturbation", "pgd", "--max_steps",
+             "3", "--prompt_length", "4", "--activations", activations, "--ds_config",
+             ROOT / "ds_configs" / f"{stage}.json", "--output_dir", out], nproc=nproc,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(load_file(out / "checkpoints" / "step-000003" / "state.safetensors")["prompt"])
+    assert float((states[1] - states[0]).norm() / states[0].norm()) < 1e-5
+
+
+def test_heads_are_found_by_what_was_saved(encoders, tiny_model):
+    bare, masked, causal = (load_config(folder) for folder in (encoders["bare"], encoders["masked"], tiny_model))
+    assert [head_kind(config) for config in (bare, masked, causal)] == ["classes", "masked", "causal"]
+    assert head_kind(masked, "classes") == "classes"
+    assert plan_head(bare, "auto", load_task("CB")) == HeadPlan("classes", False, 3)
+    assert plan_head(bare, "auto", load_task("COPA")) == HeadPlan("classes", True, 1)
+    with pytest.raises(
+        ValueError, match="--head classes is for encoders; model family 'llama' is none: use --head causal"
+    ):
+        auto_class(causal, "classes", "folder")
+    with pytest.raises(ValueError, match="'llama' has no masked language model"):
+        auto_class(causal, "masked", "folder")
+
+
+def test_rows_follow_the_head(encoders, tokenizer):
+    wordpiece = load_tokenizer(encoders["bare"])
+    rows = rows_for(HeadPlan("masked"), load_task("RTE"), wordpiece, "soft", 7)
+    assert rows == SeparateRows(kind="masked", prompt_length=7, mask_id=wordpiece.mask_token_id,
+                                tail=(wordpiece.sep_token_id,))  # fmt: skip
+    assert rows_for(HeadPlan("masked"), load_task("RTE"), wordpiece, "deep", 7).prompt_length == 0
+    assert rows_for(HeadPlan(), load_task("RTE"), tokenizer, "deep", 7) == TreeRows("deep")
+    with pytest.raises(ValueError, match="--head masked needs a mask token"):
+        rows_for(HeadPlan("masked"), load_task("RTE"), tokenizer, "soft", 7)
+
+
+def test_a_bare_encoder_is_no_masked_language_model(run_train, encoders):
+    done = run_train(["--model", encoders["bare"], "--task", "RTE", "--head", "masked", "--max_steps", "1"])
+    assert done.returncode != 0
+    assert "has no 'cls.predictions" in done.stderr
+    assert "choose another --head" in done.stderr
+
+
+def test_classes_keep_their_trained_order(encoders, tmp_path):
+    """AX-b lists its labels the other way round; a classifier's outputs are RTE's."""
+    from ptp_ds.adapters.task import adapter_plan
+
+    (tmp_path / "ptp_ds.json").write_text(json.dumps({"head": {"kind": "classes"}, "task": load_task("RTE").spec()}))
+    config = load_config(encoders["bare"])
+    plan, task = adapter_plan(tmp_path, config, load_task("AX-b"))
+    assert plan == HeadPlan("classes", False, 2)
+    assert list(task.answers) == list(load_task("RTE").answers) != list(load_task("AX-b").answers)
+    with pytest.raises(ValueError, match="tells entailment, not_entailment apart; task CB has"):
+        adapter_plan(tmp_path, config, load_task("CB"))
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
+    from ptp_ds.adapters.write import write_adapter
+
+    head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
+    write_adapter(tmp_path / "a", torch.ones(4, 32), "x", load_config(encoders["bare"]), {}, "soft",
+                  HeadPlan("classes", False, 3), head)  # fmt: skip
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    assert all(torch.equal(tensor, head[name]) for name, tensor in read_head(tmp_path / "a", wanted).items())
+    with pytest.raises(ValueError, match=r"holds a head of .*\(3, 32\).*this model and task need none"):
+        read_head(tmp_path / "a", {})

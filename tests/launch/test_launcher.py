@@ -1,0 +1,169 @@
+"""The launcher: which hosts a hostfile names, and when ssh is left out."""
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from ptp_ds.hosts.hostfile import hosts_of
+from ptp_ds.launch import launcher as launch
+from ptp_ds.launch import restarts
+from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
+from ptp_ds.ranks.faults import STOP_SIGNALS
+from support.paths import ROOT
+
+HOSTFILES = ROOT / "hostfiles"
+
+
+@pytest.fixture(autouse=True)
+def _port(monkeypatch):
+    monkeypatch.setattr(launch, "take_port", lambda wanted: 4321)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)  # main() takes them
+
+
+def hostfile(folder: Path, text: str) -> str:
+    file = folder / "hosts"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+WITHOUT_SSH = ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", "4321"]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("localhost slots=2\n", ["localhost"]),
+        ("# all\n\n  # more\nworker-1 slots=8 \n\nworker-2 slots=8", ["worker-1", "worker-2"]),
+        ("  worker-1 slots=4\n", ["worker-1"]),
+        ("", []),
+    ],
+)
+def test_hosts_of(tmp_path, text, hosts):
+    assert hosts_of(hostfile(tmp_path, text)) == hosts
+
+
+def test_hosts_of_a_missing_file(tmp_path):
+    assert hosts_of(str(tmp_path / "none")) == []
+
+
+def test_the_ready_hostfiles():
+    assert hosts_of(str(HOSTFILES / "local")) == ["localhost"]
+    assert len(set(hosts_of(str(HOSTFILES / "node8")))) == 8
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1", socket.gethostname()])
+def test_this_machine_alone_needs_no_ssh(tmp_path, host):
+    file = hostfile(tmp_path, f"{host} slots=2\n")
+    assert local_only_flags(["--hostfile", file, "scripts/train.py"]) == WITHOUT_SSH
+    assert local_only_flags(["-H", file, "scripts/train.py"]) == WITHOUT_SSH
+    assert local_only_flags([f"--hostfile={file}", "scripts/train.py"]) == WITHOUT_SSH
+
+
+@pytest.mark.parametrize("text", ["worker-1 slots=2\n", "localhost slots=1\nworker-1 slots=1\n", ""])
+def test_other_hosts_keep_ssh(tmp_path, text):
+    assert local_only_flags(["--hostfile", hostfile(tmp_path, text), "scripts/train.py"]) == []
+
+
+def test_no_hostfile():
+    assert local_only_flags(["scripts/train.py"]) == []
+    assert local_only_flags(["--hostfile", "no-such-file", "scripts/train.py"]) == []
+    assert local_only_flags(["--hostfile"]) == []
+
+
+@pytest.mark.parametrize(
+    "word", ["--no_ssh", "--no_ssh_check", "--master_addr", "--master_addr=10.0.0.1", "--force_multi"]
+)
+def test_a_users_own_choice_wins(tmp_path, word):
+    file = hostfile(tmp_path, "localhost slots=2\n")
+    assert local_only_flags(["--hostfile", file, word, "scripts/train.py"]) == []
+    assert local_only_flags([word, "--hostfile", file, "scripts/train.py"]) == []
+
+
+@pytest.mark.parametrize("given", [["--master_port", "9"], ["--master_port=9"]])
+def test_a_users_own_port_is_kept(tmp_path, given):
+    file = hostfile(tmp_path, "localhost slots=2\n")
+    assert local_only_flags(["--hostfile", file, *given, "scripts/train.py"]) == WITHOUT_SSH[:3]
+
+
+def test_the_scripts_arguments_are_its_own(tmp_path):
+    file = hostfile(tmp_path, "localhost slots=2\n")
+    assert local_only_flags(["scripts/train.py", "--hostfile", file]) == []
+    assert local_only_flags(["--hostfile", file, "scripts/train.py", "--force_multi"]) == WITHOUT_SSH
+
+
+def test_a_port_among_the_scripts_arguments_is_its_own(tmp_path):
+    file = hostfile(tmp_path, "localhost slots=2\n")
+    assert local_only_flags(["--hostfile", file, "scripts/train.py", "--master_port", "9"]) == WITHOUT_SSH
+
+
+# --max_restarts
+
+
+@pytest.mark.parametrize("given", [["--max_restarts", "3"], ["--max_restarts=3"]])
+def test_max_restarts_is_the_launchers_own(given):
+    own = ["--hostfile", "h", *given, "--num_gpus", "2"]
+    script = ["scripts/train.py", "--max_restarts", "9"]
+    assert split_command([*own, *script]) == (3, ["--hostfile", "h", "--num_gpus", "2"], script)
+    assert split_command(script) == (0, [], script)
+
+
+@pytest.mark.parametrize("given", [["--max_restarts", "-1"], ["--max_restarts=two"], ["--max_restarts"]])
+def test_a_bad_number_of_restarts(given, capsys):
+    assert launch.main([*given, "train.py"] if len(given) > 1 or "=" in given[0] else given) == 2
+    assert capsys.readouterr().err.startswith("error: --max_restarts is '")
+
+
+def test_restarts_without_an_output_folder_are_refused(capsys):
+    assert launch.main(["--max_restarts", "1", "train.py", "--task", "CB"]) == 2
+    assert "--max_restarts goes on from the checkpoints in --output_dir" in capsys.readouterr().err
+
+
+class Scripted(Launcher):
+    """A launcher whose attempts end with given codes."""
+
+    def __init__(self, codes: list[int], stop_in: int = 0) -> None:
+        super().__init__({})
+        self.codes, self.stop_in, self.commands = codes, stop_in, []
+
+    def attempt(self, argv):
+        self.commands.append(list(argv))
+        if len(self.commands) == self.stop_in:
+            self.received = 15
+        return self.codes[len(self.commands) - 1]
+
+
+@pytest.mark.parametrize(
+    ("codes", "count", "attempts"),
+    [([0], 3, 1), ([2], 3, 1), ([143], 3, 1), ([137, 75, 0], 3, 3), ([137, 2], 3, 2), ([1, 1, 1], 2, 3), ([137], 0, 1)],
+)
+def test_attempts(tmp_path, capsys, codes, count, attempts):
+    launcher, script = Scripted(codes), ["train.py", "--output_dir", str(tmp_path)]
+    assert run_attempts(launcher, count, ["--num_gpus", "2"], script) == codes[-1]
+    first = ["--num_gpus", "2", *script]
+    assert launcher.commands == [first, *[[*first, "--resume", "auto"]] * (attempts - 1)]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == attempts - 1
+    for number, line in enumerate(told, 1):
+        assert line.startswith(f"restart {number} of {count}: the ranks ended with code {codes[number - 1]}; going on")
+
+
+def test_a_signal_to_the_launcher_ends_the_attempts(tmp_path):
+    launcher = Scripted([137, 0], stop_in=1)
+    assert run_attempts(launcher, 3, [], ["train.py", "--output_dir", str(tmp_path)]) == 137
+    assert len(launcher.commands) == 1
+
+
+def test_a_lost_host_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(restarts.on_hosts_left, "__defaults__", (lambda host, port: host != "worker-1",))
+    file = hostfile(tmp_path, "worker-1 slots=2\nworker-2 slots=2\n")
+    launcher = Scripted([76, 0])
+    script = ["train.py", "--output_dir", str(tmp_path / "out")]
+    assert run_attempts(launcher, 1, ["--hostfile", file], script) == 0
+    again = launcher.commands[1]
+    assert again[again.index("--include") + 1] == "worker-2:0,1"
+    assert "restart 1 of 1: worker-1 can't be reached by ssh and is left out" in capsys.readouterr().err

@@ -1,0 +1,362 @@
+"""Task templates: the built-in ones, filters, values, every error of a template or a row, metrics."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from ptp_ds.tasks import Outcome, builtin_tasks, compute_metrics, load_task, majority_accuracy
+from ptp_ds.tasks.data import DEMO_DATA, load_split
+from ptp_ds.tasks.readers import noun_phrases
+from ptp_ds.tasks.template import builtin_templates, canonical_label, parse_task
+from support.task_rows import ROWS
+
+RENDERED = {
+    "BoolQ": ("Glass -- It melts.\nQuestion: can glass melt?\nAnswer:", [" yes", " no"], 0),
+    "CB": (
+        "It rains, he said.\nQuestion: it rains True, False or Neither?\nAnswer:",
+        [" True", " False", " Neither"],
+        2,
+    ),
+    "COPA": ("The ice melted because", [" it was warm.", " i froze it."], 1),
+    "RTE": ("A came.\nQuestion: B came. True or False?\nAnswer:", [" True", " False"], 1),
+    "Reviews": ("Review: A fine film.\nSentiment:", [" positive", " negative"], 0),
+    "WiC": (
+        'A river bank.\nHe robbed a bank.\nQuestion: Is the word "bank" used with the same meaning in both sentences?'
+        "\nAnswer:", [" yes", " no"], 1,
+    ),
+    "AX-b": ("A came.\nQuestion: A did not come. True or False?\nAnswer:", [" False", " True"], 0),
+    "AX-g": ("A met B.\nQuestion: B met A. True or False?\nAnswer:", [" True", " False"], 0),
+    "MultiRC": ('It rained.\nQuestion: What fell?\nIs "Rain" a right answer?\nAnswer:', [" no", " yes"], 1),
+    "ReCoRD": ("Ann met Bob in Rome.\nA short visit\nThen he said:", [
+        " (Ann's town).", " (Bob's town).", " (Rome's town)."], 2),
+    "WSC": (
+        'Mark told the old man a lie, and *he* believed it.\nIn the passage above, the pronoun "he" refers to',
+        [" Mark", " the old man", " a lie"], 0,
+    ),
+}  # fmt: skip
+
+
+def template(**changes):
+    spec = {
+        "name": "T", "text": "{a} {b|strip_stop}:", "truncate": "a", "label": "y",
+        "verbalizers": {"0": " no", "1": " yes"}, "metrics": ["accuracy"],
+    }  # fmt: skip
+    merged = {**spec, **changes}
+    return {key: value for key, value in merged.items() if value is not ...}
+
+
+def test_every_builtin_task_has_an_expectation_here():
+    assert builtin_tasks() == sorted(ROWS)
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_builtin_templates_render(name):
+    rendered = load_task(name).entries(ROWS[name], "here")[0]
+    assert (rendered.context, list(rendered.candidates), rendered.gold) == RENDERED[name]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DEMO_DATA.iterdir() if path.is_dir()))
+def test_builtin_templates_fit_the_demo_data(name):
+    task = load_task(name)
+    split = load_split(task, "train", None, None)
+    golds = {task.render(row, where).gold for row, where in zip(split.rows, split.where, strict=True)}
+    assert golds == set(range(len(task.labels)))
+
+
+@pytest.mark.parametrize("name", ["BoolQ", "CB", "COPA", "RTE"])
+def test_builtin_templates_fit_superglue(name, superglue):
+    task = load_task(name)
+    split = load_split(task, "val", str(superglue), None)
+    golds = {task.render(row, where).gold for row, where in zip(split.rows, split.where, strict=True)}
+    assert golds == set(range(len(task.labels)))
+
+
+def test_pieces_name_their_fields():
+    pieces = load_task("COPA").render(ROWS["COPA"], "here").pieces
+    assert list(pieces) == [("The ice melted", "premise"), (" ", None), ("because", "question")]
+
+
+@pytest.mark.parametrize(("raw", "word"), [("cause", "because"), ("effect", "so")])
+def test_values_replace_raw_words_and_are_fixed(raw, word):
+    task = load_task("COPA")
+    assert task.render({**ROWS["COPA"], "question": raw}, "here").context == f"The ice melted {word}"
+    assert task.fixed_fields == {"question"}
+
+
+def test_fields_are_those_of_context_and_answers():
+    assert load_task("COPA").fields == ("premise", "question", "choice1", "choice2")
+    assert load_task("Reviews").fields == ("review",)
+
+
+def test_attacked_fields():
+    """Those under 'attack', by default the one that may be shortened, without one all."""
+    shortened, chosen, neither = (
+        parse_task(template(**changes), "t") for changes in ({}, {"attack": ["b"]}, {"truncate": ...})
+    )
+    assert [shortened.attacks(name) for name in ("a", "b", None)] == [True, False, False]
+    assert [chosen.attacks(name) for name in ("a", "b", None)] == [False, True, False]
+    assert neither.attacks("a")
+    assert neither.attacks("b")
+    assert chosen.spec()["attack"] == ["b"]
+    assert "attack" not in shortened.spec()
+
+
+def test_fixed_fields_add_to_values():
+    task = parse_task(template(fixed=["b"], values={"a": {"x": "y"}}), "t")
+    assert task.fixed_fields == {"a", "b"}
+    assert task.spec()["fixed"] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "filtered"),
+    [
+        ("strip_stop", "It melted. ", "It melted"),
+        ("strip_stop", "It melted", "It melted"),
+        ("strip_stop", "etc...", "etc"),
+        ("lower_first", "The Ice.", "the Ice."),
+        ("lower_first", "X", "x"),
+    ],
+)
+def test_filters(name, text, filtered):
+    task = parse_task(template(text=f"{{a|{name}}}!"), "t")
+    assert task.render({"a": text, "y": 0}, "here").context == f"{filtered}!"
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(True, "true"), (False, "false"), (1, "1"), ("True", "True"), ("entailment", "entailment")]
+)
+def test_canonical_label(value, label):
+    assert canonical_label(value) == label
+
+
+def test_spec_tells_templates_apart():
+    first, second = (
+        parse_task(template(**change), "t").spec() for change in ({}, {"verbalizers": {"0": "a", "1": "b"}})
+    )
+    assert first != second
+    assert json.loads(json.dumps(first)) == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": ...}, "row 7: the row has no field 'a'; task T needs it"),
+        ({"a": ""}, "row 7: field 'a' must be non-empty text, not ''"),
+        ({"a": "  "}, "row 7: field 'a' must be non-empty text"),
+        ({"a": 3}, "row 7: field 'a' must be non-empty text, not 3"),
+        ({"y": ...}, "row 7: the row has no 'y'; a labelled split is needed"),
+        ({"y": "2"}, r"row 7: label '2' is not one of 0, 1 \(task T\)"),
+        ({"y": True}, "row 7: label 'true' is not one of 0, 1"),
+        ({"y": None}, "row 7: label 'None' is not one of 0, 1"),
+    ],
+)
+def test_row_errors(changes, message):
+    row = {key: value for key, value in {"a": "x", "b": "y", "y": 1, **changes}.items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        parse_task(template(), "t").render(row, "row 7")
+
+
+def test_value_outside_the_mapping():
+    with pytest.raises(ValueError, match="here: field 'question' is 'why'; expected cause, effect"):
+        load_task("COPA").render({**ROWS["COPA"], "question": "why"}, "here")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (["text"], "t: a template is one JSON object with the keys attack, candidates, fixed, label, "),
+        (template(verbaliser={}), r"t: unknown key 'verbaliser' \(did you mean 'verbalizers'\?\)\."),
+        (template(qqqq=1), r"t: unknown key 'qqqq'\."),
+        (template(name=..., metrics=...), "t: the template lacks metrics, name"),
+        (template(verbalizers=...), "t: give either 'verbalizers' or 'candidates', one of the two"),
+        (template(candidates={"0": "a", "1": "b"}), "t: give either 'verbalizers' or 'candidates'"),
+        (template(verbalizers=["a", "b"]), "t: verbalizers or candidates must map two or more labels to answer texts"),
+        (template(verbalizers={"0": "a"}), "must map two or more labels"),
+        (template(verbalizers={"0": "a", "1": ""}), "must map two or more labels"),
+        (template(verbalizers={"0": "a", "1": 1}), "must map two or more labels"),
+        (template(verbalizers={"0": "a", "1": "a"}), "t: two labels share one answer text; each label needs its own"),
+        (template(name=""), "t: 'name' must be non-empty text"),
+        (template(text=5), "t: 'text' must be non-empty text"),
+        (template(label=None), "t: 'label' must be non-empty text"),
+        (template(metrics=["f2"]), r"t: metrics \['f2'\] are unknown; choose from accuracy, macro_f1"),
+        (template(metrics=[]), r"t: metrics \[\] are unknown"),
+        (template(metrics=["f1"]), "t: metric 'f1' needs reader record or wsc"),
+        (template(metrics=["exact_match"]), "t: metric 'exact_match' needs reader multirc or pairs"),
+        (template(reader="csv"), "t: unknown reader 'csv'; choose from flat, pairs, multirc, record, wsc"),
+        (template(reader="wsc"), "t: reader 'wsc' brings its rows' answers; leave out verbalizers and label"),
+        (template(label=...), "t: the template lacks label"),
+        (template(text="{a|upper}"), "t: unknown filter 'upper'; choose from strip_stop, lower_first"),
+        (template(verbalizers={"0": " {b|low}", "1": " x"}), "t: unknown filter 'low'"),
+        (template(truncate="c"), "t: 'truncate' names 'c', which the text doesn't hold"),
+        (template(attack=["c"]), "t: 'attack' names 'c', which the text doesn't hold"),
+        (template(attack="a"), "t: 'attack' must be a list of names"),
+        (template(attack=["b"], fixed=["b"]), "t: 'attack' names 'b', which 'fixed' or 'values' keeps as it is"),
+    ],
+)
+def test_template_errors(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse_task(spec, "t")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": 5},
+        {"metrics": [["accuracy"]]},
+        {"truncate": ["a"]},
+        {"values": {"a": "word"}},
+        {"values": ["a"]},
+        {"values": {"c": {"x": "y"}}},
+        {"values": {"a": {"x": 1}}},
+        {"fixed": 3},
+        {"fixed": "ab"},
+        {"fixed": ["c"]},
+        {"text": "no field at all", "truncate": ...},
+        {"text": "{a } {b}", "truncate": ...},
+    ],
+    ids=str,
+)
+def test_template_parts_of_the_wrong_kind(changes):
+    with pytest.raises(ValueError, match=r"^t: "):
+        parse_task(template(**changes), "t")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "rte",
+            r"Unknown task 'rte' \(did you mean RTE\?\): give one of AX-b, AX-g, BoolQ, .* template \.json file",
+        ),
+        ("Bool", r"\(did you mean BoolQ\?\)"),
+        ("zzzzzz", "Unknown task 'zzzzzz': give one of"),
+        ("none.json", r"--task none\.json: there is no such template file"),
+    ],
+)
+def test_unknown_tasks(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(name)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"{", r"not valid JSON \("), (b"\xff\xfe\x00", "not UTF-8 text")])
+def test_template_file_that_is_not_json(tmp_path, content, message):
+    file = tmp_path / "own.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"own\.json: {message}"):
+        load_task(str(file))
+
+
+@pytest.mark.parametrize("name", ["..", "../CB", "a/b", "a\\b", "/etc", ".hidden", "~", "a\0b", "a\nb", " ", "a" * 129])
+def test_names_that_are_no_folder_s(name):
+    with pytest.raises(ValueError, match=r"^here: 'name' is .*; expected a plain name of at most 128 bytes"):
+        parse_task(template(name=name), "here")
+
+
+def test_template_file_of_ones_own(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(template()), encoding="utf-8")
+    task = load_task(str(file))
+    assert task.render({"a": "x", "b": "y.", "y": 1}, "here").context == "x y:"
+    assert task.labels == ("0", "1")
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_metrics_are_scikit_learns(seed):
+    generator = np.random.default_rng(seed)
+    labels, rows = int(generator.integers(2, 5)), int(generator.integers(1, 40))
+    gold, predicted = (generator.integers(0, labels, rows).tolist() for _ in range(2))
+    found = compute_metrics(("accuracy", "macro_f1"), Outcome(predicted, gold))
+    assert list(found) == ["accuracy", "macro_f1"]
+    assert found["accuracy"] == pytest.approx(accuracy_score(gold, predicted), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro"), abs=1e-12)
+
+
+def test_metrics_refuse_lists_of_two_lengths():
+    with pytest.raises(ValueError, match="zip"):
+        compute_metrics(("accuracy",), Outcome([1, 0], [1]))
+
+
+@pytest.mark.parametrize(("gold", "share"), [([0, 0, 1], 2 / 3), ([1], 1.0), ([0, 1, 2, 2], 0.5)])
+def test_majority(gold, share):
+    assert majority_accuracy(gold) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_two_label_metrics_are_scikit_learns(seed):
+    generator = np.random.default_rng(seed)
+    gold, predicted = (generator.integers(0, 2, int(generator.integers(1, 12)) * 4).tolist() for _ in range(2))
+    size = min(len(gold), len(predicted))
+    gold, predicted = gold[:size], predicted[:size]
+    found = compute_metrics(("f1a", "matthews"), Outcome(predicted, gold))
+    assert found["f1a"] == pytest.approx(f1_score(gold, predicted, zero_division=0.0), abs=1e-12)
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(gold, predicted), abs=1e-12)
+
+
+def test_group_metrics_by_hand():
+    """Three questions: all right, one of two wrong, all wrong; of two pairs one is predicted alike."""
+    outcome = Outcome([1, 0, 1, 1, 0], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2])
+    assert compute_metrics(("exact_match",), outcome) == {"exact_match": pytest.approx(1 / 3)}
+    assert compute_metrics(("gender_parity",), Outcome([1, 1, 0, 1], [1, 1, 1, 1], [4, 4, 9, 9])) == {
+        "gender_parity": 0.5
+    }
+
+
+def test_text_metrics_by_hand():
+    """SQuAD's normal form; the best of several right answers."""
+    said = [("The United States!", ["U.S.", "united states"]), ("Bob Smith", ["Ann", "Bob"]), ("Rome", ["Paris"])]
+    found = compute_metrics(("f1", "em"), Outcome([0] * 3, [0] * 3, answers=said))
+    assert found == {"f1": pytest.approx((1 + 2 / 3 + 0) / 3), "em": pytest.approx(1 / 3)}
+
+
+def test_every_answer_and_query_is_an_entry_of_its_own():
+    multirc = load_task("MultiRC").entries(ROWS["MultiRC"], "here")
+    assert [(entry.key, entry.gold) for entry in multirc] == [((7, 0), 1), ((7, 0), 0), ((7, 1), 0)]
+    record = load_task("ReCoRD").entries(ROWS["ReCoRD"], "here")
+    assert [list(entry.golds) for entry in record] == [[2], [0, 1]]
+    assert record[1].context == "Ann met Bob in Rome.\nA short visit\n"
+    assert list(record[1].candidates) == [" Ann left.", " Bob left.", " Rome left."]
+    assert list(record[1].names) == ["Ann", "Bob", "Rome"]
+    wrong = load_task("WSC").entries(ROWS["WSC"], "here")[0]
+    assert (list(wrong.golds), wrong.label) == ([], 0)  # another phrase is right, which one isn't known
+    right = load_task("WSC").entries({**ROWS["WSC"], "label": True}, "here")[0]
+    assert (list(right.golds), right.label) == ([0], 1)
+    assert load_task("AX-g").entries(ROWS["AX-g"], "here")[0].key == (1,)
+
+
+def test_noun_phrases_are_names_and_what_follows_a_determiner():
+    text = "The trophy was too big for Sam Lee, so he took his old suitcase. They met a friend of the king."
+    assert noun_phrases(text) == ["the trophy", "Sam Lee", "his old suitcase", "a friend", "the king"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("MultiRC", {"passage": {"text": "x"}}, "row 3: the row has no passage.questions; expected multirc's official"),
+        ("MultiRC", {"passage": 5}, "row 3: the row has no passage.text"),
+        ("ReCoRD", {"qas": [{"query": "no slot", "answers": [{"text": "a"}]}]}, "has a query without @placeholder"),
+        ("ReCoRD", {"qas": []}, "has no list of qas"),
+        ("WSC", {"target": {}}, "has no target.span1_text"),
+        ("WSC", {"label": "maybe"}, "has label 'maybe'; expected true or false"),
+        ("AX-g", {"idx": None}, "has no whole number in idx"),
+    ],
+)
+def test_rows_unlike_the_official_files(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(name).entries({**ROWS[name], **change}, "row 3")
+
+
+@pytest.mark.parametrize("name", sorted(set(builtin_templates()) - set(builtin_tasks())))
+def test_variants_are_their_task_in_other_words(name):
+    task, plain = load_task(name), load_task(name.split(".")[0])
+    assert (task.name, task.metrics, task.reader, task.fields) == (
+        plain.name,
+        plain.metrics,
+        plain.reader,
+        plain.fields,
+    )
+    assert task.labels == plain.labels
+    assert task.choice == plain.choice
+    assert task.text != plain.text or task.values != plain.values
+    assert len(task.entries(ROWS[plain.name], "here")) == len(plain.entries(ROWS[plain.name], "here"))

@@ -1,0 +1,172 @@
+"""How a split is shared out over passes and ranks, and which of two evaluations is better."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.evaluate import Evaluation, ensemble_scores, outcome_of, plan_packs, score_examples
+from support.packed import make_prompt
+from support.paths import ROOT
+from support.processes import child_environment
+from support.reference import make_examples, make_model, plain_scores, with_instruction
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=60),
+    budget=st.integers(1, 300),
+    ranks=st.integers(1, 9),
+)
+def test_packs_cover_every_example_within_the_budget(lengths, budget, ranks):
+    packs = plan_packs(lengths, budget, ranks)
+    assert len(packs) % ranks == 0
+    assert all(packs)
+    count = Counter(number for numbers in packs for number in numbers)
+    assert sorted(count) == list(range(len(lengths)))
+    for numbers in packs:
+        assert len(set(numbers)) == len(numbers)
+        assert len(numbers) == 1 or sum(lengths[number] for number in numbers) <= budget
+    repeated = sum(count.values()) - len(lengths)
+    assert repeated < ranks
+    if repeated:
+        assert all(len(numbers) == 1 for numbers in packs), "only single rows are repeated to fill up the ranks"
+
+
+def test_one_rank_packs_longest_first():
+    assert plan_packs([3, 9, 5, 4], 10, 1) == [[1], [2, 3], [0]]
+
+
+def test_a_row_over_the_budget_is_a_pass_of_its_own():
+    assert plan_packs([50, 2, 2], 10, 1) == [[0], [1, 2]]
+
+
+def test_a_pack_is_split_before_a_row_is_repeated():
+    packs = plan_packs([1] * 6, 100, 4)
+    assert sorted(number for numbers in packs for number in numbers) == list(range(6))
+    assert len(packs) == 4
+
+
+def test_fewer_rows_than_ranks_are_repeated():
+    assert plan_packs([7, 8], 100, 5) == [[1], [0], [1], [1], [1]]
+
+
+def evaluation(score: float, cross_entropy: float) -> Evaluation:
+    return Evaluation({"accuracy": score}, score, cross_entropy, 0.5, 10)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "better"),
+    [
+        ((0.6, 2.0), (0.5, 1.0), True),
+        ((0.5, 1.0), (0.6, 2.0), False),
+        ((0.5, 0.9), (0.5, 1.0), True),
+        ((0.5, 1.0), (0.5, 1.0), False),
+        ((0.5, 1.1), (0.5, 1.0), False),
+    ],
+)
+def test_better_than(new, old, better):
+    assert evaluation(*new).better_than(evaluation(*old)) is better
+
+
+def test_anything_is_better_than_nothing():
+    assert evaluation(0.0, 9.0).better_than(None)
+
+
+def test_evaluations_survive_json():
+    assert Evaluation(**evaluation(0.5, 1.0).as_dict()) == evaluation(0.5, 1.0)
+
+
+def test_rows_behind_one_instruction_score_as_they_do_alone():
+    """The instruction goes into the cached prefix; every pass holds a few rows."""
+    backbone, examples, prompt = Backbone(make_model("llama")), with_instruction(make_examples("ragged")), make_prompt()
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    found = score_examples(backbone, prompt, examples, ranks, budget=20)
+    model = make_model("llama")
+    for row, example in zip(found, examples, strict=True):
+        expected = plain_scores(model, prompt, example)
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def with_passages(examples):
+    """Two passages of 20 and 16 tokens: the first before three examples, the second before the rest."""
+    starts = [list(range(20, 40)) if number < 3 else list(range(40, 56)) for number in range(len(examples))]
+    return [
+        replace(e, context_ids=[*start, *e.context_ids], movable=[True] * len(start) + list(e.movable))
+        for e, start in zip(examples, starts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("budget", [20, 60, 4096])
+def test_rows_that_share_a_passage_score_as_they_do_alone(budget):
+    """A group's common start stands in the row once; answers of one to three tokens, ragged."""
+    backbone, examples, prompt = Backbone(make_model("llama")), with_passages(make_examples("ragged")), make_prompt()
+    found = score_examples(backbone, prompt, examples, Ranks(0, 1, 0, torch.device("cpu")), budget)
+    model = make_model("llama")
+    for row, example in zip(found, examples, strict=True):
+        expected = plain_scores(model, prompt, example)
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_group_shares():
+    examples = with_passages(make_examples("single"))
+    groups = share_contexts(examples, 4096)
+    assert groups == [[0, 1, 2], [3, 4]]
+    row = pack_groups([[examples[number] for number in group] for group in groups])
+    alone = sum(example.packed_length for example in examples)
+    assert row.num_tokens == sum(group_length([examples[n] for n in group]) for group in groups) < alone
+    assert share_contexts(examples, 1) == [[0], [1], [2], [3], [4]]
+
+
+def test_outcomes_of_tasks_that_name_their_own_options():
+    """WSC: the label says whether the first option is right; ReCoRD: several options may be."""
+    example = make_examples("single")[0]
+    span = [replace(example, label=label, golds=[0] if label else [], names=("it", "she")) for label in (1, 0, 0)]
+    outcome = outcome_of([0, 1, 0], span)
+    assert (list(outcome.predicted), list(outcome.gold)) == ([1, 0, 1], [1, 0, 0])
+    entity = replace(example, golds=[0, 1], names=("Ann", "Bob"))
+    assert outcome_of([1], [entity]).answers == [("Bob", ["Ann", "Bob"])]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    first = torch.tensor([[0.0, 1.0, float("-inf")], [2.0, 0.5, -1.0]])
+    second = torch.tensor([[3.0, 1.0, float("-inf")], [0.0, 0.5, 1.0]])
+    found = ensemble_scores([first, second])
+    torch.testing.assert_close(found.exp(), (first.softmax(-1) + second.softmax(-1)) / 2)
+    assert ensemble_scores([first]) is first
+
+
+@pytest.mark.slow
+def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
+    """Two different prompts: the written scores are those of their mean probabilities, and one prompt twice is one."""
+    import subprocess
+    import sys
+
+    from ptp_ds.adapters.write import write_adapter
+    from ptp_ds.backbone.source import load_config
+    from ptp_ds.tasks import load_task
+
+    config, card = load_config(tiny_model), {"task": load_task("RTE").spec()}
+    for seed in (0, 1):
+        prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+        write_adapter(tmp_path / str(seed), prompt, str(tiny_model), config, card)
+
+    def scores(*adapters):
+        command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(tiny_model), "--json",
+                   str(tmp_path / "out.json"), "--adapter", *(str(tmp_path / name) for name in adapters)]  # fmt: skip
+        done = subprocess.run(
+            command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.tensor(json.loads((tmp_path / "out.json").read_text())["scores"])
+
+    one, other, both = scores("0"), scores("1"), scores("0", "1")
+    torch.testing.assert_close(both.exp(), (one.softmax(-1) + other.softmax(-1)) / 2, atol=1e-5, rtol=1e-4)
+    assert float((one - other).abs().max()) > 1e-2
