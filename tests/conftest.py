@@ -22,10 +22,10 @@ if not torch.cuda.is_available():
 
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import log_to_console
-from support.paths import ROOT
-from support.processes import child_environment
-from support.tiny import CONTEXT, make_tokenizer
-from support.two_hosts import TwoHosts, why_not
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.tiny import CONTEXT, make_tokenizer
+from tests.support.two_hosts import TwoHosts, why_not
 
 prepare_environment()
 log_to_console()  # as a command does

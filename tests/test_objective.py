@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ptp_ds.objective import DIVERGENCES, cross_entropy_sum, divergence_sum
-from support.reference import relative_error
+from tests.support.reference import relative_error
 
 GOLD = torch.tensor([0, 2, 1])
 

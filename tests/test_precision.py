@@ -9,8 +9,8 @@ import torch
 
 from ptp_ds import precision
 from ptp_ds.precision import dtype_of, resolve_precision
-from support.paths import SUPPORT
-from support.processes import worker_environment
+from tests.support.paths import SUPPORT
+from tests.support.processes import worker_environment
 
 BF16, FP16 = {"enabled": True}, {"enabled": True}
 AUTO, OFF = {"enabled": "auto"}, {"enabled": False}

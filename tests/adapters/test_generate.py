@@ -10,9 +10,9 @@ from ptp_ds.backbone.source import load_config
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import score_examples
-from support.deep_prompts import deep_prompt
-from support.packed import make_prompt
-from support.reference import FAMILIES, VOCABULARY, make_model
+from tests.support.deep_prompts import deep_prompt
+from tests.support.packed import make_prompt
+from tests.support.reference import FAMILIES, VOCABULARY, make_model
 
 CONTEXT = [5, 17, 3, 42, 8, 77, 30]
 

@@ -16,10 +16,10 @@ from ptp_ds.prompts import prompt_width
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import score_examples
-from support.paths import ROOT
-from support.processes import child_environment
-from support.reference import make_examples
-from support.runs import QUICK, adapter, check
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.reference import make_examples
+from tests.support.runs import QUICK, adapter, check
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 ENCODERS = ("MLP", "LSTM", "prefix")

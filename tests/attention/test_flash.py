@@ -11,7 +11,7 @@ from ptp_ds.attention import flash as flash_attention
 from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference
-from support.trees import packed_rows
+from tests.support.trees import packed_rows
 
 
 def sequences(part):

@@ -9,8 +9,8 @@ from ptp_ds.attention import plan as tree_plan
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import MergedAttention, attend_tree
 from ptp_ds.packing.row import Block
-from support.reference import make_model
-from support.trees import packed_rows
+from tests.support.reference import make_model
+from tests.support.trees import packed_rows
 
 
 def dense(q, k, v, rows, prefix, scale, softcap, window):

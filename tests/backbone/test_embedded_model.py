@@ -17,8 +17,8 @@ from ptp_ds.prompts import initial_ids
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.packed import divergence
-from support.reference import plain_scores, relative_error
+from tests.support.packed import divergence
+from tests.support.reference import plain_scores, relative_error
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,10 +12,20 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import PERTURBATIONS, Noise
 from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.encoders import ENCODERS, KINDS, PROMPT, make_backbone, make_encoder, make_values, plain_scores, plain_step
-from support.packed import divergence
-from support.reference import make_examples, make_model, relative_error
+from tests.support.encoders import (
+    ENCODERS,
+    KINDS,
+    PROMPT,
+    make_backbone,
+    make_encoder,
+    make_values,
+    plain_scores,
+    plain_step,
+)
+from tests.support.packed import divergence
+from tests.support.reference import make_examples, make_model, relative_error
 
 CASES = [("masked", False, "single"), ("masked", False, "ragged"), ("classes", False, "single"),
          ("classes", True, "ragged")]  # fmt: skip
@@ -48,7 +58,7 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
     trained = make_values(backbone).requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
     delta = loss.delta.detach()
     assert float(delta[~row.movable].abs().max()) == 0.0 < float(delta[row.movable].abs().max())

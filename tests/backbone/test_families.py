@@ -9,12 +9,12 @@ from ptp_ds.commands.train import main
 from ptp_ds.perturb import PERTURBATIONS
 from ptp_ds.prompts import PROMPTS
 from ptp_ds.tasks import builtin_tasks
-from support.deep_prompts import WINDOWED
-from support.encoders import ENCODERS, GENERIC, KINDS
-from support.paths import ROOT
-from support.reference import FAMILIES as CAUSAL
-from support.reference import REFUSED
-from support.seq2seq import SEQ2SEQ
+from tests.support.deep_prompts import WINDOWED
+from tests.support.encoders import ENCODERS, GENERIC, KINDS
+from tests.support.paths import ROOT
+from tests.support.reference import FAMILIES as CAUSAL
+from tests.support.reference import REFUSED
+from tests.support.seq2seq import SEQ2SEQ
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -19,7 +19,7 @@ from ptp_ds.backbone.frozen_linear import (
     suits_onednn,
     trial,
 )
-from support.reference import make_model, relative_error
+from tests.support.reference import make_model, relative_error
 
 CPU = torch.device("cpu")
 PRODUCTS = [F.linear, pytest.param(onednn, marks=pytest.mark.skipif(

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 
 from ptp_ds.backbone.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, replace_frozen
 from ptp_ds.kernels import liger
-from support.reference import make_model
+from tests.support.reference import make_model
 
 
 def test_gradcheck():

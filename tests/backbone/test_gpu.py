@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ptp_ds.attention.flash import flashes, largest_error, try_flash
+from ptp_ds.attention.flash import flash_serves, largest_error, try_flash
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.packing.row import Block, pack
-from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
+from tests.support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,4 +62,4 @@ def test_flash_kernels_agree_with_the_reference(dtype):
     assert largest_error(device, dtype, attend_reference) < 2e-2
     try_flash(device, dtype, attend_reference)
     q = torch.zeros(5, 4, 64, dtype=dtype, device=device)
-    assert flashes(plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, device), q)
+    assert flash_serves(plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, device), q)

@@ -12,9 +12,10 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.packed import divergence, make_prompt
-from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error, with_instruction
+from tests.support.packed import divergence, make_prompt
+from tests.support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error, with_instruction
 
 PATHS = {
     "keep": (Activations(), None),
@@ -59,9 +60,9 @@ def test_gradient_of_every_path_in_double_precision(family, path, shape, perturb
     examples = make_examples(shape)
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", epsilon=0.5, sigma=0.5)
     settings, row, noise = settings_of(run, 1.0), pack(examples), Noise(0, 0)
-    ptp_loss(prompt, backbone, row, run, settings, noise, max_rows).total.backward()
+    ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)
-    shared = SharedPass(backbone, prompt, row, clean, max_rows)
+    shared = SharedPass(backbone, prompt, row, clean, PassOptions(max_rows))
     delta = PERTURBATIONS[perturbation].find(shared, row, clean, settings, noise)
     assert float(delta.abs().max()) > 0
     expected = plain_gradient(family, examples, delta.detach(), prompt, "sym_kl")
@@ -77,7 +78,7 @@ def test_gradient_with_an_instruction_in_the_prefix(path, perturbation):
     prompt = make_prompt(torch.float64).requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", epsilon=0.5, sigma=0.5)
     settings, row, noise = settings_of(run, 1.0), pack(examples, 3), Noise(0, 0)
-    ptp_loss(prompt, backbone, row, run, settings, noise, max_rows).total.backward()
+    ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)
     delta = PERTURBATIONS[perturbation].find(SharedPass(backbone, prompt, row, clean), row, clean, settings, noise)
     still = delta.new_zeros(3, delta.shape[1])
@@ -141,7 +142,7 @@ def test_a_zero_delta_has_no_divergence_at_all(path, perturbation):
     activations, max_rows = PATHS[path]
     backbone, row = Backbone(make_model("llama"), activations), pack(make_examples("multi"))
     clean = backbone.embed(row.token_ids)
-    shared = SharedPass(backbone, make_prompt().requires_grad_(), row, clean, max_rows)
+    shared = SharedPass(backbone, make_prompt().requires_grad_(), row, clean, PassOptions(max_rows))
     if perturbation == "pgd":
         shared.gradient(torch.zeros_like(clean), "kl")
     clean_BC, perturbed_BC = shared.both(torch.zeros_like(clean))

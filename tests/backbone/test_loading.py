@@ -15,7 +15,7 @@ from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.ranks.distributed import start_processes
-from support.reference import make_model
+from tests.support.reference import make_model
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.packed import make_prompt, plain_step, plain_twin_gradient, twin_deltas
-from support.reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
+from tests.support.packed import make_prompt, plain_step, plain_twin_gradient, twin_deltas
+from tests.support.reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
 SHAPES = ("single", "multi", "ragged")
 
@@ -73,7 +74,7 @@ def test_step_gradient_in_text_space(family, perturbation):
     contexts, movable = [twin.context_ids for twin in twins], [twin.movable for twin in twins]
     assert sum(list(e.context_ids) != list(c) for e, c in zip(examples, contexts, strict=True)) >= 3
     row = pack_text_twins(examples, contexts, movable if how.find else None)
-    loss = ptp_loss(prompt, backbone, row, run, settings, noise, max_rows=2)
+    loss = ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(2))
     loss.total.backward()
     delta = how.find(None, row, backbone.embed(row.token_ids), settings, noise) if how.find else None
     assert (delta is None) == (perturbation == "mask")
@@ -117,7 +118,7 @@ def test_a_shared_step_equals_one_pass_over_both(activations, max_rows):
     prompt = make_prompt(torch.float64).requires_grad_()
     run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
     settings, row = settings_of(run, 1.0), pack(make_examples("ragged"))
-    ptp_loss(prompt, backbone, row, run, settings, Noise(0, 0), max_rows).total.backward()
+    ptp_loss(prompt, backbone, row, run, settings, Noise(0, 0), PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)
     delta = PERTURBATIONS["pgd"].find(SharedPass(backbone, prompt, row, clean), row, clean, settings, Noise(0, 0))
     plain = prompt.detach().clone().requires_grad_()

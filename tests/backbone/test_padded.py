@@ -9,13 +9,14 @@ from ptp_ds.backbone.padded import PaddedBackbone, padding
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.encoders import GENERIC, PROMPT, make_encoder, make_head, plain_scores, plain_step
-from support.encoders import make_values as head_values
-from support.packed import make_prompt
-from support.packed import plain_step as causal_step
-from support.reference import REFUSED, make_examples, make_model, relative_error
-from support.reference import plain_scores as causal_scores
+from tests.support.encoders import GENERIC, PROMPT, make_encoder, make_head, plain_scores, plain_step
+from tests.support.encoders import make_values as head_values
+from tests.support.packed import make_prompt
+from tests.support.packed import plain_step as causal_step
+from tests.support.reference import REFUSED, make_examples, make_model, relative_error
+from tests.support.reference import plain_scores as causal_scores
 
 
 def make_padded(family, kind, choice=False):
@@ -64,7 +65,7 @@ def test_causal_families(family, shape, perturbation):
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
     model, plain, total = make_model(family), prompt.detach().clone().requires_grad_(), 0.0
     for example, part in zip(examples, loss.delta.detach().split(row.lengths), strict=True):

@@ -16,13 +16,14 @@ from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.packed import divergence, make_prompt
-from support.paths import ROOT
-from support.processes import child_environment
-from support.reference import make_examples, relative_error
-from support.seq2seq import SEQ2SEQ, make_seq2seq, plain_scores
-from support.tiny import demo_texts, make_tokenizer
+from tests.support.packed import divergence, make_prompt
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.reference import make_examples, relative_error
+from tests.support.seq2seq import SEQ2SEQ, make_seq2seq, plain_scores
+from tests.support.tiny import demo_texts, make_tokenizer
 
 
 @pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
@@ -36,7 +37,7 @@ def test_step_gradient(family, shape, perturbation):
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
     run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
-    loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
     model, plain, total = make_seq2seq(family), prompt.detach().clone().requires_grad_(), 0.0
     for example, part in zip(examples, loss.delta.detach().split(row.lengths), strict=True):

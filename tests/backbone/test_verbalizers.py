@@ -11,7 +11,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.reference import FAMILIES, make_examples, make_model, relative_error
+from tests.support.reference import FAMILIES, make_examples, make_model, relative_error
 
 
 def make_prompt() -> torch.Tensor:

@@ -42,8 +42,8 @@ from ptp_ds.training.checkpoint import (
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import _open_log
 from ptp_ds.training.trainer import progress_from
-from support.mutations import damage
-from support.paths import ROOT
+from tests.support.mutations import damage
+from tests.support.paths import ROOT
 
 SECONDS = 5  # for one file
 FILES = 250  # for each loader

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from support.paths import ROOT
-from support.processes import child_environment
-from support.two_hosts import TwoHosts
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.two_hosts import TwoHosts
 
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ptp_ds.tasks.data import DEMO_DATA
 from ptp_ds.training.checkpoint import list_checkpoints, load_checkpoint
-from support.drill import Run, line_with, saved, wait_until
+from tests.support.drill import Run, line_with, saved, wait_until
 
 pytestmark = pytest.mark.drill
 STEPS = 200

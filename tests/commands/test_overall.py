@@ -8,8 +8,8 @@ import pytest
 
 from ptp_ds.commands.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
 from ptp_ds.tasks import builtin_tasks
-from support.paths import ROOT
-from support.processes import child_environment
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from ptp_ds.commands.predict import answer_lines, main, row_of_text
 from ptp_ds.prompts import prompt_width
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import DEMO_DATA, Split
-from support.paths import ROOT
-from support.processes import child_environment
-from support.task_rows import ROWS
-from support.tiny import make_tokenizer
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.task_rows import ROWS
+from tests.support.tiny import make_tokenizer
 
 VAL = DEMO_DATA / "COPA" / "val.jsonl"
 FIELDS = ["premise=The ice melted.", "choice1=It was warm.", "choice2=It froze.", "question=cause"]

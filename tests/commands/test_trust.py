@@ -25,7 +25,7 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.redact import is_secret, redacted
 from ptp_ds.tasks import load_task
 from ptp_ds.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from support.paths import ROOT
+from tests.support.paths import ROOT
 
 WHOLE = ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], torch.float32)
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -11,7 +11,7 @@ from ptp_ds.backbone.shapes import config_of, shape_of
 from ptp_ds.config import zero_options
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
-from support.paths import ROOT
+from tests.support.paths import ROOT
 
 READY = sorted((ROOT / "ds_configs").glob("*.json"))
 

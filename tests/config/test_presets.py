@@ -12,13 +12,13 @@ from ptp_ds.config.presets import PRESETS, describe_preset, preset_effect
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import PackedRow, pack
 from ptp_ds.perturb import Noise, SharedPass
+from ptp_ds.perturb.ascent import start_delta
 from ptp_ds.perturb.ball import example_norm
-from ptp_ds.perturb.base import start_delta
 from ptp_ds.perturb.units import UNITS, unit_of, vanishes
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import settings_of
-from support.reference import make_examples, make_model
-from support.runs import QUICK, check
+from tests.support.reference import make_examples, make_model
+from tests.support.runs import QUICK, check
 
 
 @pytest.mark.parametrize("preset", PRESETS)

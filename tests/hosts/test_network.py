@@ -4,7 +4,7 @@ import pytest
 
 from ptp_ds.hosts import network
 from ptp_ds.hosts.network import choose_interface, interface_of, master_address
-from support.routes import route
+from tests.support.routes import route
 
 LINKS = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["192.168.0.1"]}
 

@@ -19,7 +19,7 @@ from ptp_ds.hosts.probe import (
     signal_ranks,
     take_port,
 )
-from support.processes import child_environment
+from tests.support.processes import child_environment
 
 
 def test_the_route_to_this_host_is_its_loopback():

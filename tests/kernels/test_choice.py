@@ -10,9 +10,9 @@ import torch
 
 from ptp_ds.kernels import explain, liger, noise
 from ptp_ds.kernels.choice import block_of, refusal, use_triton
-from support.kernel_cases import make_places
-from support.paths import ROOT, SUPPORT
-from support.processes import child_environment, worker_environment
+from tests.support.kernel_cases import make_places
+from tests.support.paths import ROOT, SUPPORT
+from tests.support.processes import child_environment, worker_environment
 
 CPU = torch.device("cpu")
 X = torch.zeros(2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ptp_ds.kernels import dual_divergence
 from ptp_ds.objective import DIVERGENCES
-from support.kernel_cases import DEVICE, DTYPES, IMPLS, assert_close, every_second, randn
+from tests.support.kernel_cases import DEVICE, DTYPES, IMPLS, assert_close, every_second, randn
 
 # candidates of each example
 COUNTS = {"one example": [2], "one candidate": [1, 1], "ragged": [2, 5, 1, 3, 3], "many": [40] * 70, "odd": [7] * 3}

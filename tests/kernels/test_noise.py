@@ -7,7 +7,7 @@ import torch
 
 from ptp_ds.kernels import Places, noise
 from ptp_ds.kernels.noise import philox
-from support.kernel_cases import DEVICE, IMPLS, LENGTHS, WIDTHS, make_places
+from tests.support.kernel_cases import DEVICE, IMPLS, LENGTHS, WIDTHS, make_places
 
 # Random123's kat_vectors (Salmon et al. 2011): counter, key, output of philox4x32 with 10 rounds
 KNOWN = [

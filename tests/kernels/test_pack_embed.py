@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptp_ds.kernels import Sources, pack_embed
-from support.kernel_cases import DEVICE, DTYPES, IMPLS, WIDTHS, assert_close, every_second, randn
+from tests.support.kernel_cases import DEVICE, DTYPES, IMPLS, WIDTHS, assert_close, every_second, randn
 
 # ids (negative: prompt rows), delta_of (-1: none); a prompt of 3 rows, a table of 11, 4 deltas
 CASES = {

@@ -5,7 +5,7 @@ import torch
 
 from ptp_ds.kernels import Places, perturb_step
 from ptp_ds.kernels.perturb_step import NORMS
-from support.kernel_cases import DTYPES, IMPLS, LENGTHS, WIDTHS, assert_close, every_second, make_places, randn
+from tests.support.kernel_cases import DTYPES, IMPLS, LENGTHS, WIDTHS, assert_close, every_second, make_places, randn
 
 RADIUS, LENGTH = 0.5, 0.4
 

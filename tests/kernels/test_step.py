@@ -12,10 +12,10 @@ from ptp_ds.kernels.choice import use_triton
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
-from ptp_ds.perturb.base import ascend
+from ptp_ds.perturb.ascent import ascend
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.kernel_cases import DEVICE
-from support.reference import make_examples, make_model, relative_error
+from tests.support.kernel_cases import DEVICE
+from tests.support.reference import make_examples, make_model, relative_error
 
 
 def step(kernels: str, perturbation: str, dtype: torch.dtype, rows) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from ptp_ds.launch import job as job_module
 from ptp_ds.launch.job import run_job, tell_ranks
 from ptp_ds.launch.job_plan import Job
 from ptp_ds.ranks.faults import STOP_SIGNALS
-from support.two_hosts import TwoHosts, why_not
+from tests.support.two_hosts import TwoHosts, why_not
 
 JOB = Job(["node1", "node2"], "10.0.0.1", 4321, {"node1": "eth0", "node2": "eth0"}, {}, [])
 

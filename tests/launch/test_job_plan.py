@@ -8,7 +8,7 @@ from ptp_ds.hosts.probe import JOB_VARIABLE
 from ptp_ds.hosts.remote import HostError
 from ptp_ds.launch import job_plan
 from ptp_ds.launch.job_plan import plan_job, write_environment
-from support.routes import route
+from tests.support.routes import route
 
 pytestmark = pytest.mark.usefixtures("no_environment_files")
 

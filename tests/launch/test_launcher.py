@@ -11,7 +11,7 @@ from ptp_ds.launch import launcher as launch
 from ptp_ds.launch import restarts
 from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
 from ptp_ds.ranks.faults import STOP_SIGNALS
-from support.paths import ROOT
+from tests.support.paths import ROOT
 
 HOSTFILES = ROOT / "hostfiles"
 

@@ -10,7 +10,7 @@ import pytest
 
 from ptp_ds.launch import node
 from ptp_ds.launch.node import Host
-from support.drill import wait_until
+from tests.support.drill import wait_until
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 SAVES = (

@@ -10,10 +10,10 @@ from ptp_ds.launch.restarts import (
     check_script,
     dealt_ranks,
     flags_for,
-    newest,
-    restarts,
-    resumed,
+    newest_checkpoint,
+    should_restart,
     slots_left,
+    with_resume,
 )
 from ptp_ds.ranks.faults import LOST_RANK, STALLED, explain_code, shell_code
 
@@ -24,7 +24,7 @@ from ptp_ds.ranks.faults import LOST_RANK, STALLED, explain_code, shell_code
      (LOST_RANK, True), (134, True), (139, True)],
 )  # fmt: skip
 def test_which_ends_are_repeated(code, repeated):
-    assert restarts(code) == repeated
+    assert should_restart(code) == repeated
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_an_output_folder_is_needed(tmp_path):
 
 def test_resumed_command_lines(tmp_path):
     plain = ["train.py", "--output_dir", str(tmp_path), "--seed", "1"]
-    assert resumed(plain) == [*plain, "--resume", "auto"]
+    assert with_resume(plain) == [*plain, "--resume", "auto"]
     named = [*plain, "--resume", "elsewhere/step-000009"]
-    assert newest(named) is None
-    assert resumed(named) == named
+    assert newest_checkpoint(named) is None
+    assert with_resume(named) == named
     (tmp_path / "checkpoints" / "step-000012").mkdir(parents=True)
-    assert newest(named) == "step-000012"
-    assert resumed(named) == [*named, "--resume", "auto"]
+    assert newest_checkpoint(named) == "step-000012"
+    assert with_resume(named) == [*named, "--resume", "auto"]
 
 
 @pytest.mark.parametrize(

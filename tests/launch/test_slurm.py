@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from support.paths import ROOT
+from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "scripts" / "slurm.sbatch"
 SRUN = """#!/bin/bash

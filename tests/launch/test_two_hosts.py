@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ptp_ds.tasks.data import DEMO_DATA
-from support.paths import ROOT
-from support.processes import child_environment
-from support.two_hosts import NAMES, TwoHosts, wait_for
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.two_hosts import NAMES, TwoHosts, wait_for
 
 pytestmark = [pytest.mark.slow]
 ZERO3 = ["scripts/train.py", "--ds_config", "ds_configs/zero3.json"]

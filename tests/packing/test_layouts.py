@@ -18,10 +18,10 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import Split, tokenise
 from ptp_ds.tasks.template import parse_task
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.packed import divergence, make_prompt
-from support.paths import ROOT
-from support.processes import child_environment
-from support.reference import make_examples, make_model, relative_error
+from tests.support.packed import divergence, make_prompt
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.reference import make_examples, make_model, relative_error
 
 TEMPLATE = {"name": "Mine", "text": "{title}: {body}<prompt>\nTopic:", "truncate": "body", "label": "topic",
             "verbalizers": {"sport": " sports", "money": " business"}, "metrics": ["accuracy"]}  # fmt: skip

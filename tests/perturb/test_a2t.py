@@ -26,15 +26,16 @@ from ptp_ds.perturb.a2t import (
     texts_of,
 )
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.deep_prompts import cached_scores, deep_prompt
-from support.packed import make_prompt, plain_twin_gradient, twin_deltas
-from support.reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_scores, relative_error
-from support.words import letters
+from tests.support.deep_prompts import cached_scores, deep_prompt
+from tests.support.packed import make_prompt, plain_twin_gradient, twin_deltas
+from tests.support.reference import FAMILIES, VOCABULARY, make_examples, make_model, plain_scores, relative_error
+from tests.support.words import letters
 
 A2T = PERTURBATIONS["a2t"].attack
 SETTINGS = settings_of(RunConfig(perturbation="a2t"), 1.0)
@@ -126,7 +127,7 @@ def test_step_gradient_given_the_twins_equals_plain(family, perturbation):
     contexts, movable = [twin.context_ids for twin in twins], [twin.movable for twin in twins]
     assert sum(list(e.context_ids) != list(c) for e, c in zip(examples, contexts, strict=True)) >= 3
     row = pack_text_twins(examples, contexts, movable if how.find else None)
-    loss = ptp_loss(prompt, backbone, row, run, settings, noise, max_rows=2)
+    loss = ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(2))
     loss.total.backward()
     delta = how.find(None, row, backbone.embed(row.token_ids), settings, noise) if how.find else None
     total, expected = plain_twin_gradient(family, prompt, examples, contexts, twin_deltas(row, twins, delta))

@@ -14,9 +14,9 @@ from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.custom import BUILT_IN, choose_perturbation
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.paths import ROOT
-from support.reference import make_examples, make_model
-from support.runs import QUICK, check, last_prompt
+from tests.support.paths import ROOT
+from tests.support.reference import make_examples, make_model
+from tests.support.runs import QUICK, check, last_prompt
 
 HEAD = "from ptp_ds.perturb import Perturbation\n"
 FIND = HEAD + "def find(shared, row, clean_TH, settings, noise):\n    return 0.1 * clean_TH\n"

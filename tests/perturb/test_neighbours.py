@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
-from support.reference import VOCABULARY, make_model
-from support.words import letters
+from tests.support.reference import VOCABULARY, make_model
+from tests.support.words import letters
 
 
 def fake_tokenizer(tokens, special=()):

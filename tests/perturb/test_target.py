@@ -11,12 +11,13 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.tasks import load_task
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.encoders import PROMPT, make_backbone, make_encoder, make_values
-from support.encoders import plain_scores as encoder_scores
-from support.packed import divergence, make_prompt
-from support.reference import make_examples, make_model, plain_scores, relative_error
+from tests.support.encoders import PROMPT, make_backbone, make_encoder, make_values
+from tests.support.encoders import plain_scores as encoder_scores
+from tests.support.packed import divergence, make_prompt
+from tests.support.reference import make_examples, make_model, plain_scores, relative_error
 
 
 def total_of(scores, examples, deltas):
@@ -46,7 +47,7 @@ def test_step_gradient(model, target, perturbation):
     backbone.serve("soft", rows)
     trained = trained.requires_grad_()
     row, settings = rows.pack(examples), settings_of(run, backbone.mean_embedding_norm())
-    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), max_rows=2)
+    loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
     parts = loss.delta.detach().split(row.lengths)
     assert all(float(part[:PROMPT].norm(dim=-1).min()) > 0 for part in parts)

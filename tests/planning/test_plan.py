@@ -26,8 +26,8 @@ from ptp_ds.planning.plan import (
     shard_elements,
 )
 from ptp_ds.planning.report import plans
-from support.paths import ROOT
-from support.plan_ranks import MODEL, SMALL, run_scenarios
+from tests.support.paths import ROOT
+from tests.support.plan_ranks import MODEL, SMALL, run_scenarios
 
 BASE = {"model": MODEL, "prompt_length": 7, "tokens": 60, "rows": 4, "chunk_tokens": 126}  # two rows a chunk
 HPZ, INT8 = {"zero_hpz_partition_size": "auto"}, {"zero_quantized_weights": True}

@@ -14,16 +14,17 @@ from ptp_ds.backbone.source import load_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
+from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.prompts import prompt_width
 from ptp_ds.prompts.deep import join_deep, split_deep
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import score_examples
 from ptp_ds.training.step import ptp_loss, settings_of
-from support.deep_prompts import WINDOWED, cached_scores, deep_prompt
-from support.packed import divergence, make_prompt
-from support.paths import ROOT
-from support.processes import child_environment
-from support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
+from tests.support.deep_prompts import WINDOWED, cached_scores, deep_prompt
+from tests.support.packed import divergence, make_prompt
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - WINDOWED))
@@ -34,7 +35,7 @@ def test_step_gradient_equals_the_familys_own_cache(family, perturbation, activa
     prompt = deep_prompt(backbone.model).requires_grad_()
     run = RunConfig(perturbation=perturbation, prompt="deep", divergence="sym_kl", epsilon=0.5, sigma=0.5)
     settings, noise, row = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4), pack(examples)
-    loss = ptp_loss(prompt, backbone, row, run, settings, noise, max_rows=2)
+    loss = ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(2))
     loss.total.backward()
     clean_TH = backbone.embed(row.token_ids)
     delta = torch.zeros_like(clean_TH)

@@ -12,8 +12,8 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.prompts import SoftPrompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.mlp import PromptMlp
-from support.paths import ROOT
-from support.runs import QUICK, adapter, check, last_prompt
+from tests.support.paths import ROOT
+from tests.support.runs import QUICK, adapter, check, last_prompt
 
 KINDS = ("soft", "deep")
 

@@ -14,7 +14,7 @@ from ptp_ds.hosts import model_files
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks import once
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
-from support.processes import child_environment
+from tests.support.processes import child_environment
 
 # Each process notes when it begins to prepare, and what it sees in the end.
 WORKER = """

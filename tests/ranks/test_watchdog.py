@@ -11,8 +11,8 @@ import pytest
 from ptp_ds.ranks import watchdog as module
 from ptp_ds.ranks.faults import STALLED
 from ptp_ds.ranks.watchdog import Watchdog
-from support.drill import wait_until
-from support.processes import child_environment
+from tests.support.drill import wait_until
+from tests.support.processes import child_environment
 
 
 @pytest.fixture

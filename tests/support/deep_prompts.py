@@ -5,7 +5,7 @@ from transformers import DynamicCache
 
 from ptp_ds.prompts import prompt_width
 from ptp_ds.prompts.deep import split_deep
-from support.reference import candidate_scores
+from tests.support.reference import candidate_scores
 
 WINDOWED = {"mistral", "gemma2"}  # their caches drop what lies outside of the window
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from support.paths import ROOT
-from support.processes import child_environment
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
 
 _SECONDS = 90.0  # any one thing; a start takes 10 s on two idle cores
 

@@ -8,8 +8,8 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.heads import Head, is_trained
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.prompts.deep import deep_width
-from support.packed import divergence
-from support.reference import VOCABULARY
+from tests.support.packed import divergence
+from tests.support.reference import VOCABULARY
 
 _BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -18,7 +18,7 @@ from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks, start_processes, stop_processes
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.step import optimizer_step, settings_of
-from support.reference import make_examples, make_model
+from tests.support.reference import make_examples, make_model
 
 STEPS = 16
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from support.reference import make_model, plain_scores
+from tests.support.reference import make_model, plain_scores
 
 
 def make_prompt(dtype=torch.float32):

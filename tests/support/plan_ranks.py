@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.paths import SUPPORT
-from support.processes import worker_environment
+from tests.support.paths import SUPPORT
+from tests.support.processes import worker_environment
 
 MODEL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}  # fmt: skip

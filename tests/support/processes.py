@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from support.paths import SUPPORT
+from tests.support.paths import ROOT
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE",
                        "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
@@ -16,6 +16,6 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def worker_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """child_environment for a script of tests/support/, which imports from `support` as tests do."""
-    paths = [str(SUPPORT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """child_environment for a script of tests/support/, which imports from `tests.support` as tests do."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return child_environment({"PYTHONPATH": os.pathsep.join(paths), **(extra or {})})

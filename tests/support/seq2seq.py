@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from support.reference import VOCABULARY
+from tests.support.reference import VOCABULARY
 
 _COMMON = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 SEQ2SEQ = {

@@ -17,8 +17,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from support.paths import ROOT
-from support.processes import child_environment
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
 
 NAMES = ("host1", "host2")
 ADDRESSES = {"host1": "10.77.0.1", "host2": "10.77.0.2"}

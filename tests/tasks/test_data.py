@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptp_ds.tasks import load_task
-from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal, hold_out, load_split, tokenise
+from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal_rows, hold_out, load_split, tokenise
 
 CB_ROWS = [
     {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral", "idx": 0},
@@ -287,11 +287,11 @@ def lengths_of(seed: int, count: int) -> list[int]:
 @pytest.mark.parametrize(("count", "hands"), [(8, 1), (8, 2), (12, 4), (16, 8), (4, 4)])
 def test_dealing_is_equal_complete_and_in_order(count, hands):
     lengths = lengths_of(count, count)
-    dealt = deal(lengths, hands)
+    dealt = deal_rows(lengths, hands)
     assert [len(hand) for hand in dealt] == [count // hands] * hands
     assert sorted(place for hand in dealt for place in hand) == list(range(count))
     assert all(hand == sorted(hand) for hand in dealt)
-    assert deal(list(lengths), hands) == dealt
+    assert deal_rows(list(lengths), hands) == dealt
 
 
 def test_dealing_balances_tokens():
@@ -299,7 +299,7 @@ def test_dealing_balances_tokens():
     for seed in range(20):
         lengths = lengths_of(seed, 16)
         in_order = [list(range(start, start + 4)) for start in range(0, 16, 4)]
-        for name, hands in (("dealt", deal(lengths, 4)), ("in order", in_order)):
+        for name, hands in (("dealt", deal_rows(lengths, 4)), ("in order", in_order)):
             fullest[name] += max(sum(lengths[place] for place in hand) for hand in hands)
     mean = sum(sum(lengths_of(seed, 16)) / 4 for seed in range(20))
     assert fullest["dealt"] - mean < 0.25 * (fullest["in order"] - mean)

@@ -12,9 +12,9 @@ from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.tasks.predictions import check_numbers, prediction_lines
 from ptp_ds.tasks.template import parse_task
-from support.paths import ROOT
-from support.processes import child_environment
-from support.task_rows import ROWS
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.task_rows import ROWS
 
 SUPERGLUE = ["AX-b", "AX-g", "BoolQ", "CB", "COPA", "MultiRC", "RTE", "ReCoRD", "WSC", "WiC"]
 

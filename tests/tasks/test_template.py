@@ -10,7 +10,7 @@ from ptp_ds.tasks import Outcome, builtin_tasks, compute_metrics, load_task, maj
 from ptp_ds.tasks.data import DEMO_DATA, load_split
 from ptp_ds.tasks.readers import noun_phrases
 from ptp_ds.tasks.template import builtin_templates, canonical_label, parse_task
-from support.task_rows import ROWS
+from tests.support.task_rows import ROWS
 
 RENDERED = {
     "BoolQ": ("Glass -- It melts.\nQuestion: can glass melt?\nAnswer:", [" yes", " no"], 0),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.paths import SUPPORT
-from support.processes import worker_environment
+from tests.support.paths import SUPPORT
+from tests.support.processes import worker_environment
 
 STEP = ["--task", "COPA", "--max_steps", "1", "--batch_size", "8", "--prompt_length", "5", "--max_grad_norm", "0",
         "--eval_tokens", "600", "--lr", "0.01", "--weight_decay", "0.1"]  # fmt: skip

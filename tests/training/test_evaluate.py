@@ -13,10 +13,10 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import Evaluation, ensemble_scores, outcome_of, plan_packs, score_examples
-from support.packed import make_prompt
-from support.paths import ROOT
-from support.processes import child_environment
-from support.reference import make_examples, make_model, plain_scores, with_instruction
+from tests.support.packed import make_prompt
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+from tests.support.reference import make_examples, make_model, plain_scores, with_instruction
 
 
 @settings(deadline=None)

@@ -1,0 +1,1 @@
+"""Tests, one folder a wing; tests.support holds what they share."""
