@@ -10,9 +10,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 OUTSIDE_LAYERS = -1  # everything outside the layers: embeddings, final norm, head
+
+
+@dataclass(frozen=True)
+class ResolvedDeepSpeed:
+    """config: what DeepSpeed gets. notes: one line for each resolved "auto". dtype: the backbone's."""
+
+    config: dict[str, Any]
+    notes: list[str]
+    dtype: torch.dtype
+
+    @property
+    def stage(self) -> int:
+        return int(self.config["zero_optimization"]["stage"])
 
 
 @dataclass

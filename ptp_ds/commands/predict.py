@@ -17,8 +17,9 @@ from ptp_ds.adapters.read import adapter_kind, read_adapter, read_head
 from ptp_ds.adapters.task import adapter_plan, adapter_task
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.heads import HeadPlan, auto_class, rows_for
-from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
+from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.backbone.positions import row_room
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from ptp_ds.backbone.loading import ResolvedDeepSpeed
 from ptp_ds.backbone.shapes import ModelShape
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
 from ptp_ds.files import brief, is_file, nearest, read_json

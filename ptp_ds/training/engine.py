@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.zero_options import BACKBONE_ONLY
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks

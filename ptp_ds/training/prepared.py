@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.backbone.source import BackboneSource
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import Rows

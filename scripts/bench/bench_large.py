@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ptp_ds.backbone.activations import Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
-from ptp_ds.backbone.loading import build_sharded, fill_randomly
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
 from ptp_ds.commands.train import report_error, versions
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig

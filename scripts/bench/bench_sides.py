@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, plan_head, rows_for
-from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
-from ptp_ds.backbone.sharding import OUTSIDE_LAYERS
+from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.backbone.sharding import OUTSIDE_LAYERS, ResolvedDeepSpeed
 from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig

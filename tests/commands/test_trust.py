@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
+from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.backbone.source import load_config, load_tokenizer
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.files import write_json

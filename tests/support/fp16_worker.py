@@ -10,7 +10,7 @@ import sys
 import torch
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.loading import ResolvedDeepSpeed
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise

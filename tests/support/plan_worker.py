@@ -40,7 +40,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402, F401
 
 from ptp_ds.backbone.activations import Activations  # noqa: E402
 from ptp_ds.backbone.backbone import Backbone  # noqa: E402
-from ptp_ds.backbone.loading import build_sharded, fill_randomly  # noqa: E402
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly  # noqa: E402
 from ptp_ds.config import zero_options  # noqa: E402
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config  # noqa: E402
 from ptp_ds.config.run_config import RunConfig  # noqa: E402

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
-from ptp_ds.backbone.loading import build_sharded, fill_randomly
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import PackedRow, pack, pack_text_twins
