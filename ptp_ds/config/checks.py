@@ -10,6 +10,11 @@ from ptp_ds.perturb import PERTURBATIONS
 def require_valid(run: RunConfig) -> None:
     """Raises ValueError for the first field that is out of range or contradicts another."""
     _ = run.chosen_perturbation
+    _check_ranges(run)
+    _check_pairs(run)
+
+
+def _check_ranges(run: RunConfig) -> None:
     for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                  "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
@@ -29,6 +34,9 @@ def require_valid(run: RunConfig) -> None:
              "a whole number of 1 or more")  # fmt: skip
     _require(run.prompt_mlp is None or run.prompt_mlp >= 1, "prompt_mlp", run.prompt_mlp,
              "a whole number of 1 or more")  # fmt: skip
+
+
+def _check_pairs(run: RunConfig) -> None:
     if run.data_dir is not None and run.dataset is not None:
         raise ValueError("Can't read both --data_dir and --dataset; choose one.")
     if run.eval_split == run.train_split:

@@ -30,8 +30,8 @@ def loss_and_gradient(backbone, prompt, perturbation):
 def test_the_step_is_the_same_without_the_rest_of_the_vocabulary(family, perturbation, monkeypatch):
     backbone, prompt = Backbone(make_model(family, torch.float64)), make_prompt()
     asked = []
-    whole = verbalizers.only
-    monkeypatch.setattr(verbalizers, "only", lambda columns: (asked.append(columns), whole(columns))[1])
+    whole = verbalizers.use_columns
+    monkeypatch.setattr(verbalizers, "use_columns", lambda columns: (asked.append(columns), whole(columns))[1])
     wide = loss_and_gradient(backbone, prompt, perturbation)
     assert asked == [None] * len(asked)
     asked.clear()
