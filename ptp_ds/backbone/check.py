@@ -1,41 +1,67 @@
-"""The start-up check: a family whose packed pass differs from its own plain ones is refused before anything trains."""
+"""The start-up check: a family whose packed pass differs from its own plain ones is refused before anything trains.
 
-from collections.abc import Iterator
+Rows of different lengths lie in one pass, one of them beyond a window where the run's rows go there; each is held
+against the family's own forward of that row alone, by its tokens. Bounds are relative, for scores and for gradients of
+the prompt and of the rows' embeddings. A model whose shards can't be differentiated plainly (ZeRO-3) has its gradients
+in company held against those of each row alone.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptp_ds.attention.interface import ATTENTION_NAME, local_sizes, use_value
+from ptp_ds.attention.interface import local_sizes, use_value
 from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
+from ptp_ds.backbone.plain import eager, ids_of, plain_scores
+from ptp_ds.backbone.positions import window_lengths
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 
 _PROMPT = 4  # virtual tokens of the check
+_BEYOND = 8  # tokens of the long row behind the window that it crosses
+_FULL, _HALF = (1e-3, 1e-2), (0.25, 0.5)  # bounds of scores and of gradients, for fp32 or better and below
+_SPECIAL = ("pad", "bos", "eos", "mask", "sep", "cls", "unk", "decoder_start")
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The check's rows. prompt_ids: the tokens whose embeddings the prompt is. rows: those that packed passes take;
+    alone: rows that share nothing, for plain ones."""
+
+    examples: Sequence[Example]
+    prompt_ids: Tensor
+    trained: Tensor
+    rows: Rows
+    alone: SeparateRows
 
 
 @dataclass(frozen=True)
 class _Found:
-    """layers: those whose attention was ours. local: window sizes that their attention call doesn't name."""
+    """scores [B, C]. to_prompt: gradient of what is trained; to_context: of each example's context embeddings."""
 
-    layers: set[int]
-    local: set[int]
     scores: Tensor
-    gradient: Tensor
+    to_prompt: Tensor
+    to_context: list[Tensor]
 
 
-def checked_backbone(backbone: Backbone) -> tuple[Backbone, str]:
-    """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is."""
+def checked_backbone(backbone: Backbone, longest: int = 0) -> tuple[Backbone, str]:
+    """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is.
+
+    longest: tokens of the run's longest row, prompt included.
+    """
     try:
         if backbone.head.kind == "seq2seq":
             raise ValueError(refusal(backbone.model, "an encoder-decoder isn't packed"))
-        check_backbone(backbone)
+        check_backbone(backbone, longest)
         return backbone, ""
     except ValueError as error:
         reason = str(error)
@@ -43,68 +69,186 @@ def checked_backbone(backbone: Backbone) -> tuple[Backbone, str]:
         raise ValueError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
                          "--ds_config ds_configs/zero2.json.")  # fmt: skip
     padded = PaddedBackbone(backbone)
-    check_backbone(padded)
+    check_backbone(padded, longest)
     return padded, reason
 
 
-def check_backbone(backbone: Backbone) -> None:
-    """One packed pass against plain ones on two small rows; raises ValueError naming a family that doesn't agree.
+def check_backbone(backbone: Backbone, longest: int = 0) -> None:
+    """Packed passes against plain ones; raises ValueError naming a family that doesn't agree. longest: see above.
 
-    Checks that every layer called the tree attention, that scores agree with the family's own eager attention,
-    that the prompt gets a finite non-zero gradient, and that no layer asks for a local window that its attention
-    call doesn't name. Measures what kept activations cost (Backbone.activations).
+    Checks that every layer called the tree attention, that no layer asks for a local window that its attention call
+    doesn't name, that the prompt gets a finite non-zero gradient, that scores and gradients agree with the family's own
+    eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations).
     """
-    model = backbone.model
-    size = model.get_input_embeddings().num_embeddings
-    draw = torch.randint(0, size, (24,), generator=make_generator(0, "check")).tolist()
+    if backbone.packs and not backbone.takes_attention:
+        raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
+    before = _state(backbone.model)
+    with _family_fails(backbone), backbone.shards.outside_layers():
+        probe = _probe(backbone, longest)
+        passes: list[LayerPass] = []
+        with _serving(backbone, probe.rows, "soft"):
+            found, local = _packed(backbone, probe, probe.examples, passes)
+    _refuse_pass(backbone, passes[0], local, found)
+    with _family_fails(backbone), backbone.shards.outside_layers():
+        with eager(backbone):
+            alone = probe.alone.pack(probe.examples).to(backbone.device)
+            with torch.no_grad():
+                by_ids = plain_scores(backbone, alone, probe.trained, ids_T=ids_of(alone, probe.prompt_ids))
+            plain = _plain(backbone, probe, alone) if not backbone.shards.sharded else None
+        if plain is None:
+            plain = _each_alone(backbone, probe)
+    if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
+        raise ValueError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
+    _compare(backbone, found, by_ids, plain)
+    backbone.narrows = _narrows(backbone, probe)
+
+
+def _probe(backbone: Backbone, longest: int) -> _Probe:
+    """Rows of ragged contexts and answers, one of them long where the run's are longer than a window."""
+    device, kind = backbone.device, backbone.head.kind
+    special = {getattr(backbone.model.config, f"{name}_token_id", None) for name in _SPECIAL}
+    usable = torch.tensor([token for token in range(backbone.vocabulary) if token not in special])
+    windows = [window for window in window_lengths(backbone.model.config) if window < longest]
+    length = min(longest, max(windows) + _BEYOND) - _PROMPT - 2 if windows else 17
+    draw = usable[torch.randint(0, len(usable), (length + 64,), generator=make_generator(0, "check"))].tolist()
+    mask = getattr(backbone.model.config, "mask_token_id", None)
+    contexts, start = [], 24
+    for size in (5, 3, length):
+        contexts.append(draw[start : start + size])
+        start += size
+    answers = [[draw[0:3], draw[3:4]], [draw[4:5]], [draw[5:6], draw[6:8]]]
     examples = [
-        Example(context_ids=draw[:5], movable=[True] * 5, candidate_ids=[draw[5:8], draw[8:9]], gold=0, index=0),
-        Example(context_ids=draw[9:12], movable=[True] * 3, candidate_ids=[draw[12:13]], gold=0, index=1),
+        Example(context_ids=context, movable=[True] * len(context), candidate_ids=candidates, gold=0, index=number)
+        for number, (context, candidates) in enumerate(zip(contexts, answers, strict=True))
     ]
-    plain_rows = SeparateRows(kind=backbone.head.kind, prompt_length=_PROMPT, mask_id=draw[17], tail=(draw[18],),
-                              choice=backbone.head.choice)  # fmt: skip
-    with backbone.shards.outside_layers():
-        prompt = backbone.embed(torch.tensor(draw[13:17], device=backbone.device))
-        tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(model.config, 0).items()}
-        trained = backbone.head.join(prompt, tensors).detach().requires_grad_()
-        shares = backbone.head.kind == "causal" and backbone.packs
-        rows = TreeRows() if shares else plain_rows
-        with _serving(backbone, rows, "soft"):
-            found = _packed(backbone, backbone.rows.pack(examples).to(backbone.device), trained)
-    _refuse(backbone, found)
-    with backbone.shards.outside_layers(), _eager(backbone):
-        plain = plain_scores(backbone, plain_rows.pack(examples).to(backbone.device), trained.detach())
-    present = torch.isfinite(plain)
-    error = float((found.scores - plain)[present].abs().max())
-    bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
-    if not error <= bound:
-        raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
-    backbone.narrows = _narrows(backbone, examples[1], trained.detach(), bound)
+    alone = SeparateRows(
+        kind=kind, prompt_length=_PROMPT, mask_id=draw[8] if mask is None else mask, tail=(draw[9],),
+        choice=backbone.head.choice,
+    )  # fmt: skip
+    prompt_ids = torch.tensor(draw[10 : 10 + _PROMPT], device=device)
+    prompt = backbone.embed(prompt_ids)
+    tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(backbone.model.config, 0).items()}
+    trained = backbone.head.join(prompt, tensors).detach()
+    shares = kind == "causal" and backbone.packs
+    return _Probe(examples, prompt_ids, trained, TreeRows() if shares else alone, alone)
+
+
+def _packed(
+    backbone: Backbone, probe: _Probe, examples: Sequence[Example], passes: list[LayerPass]
+) -> tuple[_Found, set[int]]:
+    """One packed pass of the examples, and the local windows that its masks asked for. passes: gets the pass."""
+    rows = backbone.rows
+    row = rows.pack(examples).to(backbone.device)
+    trained = probe.trained.clone().requires_grad_()
+    seen: set[int] = set()
+    saved = SavedBytes(backbone.parameters())
+    with use_value(local_sizes, seen), saved.counting(), torch.enable_grad():
+        inputs = backbone.inputs(row, trained)
+        delta = torch.zeros_like(inputs, requires_grad=True)
+        scores = backbone.score(row, inputs + delta, trained, watch=passes.append)[0]
+    tokens = sum(section.chunk.length for section in passes[-1].sections)
+    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
+    if backbone.packs and not any(passes[-1].attention_calls.values()):  # nothing below would say more than that
+        return _Found(scores.detach(), trained.detach(), []), set()
+    to_prompt, to_delta = torch.autograd.grad(_weighed(scores, row), (trained, delta))
+    return _Found(scores.detach(), to_prompt, _by_context(to_delta, rows, row, examples)), seen
+
+
+def _plain(backbone: Backbone, probe: _Probe, row: PackedRow) -> _Found:
+    """The same by each row's own eager forward from embeddings."""
+    trained = probe.trained.clone().requires_grad_()
+    with torch.enable_grad(), _serving(backbone, probe.alone, "soft"):
+        inputs = backbone.inputs(row, trained)
+        delta = torch.zeros_like(inputs, requires_grad=True)
+        scores = plain_scores(backbone, row, trained, inputs_TH=inputs + delta)
+    to_prompt, to_delta = torch.autograd.grad(_weighed(scores, row), (trained, delta))
+    return _Found(scores.detach(), to_prompt, _by_context(to_delta, probe.alone, row, probe.examples))
+
+
+def _each_alone(backbone: Backbone, probe: _Probe) -> _Found:
+    """Packed passes of one example each: scores as in company, gradients summed."""
+    with _serving(backbone, probe.rows, "soft"):
+        found = [_packed(backbone, probe, [example], [])[0] for example in probe.examples]
+    width = max(one.scores.shape[1] for one in found)
+    padded = [torch.nn.functional.pad(one.scores, (0, width - one.scores.shape[1]), value=-torch.inf) for one in found]
+    to_prompt = torch.stack([one.to_prompt for one in found]).sum(0)
+    return _Found(torch.cat(padded), to_prompt, [part for one in found for part in one.to_context])
+
+
+def _weighed(scores_BC: Tensor, row: PackedRow) -> Tensor:
+    """A sum that treats every score differently, by its example and place, so that an error in one shows."""
+    numbers = row.gold.new_tensor(row.example_ids)[:, None] * 7 + torch.arange(
+        scores_BC.shape[1], device=row.gold.device
+    )
+    return (scores_BC * torch.cos(numbers.to(scores_BC.dtype)))[row.present].sum()
+
+
+def _by_context(delta_TH: Tensor, rows: Rows, row: PackedRow, examples: Sequence[Example]) -> list[Tensor]:
+    """Each example's gradient at its context's tokens [n, H], summed over blocks that repeat it."""
+    if row.moves_with is not None:
+        delta_TH = torch.zeros_like(delta_TH).index_add(0, row.moves_with, delta_TH)
+    found, first = [], 0
+    for example, length in zip(examples, row.lengths, strict=True):
+        places = [first + place for place in rows.context_places(example, 0)]
+        found.append(delta_TH[places])
+        first += length
+    return found
+
+
+def _compare(backbone: Backbone, found: _Found, by_ids: Tensor, plain: _Found) -> None:
+    """ValueError where scores or gradients lie further apart than the dtype's rounding explains."""
+    of_scores, of_gradients = _FULL if backbone.dtype in (torch.float32, torch.float64) else _HALF
+    present = torch.isfinite(by_ids)
+    spread = float((by_ids[present] - by_ids[present].mean()).norm())
+    error = float((found.scores - by_ids)[present].norm()) / max(spread, 1e-6)
+    if not error <= of_scores:
+        where = (
+            "" if _close(plain.scores, by_ids, of_scores) else "; its forward does more to tokens than to embeddings"
+        )
+        raise ValueError(
+            refusal(
+                backbone.model, f"packed scores differ from plain ones by {error:.1e} (allowed: {of_scores}){where}"
+            )
+        )
+    pairs = [("the prompt's", found.to_prompt, plain.to_prompt)]
+    pairs += [("a row's", ours, theirs) for ours, theirs in zip(found.to_context, plain.to_context, strict=True)]
+    for whose, ours, theirs in pairs:
+        error = float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12))
+        if not error <= of_gradients:
+            raise ValueError(
+                refusal(backbone.model, f"{whose} gradient differs from a plain pass' by {error:.1e} "
+                                        f"(allowed: {of_gradients})")
+            )  # fmt: skip
+
+
+def _close(scores: Tensor, by_ids: Tensor, bound: float) -> bool:
+    present = torch.isfinite(by_ids)
+    return float((scores - by_ids)[present].norm()) <= bound * float((by_ids[present] - by_ids[present].mean()).norm())
 
 
 @torch.no_grad()
-def _narrows(backbone: Backbone, example: Example, trained: Tensor, bound: float) -> bool:
+def _narrows(backbone: Backbone, probe: _Probe) -> bool:
     """Whether logits of a few tokens alone are those that the whole vocabulary's product has there."""
-    if backbone.output is None or backbone.head.kind not in ("causal", "masked"):
+    kind = backbone.head.kind
+    if backbone.output is None or kind not in ("causal", "masked"):
         return False
+    example = probe.examples[1]
     answers = [[token] for token in example.context_ids[:2]]
     example = replace(example, candidate_ids=[*example.candidate_ids, *answers])
-    kind, mask = backbone.head.kind, example.context_ids[0]
-    with (
-        _serving(backbone, SeparateRows(kind=kind, prompt_length=_PROMPT, mask_id=mask), "soft"),
-        backbone.shards.outside_layers(),
-    ):
+    with _serving(backbone, probe.alone, "soft"), backbone.shards.outside_layers():
         row = backbone.rows.pack([example]).to(backbone.device)
-        inputs = backbone.inputs(row, trained)
-        whole = backbone.score(row, inputs, trained)[0]
+        inputs = backbone.inputs(row, probe.trained)
+        whole = backbone.score(row, inputs, probe.trained)[0]
         backbone.narrows = True
         try:
-            narrow = backbone.score(row, inputs, trained, narrow=True)[0]
+            narrow = backbone.score(row, inputs, probe.trained, narrow=True)[0]
         except RuntimeError:  # something of the vocabulary's size behind the head
             return False
         finally:
             backbone.narrows = False
-    return bool(((narrow - narrow[:, :1]) - (whole - whole[:, :1])).abs().max() <= bound)
+    gaps, wanted = narrow - narrow[:, :1], whole - whole[:, :1]
+    bound = _FULL[0] if backbone.dtype in (torch.float32, torch.float64) else _HALF[0]
+    return float((gaps - wanted).norm()) <= bound * max(float(wanted.norm()), 1e-6)
 
 
 @contextmanager
@@ -121,71 +265,46 @@ def _serving(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
 
 
 @contextmanager
-def _eager(backbone: Backbone) -> Iterator[None]:
-    """The family's own attention inside."""
-    if not backbone.packs:
-        yield
-        return
-    backbone.model.set_attn_implementation("eager")
+def _family_fails(backbone: Backbone) -> Iterator[None]:
+    """What a family's own code raises inside is the reason for which it is refused."""
     try:
         yield
-    finally:
-        backbone.model.set_attn_implementation(ATTENTION_NAME)
+    except ValueError as error:
+        if "can't be served" in str(error):
+            raise
+        raise ValueError(refusal(backbone.model, _first_line(error))) from error
+    except Exception as error:  # masks of the whole row, arguments that it lacks, operations in place
+        raise ValueError(refusal(backbone.model, _first_line(error))) from error
 
 
-def _refuse(backbone: Backbone, found: _Found) -> None:
-    model = backbone.model
+def _first_line(error: Exception) -> str:
+    said = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    return f"its layers fail on the check's rows ({type(error).__name__}: {said})"
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Plain settings of the model's modules by name: what a forward must leave as it is."""
+    kinds = (bool, int, float, str)
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and not name.startswith("_")
+    }
+
+
+def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], found: _Found) -> None:
+    """ValueError for layers that didn't attend by our function, windows that it can't see, no gradient."""
+    model, row = backbone.model, layer_pass
     expected = model.config.get_text_config().num_hidden_layers
-    if len(found.layers) != expected and backbone.packs:
-        raise ValueError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
-    if found.local:
-        raise ValueError(
-            refusal(model, f"it masks a local window of {min(found.local)} in a way that attention can't see")
-        )
-    if not bool(torch.isfinite(found.gradient).all()) or not bool(found.gradient.abs().sum() > 0):
+    layers = {number for number, calls in row.attention_calls.items() if calls}
+    if len(layers) != expected and backbone.packs:
+        raise ValueError(refusal(model, f"{len(layers)} of its {expected} layers used our attention function"))
+    named = {size for size in row.windows if size is not None}
+    if not all(block.causal for section in row.sections for block in section.chunk.plan.blocks):
+        named |= {size - 1 for size in named}  # a bidirectional window of n on each side is named n + 1
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if unseen := local - named - {chunk}:  # max_row_length keeps rows within one chunk
+        raise ValueError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
+    if not bool(torch.isfinite(found.to_prompt).all()) or not bool(found.to_prompt.abs().sum() > 0):
         raise ValueError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
-
-
-@torch.no_grad()
-def plain_scores(backbone: Backbone, row: PackedRow, trained: Tensor) -> Tensor:
-    """[B, C] scores by one ordinary forward of the family's own a block: the check's reference."""
-    inputs, logits, start = backbone.inputs(row, trained), [], 0
-    first = getattr(backbone.model.config, "decoder_start_token_id", None)
-    for number, (block, places) in enumerate(zip(row.blocks, row.scored, strict=True)):
-        embeds = inputs[None, start : start + block.length]
-        start += block.length
-        if row.targets:
-            for answer in row.targets[number]:
-                ids = torch.tensor([[first, *answer[:-1]]], device=embeds.device)
-                logits.append(backbone.model(inputs_embeds=embeds, decoder_input_ids=ids).logits[0])
-            continue
-        out = backbone.call_model(trained, inputs_embeds=embeds).logits
-        logits.append(out if backbone.head.kind == "classes" else out[0, torch.from_numpy(places)])
-    return row.scores(torch.cat(logits))[0]
-
-
-def _packed(backbone: Backbone, row: PackedRow, trained: Tensor) -> _Found:
-    if backbone.packs and not backbone.takes_attention:
-        raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
-    seen: set[int] = set()
-    passes: list[LayerPass] = []
-    saved = SavedBytes(backbone.parameters())
-    try:
-        with use_value(local_sizes, seen), saved.counting():
-            scores = backbone.score(row, backbone.inputs(row, trained), trained, watch=passes.append)
-    except RuntimeError as error:  # a family's own attention, with masks for the whole row
-        raise ValueError(
-            refusal(backbone.model, f"its layers fail on a packed row ({str(error).splitlines()[0]})")
-        ) from None
-    tokens = sum(section.chunk.length for section in passes[0].sections)
-    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
-    layers = {number for number, calls in passes[0].attention_calls.items() if calls}
-    if not layers and backbone.packs:  # nothing below would say more than that
-        return _Found(layers, set(), scores[0], trained)
-    (gradient,) = torch.autograd.grad(scores[row.present[None]].sum(), trained)
-    named = {size for size in passes[0].windows if size is not None}
-    if not row.blocks[0].causal:  # a bidirectional window of n on each side is named n + 1
-        named |= {size - 1 for size in named}
-    chunk = getattr(backbone.model.config.get_text_config(), "attention_chunk_size", None)
-    local = seen - named - {chunk}  # max_row_length keeps rows within one chunk
-    return _Found(layers, local, scores[0].detach(), backbone.head.split(gradient)[0])

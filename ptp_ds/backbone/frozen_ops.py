@@ -150,7 +150,7 @@ def _input_width(module: Any) -> int:
 
 def _closest(module: nn.Module, fused: bool) -> int | None:
     """The candidate that comes closest to the module's own values and gradients; None where none is close enough."""
-    candidates, weight = _candidates(module, fused), next(module.parameters())
+    candidates, weight = _candidates(module, fused) if _takes_one(module) else [], next(module.parameters())
     if not candidates:
         return None
     x = torch.randn(1, 3, _input_width(module), generator=torch.Generator(device="cpu").manual_seed(0)).to(weight)
@@ -160,12 +160,15 @@ def _closest(module: nn.Module, fused: bool) -> int | None:
 
 
 def _error(x: Tensor, known: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Relative l2 distances of values and of input gradients at x; infinite where the candidate fails."""
+    """Relative l2 distances of values and of input gradients at x; infinite where either fails."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        expected = known(x)
-        weight = expected.detach().cos()
-        (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+        try:
+            expected = known(x)
+            weight = expected.detach().cos()
+            (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+        except Exception:  # not an operation on one tensor of this width: the family's own code stays
+            return math.inf, math.inf
         try:
             found = candidate(x)
             if found.shape != expected.shape:
@@ -211,15 +214,28 @@ def replace_frozen(first: Iterable[nn.Module], modules: Sequence[nn.Module], imp
     like = next((weight for module in first for weight in module.parameters()), torch.empty(0))
     fused = liger.available(impl, like.device, like.dtype)
     _replace_rotary(modules, fused, like)
-    proven: dict[type, int] = {}
+    proven: dict[_Kind, int] = {}
     for module in first:
         weight = next(module.parameters(), None)
-        if type(module) in proven or weight is None or not (fused or weight.dtype in _DTYPES):
+        if _kind(module) in proven or weight is None or not (fused or weight.dtype in _DTYPES):
             continue
         number = _closest(module, fused)
         if number is not None:
-            proven[type(module)] = number
+            proven[_kind(module)] = number
     for module in modules:
-        if type(module) in proven:
-            module.forward = _candidates(module, fused)[proven[type(module)]]  # type: ignore[method-assign]
-    return {kind.__name__ for kind in proven}
+        if _kind(module) in proven:
+            module.forward = _candidates(module, fused)[proven[_kind(module)]]  # type: ignore[method-assign]
+    return {kind[0].__name__ for kind in proven}
+
+
+_Kind = tuple[type, frozenset[str]]
+
+
+def _kind(module: nn.Module) -> _Kind:
+    """What modules must share to be replaced alike: some norms of a class have no weight."""
+    return type(module), frozenset(name for name, _ in module.named_parameters())
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the module's forward takes one tensor and nothing else: some norms take a gate as well."""
+    return len(inspect.signature(module.forward).parameters) == 1

@@ -22,12 +22,30 @@ def max_row_length(config: Any) -> int:
     """Tokens of the longest row (prompt included) on which packed and plain passes agree, from the config alone."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
-    rope = getattr(text, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type") in _LONG_ROPE:
-        limits.append(rope.get("original_max_position_embeddings"))
+    for rope in _rotary_settings(text):
+        if rope.get("rope_type") in _LONG_ROPE:
+            limits.append(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
     limits.append(getattr(text, "attention_chunk_size", None))  # chunked attention is plain attention below a chunk
-    known = [int(limit) for limit in limits if limit]
+    known = [int(limit) for limit in limits if limit and limit > 0]  # -1: xlnet's, no limit
     return min(known) if known else 1 << 30
+
+
+def _rotary_settings(text: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a configuration, one for each kind of layer where they differ."""
+    rope = getattr(text, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return []
+    nested = [part for part in rope.values() if isinstance(part, dict)]
+    return nested or [rope]
+
+
+def window_lengths(config: Any) -> list[int]:
+    """Lengths at which a family begins to attend otherwise: rows beyond them are computed in another way."""
+    text = config.get_text_config()
+    names = ("sliding_window", "sliding_window_size", "attention_window", "local_attention", "window_size")
+    found = [getattr(text, name, None) for name in names]
+    flat = [size for one in found for size in (one if isinstance(one, (list, tuple)) else [one])]
+    return sorted({int(size) for size in flat if isinstance(size, int) and size > 0})
 
 
 def row_room(max_length: int | None, prompt_length: int, config: Any, plan: HeadPlan | None = None) -> int:

@@ -24,6 +24,12 @@ class RunExamples:
     predict_split: Split | None = None
     predict: Sequence[Example] = ()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path through an example, without the prompt."""
+        parts = (self.train, self.select, self.evaluation, self.predict)
+        return max((example.path_length for part in parts for example in part), default=0)
+
 
 def load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
     """The rows of the run's labelled splits, by what they are for: train, eval and, where given, select."""

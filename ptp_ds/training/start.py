@@ -53,7 +53,8 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     run, source = prepared.run, prepared.source
     backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
-    backbone, refused = checked_backbone(backbone)
+    longest = run.prompt_length + prepared.examples.longest + prepared.rows.extra_tokens
+    backbone, refused = checked_backbone(backbone, longest)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
