@@ -1,0 +1,217 @@
+"""Tiny random models of every family that the installed transformers has, for family_sweep.py.
+
+A family's own configuration is shrunk by the names of its settings; what that can't know stands in EXCEPTIONS. Windows,
+attention chunks and original rope lengths are short, so that rows of a few dozen tokens go beyond them.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}  # fmt: skip
+WIDTH, LAYERS, HEADS, HEAD_WIDTH, VOCABULARY, LONGEST = 32, 2, 4, 8, 120, 128
+WINDOW, ROPE_LENGTH, LABELS = 8, 16, 3
+MASK, END = 4, 2  # the tokens that hide an answer and end a text
+FIRST_TOKEN = 24  # below it are special tokens
+_MOST_PARAMETERS = 4_000_000
+
+# The small value of settings by their names.
+_VALUES: list[tuple[Any, str]] = [
+    (WIDTH, """hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size d_latents embedding_dim
+        lru_width backbone_hidden_size prediction_head_size output_dim true_hidden_size"""),
+    (24, "embedding_size input_embedding_size"),
+    (40, "output_embedding_size"),
+    (48, """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff dim_ff hidden_dim
+        moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size
+        ffn_hidden_size intermediate_size_mlp dense_intermediate_size moe_shared_expert_intermediate_size
+        feed_forward_size shared_experts_intermediate_size"""),
+    (LAYERS, """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers
+        num_decoder_layers speech_encoder_layers t2u_encoder_layers t2u_decoder_layers num_blocks depth num_mem_blocks
+        num_self_attends_per_block"""),
+    (HEADS, """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+        num_encoder_attention_heads num_decoder_attention_heads num_self_attention_heads num_cross_attention_heads
+        speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads attention_heads
+        swa_num_attention_heads linear_num_heads num_query_groups"""),
+    (2, """num_key_value_heads swa_num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads n_group topk_group
+        num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts mamba_n_groups mamba_ngroups n_groups
+        no_rope_layer_interval interleave_moe_layer_step chunk_size_lm_head num_landmarks"""),
+    (1, """first_k_dense_replace num_dense_layers num_shared_experts n_shared_experts moe_num_shared_experts
+        num_kv_shared_layers num_nextn_predict_layers num_conv_pos_embedding_groups moe_layer_start_index"""),
+    (HEAD_WIDTH, """head_dim d_kv d_head v_head_dim qk_nope_head_dim swa_head_dim kv_channels dim_head
+        linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim attention_head_size mamba_d_head
+        mamba_head_dim mamba_headdim query_pre_attn_scalar mamba_d_state ssm_state_size state_size laurel_rank
+        sliding_window sliding_window_size attention_window attention_window_size local_attention window_size
+        local_attention_window_len hidden_size_per_layer_input hash_code_len num_hash"""),
+    (4, """qk_rope_head_dim rotary_dim global_block_size num_global_tokens num_experts num_local_experts n_routed_experts
+        moe_num_experts linear_num_value_heads zero_expert_num intra_bottleneck_size gated_norm_rank
+        relative_attention_num_buckets time_step_rank mamba_dt_rank hc_lowrank adapter_rank index_topk d_rel"""),
+    (7, "local_radius"),
+    (16, """kv_lora_rank q_lora_rank o_lora_rank pronunciation_embed_dim shape_embed_dim entity_emb_size prompt_mid_dim
+        attention_chunk_size floor_scale original_max_position_embeddings embedding_rank router_hidden_size num_buckets
+        rel_extent log_scaling_n_floor chunk_size mamba_chunk_size relative_attention_max_distance
+        max_relative_positions position_bias_num_buckets position_bias_max_distance"""),
+    (VOCABULARY, """vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input t2u_vocab_size
+        char_vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size unit_hifi_gan_vocab_size
+        unpadded_vocab_size"""),
+    (LONGEST, """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length
+        max_encoder_position_embeddings max_decoder_position_embeddings max_source_positions max_target_positions
+        t2u_max_position_embeddings"""),
+    (2.0, "embedding_multiplier logits_scaling embedding_scale scale_emb attn_logit_softcapping"),
+    (0.5, "residual_multiplier attention_multiplier key_multiplier attention_out_multiplier attention_in_multiplier"),
+    (5.0, "final_logit_softcapping logits_soft_cap"),
+    (True, "scale_embedding use_sliding_window mup_enabled token_dropout"),
+]  # fmt: skip
+SMALL: dict[str, Any] = {name: value for value, names in _VALUES for name in names.split()}
+_IF_NONE = {"sliding_window", "vocab_size"}  # set also where the family's own default is none
+_PATTERNS = {"layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types"}
+DERIVED = object()  # in the place of a value: the configuration's own
+_TOKENS = {"pad": 1, "bos": 0, "eos": END, "mask": MASK, "sep": 3, "cls": 0, "decoder_start": END, "unk": 5}
+
+# Settings that the names don't tell; a name with a "+" is one more model of the family before it.
+EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_ENTIRE: dict[str, Any] = {}
+
+
+def families(kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, kind) of all models of these kinds; classes: encoders that have a masked model as well."""
+    for kind in kinds:
+        known = AUTO[kind]._model_mapping
+        for name in sorted(name for name in [*CONFIG_MAPPING.keys(), *EXCEPTIONS] if "+" in name or has(name, known)):
+            family = name.split("+")[0]
+            if has(family, known) and (kind != "classes" or has(family, AUTO["masked"]._model_mapping)):
+                yield name, kind
+
+
+def has(name: str, known: Mapping[Any, Any]) -> bool:
+    """Whether a model_type is among an auto class' families."""
+    return name in CONFIG_MAPPING and CONFIG_MAPPING[name] in known
+
+
+def make_config(name: str, kind: str) -> PreTrainedConfig:
+    """The shrunk configuration of a model."""
+    family = name.split("+")[0]
+    changes = {**EXCEPTIONS.get(family, {}), **EXCEPTIONS.get(name, {})}
+    build = _ENTIRE.get(family)
+    config = build() if build else _small(CONFIG_MAPPING[family], changes)
+    if kind == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    if kind == "classes":
+        config.num_labels = LABELS
+    return config
+
+
+def _small(family: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A family's configuration with small values in the place of its own."""
+    default = family()
+    own = {name: getattr(default, name) for name in default.to_dict() if hasattr(default, name)}
+    values = {name: SMALL[name] for name, value in own.items() if name in SMALL and _replaces(name, value)}
+    values |= _layers(own)
+    values |= _special_tokens(own)
+    if rope := _short_rope(own.get("rope_parameters")):
+        values["rope_parameters"] = rope
+    if "qk_rope_head_dim" in own:  # as many keys as queries; the width of a head follows
+        values.pop("head_dim", None)
+        values.pop("num_key_value_heads", None)
+        values["num_key_value_heads"] = HEADS
+    for name, value in own.items():
+        if isinstance(value, PreTrainedConfig):
+            values[name] = _small(type(value), EXCEPTIONS.get(value.model_type, {}))
+    values |= changes
+    return family(**{name: value for name, value in values.items() if value is not DERIVED})
+
+
+def _replaces(name: str, value: Any) -> bool:
+    return isinstance(value, (int, float, list)) or name in _IF_NONE
+
+
+def _layers(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Each kind of layer that a family mixes, and the first kind once more behind them; how many layers that makes."""
+    patterns = {
+        name: list(dict.fromkeys(value))
+        for name, value in own.items()
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], str) and name in _PATTERNS
+    }
+    count = max((len(kinds) + 1 if len(kinds) > 1 else LAYERS for kinds in patterns.values()), default=LAYERS)
+    found: dict[str, Any] = {name: [kinds[n % len(kinds)] for n in range(count)] for name, kinds in patterns.items()}
+    if patterns and "num_hidden_layers" in own:
+        found["num_hidden_layers"] = count
+    return found
+
+
+def _special_tokens(own: Mapping[str, Any]) -> dict[str, int]:
+    """Token ids below FIRST_TOKEN for every name that ends as a token's does."""
+    found, spare = {}, 6
+    for name, value in own.items():
+        if not name.endswith(("_token_id", "_token_index")) or value is None:
+            continue
+        known = _TOKENS.get(name.rsplit("_token", 1)[0])
+        found[name] = spare if known is None else known
+        spare += known is None
+    return found
+
+
+def _short_rope(rope: Any) -> dict[str, Any]:
+    """Rotary settings whose original length is short; empty where the family's own have none."""
+    if not isinstance(rope, dict) or "original_max_position_embeddings" not in str(rope):
+        return {}
+    short = copy.deepcopy(rope)
+    for part in [short, *(value for value in short.values() if isinstance(value, dict))]:
+        if "original_max_position_embeddings" in part:
+            part |= {"original_max_position_embeddings": ROPE_LENGTH, "factor": LONGEST / ROPE_LENGTH}
+    return short
+
+
+def make_model(config: PreTrainedConfig, kind: str, eager: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """The same random model whenever it is asked for; eager: with the family's plainest attention."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AUTO[kind].from_config(copy.deepcopy(config)).parameters())
+    if count > _MOST_PARAMETERS:
+        raise ValueError(f"the shrunk configuration still has {count} parameters")
+    torch.manual_seed(0)
+    try:
+        model = AUTO[kind].from_config(copy.deepcopy(config), **{"attn_implementation": "eager"} if eager else {})
+    except (ValueError, TypeError):
+        if not eager:
+            raise
+        model = AUTO[kind].from_config(copy.deepcopy(config))
+    model = model.float().eval().requires_grad_(False)
+    fill(model)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random weights, large enough that what they do shows: norms about 1, biases, stored buffers; all in one order."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last == "bias":
+            parameter.copy_(0.3 * noise(parameter))
+        elif "weight" in last and (parameter.dim() < 2 or "norm" in name.lower()):
+            parameter.copy_(1 + 0.3 * noise(parameter))
+        elif parameter.dim() < 2 or last == "A_log":
+            parameter.copy_(parameter.nan_to_num() + 0.3 * noise(parameter))
+        else:
+            parameter.copy_(0.2 * noise(parameter))
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.add_(0.3 * noise(buffer))
