@@ -173,9 +173,9 @@ def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
         sums.index_add_(0, places, more.to(sums.dtype))
 
 
-def flash_serves(plan: TreePlan, q_THD: Tensor) -> bool:
+def flash_serves(plan: TreePlan, q_THD: Tensor, v_TKD: Tensor) -> bool:
     """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
-    fits = plan.rows_behind_a_prefix and q_THD.shape[-1] <= _MOST_WIDTH
+    fits = plan.rows_behind_a_prefix and v_TKD.shape[-1] == q_THD.shape[-1] <= _MOST_WIDTH
     return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
 
 

@@ -18,7 +18,7 @@ ATTENTION_NAME = "ptp_tree"
 # positions are already in the rotated keys, the rest are outputs or hints for other kernels.
 _INERT_KEYWORDS = frozenset(
     {"output_attentions", "output_hidden_states", "use_cache", "return_dict", "is_causal", "position_ids",
-     "cache_position", "logits_to_keep", "num_items_in_batch", "deterministic"}
+     "cache_position", "logits_to_keep", "output_router_logits", "num_items_in_batch", "deterministic"}
 )  # fmt: skip
 
 

@@ -52,9 +52,9 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.slots, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def merged_serves(plan: TreePlan, q_THD: Tensor) -> bool:
-    """Whether MergedAttention serves this call: on a CPU, every token asking, behind a prefix."""
-    return q_THD.device.type == "cpu" and plan.rows_behind_a_prefix
+def merged_serves(plan: TreePlan, q_THD: Tensor, v_TKD: Tensor) -> bool:
+    """Whether MergedAttention serves this call: on a CPU, all tokens asking, behind a prefix, widths alike."""
+    return q_THD.device.type == "cpu" and plan.rows_behind_a_prefix and v_TKD.shape[-1] == q_THD.shape[-1]
 
 
 class MergedAttention(torch.autograd.Function):
@@ -183,9 +183,9 @@ def attend_tree(
     """
     window = None if window is not None and window >= plan.longest_path else window
     if prefix is not None and softcap is None and window is None:
-        if merged_serves(plan, q_THD):
+        if merged_serves(plan, q_THD, v_TKD):
             return MergedAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan, scale)
-        if flash_serves(plan, q_THD):
+        if flash_serves(plan, q_THD, v_TKD):
             return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
     if softcap is None and window is None and alone_serves(plan, q_THD):
         return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)

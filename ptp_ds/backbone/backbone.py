@@ -18,7 +18,7 @@ from ptp_ds.backbone.frozen_linear import replace_products
 from ptp_ds.backbone.frozen_ops import replace_frozen
 from ptp_ds.backbone.heads import Head
 from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, detached, use_layer_pass
-from ptp_ds.backbone.positions import first_position
+from ptp_ds.backbone.positions import first_position, most_counted_tokens
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.kernels import Sources, pack_embed
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         with self.shards.layer(0):
             replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
         replace_products(model.modules(), kernels, self.shards.sharded)
-        self.stack = LayerStack(layers, self.shards, model.config.get_text_config().num_hidden_layers)
+        self.stack = LayerStack(layers, self.shards, getattr(model.config.get_text_config(), "num_hidden_layers", None))
         self.output = verbalizers.narrow_head(model)
         self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.backbone.check)
 
@@ -96,7 +96,8 @@ class Backbone(nn.Module):
     @property
     def vocabulary(self) -> int:
         """V: rows of the token embedding."""
-        return self.model.get_input_embeddings().num_embeddings
+        embedding = self.model.get_input_embeddings()
+        return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
 
     def embed_ids(self, token_ids: Sequence[int]) -> Tensor:
         """[n, H] fp32 frozen embeddings of token ids on the host, on the backbone's device."""
@@ -146,10 +147,13 @@ class Backbone(nn.Module):
 
     def chunks(self, row: PackedRow, prefix_keys: int, max_rows: int | None = None) -> list[Chunk]:
         """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
+        most = min(
+            self.activations.chunk_tokens, most_counted_tokens(self.model.config) or self.activations.chunk_tokens
+        )
         cuts, tokens = [0], 0
         for number, block in enumerate(row.blocks):
             full = max_rows is not None and number - cuts[-1] >= max_rows
-            if number > cuts[-1] and (full or tokens + block.length > self.activations.chunk_tokens):
+            if number > cuts[-1] and (full or tokens + block.length > most):
                 cuts.append(number)
                 tokens = 0
             tokens += block.length

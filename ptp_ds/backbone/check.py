@@ -20,7 +20,7 @@ from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.backbone.plain import eager, ids_of, plain_scores
-from ptp_ds.backbone.positions import window_lengths
+from ptp_ds.backbone.positions import max_row_length, window_lengths
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.seeding import make_generator
@@ -108,8 +108,10 @@ def _probe(backbone: Backbone, longest: int) -> _Probe:
     device, kind = backbone.device, backbone.head.kind
     special = {getattr(backbone.model.config, f"{name}_token_id", None) for name in _SPECIAL}
     usable = torch.tensor([token for token in range(backbone.vocabulary) if token not in special])
+    limit = max_row_length(backbone.model.config) - backbone.first_position
     windows = [window for window in window_lengths(backbone.model.config) if window < longest]
-    length = min(longest, max(windows) + _BEYOND) - _PROMPT - 2 if windows else 17
+    length = min(limit, longest, max(windows) + _BEYOND) if windows else min(limit, 23)
+    length -= _PROMPT + 2  # the prompt, and answers of two tokens
     draw = usable[torch.randint(0, len(usable), (length + 64,), generator=make_generator(0, "check"))].tolist()
     mask = getattr(backbone.model.config, "mask_token_id", None)
     contexts, start = [], 24
@@ -296,10 +298,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
 def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], found: _Found) -> None:
     """ValueError for layers that didn't attend by our function, windows that it can't see, no gradient."""
     model, row = backbone.model, layer_pass
-    expected = model.config.get_text_config().num_hidden_layers
     layers = {number for number, calls in row.attention_calls.items() if calls}
-    if len(layers) != expected and backbone.packs:
-        raise ValueError(refusal(model, f"{len(layers)} of its {expected} layers used our attention function"))
+    if backbone.packs and len(layers) != backbone.stack.count:
+        raise ValueError(
+            refusal(model, f"{len(layers)} of its {backbone.stack.count} layers used our attention function")
+        )
     named = {size for size in row.windows if size is not None}
     if not all(block.causal for section in row.sections for block in section.chunk.plan.blocks):
         named |= {size - 1 for size in named}  # a bidirectional window of n on each side is named n + 1

@@ -28,6 +28,7 @@ class PaddedBackbone(Backbone):
         refused.release()
         self.model, self.head, self.shards = refused.model, refused.head, refused.shards
         self.activations, self.kernels = Activations(), refused.kernels
+        self.first_position = refused.first_position
         self.output, self.narrows = verbalizers.narrow_head(self.model), False
         self.serve("soft", refused.rows)
 

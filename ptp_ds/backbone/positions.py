@@ -26,8 +26,15 @@ def max_row_length(config: Any) -> int:
         if rope.get("rope_type") in _LONG_ROPE:
             limits.append(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
     limits.append(getattr(text, "attention_chunk_size", None))  # chunked attention is plain attention below a chunk
+    limits.append(most_counted_tokens(config))
     known = [int(limit) for limit in limits if limit and limit > 0]  # -1: xlnet's, no limit
     return min(known) if known else 1 << 30
+
+
+def most_counted_tokens(config: Any) -> int | None:
+    """Tokens that a layer may handle in one go where it counts them itself, from 0 (llama4's attention temperature)."""
+    text = config.get_text_config()
+    return text.floor_scale - 1 if getattr(text, "attn_temperature_tuning", False) else None
 
 
 def _rotary_settings(text: Any) -> list[dict[str, Any]]:

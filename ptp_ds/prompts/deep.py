@@ -41,13 +41,18 @@ def split_deep(prompt_PD: Tensor, config: Any) -> dict[int, list[KeysValues]]:
     return {layer: [(part[:, 0], part[:, 1])] for layer, part in enumerate(parts)}
 
 
-def join_deep(prefix: dict[int, list[KeysValues]]) -> Tensor:
+def join_deep(prefix: dict[int, list[KeysValues]], config: Any) -> Tensor:
     """[P, D] from every layer's keys and values: a soft prompt's own are where a deep one starts.
 
-    Raises ValueError for a family whose layers don't all have one attention call of the same shape.
+    Raises ValueError for a family whose layers don't all have one attention call, its keys and values of the shape that
+    the configuration names (latent attention's differ).
     """
-    shapes = {k.shape for pairs in prefix.values() for k, _ in pairs}
-    if len(shapes) != 1 or any(len(pairs) != 1 for pairs in prefix.values()):
-        raise ValueError("A deep prompt needs one attention call a layer, all of one shape; use --prompt soft here.")
+    layers, heads, width = deep_shape(config)
+    shapes = {tuple(x.shape[1:]) for pairs in prefix.values() for pair in pairs for x in pair}
+    if shapes != {(heads, width)} or len(prefix) != layers or any(len(pairs) != 1 for pairs in prefix.values()):
+        raise ValueError(
+            f"A deep prompt needs one attention call in each of the {layers} layers, with keys and values of {heads} "
+            f"heads x {width}; this model has {sorted(shapes)} in {len(prefix)}: use --prompt soft."
+        )
     stacked = torch.stack([torch.stack(prefix[layer][0], dim=1) for layer in sorted(prefix)], dim=1)  # [P, L, 2, K, d]
     return stacked.flatten(1).float()

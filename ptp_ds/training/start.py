@@ -37,7 +37,8 @@ def initial_trained(prepared: Prepared, backbone: Backbone) -> Tensor:
     prompt = backbone.embed_ids(ids)
     if run.prompt == "soft":
         return head.join(prompt, tensors)
-    return head.join(join_deep(backbone.keys_of(prompt, head.join(prompt, tensors))), tensors)
+    keys = backbone.keys_of(prompt, head.join(prompt, tensors))
+    return head.join(join_deep(keys, prepared.source.config), tensors)
 
 
 def neighbours_of(prepared: Prepared) -> Neighbours | None:

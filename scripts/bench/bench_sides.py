@@ -107,7 +107,7 @@ class Sides:
         tensors = head.start(self.config, 0)
         trained = head.join(start, tensors)
         if self.prompt == "deep":
-            trained = head.join(join_deep(backbone.keys_of(start, trained)), tensors)
+            trained = head.join(join_deep(backbone.keys_of(start, trained), self.config), tensors)
         backbone.serve(self.prompt, rows_for(self.plan, self.task, self.tokenizer, self.prompt, length), length)
         engine = Engine(SoftPrompt(trained), backbone, self.resolved, self.ranks)
         return Ours(engine, trained, backbone.mean_embedding_norm(), self.ranks.device), trained

@@ -46,7 +46,8 @@ _VALUES: list[tuple[Any, str]] = [
         num_encoder_attention_heads num_decoder_attention_heads num_self_attention_heads num_cross_attention_heads
         speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads attention_heads
         swa_num_attention_heads linear_num_heads num_query_groups"""),
-    (2, """num_key_value_heads swa_num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads n_group topk_group
+    (2, """num_key_value_heads swa_num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads n_group
+    topk_group
         num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts mamba_n_groups mamba_ngroups n_groups
         no_rope_layer_interval interleave_moe_layer_step chunk_size_lm_head num_landmarks"""),
     (1, """first_k_dense_replace num_dense_layers num_shared_experts n_shared_experts moe_num_shared_experts
@@ -56,7 +57,8 @@ _VALUES: list[tuple[Any, str]] = [
         mamba_head_dim mamba_headdim query_pre_attn_scalar mamba_d_state ssm_state_size state_size laurel_rank
         sliding_window sliding_window_size attention_window attention_window_size local_attention window_size
         local_attention_window_len hidden_size_per_layer_input hash_code_len num_hash"""),
-    (4, """qk_rope_head_dim rotary_dim global_block_size num_global_tokens num_experts num_local_experts n_routed_experts
+    (4, """qk_rope_head_dim rotary_dim global_block_size num_global_tokens num_experts num_local_experts
+    n_routed_experts
         moe_num_experts linear_num_value_heads zero_expert_num intra_bottleneck_size gated_norm_rank
         relative_attention_num_buckets time_step_rank mamba_dt_rank hc_lowrank adapter_rank index_topk d_rel"""),
     (7, "local_radius"),
@@ -64,7 +66,8 @@ _VALUES: list[tuple[Any, str]] = [
         attention_chunk_size floor_scale original_max_position_embeddings embedding_rank router_hidden_size num_buckets
         rel_extent log_scaling_n_floor chunk_size mamba_chunk_size relative_attention_max_distance
         max_relative_positions position_bias_num_buckets position_bias_max_distance"""),
-    (VOCABULARY, """vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input t2u_vocab_size
+    (VOCABULARY, """vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input
+    t2u_vocab_size
         char_vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size unit_hifi_gan_vocab_size
         unpadded_vocab_size"""),
     (LONGEST, """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length

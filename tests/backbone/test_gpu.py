@@ -62,4 +62,4 @@ def test_flash_kernels_agree_with_the_reference(dtype):
     assert largest_error(device, dtype, attend_reference) < 2e-2
     try_flash(device, dtype, attend_reference)
     q = torch.zeros(5, 4, 64, dtype=dtype, device=device)
-    assert flash_serves(plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, device), q)
+    assert flash_serves(plan_tree([Block(5, (0, 3), (-1, 0))], 0, 3, device), q, q)

@@ -75,7 +75,7 @@ def test_a_deep_prompt_starts_as_the_soft_one(family):
     """Its start is the soft prompt's own keys and values: the same scores, windows and soft caps included."""
     backbone, examples, soft = Backbone(make_model(family)), make_examples("multi"), make_prompt()
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    deep = join_deep(backbone.cache_prefix(soft))
+    deep = join_deep(backbone.cache_prefix(soft), backbone.model.config)
     assert deep.shape == (5, prompt_width("deep", backbone.model.config))
     expected = [plain_scores(make_model(family), soft, example) for example in examples]
     backbone.prompt = "deep"
@@ -90,15 +90,18 @@ def test_a_deep_prompt_starts_as_the_soft_one(family):
 def test_join_is_the_inverse_of_split():
     model = make_model("llama")
     prompt = deep_prompt(model)
-    assert torch.equal(join_deep(split_deep(prompt, model.config)), prompt)
+    assert torch.equal(join_deep(split_deep(prompt, model.config), model.config), prompt)
     with pytest.raises(ValueError, match="width 7 doesn't fit this model's 64"):
         split_deep(torch.zeros(5, 7), model.config)
 
 
 def test_uneven_layers_are_refused():
-    pair = (torch.zeros(5, 2, 8), torch.zeros(5, 2, 8))
-    with pytest.raises(ValueError, match="one attention call a layer, all of one shape; use --prompt soft"):
-        join_deep({0: [pair], 1: [pair, pair]})
+    """Two attention calls in a layer, and latent attention, whose keys are wider than its values."""
+    config = make_model("llama").config
+    pair, latent = [(torch.zeros(5, 2, 8), torch.zeros(5, 2, width)) for width in (8, 6)]
+    for layers in ({0: [pair], 1: [pair, pair]}, {0: [latent], 1: [latent]}, {0: [pair]}):
+        with pytest.raises(ValueError, match=r"one attention call in each of the 2 layers.*use --prompt soft"):
+            join_deep(layers, config)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
