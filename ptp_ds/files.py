@@ -6,6 +6,7 @@ claims before the claim is checked.
 """
 
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +14,9 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -207,12 +208,9 @@ def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUM
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file."""
     with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -272,3 +270,21 @@ def require_writable(flag: str, file: str) -> Path:
     if is_folder(path) or not is_folder(above):
         raise ValueError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
     return path
+
+
+def lock(handle: IO) -> None:
+    """Marks an open file as being written, until it is closed or the process ends, where its disk has locks."""
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process has `lock`ed a file."""
+    try:
+        with open_regular(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a disk without locks
+        return False
+    return False

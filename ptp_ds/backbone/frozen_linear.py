@@ -125,6 +125,8 @@ def _forward(module: Any, own: Callable[[Tensor], Tensor], product: Product, tur
     weight, bias = module.weight, module.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad) or x.dtype != weight.dtype:
         return own(x)
-    # Flat: torch's product of a batch of one is a view, and some families change their layers' outputs in place.
+    if x.dim() == 2:
+        return FrozenLinear.apply(x, weight, bias, turned, product)
+    # Flat: torch's product of a batch is a view, and some families change their layers' outputs in place.
     flat = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, turned, product)
     return flat.view(*x.shape[:-1], flat.shape[-1])

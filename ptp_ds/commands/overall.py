@@ -1,14 +1,15 @@
-"""scripts/overall.py: SuperGLUE's overall score of several runs, a table for each model, perturbation and prompt.
+"""scripts/overall.py: SuperGLUE's overall score of several runs, a table for each kind of run.
 
-A task's score is the mean of its metrics, averaged over seeds; the overall score is the mean over the eight tasks'
-scores. The diagnostics AX-b and AX-g are shown and not counted, as on SuperGLUE's leaderboard. Everything is a fraction
-of 1.
+Runs are of one kind where model, perturbation, prompt and all settings agree in which runs of the same task differ;
+what is left are seeds. A task's score is the mean of its metrics, averaged over seeds; the overall score is the mean
+over the eight tasks' scores. The diagnostics AX-b and AX-g are shown and not counted, as on SuperGLUE's leaderboard.
+Everything is a fraction of 1.
 """
 
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 _LONGEST = 200  # characters of a name in a table
 DIAGNOSTICS = ("AX-b", "AX-g")
 _TEXTS = ("task", "model", "perturbation", "prompt", "eval_split")
+# Settings that don't make a run another method: its seed, where it reads and writes, what it says, how it is computed.
+_NO_METHOD = frozenset(
+    {"seed", "task", "data_dir", "dataset", "eval_split", "predict_split", "output_dir", "resume", "stall_timeout",
+     "log_every", "save_every", "keep_checkpoints", "eval_tokens", "ds_config", "nvme_path", "activations",
+     "chunk_tokens", "kernels", "gradient_accumulation_steps", "preset"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +41,16 @@ class Result:
     eval_split: str
     seed: int
     metrics: Mapping[str, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def setting(self) -> tuple[str, str, str]:
-        """What the runs of one table share."""
+    def kind(self) -> tuple[str, str, str]:
+        """What the runs of one table share at least."""
         return self.model, self.perturbation, self.prompt
+
+    def setting(self, name: str) -> str:
+        """A setting as text; "not told" for a result that doesn't say."""
+        return str(self.settings[name]) if name in self.settings else "not told"
 
     @property
     def score(self) -> float:
@@ -61,7 +73,18 @@ def read_result(folder: str) -> Result:
     lacking += [] if _are_numbers(metrics) else ["metrics"]
     if lacking:
         raise ValueError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
-    return Result(folder=folder, seed=seed, metrics=metrics, **texts)
+    return Result(folder=folder, seed=seed, metrics=metrics, settings=_settings(found, Path(folder)), **texts)
+
+
+def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The run's settings: result.json's own, or those of config.json beside an older one."""
+    known = result.get("settings")
+    if known is None and is_file(folder / "config.json"):
+        config = read_json(folder / "config.json", str(folder / "config.json"))
+        known = config.get("run") if isinstance(config, dict) else None
+    if not isinstance(known, dict):
+        return {}
+    return {name: value for name, value in known.items() if isinstance(name, str) and name not in _NO_METHOD}
 
 
 def _is_short(text: Any) -> bool:
@@ -74,22 +97,40 @@ def _are_numbers(metrics: Any) -> bool:
     return all(isinstance(value, int | float) and -1 <= value <= 1 for value in metrics.values())  # fractions of 1
 
 
-def group_results(results: Iterable[Result]) -> list[dict[str, list[Result]]]:
-    """A table's runs by task, for each model, perturbation and prompt, in the order given.
+Runs = dict[str, list[Result]]  # by task
 
-    Raises ValueError where two runs of a task share their seed, or differ in their split or metrics.
+
+def group_results(results: Iterable[Result]) -> list[tuple[dict[str, str], Runs]]:
+    """For each table the settings that tell it from others of its kind, and its runs, in the order given.
+
+    A setting tells tables apart where two runs of the same task and kind differ in it: a task may have settings of its
+    own. Raises ValueError where two runs of a table and task share their seed, or differ in their split or metrics.
     """
-    tables: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    results = list(results)
+    told = {kind: _differing([one for one in results if one.kind == kind]) for kind in {one.kind for one in results}}
+    tables: dict[tuple, tuple[dict[str, str], Runs]] = {}
     for result in results:
-        runs = tables.setdefault(result.setting, {}).setdefault(result.task, [])
+        apart = {name: result.setting(name) for name in told[result.kind]}
+        _, by_task = tables.setdefault((result.kind, *apart.values()), (apart, {}))
+        runs = by_task.setdefault(result.task, [])
         for other in runs:
             _check_alike(other, result)
         runs.append(result)
     return list(tables.values())
 
 
+def _differing(results: Sequence[Result]) -> list[str]:
+    """Names of the settings in which runs of the same task differ."""
+    found = set()
+    for task in {result.task for result in results}:
+        runs = [result for result in results if result.task == task]
+        names = {name for result in runs for name in result.settings}
+        found |= {name for name in names if len({result.setting(name) for result in runs}) > 1}
+    return sorted(found)
+
+
 def _check_alike(one: Result, other: Result) -> None:
-    both = f"{one.folder} and {other.folder} both hold {one.task} ({', '.join(one.setting)})"
+    both = f"{one.folder} and {other.folder} both hold {one.task} ({', '.join(one.kind)})"
     if one.seed == other.seed:
         raise ValueError(f"{both} with seed {one.seed}; give each seed once.")
     if one.eval_split != other.eval_split:
@@ -105,8 +146,11 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def table_of(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """One table as plain data. overall: the mean over those of the eight tasks that are there, None for none."""
+def table_of(settings: Mapping[str, str], runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """One table as plain data. overall: the mean over those of the eight tasks that are there, None for none.
+
+    settings: those that tell it from other tables.
+    """
     known = (*TASKS, *DIAGNOSTICS)
     ordered = sorted(runs, key=lambda task: known.index(task) if task in known else len(known))
     tasks: dict[str, Any] = {}
@@ -121,7 +165,8 @@ def table_of(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     overall = statistics.fmean(tasks[task]["score"]["mean"] for task in present) if present else None
     first = next(iter(runs.values()))[0]
     return {
-        "model": first.model, "perturbation": first.perturbation, "prompt": first.prompt, "tasks": tasks,
+        "model": first.model, "perturbation": first.perturbation, "prompt": first.prompt, "settings": dict(settings),
+        "tasks": tasks,
         "overall": overall, "missing": [task for task in TASKS if task not in tasks],
     }  # fmt: skip
 
@@ -133,7 +178,8 @@ def _shown(values: Mapping[str, float | None]) -> str:
 
 def table_text(table: Mapping[str, Any]) -> str:
     """The table as lines to read: a task a line, the overall score in the last."""
-    lines = [f"{table['model']} | {table['perturbation']} | {table['prompt']}"]
+    apart = "".join(f" | {name} {value}" for name, value in table["settings"].items())
+    lines = [f"{table['model']} | {table['perturbation']} | {table['prompt']}{apart}"]
     width = max(len(task) for task in table["tasks"])
     for task, found in table["tasks"].items():
         count = len(found["seeds"])
@@ -162,7 +208,7 @@ def _overall(argv: Sequence[str], description: str) -> None:
     parser.add_argument("--json", help="write the tables to this file as well")
     args = parser.parse_args(argv)
     file = require_writable("--json", args.json) if args.json else None
-    tables = [table_of(runs) for runs in group_results(map(read_result, args.runs))]
+    tables = [table_of(*found) for found in group_results(map(read_result, args.runs))]
     print("\n\n".join(map(table_text, tables)))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

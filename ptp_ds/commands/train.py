@@ -37,7 +37,7 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.agreement import fingerprints, require_agreement
 from ptp_ds.training.checkpoint import set_aside
-from ptp_ds.training.continuation import checked_output_dir, continuation_of, identity_of
+from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.training.examples import load_splits, run_examples
@@ -71,8 +71,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
     identity = identity_of(run, task, source.config, splits)
-    continuation.require_same(identity)
-    _warn(run, explicit, continuation.skipped, continuation.folder)
+    changes = continuation.require_same(identity)
+    _warn(run, explicit, continuation, changes)
     return Prepared(
         run=run, task=task, source=source, rows=rows, resolved=resolved, examples=examples, continuation=continuation,
         identity=identity, mask_id=mask_id, output_dir=output_dir, adapter=adapter,
@@ -88,10 +88,12 @@ def _resolved(raw: dict, run: RunConfig, explicit: Collection[str], source: Back
     )
 
 
-def _warn(run: RunConfig, explicit: Collection[str], skipped: Sequence[str], resumed: Path | None) -> None:
-    for sentence in skipped:
-        assert resumed is not None
-        log.warning("warning: %s; going on from %s, the one before", sentence, resumed.name)
+def _warn(run: RunConfig, explicit: Collection[str], continuation: Continuation, changes: Sequence[str]) -> None:
+    for sentence in continuation.skipped:
+        assert continuation.folder is not None
+        log.warning("warning: %s; going on from %s, the one before", sentence, continuation.folder.name)
+    for sentence in changes:
+        log.warning("warning: %s", sentence)
     for name in without_effect(run, set(explicit)):
         cause = "--tokens_per_step" if name == "batch_size" else f"--perturbation {run.perturbation}"
         log.warning("warning: --%s has no effect with %s", name, cause)

@@ -32,6 +32,8 @@ def _check_ranges(run: RunConfig) -> None:
              f"more than the prompt's {run.prompt_length} tokens")  # fmt: skip
     _require(run.tokens_per_step is None or run.tokens_per_step >= 1, "tokens_per_step", run.tokens_per_step,
              "a whole number of 1 or more")  # fmt: skip
+    _require(run.schedule_steps is None or run.schedule_steps >= 1, "schedule_steps", run.schedule_steps,
+             "a whole number of 1 or more")  # fmt: skip
     _require(run.prompt_mlp is None or run.prompt_mlp >= 1, "prompt_mlp", run.prompt_mlp,
              "a whole number of 1 or more")  # fmt: skip
 

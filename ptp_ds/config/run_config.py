@@ -108,7 +108,10 @@ class RunConfig:
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
     lr_schedule: str = _flag("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _flag(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
-    max_steps: int = _flag(60, "optimizer steps")
+    max_steps: int = _flag(60, "optimizer steps; a resumed run may have more than before")
+    schedule_steps: int | None = _flag(
+        None, "step at which the learning rate's schedule ends, if --max_steps will grow later; default: --max_steps"
+    )
     eval_every: int = _flag(20, "steps between evaluations on the selection rows; 0: only at the end")
     save_every: int = _flag(20, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _flag(2, "newest checkpoints kept")
@@ -129,6 +132,11 @@ class RunConfig:
     def step_length(self) -> float:
         """alpha with its default, in mean embedding norms."""
         return self.alpha if self.alpha is not None else 1.5 * self.epsilon / max(1, self.ascent_steps)
+
+    @property
+    def schedule_end(self) -> int:
+        """The step behind which a decaying learning rate is 0."""
+        return self.schedule_steps if self.schedule_steps is not None else self.max_steps
 
     @property
     def streams(self) -> int:

@@ -98,9 +98,10 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[str, d
     if best is None:
         lines.append("recommended: none fits; more GPUs, fewer --tokens_per_step or --activations recompute")
     else:
-        most = best.most_tokens["recompute" if run.activations != "keep" else "keep"]
         name = f"ds_configs/{best.layout.name}.json"
-        lines.append(f"recommended: {name} ({best.bound} bound); largest --tokens_per_step that fits: {most}")
+        lines.append(f"recommended: {name} ({best.bound} bound)")
+        ways = ", ".join(f"{best.most_tokens[way]} with --activations {way}" for way in ("keep", "recompute"))
+        lines.append(f"largest --tokens_per_step that fits: {ways}")
         lines += [
             f"{one.layout.name} would take {one.step_seconds:.2f} s, with weights rounded to int8: not the same model"
             for one in found if one.layout.int8 and one.fits and one.step_seconds < 0.95 * best.step_seconds

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import is_locked
 from ptp_ds.redact import redacted
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
 from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
+
+_LENGTHS = ("max_steps", "schedule_steps")  # may differ between a checkpoint and the run that goes on from it
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,31 @@ class Continuation:
     folder: Path | None = None
     skipped: tuple[str, ...] = ()
 
-    def require_same(self, identity: Mapping[str, Any]) -> None:
-        """ValueError that names what differs between the checkpoint and the run that would go on from it."""
-        if self.checkpoint is not None:
-            assert self.folder is not None
-            require_same_run(self.checkpoint, dict(identity), self.folder)
+    def require_same(self, identity: Mapping[str, Any]) -> list[str]:
+        """ValueError that names what differs between the checkpoint and the run that would go on from it.
+
+        How long the run trains may differ, and where its learning rate ends: a sentence for each that does.
+        """
+        if self.checkpoint is None:
+            return []
+        assert self.folder is not None
+        saved = self.checkpoint.identity
+        require_same_run(self.checkpoint, {n: v for n, v in identity.items() if n not in _LENGTHS}, self.folder)
+        if identity["max_steps"] < self.checkpoint.step:
+            raise ValueError(
+                f"--max_steps is {identity['max_steps']} and {self.folder} has {self.checkpoint.step} steps behind it; "
+                "give more steps, or evaluate its adapter with scripts/evaluate.py."
+            )
+        changes = []
+        if saved.get("max_steps") != identity["max_steps"]:
+            changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
+        end = saved.get("schedule_steps", saved.get("max_steps"))
+        if end != identity["schedule_steps"]:
+            changes.append(
+                f"the learning rate's schedule ended at step {end} and ends at step {identity['schedule_steps']} now: "
+                f"from step {self.checkpoint.step + 1} on the rate is another (--schedule_steps {end} keeps the old)"
+            )
+        return changes
 
 
 def checked_output_dir(run: RunConfig) -> Path | None:
@@ -37,8 +60,11 @@ def checked_output_dir(run: RunConfig) -> Path | None:
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; give a folder.")
-    holds_run = any((folder / name).exists() for name in ("config.json", "result.json", "checkpoints"))
-    if holds_run and run.resume is None:
+    if is_locked(folder / "log.jsonl"):
+        raise ValueError(f"--output_dir {folder} is being written by a run that still goes on; give another folder.")
+    # What failed before its first checkpoint left settings and a log: nothing that a new run could destroy.
+    saved = [name for name in ("result.json", "adapter") if (folder / name).exists()]
+    if (saved or any(folder.glob("checkpoints/*"))) and run.resume is None:
         raise ValueError(
             f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
         )
@@ -72,6 +98,7 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         "perturbation": run.chosen_perturbation.name,
         "perturbation file's sha256": run.chosen_perturbation.sha256,
     }
+    identity["schedule_steps"] = run.schedule_end
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return redacted(json.loads(json.dumps(identity)))

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ptp_ds.files import parse_json, read_bytes
+from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 
@@ -35,7 +35,7 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
         self._log = _open_log(output_dir / "log.jsonl", first_step)
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -100,4 +100,6 @@ def _open_log(path: Path, first_step: int) -> TextIO:
     work = path.with_name(f".{path.name}.writing")
     work.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     work.replace(path)
-    return path.open("a", encoding="utf-8")
+    log = path.open("a", encoding="utf-8")
+    lock(log)
+    return log

@@ -13,6 +13,7 @@ from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.train import main, prepare
 from ptp_ds.config.flags import parse_run
+from ptp_ds.files import lock
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 
 CB_ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
@@ -147,12 +148,31 @@ def test_batch_that_ranks_cannot_share(base, refuse, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("held", ["config.json", "result.json", "checkpoints/step-000001/state.json"])
+@pytest.mark.parametrize(
+    "held", ["adapter/x", "result.json", "checkpoints/step-000001/state.json", "checkpoints/step-000001.damaged/x"]
+)
 def test_output_folder_of_another_run(base, refuse, tmp_path, held):
     (tmp_path / "out" / held).parent.mkdir(parents=True)
     (tmp_path / "out" / held).write_text("kept")
     found = refuse([*base, "--output_dir", "out"])
     assert found == "--output_dir out holds another run; continue it with --resume auto or give a new folder."
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_free(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "out" / name).write_text("{}")
+    assert prepare(*parse_run([*base, "--output_dir", "out"])).continuation.checkpoint is None
+
+
+def test_a_folder_that_a_run_is_writing_is_refused(base, refuse, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "log.jsonl", "w") as log:
+        lock(log)
+        for extra in ([], ["--resume", "auto"]):
+            found = refuse([*base, "--output_dir", "out", *extra])
+            assert found == "--output_dir out is being written by a run that still goes on; give another folder."
 
 
 def test_output_folder_that_is_a_file(base, refuse, tmp_path):
@@ -175,6 +195,33 @@ def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
         prepared = prepare(*parse_run([*base, "--output_dir", "out", "--resume", resume]))
         assert prepared.continuation.checkpoint is not None
         assert prepared.continuation.checkpoint.step == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (
+            ["--max_steps", "30"],
+            ["--max_steps was 2 and is 30 now", "schedule ended at step 2 and ends at step 30 now"],
+        ),
+        (["--max_steps", "30", "--schedule_steps", "2"], ["--max_steps was 2 and is 30 now"]),
+        (["--schedule_steps", "9"], ["from step 2 on the rate is another (--schedule_steps 2 keeps the old)"]),
+    ],
+)
+def test_a_resumed_run_may_be_longer_and_says_what_changes(base, saved, extra, said, capsys):
+    prepare(*parse_run([*base, *extra, "--output_dir", "out", "--resume", "auto"]))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(said)
+    assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+def test_a_resumed_run_may_not_end_before_its_checkpoint(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    identity = prepare(*parse_run(base)).identity
+    tensors = {name: torch.zeros(4, 32) for name in ("prompt", "exp_avg", "exp_avg_sq")}
+    save_checkpoint(Path("out/checkpoints"), Checkpoint(2, {**tensors, "adam_step": torch.zeros(1)}, None, identity), 1)
+    with pytest.raises(ValueError, match=r"--max_steps is 1 and out/checkpoints/step-000002 has 2 steps behind it"):
+        prepare(*parse_run([*base, "--max_steps", "1", "--output_dir", "out", "--resume", "auto"]))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 def tables(*folders: str) -> list[dict]:
-    return [table_of(runs) for runs in group_results(map(read_result, folders))]
+    return [table_of(*found) for found in group_results(map(read_result, folders))]
 
 
 def test_the_eight_tasks_and_the_diagnostics_are_ours():
@@ -79,6 +79,30 @@ def test_one_seed_has_no_deviation():
 def test_other_settings_get_a_table_of_their_own(run, change):
     found = tables(run(seed=0), run(seed=0, folder="other", **change), run(seed=1))
     assert [table["tasks"]["CB"]["seeds"] for table in found] == [[0, 1], [0]]
+
+
+def test_a_sweep_is_a_table_a_setting_with_seeds_within(run):
+    """lr differs between runs of CB; the batch size only between tasks, so it tells no tables apart."""
+    folders = [
+        run(task, seed, f"{task}-{seed}-{lr}", settings={"lr": lr, "batch_size": 8 + len(task), "seed": seed,
+                                                         "output_dir": f"{lr}-{seed}", "log_every": seed + 1})
+        for task in ("CB", "COPA") for lr in (0.03, 0.1) for seed in (0, 1)
+    ]  # fmt: skip
+    found = tables(*folders)
+    assert [table["settings"] for table in found] == [{"lr": "0.03"}, {"lr": "0.1"}]
+    assert [{task: kept["seeds"] for task, kept in table["tasks"].items()} for table in found] == (
+        [{"CB": [0, 1], "COPA": [0, 1]}] * 2
+    )
+    assert table_text(found[1]).startswith("small | pgd | soft | lr 0.1\n")
+
+
+def test_older_results_take_their_settings_from_config_json(run, tmp_path):
+    folders = [run(seed=0), run(seed=0, folder="other", settings={"lr": 0.1})]
+    with open(f"{folders[0]}/config.json", "w") as file:
+        json.dump({"run": {"lr": 0.03, "seed": 0}}, file)
+    assert [table["settings"] for table in tables(*folders)] == [{"lr": "0.03"}, {"lr": "0.1"}]
+    (tmp_path / "other" / "result.json").write_text((tmp_path / "CB-0" / "result.json").read_text())
+    assert [table["settings"] for table in tables(*folders)] == [{"lr": "0.03"}, {"lr": "not told"}]
 
 
 def test_tasks_of_ones_own_are_shown_and_not_counted(run):

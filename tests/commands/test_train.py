@@ -127,6 +127,21 @@ def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path, pert
     assert json.loads((one / "result.json").read_text())["world_size"] == 1
 
 
+def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_train, tiny_model, tmp_path):
+    """Its schedule's end was known beforehand: four steps, then four more, bit for bit eight."""
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "pgd", "--save_every", "4", "--eval_every", "4"]
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    check(run_train([*args, "--max_steps", "8", "--output_dir", whole]))
+    check(run_train([*args, "--max_steps", "4", "--schedule_steps", "8", "--output_dir", grown]))
+    done = check(run_train([*args, "--max_steps", "8", "--output_dir", grown, "--resume", "auto"]))
+    assert "warning: --max_steps was 4 and is 8 now" in done.stderr
+    assert "schedule ended" not in done.stderr
+    assert torch.equal(last_prompt(grown), last_prompt(whole))
+    assert torch.equal(adapter(grown), adapter(whole))
+    settings = json.loads((grown / "result.json").read_text())["settings"]
+    assert (settings["max_steps"], settings["schedule_steps"], settings["perturbation"]) == (8, None, "pgd")
+
+
 def test_carried_deltas_resume_bit_for_bit(run_train, tiny_model, tmp_path):
     """free, K = 3, saved behind steps 1 to 5: wherever a run goes on, it ends in the same prompt."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--ascent_steps", "3", "--max_steps", "6",

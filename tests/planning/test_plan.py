@@ -1,5 +1,6 @@
 """plan.py against measurement: bytes exactly, memory within 15 %, on 1, 2 and 4 CPU ranks; on 8 to 1024 fake ones."""
 
+import json
 import sys
 
 import pytest
@@ -192,6 +193,13 @@ def test_the_script_plans_every_ready_config(capsys, tmp_path):
     ready = {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
     assert {line.split()[0] for line in out.splitlines() if line.startswith("zero")} == ready
     assert "recommended: ds_configs/zero3_hpz.json" in out
+    plans = {plan["layout"]["name"]: plan for plan in json.loads(file.read_text())["plans"]}
+    most, shown = plans["zero3_hpz"]["most_tokens"], next(line for line in out.splitlines() if "zero3_hpz " in line)
+    assert int(shown.split()[-1]) == most[shown.split()[-2]]  # the table's column, of the mode that it names
+    assert (
+        f"largest --tokens_per_step that fits: {most['keep']} with --activations keep, {most['recompute']} with "
+        "--activations recompute"
+    ) in out
     assert '"recommended": "zero3_hpz"' in file.read_text()
 
 

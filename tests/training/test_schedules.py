@@ -22,6 +22,11 @@ def test_linear_decay_reaches_zero_behind_the_last_step():
     assert rates()[4:] == pytest.approx([0.1 * left for left in range(8, 0, -1)])
 
 
+def test_the_schedule_may_end_before_or_behind_the_run():
+    assert rates(schedule_steps=20)[4:] == pytest.approx([0.05 * left for left in range(16, 8, -1)])
+    assert rates(schedule_steps=8)[4:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0])
+
+
 def test_cosine_decay():
     expected = [0.4 * (1 + math.cos(math.pi * done / 8)) for done in range(8)]
     assert rates(lr_schedule="cosine")[4:] == pytest.approx(expected)
