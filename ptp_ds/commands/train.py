@@ -95,10 +95,18 @@ def _warn(run: RunConfig, explicit: Collection[str], continuation: Continuation,
     for sentence in changes:
         log.warning("warning: %s", sentence)
     for name in without_effect(run, set(explicit)):
-        cause = "--tokens_per_step" if name == "batch_size" else f"--perturbation {run.perturbation}"
-        log.warning("warning: --%s has no effect with %s", name, cause)
+        log.warning("warning: --%s has no effect with %s", name, _cause(run, name))
     for sentence in unsuited(run, set(explicit)):
         log.warning("warning: %s", sentence)
+
+
+def _cause(run: RunConfig, name: str) -> str:
+    """What keeps a flag from having an effect."""
+    if name == "batch_size":
+        return "--tokens_per_step"
+    if run.chosen_perturbation.perturbation is not None and not run.perturbs:
+        return "--reg_weight 0" if not run.reg_weight else f"a --perturbation {run.perturbation} of size 0"
+    return f"--perturbation {run.perturbation}"
 
 
 def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:

@@ -63,14 +63,18 @@ def _check_pairs(run: RunConfig) -> None:
 
 
 def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
-    """Flags that were given but that the chosen perturbation does not read."""
-    perturbation = run.chosen_perturbation.perturbation
+    """Flags that were given but that nothing reads: by the chosen perturbation, or by none where it is turned off."""
+    perturbation = run.active_perturbation
     unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
     unread -= {*perturbation.sizes, *perturbation.reads} if perturbation is not None else set()
     if not {"sigma", "epsilon"} & set(perturbation.sizes if perturbation is not None else ()):
         unread |= {"units", "target"}
     if perturbation is None:
         unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
+        chosen = run.chosen_perturbation.perturbation
+        turned_off = ["reg_weight"] * (not run.reg_weight) if chosen is not None else []
+        turned_off += [size for size in (chosen.sizes if chosen is not None else ()) if not getattr(run, size)]
+        unread -= set(turned_off)
     if run.tokens_per_step is not None:
         unread.add("batch_size")
     return sorted(unread & explicit)

@@ -175,6 +175,24 @@ def test_a_folder_that_a_run_is_writing_is_refused(base, refuse, tmp_path):
             assert found == "--output_dir out is being written by a run that still goes on; give another folder."
 
 
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--epsilon", "0.5"], ["--epsilon has no effect with --perturbation gaussian"]),
+        (["--reg_weight", "0", "--sigma", "0.1"], ["--sigma has no effect with --reg_weight 0"]),
+        (
+            ["--sigma", "0", "--divergence", "js"],
+            ["--divergence has no effect with a --perturbation gaussian of size 0"],
+        ),
+        (["--preset", "r3f", "--epsilon", "0.5"], ["--epsilon has no effect with --perturbation uniform"]),
+    ],
+)
+def test_settings_that_nothing_reads_are_named_once(base, extra, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare(*parse_run([*base, *extra]))
+    assert capsys.readouterr().err.splitlines() == [f"warning: {sentence}" for sentence in said]
+
+
 def test_output_folder_that_is_a_file(base, refuse, tmp_path):
     (tmp_path / "out").write_text("kept")
     assert refuse([*base, "--output_dir", "out"]) == "--output_dir out is a file; give a folder."

@@ -170,6 +170,12 @@ def test_without_effect(perturbation, unread):
     assert without_effect(run, {"lr"}) == []
 
 
+def test_nothing_of_a_perturbation_that_is_turned_off_has_an_effect():
+    given = {"reg_weight", "sigma", "divergence", "reg_warmup_steps", "lr"}
+    assert without_effect(RunConfig(reg_weight=0.0), given) == ["divergence", "reg_warmup_steps", "sigma"]
+    assert without_effect(RunConfig(sigma=0.0), given) == ["divergence", "reg_warmup_steps", "reg_weight"]
+
+
 def test_defaults_that_do_not_suit():
     said = ["--prompt_mlp trains more than a prompt: --lr 0.03, the default, is likely too high, try 0.001"]
     assert unsuited(RunConfig(prompt_mlp=64), {"prompt_mlp"}) == said
