@@ -49,7 +49,7 @@ _VALUES: list[tuple[Any, str]] = [
         swa_num_attention_heads linear_num_heads num_query_groups"""),
     (2, """num_key_value_heads swa_num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads n_group
         topk_group num_expert_group num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
-        mamba_n_groups mamba_ngroups n_groups no_rope_layer_interval interleave_moe_layer_step chunk_size_lm_head"""),
+        mamba_n_groups mamba_ngroups n_groups no_rope_layer_interval interleave_moe_layer_step"""),
     (1, """first_k_dense_replace num_dense_layers num_shared_experts n_shared_experts moe_num_shared_experts
         num_kv_shared_layers num_nextn_predict_layers num_conv_pos_embedding_groups moe_layer_start_index"""),
     (HEAD_WIDTH, """head_dim d_kv d_head v_head_dim qk_nope_head_dim swa_head_dim kv_channels dim_head
@@ -170,14 +170,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-_NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 3}
-# Families whose configuration can't be made without that of a part.
-_ENTIRE: dict[str, Any] = {
-    "gemma4_assistant": lambda family: family(
-        text_config=_small(CONFIG_MAPPING["gemma4_text"], {"global_head_dim": 16, **_NO_LAYER_INPUTS}),
-        backbone_hidden_size=WIDTH,
-    ),
-}
 
 
 def families(kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -199,8 +191,7 @@ def make_config(name: str, kind: str) -> PreTrainedConfig:
     """The shrunk configuration of a model."""
     family = name.split("+")[0]
     changes = {**EXCEPTIONS.get(family, {}), **EXCEPTIONS.get(name, {})}
-    build = _ENTIRE.get(family)
-    config = build(CONFIG_MAPPING[family]) if build else _small(CONFIG_MAPPING[family], changes)
+    config = _small(CONFIG_MAPPING[family], changes)
     for name in ("is_decoder", "causal"):
         if kind == "causal" and hasattr(config, name):
             setattr(config, name, True)
