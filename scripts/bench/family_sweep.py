@@ -1,0 +1,299 @@
+"""Every model family that the installed transformers has, as the project serves it, against plain eager passes.
+
+    python scripts/bench/family_sweep.py --json sweep.json [--only NAME ...] [--heads causal masked classes seq2seq]
+
+For each family and head a tiny random model (sweep_models.py) is given to the project, which packs it, pads it or
+refuses it. Where it doesn't refuse, scores and gradients are compared with those of an untouched copy that is fed one
+example at a time by input_ids (sweep_compare.py). Each family runs in a process of its own. Exit code 1: a family is
+accepted and wrong, or crashes.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sweep_compare import (
+    PROMPT,
+    Case,
+    Plain,
+    compare_gradients,
+    compare_scores,
+    compare_step,
+    distance,
+    head_of,
+    make_case,
+    rows_of,
+)
+from sweep_models import AUTO, LABELS, families, make_config, make_model
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import checked_backbone
+from ptp_ds.backbone.heads import HeadPlan
+from ptp_ds.backbone.positions import row_room
+
+BOUND = 1e-4  # relative: scores in their deviation, gradients in their norm
+ROUNDING = 1e-2  # a family that is exact in fp64 may be as far off as this in fp32: its own rounding, amplified
+EXACT = 1e-6  # relative, fp64
+SAME_INPUTS = 1e-5  # how far inputs_embeds may be from input_ids to be called the same
+VERDICTS = ("ok", "wrong", "crash", "refused", "not built")
+Result = dict[str, Any]
+
+
+class VerdictError(Exception):
+    """Ends a family's examination with what is known of it."""
+
+    def __init__(self, **found: Any) -> None:
+        super().__init__()
+        self.found = found
+
+
+def place_of(error: BaseException) -> str:
+    """The innermost line of ptp_ds in an error's traceback, else its innermost line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/ptp_ds/" in frame.filename] or frames
+    return f"{'/'.join(Path(ours[-1].filename).parts[-2:])}:{ours[-1].lineno}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def crash(error: BaseException, stage: str) -> VerdictError:
+    """What is said of an error that no user should see."""
+    return VerdictError(verdict="crash", stage=stage, error=first_line(error), frame=place_of(error))
+
+
+def ask_project(config: Any, kind: str, dtype: torch.dtype) -> tuple[Backbone, str, int]:
+    """(a backbone that serves the family, why it isn't packed, the room of its rows), as a run gets them."""
+    stage = "row_room"
+    try:
+        room = row_room(None, PROMPT, config, HeadPlan(kind, False, LABELS))
+        model = make_model(config, kind, eager=False, dtype=dtype)
+        stage = "constructor"
+        backbone = Backbone(model, head=head_of(model, kind))
+        stage = "check"
+        backbone, reason = checked_backbone(backbone)
+        backbone.serve("soft", rows_of(kind), PROMPT)
+    except ValueError as error:
+        sentence, last = str(error).split(" Use one ")[0], traceback.extract_tb(error.__traceback__)[-1].filename
+        if "/ptp_ds/" not in last:
+            sentence = f"[said by {Path(last).name}] {sentence}"
+        raise VerdictError(verdict="refused", path="", sentence=sentence, frame=place_of(error)) from None
+    except Exception as error:
+        raise crash(error, stage) from None
+    return backbone, reason.split(" Use one ")[0], room
+
+
+def known_inputs(case: Case) -> str:
+    """Makes the plain model take embeddings, so that gradients can be had: inputs_embeds where they mean the same as
+    input_ids, else by a hook. Returns how inputs_embeds differ, if they do."""
+    examples, plain = case.shapes[0], case.plain
+    wanted, said = case.truth(examples, case.trained), ""
+    plain.how = "embeds"
+    try:
+        apart = distance(case.truth(examples, case.trained), wanted)
+        if apart <= SAME_INPUTS:
+            return ""
+        said = f"inputs_embeds differs from input_ids by {apart:.1e}"
+    except Exception as error:
+        said = f"inputs_embeds isn't taken ({first_line(error)})"
+    plain.how = "hook"
+    try:
+        apart = distance(case.truth(examples, case.trained), wanted)
+    except Exception:
+        apart = float("inf")
+    if apart > SAME_INPUTS:
+        plain.how = "ids"  # no gradient
+    return said
+
+
+def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], None]) -> Result:
+    """Path, numbers and notes of one model in one precision."""
+    tell("check")
+    backbone, reason, room = ask_project(config, kind, dtype)
+    found: Result = {"path": "packed" if backbone.packs else "generic", "notes": [], "unpacked": reason}
+    tell("plain passes")
+    case = make_case(Plain(make_model(config, kind, eager=True, dtype=dtype), kind), backbone, room)
+    longest = max(len(example.context_ids) for example in case.shapes[0])
+    if longest < 40:
+        found["notes"].append(f"the project holds rows to {room} tokens behind the prompt")
+    try:
+        with torch.no_grad():
+            again = distance(case.truth(case.shapes[0], case.trained), case.truth(case.shapes[0], case.trained))
+            if again > SAME_INPUTS:
+                found["notes"].append(f"its own scores are random ({again:.1e})")
+            if kind == "causal" and case.plain.looks_ahead(case.shapes[0][0].context_ids):
+                found["notes"].append("it isn't causal")
+            differs = known_inputs(case)
+            how, case.plain.how = case.plain.how, "ids"
+    except Exception as error:
+        raise VerdictError(
+            **found, verdict="wrong", sentence=f"accepted, but its plain pass fails: {first_line(error)}"
+        ) from None
+    found["notes"] += [differs] if differs else []
+    tell("scores")
+    found["scores"] = guarded(lambda: compare_scores(case), "scores")
+    case.plain.how = how
+    if how == "ids":
+        found["notes"].append("no plain gradient to compare with")
+        return found
+    tell("gradients")
+    found |= guarded(lambda: compare_gradients(case), "gradients")
+    for perturbation in ("gaussian", "pgd"):
+        tell(perturbation)
+        found[perturbation] = guarded(lambda name=perturbation: compare_step(case, name), perturbation)
+    return found
+
+
+def guarded(compute: Callable[[], Any], stage: str) -> Any:
+    """What `compute` returns; its errors are crashes of the project."""
+    try:
+        return compute()
+    except Exception as error:
+        raise crash(error, stage) from None
+
+
+def numbers_of(found: Result) -> dict[str, float]:
+    """The distances among what was found."""
+    return {name: found[name] for name in ("scores", "prompt", "delta", "head", "gaussian", "pgd") if name in found}
+
+
+def examine(name: str, kind: str, tell: Callable[[str], None]) -> Result:
+    """The verdict on one model."""
+    tell("not built")
+    try:
+        config = make_config(name, kind)
+        make_model(config, kind, eager=True)
+    except Exception as error:
+        return {"verdict": "not built", "sentence": first_line(error)}
+    try:
+        found = measure(config, kind, torch.float32, tell)
+    except VerdictError as failed:
+        return failed.found
+    worst = max(numbers_of(found).values())
+    if worst <= BOUND:
+        return found | {"verdict": "ok"}
+    try:
+        exact = measure(config, kind, torch.float64, lambda stage: tell(f"fp64 {stage}"))
+        found["fp64"] = max(numbers_of(exact).values())
+    except VerdictError as failed:
+        found["notes"].append(f"fp64: {failed.found.get('error') or failed.found.get('sentence')}")
+    if "fp64" in found:
+        found["notes"].append(f"{found['fp64']:.0e} in fp64")
+    if worst <= ROUNDING and found.get("fp64", 1.0) <= EXACT:
+        found["notes"].append("fp32 rounding alone")
+        return found | {"verdict": "ok"}
+    return found | {"verdict": "wrong"}
+
+
+def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
+    """Examines one model and sends stages, then the result."""
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    to_parent.send(examine(name, kind, to_parent.send))
+
+
+def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
+    """The result of a child process, or how it died."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(name, kind, sender, quiet))
+    started = time.monotonic()
+    process.start()
+    sender.close()
+    message: Any = "start"
+    died = ""
+    while isinstance(message, str):
+        stage = message
+        if not receiver.poll(max(0.0, started + limit - time.monotonic())):
+            died = f"timeout after {limit:.0f} s"
+            break
+        try:
+            message = receiver.recv()
+        except EOFError:
+            process.join(10)
+            died = f"the process died with exit code {process.exitcode}"
+            break
+    process.kill()
+    process.join()
+    seconds = round(time.monotonic() - started, 1)
+    if died:
+        verdict = "not built" if stage in ("start", "not built", "plain passes") else "crash"
+        message = {"verdict": verdict, "stage": stage, "error": died, "sentence": died, "frame": ""}
+    return message | {"seconds": seconds}
+
+
+def line(key: str, found: Result) -> str:
+    """One model's line of the table."""
+    numbers = " ".join(f"{name} {value:.0e}" for name, value in numbers_of(found).items())
+    words = [found.get("sentence", "")] if found["verdict"] != "crash" else []
+    if found["verdict"] == "crash":
+        words = [f"{found['stage']}: {found['error']} @ {found['frame']}"]
+    words += found.get("notes", [])
+    name, kind = key.split()
+    told = "; ".join(word for word in words if word)
+    return f"{name:26} {kind:8} {found['verdict']:9} {found.get('path', ''):8} {numbers} {told}".rstrip()
+
+
+def summary(results: dict[str, Result]) -> str:
+    """Counts, then what needs mending."""
+    lines = ["", f"{'':10}" + "".join(f"{verdict:>11}" for verdict in VERDICTS)]
+    for kind in AUTO:
+        counts = Counter(found["verdict"] for key, found in results.items() if key.split()[1] == kind)
+        lines.append(f"{kind:10}" + "".join(f"{counts[verdict]:11}" for verdict in VERDICTS))
+    for verdict, title in (("wrong", "Accepted and wrong"), ("crash", "Crashes")):
+        chosen = [line(key, found) for key, found in sorted(results.items()) if found["verdict"] == verdict]
+        lines += ["", f"{title}: {len(chosen)}", *chosen]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The sweep; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="all numbers; what it holds already isn't run again")
+    parser.add_argument("--again", action="store_true", help="run also what --json holds already")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these families alone, with their variants")
+    parser.add_argument("--heads", nargs="+", choices=list(AUTO), default=list(AUTO))
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for each family")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    known: dict[str, Result] = {}
+    if arguments.json and arguments.json.is_file():
+        known = json.loads(arguments.json.read_text())["results"]
+    chosen: dict[str, Result] = {}
+    for name, kind in families(arguments.heads):
+        key = f"{name} {kind}"
+        if arguments.only and not {name, name.split("+")[0]} & set(arguments.only):
+            continue
+        if arguments.again or key not in known:
+            known[key] = watched(name, kind, arguments.limit, not arguments.verbose)
+            if arguments.json:
+                versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+                arguments.json.write_text(json.dumps({"versions": versions, "results": known}, indent=1))
+        chosen[key] = known[key]
+        print(line(key, known[key]), flush=True)
+    print(summary(chosen))
+    return 1 if any(found["verdict"] in ("wrong", "crash") for found in chosen.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
