@@ -9,13 +9,14 @@ Everything is a fraction of 1.
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser
-from ptp_ds.files import is_file, read_json, require_writable, write_json
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
 
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 _LONGEST = 200  # characters of a name in a table
@@ -50,7 +51,8 @@ class Result:
 
     def setting(self, name: str) -> str:
         """A setting as text; "not told" for a result that doesn't say."""
-        return str(self.settings[name]) if name in self.settings else "not told"
+        value = self.settings.get(name, "not told")
+        return value if isinstance(value, str) and _is_short(value) else brief(value, 60)
 
     @property
     def score(self) -> float:
@@ -84,7 +86,8 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         known = config.get("run") if isinstance(config, dict) else None
     if not isinstance(known, dict):
         return {}
-    return {name: value for name, value in known.items() if isinstance(name, str) and name not in _NO_METHOD}
+    ours = {field.name for field in fields(RunConfig)} - _NO_METHOD
+    return {name: value for name, value in known.items() if name in ours}
 
 
 def _is_short(text: Any) -> bool:

@@ -178,7 +178,8 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         _lines(folder / "data" / "CB" / "val.jsonl", ROWS["CB"])
 
     def read_results(folder: Path) -> None:
-        for table in map(table_of, group_results([read_result(str(folder / "a")), read_result(str(folder / "b"))])):
+        found = group_results([read_result(str(folder / "a")), read_result(str(folder / "b"))])
+        for table in [table_of(*parts) for parts in found]:
             assert "\n" in table_text(table)
 
     def results(folder: Path) -> None:
