@@ -173,7 +173,7 @@ class Backbone(nn.Module):
         try_flash(inputs_TH.device, inputs_TH.dtype, attend_reference)
         layer_pass.head_input = self.head.head_input
         arguments: dict[str, Any] = {
-            "inputs_embeds": inputs_TH[None],
+            "inputs_embeds": inputs_TH[None].clone(),  # some families scale what they are given in place
             "position_ids": positions_T[None] + self.first_position,
         }
         if self.head.kind == "causal":

@@ -100,7 +100,10 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
         raise ValueError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
     _compare(backbone, found, by_ids, plain)
-    backbone.narrows = _narrows(backbone, probe)
+    with _family_fails(backbone):
+        if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe, of_scores=_bounds(backbone)[0]):
+            raise ValueError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
+        backbone.narrows = _narrows(backbone, probe)
 
 
 def _probe(backbone: Backbone, longest: int) -> _Probe:
@@ -199,7 +202,7 @@ def _by_context(delta_TH: Tensor, rows: Rows, row: PackedRow, examples: Sequence
 
 def _compare(backbone: Backbone, found: _Found, by_ids: Tensor, plain: _Found) -> None:
     """ValueError where scores or gradients lie further apart than the dtype's rounding explains."""
-    of_scores, of_gradients = _FULL if backbone.dtype in (torch.float32, torch.float64) else _HALF
+    of_scores, of_gradients = _bounds(backbone)
     present = torch.isfinite(by_ids)
     spread = float((by_ids[present] - by_ids[present].mean()).norm())
     error = float((found.scores - by_ids)[present].norm()) / max(spread, 1e-6)
@@ -228,6 +231,20 @@ def _close(scores: Tensor, by_ids: Tensor, bound: float) -> bool:
     return float((scores - by_ids)[present].norm()) <= bound * float((by_ids[present] - by_ids[present].mean()).norm())
 
 
+def _bounds(backbone: Backbone) -> tuple[float, float]:
+    return _FULL if backbone.dtype in (torch.float32, torch.float64) else _HALF
+
+
+@torch.no_grad()
+def _sees_no_later_token(backbone: Backbone, probe: _Probe, of_scores: float) -> bool:
+    """Whether a token's logits are the same with another behind it, in the family's own forward."""
+    ids = torch.tensor([probe.examples[0].context_ids], device=backbone.device)
+    with backbone.shards.outside_layers(), eager(backbone):
+        whole = backbone.model(input_ids=ids).logits[0, :-1].float()
+        shorter = backbone.model(input_ids=ids[:, :-1]).logits[0].float()
+    return float((whole - shorter).norm()) <= of_scores * float((whole - whole.mean()).norm())
+
+
 @torch.no_grad()
 def _narrows(backbone: Backbone, probe: _Probe) -> bool:
     """Whether logits of a few tokens alone are those that the whole vocabulary's product has there."""
@@ -249,7 +266,7 @@ def _narrows(backbone: Backbone, probe: _Probe) -> bool:
         finally:
             backbone.narrows = False
     gaps, wanted = narrow - narrow[:, :1], whole - whole[:, :1]
-    bound = _FULL[0] if backbone.dtype in (torch.float32, torch.float64) else _HALF[0]
+    bound = _bounds(backbone)[0]
     return float((gaps - wanted).norm()) <= bound * max(float(wanted.norm()), 1e-6)
 
 

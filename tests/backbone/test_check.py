@@ -164,6 +164,25 @@ def test_families_whose_own_code_fails_on_a_packed_row(name, config, settings):
     assert "can't be served: its layers fail on the check's rows" in reason
 
 
+def test_inputs_that_are_scaled_in_place():
+    """ctrl multiplies the embeddings that it is given, delta's leaf among them."""
+    settings = {"vocab_size": 99, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    backbone = Backbone(build("CTRLLMHeadModel", "CTRLConfig", **settings))
+    row = pack(make_examples("multi"))
+    inputs = backbone.embed(row.token_ids).requires_grad_()
+    prompt = backbone.embed(torch.tensor([5, 17, 40, 8]))
+    before = inputs.detach().clone()
+    backbone.score(row, inputs, prompt).logsumexp(-1).sum().backward()
+    assert torch.equal(inputs.detach(), before)
+    assert float(inputs.grad.norm()) > 0
+
+
+def test_tokens_that_see_later_ones_have_no_scores():
+    """xlnet attends in both directions unless it is told a permutation."""
+    settings = {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    assert "its tokens see later ones" in refused("XLNetLMHeadModel", "XLNetConfig", "causal", **settings)
+
+
 def test_layers_that_are_changed_in_place():
     """roc_bert writes into its layers' outputs, which a view wouldn't allow."""
     settings = {**SIZES, "enable_pronunciation": False, "enable_shape": False, "use_cache": False}
