@@ -12,6 +12,7 @@ from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
+from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.seeding import make_generator
@@ -34,13 +35,13 @@ def checked_backbone(backbone: Backbone) -> tuple[Backbone, str]:
     """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is."""
     try:
         if backbone.head.kind == "seq2seq":
-            raise ValueError(refusal(backbone.model, "an encoder-decoder isn't packed"))
+            raise UserError(refusal(backbone.model, "an encoder-decoder isn't packed"))
         check_backbone(backbone)
         return backbone, ""
     except ValueError as error:
         reason = str(error)
     if backbone.shards.sharded:
-        raise ValueError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
+        raise UserError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
                          "--ds_config ds_configs/zero2.json.")  # fmt: skip
     padded = PaddedBackbone(backbone)
     check_backbone(padded)
@@ -78,7 +79,7 @@ def check_backbone(backbone: Backbone) -> None:
     error = float((found.scores - plain)[present].abs().max())
     bound = 1e-3 if backbone.dtype == torch.float32 else 0.5
     if not error <= bound:
-        raise ValueError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
+        raise UserError(refusal(model, f"packed scores differ from plain ones by {error:.1e} (allowed: {bound})"))
     backbone.narrows = _narrows(backbone, examples[1], trained.detach(), bound)
 
 
@@ -137,13 +138,13 @@ def _refuse(backbone: Backbone, found: _Found) -> None:
     model = backbone.model
     expected = model.config.get_text_config().num_hidden_layers
     if len(found.layers) != expected and backbone.packs:
-        raise ValueError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
+        raise UserError(refusal(model, f"{len(found.layers)} of its {expected} layers used our attention function"))
     if found.local:
-        raise ValueError(
+        raise UserError(
             refusal(model, f"it masks a local window of {min(found.local)} in a way that attention can't see")
         )
     if not bool(torch.isfinite(found.gradient).all()) or not bool(found.gradient.abs().sum() > 0):
-        raise ValueError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
+        raise UserError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ def plain_scores(backbone: Backbone, row: PackedRow, trained: Tensor) -> Tensor:
 
 def _packed(backbone: Backbone, row: PackedRow, trained: Tensor) -> _Found:
     if backbone.packs and not backbone.takes_attention:
-        raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
+        raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
     seen: set[int] = set()
     passes: list[LayerPass] = []
     saved = SavedBytes(backbone.parameters())
@@ -174,7 +175,7 @@ def _packed(backbone: Backbone, row: PackedRow, trained: Tensor) -> _Found:
         with use_value(local_sizes, seen), saved.counting():
             scores = backbone.score(row, backbone.inputs(row, trained), trained, watch=passes.append)
     except RuntimeError as error:  # a family's own attention, with masks for the whole row
-        raise ValueError(
+        raise UserError(
             refusal(backbone.model, f"its layers fail on a packed row ({str(error).splitlines()[0]})")
         ) from None
     tokens = sum(section.chunk.length for section in passes[0].sections)

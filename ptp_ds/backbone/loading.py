@@ -14,6 +14,7 @@ from ptp_ds.backbone.backbone import Backbone, decoder_layers
 from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
 from ptp_ds.backbone.sharding import send_as_int8
 from ptp_ds.backbone.source import load_config
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, plain_name, read_json
 from ptp_ds.ranks.distributed import Ranks
 
@@ -67,7 +68,7 @@ def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:
     """ValueError where the files lack tensors that nothing here trains."""
     missing = sorted(name for name in absent if plan.kind != "classes" or not may_be_absent(name))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {missing[0]!r} and {len(missing) - 1} more of a {plan.kind} model; choose another "
             "--head, or, where only the names differ, load it once with transformers, save its state dict under the "
             "module's names, and give that folder."
@@ -113,29 +114,29 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
+        raise UserError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensors and their files, all safetensors within the folder. ValueError for an adapter's folder, for weights in
     pickle files and for an index that leads elsewhere."""
     if os.path.lexists(folder / "adapter_config.json"):  # transformers would load it, and the model that it names
-        raise ValueError(f"{folder} holds adapter_config.json; give a folder of a whole model, the adapter elsewhere.")
+        raise UserError(f"{folder} holds adapter_config.json; give a folder of a whole model, the adapter elsewhere.")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if is_file(single):  # transformers prefers it, too
         return dict.fromkeys(_opened(single).keys(), single)
     if not is_file(index):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no model.safetensors; save the model with save_pretrained first (pickle files are never "
             "loaded)."
         )
     read = read_json(index, str(index))
     weight_map = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; save the model with save_pretrained.")
+        raise UserError(f"{index} has no weight_map; save the model with save_pretrained.")
     for name in dict.fromkeys(map(str, weight_map.values())):
         if not plain_name(name, f"{index}: a file's name").endswith(".safetensors"):
-            raise ValueError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
+            raise UserError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
     return {name: folder / file for name, file in weight_map.items()}
 
 
@@ -165,7 +166,7 @@ def _fill_from_files(model: Any, folder: Path, files: dict[str, Path], ranks: Ra
     for name, parameter in filled.items():  # on all ranks, before any of them waits for another
         found, wanted = tuple(tensors[name].get_shape()), tuple(parameter.ds_shape)
         if found != wanted:
-            raise ValueError(f"{folder}: {names[name]} has shape {found}, its config.json says {wanted}.")
+            raise UserError(f"{folder}: {names[name]} has shape {found}, its config.json says {wanted}.")
     for name, parameter in filled.items():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if ranks.is_main:

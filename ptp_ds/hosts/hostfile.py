@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.errors import UserError
+
 
 def hosts_of(hostfile: str) -> list[str]:
     """Host names of a hostfile, none where there is no such file."""
@@ -21,8 +23,8 @@ def active_slots(args: Any) -> dict[str, list[int]]:
     pool = fetch_hostfile(args.hostfile)
     active = parse_inclusion_exclusion(pool, args.include, args.exclude)
     if args.num_nodes > len(active):
-        raise ValueError(f"--num_nodes {args.num_nodes}: {args.hostfile} names {len(active)} host(s).")
+        raise UserError(f"--num_nodes {args.num_nodes}: {args.hostfile} names {len(active)} host(s).")
     slots = apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)
     if not slots:
-        raise ValueError(f"--include and --exclude leave no host of {args.hostfile}.")
+        raise UserError(f"--include and --exclude leave no host of {args.hostfile}.")
     return dict(slots)

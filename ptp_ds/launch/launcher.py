@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.hostfile import hosts_of
 from ptp_ds.hosts.probe import take_port
 from ptp_ds.ranks.distributed import prepare_environment
@@ -69,7 +70,7 @@ def split_command(argv: Sequence[str]) -> tuple[int, list[str], list[str]]:
         else:
             kept.append(word)
     if not count.isdecimal():
-        raise ValueError(f"--max_restarts is {count!r}; expected a whole number of 0 or more, before the script.")
+        raise UserError(f"--max_restarts is {count!r}; expected a whole number of 0 or more, before the script.")
     return int(count), kept, script
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.prompts.soft import SoftPrompt
 
 KeysValues = tuple[Tensor, Tensor]
@@ -36,7 +37,7 @@ def split_deep(prompt_PD: Tensor, config: Any) -> dict[int, list[KeysValues]]:
     """layer -> [(keys [P, K, d], values [P, K, d])], views of the prompt."""
     layers, heads, width = deep_shape(config)
     if prompt_PD.shape[1] != 2 * layers * heads * width:
-        raise ValueError(f"A deep prompt of width {prompt_PD.shape[1]} doesn't fit this model's {deep_width(config)}.")
+        raise UserError(f"A deep prompt of width {prompt_PD.shape[1]} doesn't fit this model's {deep_width(config)}.")
     parts = prompt_PD.view(prompt_PD.shape[0], layers, 2, heads, width).unbind(1)
     return {layer: [(part[:, 0], part[:, 1])] for layer, part in enumerate(parts)}
 
@@ -48,6 +49,6 @@ def join_deep(prefix: dict[int, list[KeysValues]]) -> Tensor:
     """
     shapes = {k.shape for pairs in prefix.values() for k, _ in pairs}
     if len(shapes) != 1 or any(len(pairs) != 1 for pairs in prefix.values()):
-        raise ValueError("A deep prompt needs one attention call a layer, all of one shape; use --prompt soft here.")
+        raise UserError("A deep prompt needs one attention call a layer, all of one shape; use --prompt soft here.")
     stacked = torch.stack([torch.stack(prefix[layer][0], dim=1) for layer in sorted(prefix)], dim=1)  # [P, L, 2, K, d]
     return stacked.flatten(1).float()

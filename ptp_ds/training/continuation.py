@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.redact import redacted
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
@@ -36,10 +37,10 @@ def checked_output_dir(run: RunConfig) -> Path | None:
         return None
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; give a folder.")
+        raise UserError(f"--output_dir {folder} is a file; give a folder.")
     holds_run = any((folder / name).exists() for name in ("config.json", "result.json", "checkpoints"))
     if holds_run and run.resume is None:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
         )
     return folder
