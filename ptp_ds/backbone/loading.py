@@ -1,6 +1,8 @@
 """Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,20 +50,35 @@ def load_backbone(
         config.num_labels = plan.outputs
     model: Any
     if deepspeed_config.stage != 3:
-        model, info = auto.from_pretrained(
-            folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, ignore_mismatched_sizes=plan.kind == "classes",
-        )  # fmt: skip
+        with _transformers_refusals(folder):
+            model, info = auto.from_pretrained(
+                folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True, use_safetensors=True,
+                trust_remote_code=False, ignore_mismatched_sizes=plan.kind == "classes",
+            )  # fmt: skip
         absent = set(info["missing_keys"])
         _refuse_absent(absent, plan, folder)
         model = model.to(ranks.device)
     else:
-        model = build_sharded(config, deepspeed_config, auto)
+        with _transformers_refusals(folder):
+            model = build_sharded(config, deepspeed_config, auto)
         absent = _fill_from_files(model, folder, files, ranks, plan)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
     head = Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {})
     return Backbone(model, head=head, kernels=kernels)
+
+
+@contextmanager
+def _transformers_refusals(folder: Path) -> Iterator[None]:
+    """What transformers' ValueErrors say of a folder's config.json (a width that heads don't divide, say) is for the
+    user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
+        raise UserError(f"{folder}: transformers can't build the model that config.json describes ({said}).") from error
 
 
 def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:

@@ -163,7 +163,27 @@ def resolve_ds_config(
     config.setdefault("steps_per_print", 1 << 30)  # our own log says more
     if left := _autos(config):
         raise UserError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
+    _try(config, run.ds_config)
     return ResolvedDeepSpeed(config, notes, dtype)
+
+
+def _try(config: dict[str, Any], file: str) -> None:
+    """UserError for values that DeepSpeed's own reader refuses, here once, not on every rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    batch = ("train_batch_size", "gradient_accumulation_steps")  # depend on the ranks, and are right by now
+    tried = {key: value for key, value in config.items() if key not in batch}
+    try:
+        DeepSpeedConfig(json.loads(json.dumps({**tried, "train_micro_batch_size_per_gpu": 1})))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
+        ) from None
+    except Exception as error:
+        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
+        raise UserError(f"--ds_config {file}: DeepSpeed can't read it ({said}).") from error
 
 
 def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from ptp_ds.errors import UserError
+from ptp_ds.files import read_text
 
 _SHARED = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
@@ -26,7 +27,7 @@ def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in _SHARED or name.startswith(_SHARED_PREFIXES)
     }
     for file in _environment_files(environment):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in read_text(file, str(file)).splitlines():
             if line.strip() and "=" not in line:
                 raise UserError(f"{file}: {line.strip()!r} isn't of the form NAME=value.")
             if line.strip():

@@ -9,6 +9,7 @@ from typing import Any
 from ptp_ds.config.flags import given_settings
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.hosts.hostfile import deepspeed_refusals
 from ptp_ds.hosts.remote import ssh_command
 from ptp_ds.ranks.faults import USER_ERROR, is_stop
 from ptp_ds.training.checkpoint import list_checkpoints
@@ -81,7 +82,8 @@ def asked_slots(argv: Sequence[str]) -> tuple[Slots, int | None]:
     args = parse_args(list(argv))
     if not Path(args.hostfile).is_file() or args.no_ssh or args.launcher.lower() != "pdsh":
         return {}, args.ssh_port
-    active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
+    with deepspeed_refusals():
+        active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
     slots = dict(apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus))
     return (slots if len(slots) > 1 or args.force_multi else {}), args.ssh_port
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(ranks, args.mebibytes)
         if ranks.is_main:
             print(MARK + json.dumps(found), flush=True)  # noqa: T201  (what scripts/doctor.py reads)
-    except ValueError as error:
+    except UserError as error:
         log.error("error: %s", error, extra=ANY_RANK)
         return 2
     finally:

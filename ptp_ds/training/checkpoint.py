@@ -90,7 +90,7 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list
             return folder, load_checkpoint(folder), told
         except OtherFormatError:
             raise
-        except ValueError as error:
+        except UserError as error:
             told.append(str(error).split(";")[0])
     if found:
         raise UserError(

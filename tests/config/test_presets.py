@@ -125,7 +125,7 @@ def test_a_run_says_what_the_preset_set(run_train, tiny_model, tmp_path):
         "preset smart: perturbation pgd, divergence sym_kl, units coordinate, norm linf, epsilon 1e-05" in done.stdout
     )
     assert "given instead: reg_weight 3.0" in done.stdout
-    assert "are mostly lost beside embeddings of norm" in done.stdout
+    assert "are mostly lost beside embeddings of norm" in done.stderr
     config = json.loads((out / "config.json").read_text())
     assert config["preset"]["overridden"] == {"reg_weight": 3.0}
     assert (config["run"]["preset"], config["run"]["epsilon"]) == ("smart", 1e-5)
