@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from ptp_ds.errors import UserError
 from ptp_ds.redact import redacted
 
 JSON_BYTES = 1 << 24  # of one JSON file; the largest of ours holds a task's template
@@ -53,7 +54,7 @@ def plain_name(value: Any, what: str) -> str:
     """`value`, which becomes part of a path; ValueError where it could lead out of its folder."""
     odd = not isinstance(value, str) or not value.strip() or value[:1] in (".", "~") or not value.isprintable()
     if odd or "/" in value or "\\" in value or len(value.encode()) > _LONGEST_NAME:
-        raise ValueError(
+        raise UserError(
             f"{what} is {brief(value)}; expected a plain name of at most {_LONGEST_NAME} bytes, without slashes and "
             "with no dot in front: it becomes the name of a file or folder."
         )
@@ -101,10 +102,10 @@ def read_bytes(path: str | Path, where: str, most: int | None = JSON_BYTES, hint
         with open_regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             if size > most:
-                raise ValueError(f"{where}: {size} bytes; expected at most {most}.")
+                raise UserError(f"{where}: {size} bytes; expected at most {most}.")
             return handle.read(size)
     except OSError as error:
-        raise ValueError(f"{where}: {error.strerror}{hint}.") from None
+        raise UserError(f"{where}: {error.strerror}{hint}.") from None
 
 
 def read_text(path: str | Path, where: str, most: int | None = JSON_BYTES, hint: str = "") -> str:
@@ -112,7 +113,7 @@ def read_text(path: str | Path, where: str, most: int | None = JSON_BYTES, hint:
     try:
         return read_bytes(path, where, most, hint).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
 
 def read_json(path: str | Path, where: str, hint: str = "") -> Any:
@@ -129,20 +130,20 @@ def parse_json(text: str, where: str, once: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_each_once if once else None)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}).") from None
+        raise UserError(f"{where}: not valid JSON ({error.msg}, {line}column {error.colno}).") from None
     except _TwiceError as error:
-        raise ValueError(f"{where}: not valid JSON (the key {brief(error.args[0])} comes twice).") from None
+        raise UserError(f"{where}: not valid JSON (the key {brief(error.args[0])} comes twice).") from None
     except (RecursionError, MemoryError):
-        raise ValueError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).") from None
+        raise UserError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).") from None
     except ValueError:  # Python's own limit on the digits of a whole number
-        raise ValueError(f"{where}: not valid JSON (a number of thousands of digits).") from None
+        raise UserError(f"{where}: not valid JSON (a number of thousands of digits).") from None
     if text.count("[") + text.count("{") > _DEEPEST and _deeper_than(value, _DEEPEST):
-        raise ValueError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).")
+        raise UserError(f"{where}: not valid JSON (nested deeper than {_DEEPEST} levels).")
     if _HALF_A_PAIR.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(
+            raise UserError(
                 f"{where}: half a surrogate pair (\\udXXX) stands alone; write the whole character."
             ) from None
     return value
@@ -179,15 +180,15 @@ def open_tensors(file: Path, where: str, hint: str = "") -> Iterator[Any]:
             size, start = os.fstat(opened.fileno()).st_size, opened.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise ValueError(f"{where} is damaged (its header doesn't fit into its {size} bytes){hint}.")
+            raise UserError(f"{where} is damaged (its header doesn't fit into its {size} bytes){hint}.")
         if length > _HEADER_BYTES:
-            raise ValueError(f"{where} has a header of {length} bytes; expected at most {_HEADER_BYTES}{hint}.")
+            raise UserError(f"{where} has a header of {length} bytes; expected at most {_HEADER_BYTES}{hint}.")
         with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as error:
-        raise ValueError(f"{where} is damaged ({brief(' '.join(str(error).split()))[1:-1]}){hint}.") from None
+        raise UserError(f"{where} is damaged ({brief(' '.join(str(error).split()))[1:-1]}){hint}.") from None
     except OSError as error:
-        raise ValueError(f"{where}: {error.strerror or type(error).__name__}{hint}.") from None
+        raise UserError(f"{where}: {error.strerror or type(error).__name__}{hint}.") from None
 
 
 def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUMBERS) -> tuple[int, ...]:
@@ -201,9 +202,9 @@ def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUM
         numbers *= extent
     shown = brief(name, 60)
     if dtype not in _FLOATS:
-        raise ValueError(f"{where}: {shown} is of type {dtype}; expected one of {', '.join(_FLOATS)}.")
+        raise UserError(f"{where}: {shown} is of type {dtype}; expected one of {', '.join(_FLOATS)}.")
     if most is not None and numbers > most:
-        raise ValueError(f"{where}: {shown} has shape {brief(shape)}, more than {most} numbers.")
+        raise UserError(f"{where}: {shown} has shape {brief(shape)}, more than {most} numbers.")
     return shape
 
 
@@ -268,7 +269,7 @@ def require_writable(flag: str, file: str) -> Path:
     path = Path(file)
     above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if is_folder(path) or not is_folder(above):
-        raise ValueError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
+        raise UserError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
     return path
 
 

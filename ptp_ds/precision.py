@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +46,7 @@ def dtype_of(precision: str, where: str = "") -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if native_bf16()[0] else torch.float32
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError(f"{where}fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
+        raise UserError(f"{where}fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
     return _DTYPES[precision]
 
 
@@ -60,10 +62,10 @@ def resolve_precision(config: dict[str, Any], wanted: str, file: str) -> tuple[t
     """
     given = {block: enabled(config, block) for block in ("bf16", "fp16")}
     if all(on is True for on in given.values()):
-        raise ValueError(f"{file} enables both bf16 and fp16; choose one.")
+        raise UserError(f"{file} enables both bf16 and fp16; choose one.")
     for block, on in given.items():
         if wanted != "auto" and on != "auto" and on != (wanted == block):
-            raise ValueError(
+            raise UserError(
                 f"{file} says {block}.enabled = {str(on).lower()}, but --precision is {wanted}; "
                 'set it to "auto" or leave --precision out.'
             )

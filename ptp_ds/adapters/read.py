@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PROMPT_KEY, PROMPT_OF_TYPE, WEIGHTS_FILE
 from ptp_ds.backbone.heads import HEADS
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, listed, open_tensors, read_json, tensor_shape
 
 
@@ -17,11 +18,11 @@ def adapter_kind(folder: str | Path) -> str:
     """soft or deep; ValueError for a folder that holds neither."""
     folder = Path(folder)
     if not is_file(folder / CONFIG_FILE):
-        raise ValueError(f"Adapter {folder}: no {CONFIG_FILE} there; give a folder written by this project or peft.")
+        raise UserError(f"Adapter {folder}: no {CONFIG_FILE} there; give a folder written by this project or peft.")
     config = read_json(folder / CONFIG_FILE, f"Adapter {folder}: {CONFIG_FILE}")
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in PROMPT_OF_TYPE:
-        raise ValueError(f"Adapter {folder} is of peft type {brief(kind)}; expected {', '.join(PROMPT_OF_TYPE)}.")
+        raise UserError(f"Adapter {folder} is of peft type {brief(kind)}; expected {', '.join(PROMPT_OF_TYPE)}.")
     return PROMPT_OF_TYPE[kind]
 
 
@@ -35,24 +36,24 @@ def read_adapter(
     folder = Path(folder)
     found = adapter_kind(folder)
     if kind is not None and found != kind:
-        raise ValueError(f"Adapter {folder} holds a {found} prompt; set --prompt {found}.")
+        raise UserError(f"Adapter {folder} holds a {found} prompt; set --prompt {found}.")
     file, where = folder / WEIGHTS_FILE, f"Adapter {folder}: {WEIGHTS_FILE}"
     if not is_file(file):
-        raise ValueError(f"Adapter {folder}: no {WEIGHTS_FILE}; adapters in pickle files are not loaded.")
+        raise UserError(f"Adapter {folder}: no {WEIGHTS_FILE}; adapters in pickle files are not loaded.")
     with open_tensors(file, where) as handle:
         names = list(handle.keys())
         if [name for name in names if not name.startswith(HEAD_PREFIX)] != [PROMPT_KEY]:
-            raise ValueError(f"Adapter {folder} holds {listed(names)}; expected {PROMPT_KEY} alone.")
+            raise UserError(f"Adapter {folder} holds {listed(names)}; expected {PROMPT_KEY} alone.")
         shape = tensor_shape(handle, PROMPT_KEY, where)
         if len(shape) != 2 or not all(shape):
-            raise ValueError(f"Adapter {folder}: the prompt has shape {brief(shape)}; expected [length, width].")
+            raise UserError(f"Adapter {folder}: the prompt has shape {brief(shape)}; expected [length, width].")
         if width is not None and shape[1] != width:
-            raise ValueError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
+            raise UserError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
         if length is not None and shape[0] != length:
-            raise ValueError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
+            raise UserError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
         prompt = handle.get_tensor(PROMPT_KEY).float()
     if not bool(torch.isfinite(prompt).all()):
-        raise ValueError(f"Adapter {folder}: the prompt holds values that are not finite.")
+        raise UserError(f"Adapter {folder}: the prompt holds values that are not finite.")
     return prompt
 
 
@@ -66,14 +67,14 @@ def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict
         names = [name for name in handle.keys() if name != PROMPT_KEY]  # noqa: SIM118
         shapes = {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in names}
         if shapes != dict(wanted) or len(shapes) < len(names):
-            raise ValueError(
+            raise UserError(
                 f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
                 f"this model and task need {dict(wanted) or 'none'}."
             )
         found = {name.removeprefix(HEAD_PREFIX): handle.get_tensor(name).float() for name in names}
     for name, tensor in found.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"Adapter {folder}: {name} holds values that are not finite.")
+            raise UserError(f"Adapter {folder}: {name} holds values that are not finite.")
     return found
 
 
@@ -85,13 +86,13 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     where = f"Adapter {folder}: {CARD_FILE}"
     card = read_json(file, where)
     if not isinstance(card, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(card).__name__}.")
+        raise UserError(f"{where}: expected a JSON object, found {type(card).__name__}.")
     for name in ("task", "head", "result"):
         if not isinstance(card.get(name), dict | None):
-            raise ValueError(f"{where}: {name} is {brief(card[name])}; expected a JSON object.")
+            raise UserError(f"{where}: {name} is {brief(card[name])}; expected a JSON object.")
     kind, answers = (card.get("head") or {}).get("kind", HEADS[0]), (card.get("task") or {}).get("answers")
     if kind not in HEADS:
-        raise ValueError(f"{where}: the head is of kind {brief(kind)}; expected {', '.join(HEADS)}.")
+        raise UserError(f"{where}: the head is of kind {brief(kind)}; expected {', '.join(HEADS)}.")
     if not isinstance(answers, dict | None):
-        raise ValueError(f"{where}: the task's answers are {brief(answers)}; expected a JSON object.")
+        raise UserError(f"{where}: the task's answers are {brief(answers)}; expected a JSON object.")
     return card

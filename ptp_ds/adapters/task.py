@@ -6,6 +6,7 @@ from typing import Any
 
 from ptp_ds.adapters.read import read_card
 from ptp_ds.backbone.heads import HeadPlan, plan_head
+from ptp_ds.errors import UserError
 from ptp_ds.files import listed
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
@@ -17,7 +18,7 @@ def adapter_task(adapter: str, name: str | None) -> Task:
         return load_task(name)
     spec = read_card(adapter).get("task")
     if not isinstance(spec, dict):
-        raise ValueError(f"Adapter {adapter} doesn't say which task it was trained on; give --task.")
+        raise UserError(f"Adapter {adapter} doesn't say which task it was trained on; give --task.")
     kept = {key: value for key, value in spec.items() if key != "answers" and value is not None}
     if spec.get("answers"):
         kept["candidates"] = spec["answers"]
@@ -32,7 +33,7 @@ def adapter_plan(adapter: str, config: Any, task: Task) -> tuple[HeadPlan, Task]
     if plan.kind != "classes" or plan.choice or trained == list(task.answers):
         return plan, task
     if set(trained) != set(task.answers):
-        raise ValueError(
+        raise UserError(
             f"The classifier of {adapter} tells {listed(trained)} apart; task {task.name} has "
             f"{', '.join(task.answers)}."
         )
@@ -44,5 +45,5 @@ def ensemble_plan(adapters: Sequence[str], config: Any, task: Task) -> tuple[Hea
     found = [adapter_plan(adapter, config, task) for adapter in adapters]
     for adapter, (plan, theirs) in zip(adapters, found, strict=True):
         if plan != found[0][0] or list(theirs.answers) != list(found[0][1].answers):
-            raise ValueError(f"Adapters {adapters[0]} and {adapter} have different heads; an ensemble needs one kind.")
+            raise UserError(f"Adapters {adapters[0]} and {adapter} have different heads; an ensemble needs one kind.")
     return found[0]

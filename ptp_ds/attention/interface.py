@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ptp_ds.attention.plan import TreePlan
 from ptp_ds.attention.tree import KeysValues, attend_tree
+from ptp_ds.errors import UserError
 
 T = TypeVar("T")
 ATTENTION_NAME = "ptp_tree"
@@ -71,16 +72,16 @@ def _tree_attention(
     call = _current.get()
     name = type(module).__name__
     if call is None:
-        raise ValueError(
+        raise UserError(
             f"{name} was called outside a packed pass; score through ptp_ds.backbone.backbone, not the bare model."
         )
     unknown = {word for word, value in others.items() if value is not None and word not in _INERT_KEYWORDS}
     if unknown:
-        raise ValueError(f"{name} hands attention {sorted(unknown)}, which packed attention doesn't know: refused.")
+        raise UserError(f"{name} hands attention {sorted(unknown)}, which packed attention doesn't know: refused.")
     if dropout or attention_mask is not None:
-        raise ValueError(f"{name} asks for dropout {dropout} or a mask of its own; a frozen packed row has neither.")
+        raise UserError(f"{name} asks for dropout {dropout} or a mask of its own; a frozen packed row has neither.")
     if query.shape[0] != 1:
-        raise ValueError(f"{name} got {query.shape[0]} rows; a packed batch is one row.")
+        raise UserError(f"{name} got {query.shape[0]} rows; a packed batch is one row.")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     prefix = call.prefix[len(call.recorded)] if call.prefix is not None else None
     call.windows.add(sliding_window)

@@ -21,6 +21,7 @@ from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.backbone.plain import eager, ids_of, plain_scores
 from ptp_ds.backbone.positions import max_row_length, window_lengths
+from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.seeding import make_generator
@@ -60,13 +61,13 @@ def checked_backbone(backbone: Backbone, longest: int = 0) -> tuple[Backbone, st
     """
     try:
         if backbone.head.kind == "seq2seq":
-            raise ValueError(refusal(backbone.model, "an encoder-decoder isn't packed"))
+            raise UserError(refusal(backbone.model, "an encoder-decoder isn't packed"))
         check_backbone(backbone, longest)
         return backbone, ""
     except ValueError as error:
         reason = str(error)
     if backbone.shards.sharded:
-        raise ValueError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
+        raise UserError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
                          "--ds_config ds_configs/zero2.json.")  # fmt: skip
     padded = PaddedBackbone(backbone)
     check_backbone(padded, longest)
@@ -81,7 +82,7 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
     eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations).
     """
     if backbone.packs and not backbone.takes_attention:
-        raise ValueError(refusal(backbone.model, "it accepts no attention function from outside"))
+        raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
     before = _state(backbone.model)
     with _family_fails(backbone), backbone.shards.outside_layers():
         probe = _probe(backbone, longest)
@@ -98,11 +99,11 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         if plain is None:
             plain = _each_alone(backbone, probe)
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
-        raise ValueError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
+        raise UserError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
     _compare(backbone, found, by_ids, plain)
     with _family_fails(backbone):
         if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe, of_scores=_bounds(backbone)[0]):
-            raise ValueError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
+            raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
         backbone.narrows = _narrows(backbone, probe)
 
 
@@ -210,7 +211,7 @@ def _compare(backbone: Backbone, found: _Found, by_ids: Tensor, plain: _Found) -
         where = (
             "" if _close(plain.scores, by_ids, of_scores) else "; its forward does more to tokens than to embeddings"
         )
-        raise ValueError(
+        raise UserError(
             refusal(
                 backbone.model, f"packed scores differ from plain ones by {error:.1e} (allowed: {of_scores}){where}"
             )
@@ -220,7 +221,7 @@ def _compare(backbone: Backbone, found: _Found, by_ids: Tensor, plain: _Found) -
     for whose, ours, theirs in pairs:
         error = float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12))
         if not error <= of_gradients:
-            raise ValueError(
+            raise UserError(
                 refusal(backbone.model, f"{whose} gradient differs from a plain pass' by {error:.1e} "
                                         f"(allowed: {of_gradients})")
             )  # fmt: skip
@@ -291,9 +292,9 @@ def _family_fails(backbone: Backbone) -> Iterator[None]:
     except ValueError as error:
         if "can't be served" in str(error):
             raise
-        raise ValueError(refusal(backbone.model, _first_line(error))) from error
+        raise UserError(refusal(backbone.model, _first_line(error))) from error
     except Exception as error:  # masks of the whole row, arguments that it lacks, operations in place
-        raise ValueError(refusal(backbone.model, _first_line(error))) from error
+        raise UserError(refusal(backbone.model, _first_line(error))) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -317,7 +318,7 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], fou
     model, row = backbone.model, layer_pass
     layers = {number for number, calls in row.attention_calls.items() if calls}
     if backbone.packs and len(layers) != backbone.stack.count:
-        raise ValueError(
+        raise UserError(
             refusal(model, f"{len(layers)} of its {backbone.stack.count} layers used our attention function")
         )
     named = {size for size in row.windows if size is not None}
@@ -325,6 +326,6 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], fou
         named |= {size - 1 for size in named}  # a bidirectional window of n on each side is named n + 1
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if unseen := local - named - {chunk}:  # max_row_length keeps rows within one chunk
-        raise ValueError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
+        raise UserError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
     if not bool(torch.isfinite(found.to_prompt).all()) or not bool(found.to_prompt.abs().sum() > 0):
-        raise ValueError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))
+        raise UserError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))

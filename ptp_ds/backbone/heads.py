@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ptp_ds.backbone.layerwise import HeadInput
+from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.prompts.flat import Flat
 from ptp_ds.seeding import make_generator
@@ -121,14 +122,14 @@ def rows_for(
     own. Raises ValueError for a masked head without a mask token, and for a deep prompt with a place in the text.
     """
     if task.places_prompt and prompt != "soft":
-        raise ValueError(f"Task {task.name}'s text has a place for a soft prompt; a deep one stands in every layer.")
+        raise UserError(f"Task {task.name}'s text has a place for a soft prompt; a deep one stands in every layer.")
     if plan.kind == "causal" and (target != "input" or task.places_prompt):
         return SeparateRows(kind="causal", prompt_length=prompt_length, target=target)
     if plan.kind == "causal":
         return TreeRows(prompt)
     mask = tokenizer.mask_token_id
     if plan.kind == "masked" and mask is None:
-        raise ValueError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")
+        raise UserError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")
     in_rows = prompt_length if prompt == "soft" else 0
     return SeparateRows(
         kind=plan.kind,
@@ -144,13 +145,13 @@ def auto_class(config: Any, kind: str, folder: Any) -> Any:
     """transformers' auto class for a head of this kind; ValueError naming a family that has none."""
     family = config.model_type
     if kind == "classes" and type(config) not in AutoModelForMaskedLM._model_mapping:
-        raise ValueError(
+        raise UserError(
             f"{folder}: --head classes is for encoders; model family {family!r} is none: use --head causal."
         )
     if type(config) not in _AUTO[kind]._model_mapping:
         what = {"causal": "causal language model", "masked": "masked language model", "classes": "classifier",
                 "seq2seq": "encoder and decoder"}[kind]  # fmt: skip
-        raise ValueError(f"{folder}: model family {family!r} has no {what} in transformers.")
+        raise UserError(f"{folder}: model family {family!r} has no {what} in transformers.")
     return _AUTO[kind]
 
 

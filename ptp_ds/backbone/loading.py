@@ -1,5 +1,7 @@
 """Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from ptp_ds.backbone.sharded_loading import absent_parameters, build_sharded, fi
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.backbone.source import load_config
 from ptp_ds.backbone.stored import StoredTensors, tensor_files
+from ptp_ds.errors import UserError
+from ptp_ds.files import brief
 from ptp_ds.ranks.distributed import Ranks
 
 
@@ -28,15 +32,17 @@ def load_backbone(
         config.num_labels = plan.outputs
     model: Any
     if deepspeed_config.stage != 3:
-        model, info = auto.from_pretrained(
-            folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, ignore_mismatched_sizes=plan.kind == "classes",
-        )  # fmt: skip
+        with _transformers_refusals(folder):
+            model, info = auto.from_pretrained(
+                folder, config=config, dtype=deepspeed_config.dtype, output_loading_info=True, use_safetensors=True,
+                trust_remote_code=False, ignore_mismatched_sizes=plan.kind == "classes",
+            )  # fmt: skip
         absent = set(info["missing_keys"])
         _refuse_absent(absent, plan, folder)
         model = model.to(ranks.device)
     else:
-        model = build_sharded(config, deepspeed_config, auto)
+        with _transformers_refusals(folder):
+            model = build_sharded(config, deepspeed_config, auto)
         stored = StoredTensors(model, files)
         absent = absent_parameters(model, stored)
         _refuse_absent(absent, plan, folder)
@@ -47,11 +53,24 @@ def load_backbone(
     return Backbone(model, head=head, kernels=kernels)
 
 
+@contextmanager
+def _transformers_refusals(folder: Path) -> Iterator[None]:
+    """What transformers' ValueErrors say of a folder's config.json (a width that heads don't divide, say) is for the
+    user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
+        raise UserError(f"{folder}: transformers can't build the model that config.json describes ({said}).") from error
+
+
 def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:
     """ValueError where the files lack tensors that nothing here trains."""
     missing = sorted(name for name in absent if plan.kind != "classes" or not may_be_absent(name))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {missing[0]!r} and {len(missing) - 1} more of a {plan.kind} model; choose another --head "
             "or a folder that save_pretrained wrote of such a model."
         )

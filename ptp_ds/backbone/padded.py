@@ -15,6 +15,7 @@ from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.layerwise import LayerPass
+from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows
 
 
@@ -36,9 +37,7 @@ class PaddedBackbone(Backbone):
         """Rows that share something become rows of their own; ValueError for a deep prompt."""
         if prompt != "soft":
             family = self.model.config.model_type
-            raise ValueError(
-                f"--prompt {prompt} needs the packed path, which {family!r} can't take; use --prompt soft."
-            )
+            raise UserError(f"--prompt {prompt} needs the packed path, which {family!r} can't take; use --prompt soft.")
         if not isinstance(rows, SeparateRows):
             rows = SeparateRows(kind="causal", prompt_length=prompt_length)
         self.prompt, self.rows = prompt, rows

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ptp_ds.backbone.heads import HeadPlan, auto_class
+from ptp_ds.errors import UserError
 
 _LONG_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the whole row
 
@@ -62,11 +63,11 @@ def row_room(max_length: int | None, prompt_length: int, config: Any, plan: Head
         with torch.device("meta"):
             limit -= first_position(auto_class(config, plan.kind, "").from_config(config))
     if max_length is not None and not prompt_length < max_length <= limit:
-        raise ValueError(
+        raise UserError(
             f"--max_length {max_length} must lie between the prompt's {prompt_length} tokens and the backbone's "
             f"context of {limit}."
         )
     room = min(limit, max_length or limit) - prompt_length
     if room < 1:
-        raise ValueError(f"--prompt_length {prompt_length} leaves no room in the backbone's context of {limit} tokens.")
+        raise UserError(f"--prompt_length {prompt_length} leaves no room in the backbone's context of {limit} tokens.")
     return room

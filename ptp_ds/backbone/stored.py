@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, plain_name, read_json
 
 
@@ -26,29 +27,29 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
+        raise UserError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensors and their files, all safetensors within the folder. ValueError for an adapter's folder, for weights in
     pickle files and for an index that leads elsewhere."""
     if os.path.lexists(folder / "adapter_config.json"):  # transformers would load it, and the model that it names
-        raise ValueError(f"{folder} holds adapter_config.json; give a folder of a whole model, the adapter elsewhere.")
+        raise UserError(f"{folder} holds adapter_config.json; give a folder of a whole model, the adapter elsewhere.")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if is_file(single):  # transformers prefers it, too
         return dict.fromkeys(opened(single).keys(), single)
     if not is_file(index):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no model.safetensors; save the model with save_pretrained first (pickle files are never "
             "loaded)."
         )
     read = read_json(index, str(index))
     weight_map = read.get("weight_map") if isinstance(read, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; save the model with save_pretrained.")
+        raise UserError(f"{index} has no weight_map; save the model with save_pretrained.")
     for name in dict.fromkeys(map(str, weight_map.values())):
         if not plain_name(name, f"{index}: a file's name").endswith(".safetensors"):
-            raise ValueError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
+            raise UserError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
     return {name: folder / file for name, file in weight_map.items()}
 
 

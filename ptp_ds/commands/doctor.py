@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.environment import shared_environment
 from ptp_ds.hosts.hostfile import active_slots
 from ptp_ds.launch.doctor import examine, run_collectives
@@ -43,7 +44,7 @@ def _examine(args: argparse.Namespace) -> int:
     own = dict(os.environ)
     prepare_environment()
     if not Path(args.hostfile).is_file():
-        raise ValueError(f"--hostfile {args.hostfile}: there is no such file.")
+        raise UserError(f"--hostfile {args.hostfile}: there is no such file.")
     slots = {host: len(numbers) for host, numbers in active_slots(args).items()}
     seen, faults = examine(args, list(slots), shared_environment(own))
     limits = Limits(slots, args.min_free_gb, args.min_memory_gb, args.max_skew)

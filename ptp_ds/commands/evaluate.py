@@ -19,6 +19,7 @@ from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.flags import StrictParser
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
 from ptp_ds.precision import PRECISIONS
 from ptp_ds.prompts import prompt_width
@@ -52,13 +53,13 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     values, rest = parser.parse_known_args(argv)
     if rest:
         known = [word for action in parser._actions for word in action.option_strings]
-        raise ValueError(f"Unknown argument {rest[0]!r}{nearest(rest[0].split('=')[0], known)}. See --help.")
+        raise UserError(f"Unknown argument {rest[0]!r}{nearest(rest[0].split('=')[0], known)}. See --help.")
     return values
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
-        raise ValueError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
+        raise UserError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
     for flag, file in (("--json", args.json), ("--predictions", args.predictions)):
         if file is not None:
             require_writable(flag, file)

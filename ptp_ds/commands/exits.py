@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 
+from ptp_ds.errors import UserError
 from ptp_ds.ranks.distributed import env_rank, stop_processes
 from ptp_ds.ranks.faults import LOST_RANK, USER_ERROR, is_lost_rank
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
@@ -14,12 +15,13 @@ log = get_logger(__name__)
 def run_command(body: Callable[[], int | None]) -> int:
     """The exit code of `body` (None: 0), the package's lines on the console; leaves the process group behind it.
 
-    ValueErrors are a user's errors: a sentence and exit code USER_ERROR. Broken connections are LOST_RANK.
+    UserErrors are a sentence and exit code USER_ERROR, broken connections LOST_RANK. Whatever else is raised is a fault
+    of the program: it passes, so that Python shows its traceback and exits with 1.
     """
     log_to_console()
     try:
         return body() or 0
-    except ValueError as error:
+    except UserError as error:
         return report_error(error)
     except RuntimeError as error:
         if not is_lost_rank(error):
@@ -29,7 +31,7 @@ def run_command(body: Callable[[], int | None]) -> int:
         stop_processes()
 
 
-def report_error(error: ValueError) -> int:
+def report_error(error: UserError) -> int:
     """Says the sentence once a host, on rank 0 alone where there is one host, and returns exit code USER_ERROR.
 
     A launcher ends all ranks as soon as one exits, so a host's other ranks wait for its first one to speak and exit; a

@@ -16,6 +16,7 @@ from typing import Any
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
 
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
@@ -64,7 +65,7 @@ def read_result(folder: str) -> Result:
     """The folder's result.json. Raises ValueError where there is none or it lacks what a table needs."""
     file = Path(folder) / "result.json"
     if not is_file(file):
-        raise ValueError(f"{folder} holds no result.json; give the folders of runs that have ended.")
+        raise UserError(f"{folder} holds no result.json; give the folders of runs that have ended.")
     read = read_json(file, str(file))
     found: dict[str, Any] = read if isinstance(read, dict) else {}
     texts = {name: found[name] for name in _TEXTS if _is_short(found.get(name))}
@@ -74,7 +75,7 @@ def read_result(folder: str) -> Result:
     lacking += [] if isinstance(seed, int) and not isinstance(seed, bool) else ["seed"]
     lacking += [] if _are_numbers(metrics) else ["metrics"]
     if lacking:
-        raise ValueError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
+        raise UserError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
     return Result(folder=folder, seed=seed, metrics=metrics, settings=_settings(found, Path(folder)), **texts)
 
 
@@ -135,13 +136,13 @@ def _differing(results: Sequence[Result]) -> list[str]:
 def _check_alike(one: Result, other: Result) -> None:
     both = f"{one.folder} and {other.folder} both hold {one.task} ({', '.join(one.kind)})"
     if one.seed == other.seed:
-        raise ValueError(f"{both} with seed {one.seed}; give each seed once.")
+        raise UserError(f"{both} with seed {one.seed}; give each seed once.")
     if one.eval_split != other.eval_split:
-        raise ValueError(
+        raise UserError(
             f"{both} but on splits {one.eval_split!r} and {other.eval_split!r}; give runs on the same split."
         )
     if one.metrics.keys() != other.metrics.keys():
-        raise ValueError(f"{both} but with different metrics; give runs of the same task template.")
+        raise UserError(f"{both} but with different metrics; give runs of the same task template.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:

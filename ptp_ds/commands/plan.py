@@ -8,6 +8,7 @@ from pathlib import Path
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser, parse_run
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
 from ptp_ds.planning.plan import Cluster
 from ptp_ds.planning.report import report
@@ -40,9 +41,9 @@ def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, Run
     values, rest = parser.parse_known_args(argv)
     for name in _CLUSTER:
         if not getattr(values, name) > 0:
-            raise ValueError(f"--{name} is {getattr(values, name)}; expected a number above 0.")
+            raise UserError(f"--{name} is {getattr(values, name)}; expected a number above 0.")
     if values.usable > 1:
-        raise ValueError(f"--usable is {values.usable}; expected a share of at most 1.")
+        raise UserError(f"--usable is {values.usable}; expected a share of at most 1.")
     run, explicit = parse_run(rest)
     cluster = Cluster(
         hosts=values.hosts, gpus=values.gpus, gpu_memory=values.gpu_memory * _GIB * values.usable,

@@ -24,6 +24,7 @@ from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import require_writable, write_jsonl
 from ptp_ds.packing.layouts import Rows
 from ptp_ds.precision import PRECISIONS, dtype_of
@@ -78,24 +79,24 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens, help="tokens of a pass")
     args = parser.parse_args(argv)
     if (args.input is None) == (args.text is None):
-        raise ValueError("Give either --input or --text, one of the two.")
+        raise UserError("Give either --input or --text, one of the two.")
     if args.output is not None and args.text is not None:
-        raise ValueError("--output goes with --input; the answer to --text is printed.")
+        raise UserError("--output goes with --input; the answer to --text is printed.")
     for name in ("generate", "eval_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; expected a whole number of 1 or more.")
+            raise UserError(f"--{name} is {value}; expected a whole number of 1 or more.")
     if args.output is not None:
         require_writable("--output", args.output)
     if env_world() > 1:
-        raise ValueError("scripts/predict.py is one process; start it with plain python, not with a launcher.")
+        raise UserError("scripts/predict.py is one process; start it with plain python, not with a launcher.")
     return args
 
 
 def row_of_text(task: Task, words: Sequence[str]) -> dict[str, str]:
     """--text's words as a row: field=value each, or one text for the only field. ValueError for anything else."""
     if task.reader not in _OF_FIELDS:
-        raise ValueError(f"--text can't hold a row of task {task.name}, which is more than fields; give --input.")
+        raise UserError(f"--text can't hold a row of task {task.name}, which is more than fields; give --input.")
     fields = task.fields
     if len(fields) == len(words) == 1 and not words[0].startswith(f"{fields[0]}="):
         return {fields[0]: words[0]}
@@ -103,7 +104,7 @@ def row_of_text(task: Task, words: Sequence[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name not in fields or name in row:
-            raise ValueError(f"--text {word!r}: expected field=value, once for each field of {', '.join(fields)}.")
+            raise UserError(f"--text {word!r}: expected field=value, once for each field of {', '.join(fields)}.")
         row[name] = value
     return row
 
@@ -134,12 +135,12 @@ def _serve(args: argparse.Namespace, task: Task) -> Served:
     plan, task = adapter_plan(args.adapter, config, task)
     auto_class(config, plan.kind, folder)
     if args.generate is not None and plan.kind != "causal":
-        raise ValueError(f"--generate needs a causal model; {args.model} serves this adapter with a {plan.kind} head.")
+        raise UserError(f"--generate needs a causal model; {args.model} serves this adapter with a {plan.kind} head.")
     prompt = read_adapter(args.adapter, prompt_width(kind, config))
     rows = rows_for(plan, task, tokenizer, kind, prompt.shape[0])
     room = row_room(args.max_length, prompt.shape[0], config, plan) - rows.extra_tokens
     if args.generate is not None and args.generate >= room:
-        raise ValueError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")
+        raise UserError(f"--generate {args.generate} leaves no room for a row: {room} tokens fit behind the prompt.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_of(args.precision)
     return Served(args.adapter, task, plan, rows, folder, tokenizer, kind, prompt, room, dtype, device)

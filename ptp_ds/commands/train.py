@@ -28,7 +28,16 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.prompts import prompt_width
-from ptp_ds.ranks.distributed import Ranks, env_host_ranks, env_rank, env_world, prepare_environment, start_processes
+from ptp_ds.ranks.distributed import (
+    Ranks,
+    env_host_ranks,
+    env_rank,
+    env_world,
+    is_launched,
+    prepare_environment,
+    start_processes,
+    stop_processes,
+)
 from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once, ignore_stop_signals
@@ -238,7 +247,14 @@ def _announce(prepared: Prepared, result: Evaluation, progress: Progress, output
 
 
 def train(run: RunConfig, explicit: Collection[str] = ()) -> int:
-    """One run on the ranks that this process is one of; returns the exit code. Raises ValueError (see prepare)."""
+    """One run on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare).
+
+    A program may call it again, with the same model or another: each run gives what it would in a process of its own.
+    One at a time, in any thread; in one that isn't the main thread, stop signals (Ctrl-C, SIGTERM, SIGUSR1) are not
+    taken, and the run goes on to its end.
+    """
+    prepare_environment()
+    alone = not is_launched()
     prepared = prepare(run, explicit)
     watchdog = Watchdog(run.stall_timeout, env_rank())
     try:
@@ -250,6 +266,8 @@ def train(run: RunConfig, explicit: Collection[str] = ()) -> int:
         return train_run(prepared, ranks, watchdog)
     finally:
         watchdog.stop()
+        if alone:
+            stop_processes()
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.perturb import PERTURBATIONS
 
 
@@ -40,26 +41,26 @@ def _check_ranges(run: RunConfig) -> None:
 
 def _check_pairs(run: RunConfig) -> None:
     if run.data_dir is not None and run.dataset is not None:
-        raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+        raise UserError("Can't read both --data_dir and --dataset; choose one.")
     if run.eval_split == run.train_split:
-        raise ValueError(f"--eval_split and --train_split are both {run.eval_split!r}; report another split.")
+        raise UserError(f"--eval_split and --train_split are both {run.eval_split!r}; report another split.")
     if run.select_split is not None and run.select_split == run.eval_split:
-        raise ValueError(
+        raise UserError(
             f"--select_split and --eval_split are both {run.eval_split!r}: the best prompt must not be chosen "
             "on the split that is reported; leave --select_split out to hold rows out of the training split."
         )
     for kind, needed in (("text", "init_text"), ("adapter", "init_adapter")):
         given = getattr(run, needed) is not None
         if (run.prompt_init == kind) != given:
-            raise ValueError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+            raise UserError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
     perturbation = run.chosen_perturbation.perturbation
     if run.target != "input" and (run.prompt != "soft" or (perturbation is not None and perturbation.in_text)):
-        raise ValueError(
+        raise UserError(
             f"--target {run.target} is for soft prompts and deltas in embedding space; leave it out with --prompt "
             f"{run.prompt} --perturbation {run.perturbation}."
         )
     if run.resume == "auto" and run.output_dir is None:
-        raise ValueError("--resume auto needs the --output_dir of the run that it continues.")
+        raise UserError("--resume auto needs the --output_dir of the run that it continues.")
 
 
 def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
@@ -89,4 +90,4 @@ def unsuited(run: RunConfig, explicit: set[str]) -> list[str]:
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
-        raise ValueError(f"--{name} is {value}; expected {expected}.")
+        raise UserError(f"--{name} is {value}; expected {expected}.")

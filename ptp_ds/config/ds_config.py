@@ -11,6 +11,7 @@ from ptp_ds.backbone.shapes import ModelShape
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, read_json
 from ptp_ds.precision import enabled, resolve_precision
 
@@ -45,21 +46,21 @@ def read_ds_config(file: str) -> dict[str, Any]:
         path = packaged if is_file(packaged) else path
     raw = read_json(path, f"--ds_config {file}", "; see ds_configs/ for ready ones")
     if not isinstance(raw, dict):
-        raise ValueError(f"--ds_config {file}: expected one JSON object.")
+        raise UserError(f"--ds_config {file}: expected one JSON object.")
     for key in raw:
         if key in _OWNED:
-            raise ValueError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
+            raise UserError(f"--ds_config {file}: remove {key!r}: {_OWNED[key]}.")
         if key not in _KEYS:
-            raise ValueError(f"--ds_config {file}: unknown key {brief(key)}{nearest(key, _KEYS)}.")
+            raise UserError(f"--ds_config {file}: unknown key {brief(key)}{nearest(key, _KEYS)}.")
         if key not in ("bf16", "fp16", "zero_optimization"):
             _check_type(file, key, raw[key])
     for block in ("bf16", "fp16"):
         on = enabled(raw, block) if isinstance(raw.get(block, {}), dict) else None
         if not isinstance(on, bool) and on != "auto":
-            raise ValueError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
+            raise UserError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or not isinstance(zero.get("stage"), int) or zero["stage"] not in (2, 3):
-        raise ValueError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
+        raise UserError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
     _check_zero_keys(file, zero)
     return raw
 
@@ -71,7 +72,7 @@ def _check_type(file: str, key: str, value: Any) -> None:
     if wanted == "a number":
         fits = fits and abs(value) < 1 << 63
     if not fits and value != "auto":
-        raise ValueError(f"--ds_config {file}: {key} is {brief(value)}; expected {wanted}.")
+        raise UserError(f"--ds_config {file}: {key} is {brief(value)}; expected {wanted}.")
 
 
 def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
@@ -82,19 +83,19 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
     for key in zero:
         if key not in known:
             shown = brief(f"zero_optimization.{key}")
-            raise ValueError(f"--ds_config {file}: unknown key {shown}{nearest(key, known)}.")
+            raise UserError(f"--ds_config {file}: unknown key {shown}{nearest(key, known)}.")
     for block in ("offload_param", "offload_optimizer"):
         if not isinstance(zero.get(block, {}), dict):
-            raise ValueError(
+            raise UserError(
                 f'--ds_config {file}: zero_optimization.{block} must be an object such as {{"device": "cpu"}}; '
                 "leave it out to keep everything on the device."
             )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ValueError(
+        raise UserError(
             f"--ds_config {file}: remove offload_optimizer: the optimizer holds the prompt only, a few megabytes."
         )
     if zero.get("module_granularity_threshold") or zero.get("stage3_module_granularity_threshold"):
-        raise ValueError(
+        raise UserError(
             f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
             "trained prompt a leaf; decoder layers are leaf modules already."
         )
@@ -104,7 +105,7 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise ValueError(
+        raise UserError(
             f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
         ) from None
 
@@ -126,7 +127,7 @@ def resolve_ds_config(
     if batch % hands:
         below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
         choices = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
+        raise UserError(
             f"--batch_size {run.batch_size} can't be dealt to {world} ranks x {run.gradient_accumulation_steps} "
             f"micro-batches in equal parts; use {choices}."
         )
@@ -140,7 +141,7 @@ def resolve_ds_config(
         given = config.get(key, "auto")
         if given != "auto" and given != value:
             source = f"--{flag}" if flag in explicit else f"the default of --{flag}"
-            raise ValueError(
+            raise UserError(
                 f'{run.ds_config} says {key} = {brief(given)}, but {source} makes it {value}; set it to "auto" or make '
                 f"the two agree with --{flag}."
             )
@@ -161,8 +162,28 @@ def resolve_ds_config(
                 notes.append(f"zero_optimization.{block}.pin_memory = false (no GPU here)")
     config.setdefault("steps_per_print", 1 << 30)  # our own log says more
     if left := _autos(config):
-        raise ValueError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
+        raise UserError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
+    _try(config, run.ds_config)
     return ResolvedDeepSpeed(config, notes, dtype)
+
+
+def _try(config: dict[str, Any], file: str) -> None:
+    """UserError for values that DeepSpeed's own reader refuses, here once, not on every rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    batch = ("train_batch_size", "gradient_accumulation_steps")  # depend on the ranks, and are right by now
+    tried = {key: value for key, value in config.items() if key not in batch}
+    try:
+        DeepSpeedConfig(json.loads(json.dumps({**tried, "train_micro_batch_size_per_gpu": 1})))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
+        ) from None
+    except Exception as error:
+        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
+        raise UserError(f"--ds_config {file}: DeepSpeed can't read it ({said}).") from error
 
 
 def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, nearest, read_json
 
 
@@ -15,7 +16,7 @@ class StrictParser(argparse.ArgumentParser):
     """argparse whose errors are ValueErrors, one sentence each."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}. See --help.")
+        raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
 
 def _base_type(field: dataclasses.Field) -> type:
@@ -43,7 +44,7 @@ def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]
     values, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
-        raise ValueError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
+        raise UserError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
     given = vars(values)
     for name in ("local_rank", "list_families"):
         given.pop(name, None)
@@ -63,15 +64,15 @@ def _read_config(file: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     values = read_json(file, f"--config {file}")
     if not isinstance(values, dict):
-        raise ValueError(f"--config {file}: expected one JSON object of settings.")
+        raise UserError(f"--config {file}: expected one JSON object of settings.")
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")
+            raise UserError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")
         wanted, choices = _base_type(fields[name]), fields[name].metadata["choices"]
         fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
         fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
         if not fits and not (value is None and fields[name].default is None):
-            raise ValueError(f"--config {file}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
+            raise UserError(f"--config {file}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
         if choices and value is not None and value not in choices:
-            raise ValueError(f"--config {file}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
+            raise UserError(f"--config {file}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
     return values

@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from ptp_ds.errors import UserError
+from ptp_ds.files import read_text
+
 _SHARED = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
     "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PTP_DS_CACHE",
@@ -24,15 +27,15 @@ def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in _SHARED or name.startswith(_SHARED_PREFIXES)
     }
     for file in _environment_files(environment):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in read_text(file, str(file)).splitlines():
             if line.strip() and "=" not in line:
-                raise ValueError(f"{file}: {line.strip()!r} isn't of the form NAME=value.")
+                raise UserError(f"{file}: {line.strip()!r} isn't of the form NAME=value.")
             if line.strip():
                 name, value = line.split("=", 1)
                 shared[name.strip()] = value.strip()
     for name, value in shared.items():
         if re.search(r'["$`\\\n]', value):
-            raise ValueError(
+            raise UserError(
                 f"{name} holds one of \" $ ` \\ or a line break, which DeepSpeed can't hand to other hosts; set it "
                 "there (in ~/.bashrc, say) and unset it here."
             )

@@ -1,14 +1,26 @@
 """The hostfile: which hosts and slots a command line leaves of it, by DeepSpeed's own parser."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from ptp_ds.errors import UserError
+from ptp_ds.files import is_file, read_text
 
 
 def hosts_of(hostfile: str) -> list[str]:
     """Host names of a hostfile, none where there is no such file."""
-    path = Path(hostfile)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_text(hostfile, f"--hostfile {hostfile}").splitlines() if is_file(hostfile) else []
     return [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+@contextmanager
+def deepspeed_refusals() -> Iterator[None]:
+    """Around DeepSpeed's parser and launcher: what it raises for a hostfile or a flag is the user's error."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{str(error).rstrip('.')}; see `deepspeed --help`.") from error
 
 
 def active_slots(args: Any) -> dict[str, list[int]]:
@@ -18,11 +30,11 @@ def active_slots(args: Any) -> dict[str, list[int]]:
     """
     from deepspeed.launcher.runner import apply_num_nodes_and_gpus, fetch_hostfile, parse_inclusion_exclusion
 
-    pool = fetch_hostfile(args.hostfile)
-    active = parse_inclusion_exclusion(pool, args.include, args.exclude)
+    with deepspeed_refusals():
+        active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
     if args.num_nodes > len(active):
-        raise ValueError(f"--num_nodes {args.num_nodes}: {args.hostfile} names {len(active)} host(s).")
+        raise UserError(f"--num_nodes {args.num_nodes}: {args.hostfile} names {len(active)} host(s).")
     slots = apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus)
     if not slots:
-        raise ValueError(f"--include and --exclude leave no host of {args.hostfile}.")
+        raise UserError(f"--include and --exclude leave no host of {args.hostfile}.")
     return dict(slots)

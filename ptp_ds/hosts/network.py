@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.probe import interface_addresses, is_loopback, route_to
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -19,16 +20,16 @@ def master_address(first: str, routes: Mapping[str, Mapping[str, Any]]) -> str:
     by_source: dict[str, list[str]] = {}
     for name, route in routes.items():
         if "error" in route:
-            raise ValueError(
+            raise UserError(
                 f"{first} finds no way to {name} ({route['error']}); make the hostfile's names known on it (DNS, "
                 "/etc/hosts), or give --master_addr."
             )
         if is_loopback(route["address"]):
-            raise ValueError(f"{first} takes {name} for itself ({route['address']}); correct its /etc/hosts.")
+            raise UserError(f"{first} takes {name} for itself ({route['address']}); correct its /etc/hosts.")
         by_source.setdefault(route["source"], []).append(name)
     if len(by_source) > 1:
         listed = "; ".join(f"{source} for {', '.join(names)}" for source, names in by_source.items())
-        raise ValueError(f"{first} reaches the others from several addresses ({listed}); choose one: --master_addr.")
+        raise UserError(f"{first} reaches the others from several addresses ({listed}); choose one: --master_addr.")
     return next(iter(by_source), "127.0.0.1")  # no others: all ranks are on the first host
 
 
@@ -46,14 +47,14 @@ def interface_of(
         by_prefix = variable.startswith("NCCL") and not given.startswith("=")
         for name in names:
             if not any(found == name or (by_prefix and found.startswith(name)) for found in interfaces):
-                raise ValueError(f"{variable}={given} names no network interface of {host}, which has {there}.")
+                raise UserError(f"{variable}={given} names no network interface of {host}, which has {there}.")
     if environment.get("GLOO_SOCKET_IFNAME"):
         return environment["GLOO_SOCKET_IFNAME"]
     if "error" in route:
-        raise ValueError(f"{host} finds no way to the master address {master_addr} ({route['error']}).")
+        raise UserError(f"{host} finds no way to the master address {master_addr} ({route['error']}).")
     if len(route["interfaces"]) != 1:
         found = ", ".join(route["interfaces"]) or "none"
-        raise ValueError(
+        raise UserError(
             f"{host} reaches {master_addr} from {route['source']}, which is an address of several network interfaces "
             f"or of none ({found}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the right one of {there}."
         )
@@ -77,7 +78,7 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
     if is_loopback(route.get("address", "")):
         if not here:
             return
-        raise ValueError(
+        raise UserError(
             f"MASTER_ADDR={master} is {route['address']} on {os.uname().nodename}, an address that no other host "
             "reaches; give an address of the first host's network."
         )

@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts import probe as host_probe
 
 _CONNECT_SECONDS = 10
 _PARALLEL = 256
 
 
-class HostError(ValueError):
+class HostError(UserError):
     """A host that gave no answer. kind: "ssh" (not reachable), "python" (not there) or "probe" (it failed)."""
 
     def __init__(self, kind: str, sentence: str) -> None:

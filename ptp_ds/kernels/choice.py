@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
+
 triton: Any = None
 tl: Any = SimpleNamespace(constexpr=None)  # what signatures name where there is no Triton
 try:
@@ -47,12 +49,12 @@ def use_triton(impl: str, *tensors: Tensor) -> bool:
     Raises ValueError for an unknown impl, and for impl="triton" where the kernel can't run.
     """
     if impl not in IMPLS:
-        raise ValueError(f"Unknown impl {impl!r}; choose from {', '.join(IMPLS)}.")
+        raise UserError(f"Unknown impl {impl!r}; choose from {', '.join(IMPLS)}.")
     if impl == "torch":
         return False
     reason = refusal(tensors[0].device, *(tensor.dtype for tensor in tensors if tensor.is_floating_point()))
     if impl == "triton" and reason:
-        raise ValueError(f"impl='triton' can't run here: {reason}. Use impl='auto' or impl='torch'.")
+        raise UserError(f"impl='triton' can't run here: {reason}. Use impl='auto' or impl='torch'.")
     return not reason and (impl == "triton" or not interpreted())
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.network import interface_of, master_address
 from ptp_ds.hosts.remote import HostError, ask_all
 from ptp_ds.launch.doctor_report import Fault, Seen, connection_faults
@@ -61,7 +62,7 @@ def _meet(
     routes = {name: route for name, route in seen[first].reply["routes"].items() if name in seen}
     try:
         master = master_address(first, routes)
-    except ValueError as error:
+    except UserError as error:
         return [Fault(first, "interface", str(error), "")]
     if len(present) < 2:
         return []
@@ -78,7 +79,7 @@ def _meet(
             continue
         try:
             seen[host].interface = interface_of(host, master, reply["routes"]["master"], reply["interfaces"], shared)
-        except ValueError as error:
+        except UserError as error:
             faults.append(Fault(host, "interface", str(error), ""))
     unconnected = {host: reply["unconnected"] for host, reply in replies.items() if not isinstance(reply, HostError)}
     return [*faults, *connection_faults(unconnected)]

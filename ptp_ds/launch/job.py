@@ -11,13 +11,15 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TextIO, TypeVar
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.remote import HostError, ask_all
 from ptp_ds.launch.job_plan import Job
-from ptp_ds.ranks.faults import STOP_SIGNALS
+from ptp_ds.ranks.faults import STOP_SIGNALS, USER_ERROR
 from ptp_ds.ranks.log import ANY_RANK, get_logger
 
 log = get_logger(__name__)
@@ -61,8 +63,11 @@ def _become(launch: Callable[[], None], errors: int) -> None:
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException as error:
-        log.error("error: %s: %s", type(error).__name__, error, extra=ANY_RANK)
+    except UserError as error:
+        log.error("error: %s", error, extra=ANY_RANK)
+        code = USER_ERROR
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.environment import shared_environment
 from ptp_ds.hosts.hostfile import active_slots
 from ptp_ds.hosts.network import interface_of, master_address
@@ -76,12 +77,12 @@ def _master(hosts: Sequence[str], args: Any, wanted: int | None) -> tuple[str, i
     given = {"given": args.master_addr} if args.master_addr else {}
     reply = ask(first, {"peers": given or others, "port": wanted}, args.ssh_port)
     if reply["port"] is None:
-        raise ValueError(f"--master_port {wanted} of {first} is taken; give another one, or none to have one found.")
+        raise UserError(f"--master_port {wanted} of {first} is taken; give another one, or none to have one found.")
     if given:
         held = [address for addresses in reply["interfaces"].values() for address in addresses]
         address = reply["routes"]["given"].get("address")
         if address not in held or (is_loopback(address) and others):
-            raise ValueError(f"--master_addr {args.master_addr} isn't an address by which others reach {first}.")
+            raise UserError(f"--master_addr {args.master_addr} isn't an address by which others reach {first}.")
         return address, reply["port"]
     return master_address(first, reply["routes"]), reply["port"]
 

@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from ptp_ds.hosts.hostfile import hosts_of
+from ptp_ds.errors import UserError
+from ptp_ds.hosts.hostfile import deepspeed_refusals, hosts_of
 from ptp_ds.hosts.probe import take_port
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.faults import STOP_SIGNALS, USER_ERROR, shell_code
@@ -69,7 +70,7 @@ def split_command(argv: Sequence[str]) -> tuple[int, list[str], list[str]]:
         else:
             kept.append(word)
     if not count.isdecimal():
-        raise ValueError(f"--max_restarts is {count!r}; expected a whole number of 0 or more, before the script.")
+        raise UserError(f"--max_restarts is {count!r}; expected a whole number of 0 or more, before the script.")
     return int(count), kept, script
 
 
@@ -122,7 +123,8 @@ class Launcher:
         runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": self.spawn})
         if environment_file is not None:
             runner.DEEPSPEED_ENVIRONMENT_NAME = str(environment_file)
-        runner.main(list(argv))
+        with deepspeed_refusals():
+            runner.main(list(argv))
 
     def _on_hosts(self, argv: Sequence[str]) -> int | None:
         """Runs a command line that names other hosts and returns its exit code; None for one that names none."""
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         count, own, script = split_command(sys.argv[1:] if argv is None else argv)
         return run_attempts(launcher, count, own, script)
-    except ValueError as error:
+    except UserError as error:
         log.error("error: %s", error, extra=ANY_RANK)
         return USER_ERROR
 

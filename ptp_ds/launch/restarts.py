@@ -8,6 +8,8 @@ from typing import Any
 
 from ptp_ds.config.flags import given_settings
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.hosts.hostfile import deepspeed_refusals
 from ptp_ds.hosts.remote import ssh_command
 from ptp_ds.ranks.faults import USER_ERROR, is_stop
 from ptp_ds.training.checkpoint import list_checkpoints
@@ -24,7 +26,7 @@ def should_restart(code: int) -> bool:
 def check_script(script: Sequence[str]) -> None:
     """ValueError where the script's arguments leave no folder to go on from. script: its name and its arguments."""
     if not given_settings(script[1:]).get("output_dir"):
-        raise ValueError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
+        raise UserError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
 
 
 def newest_checkpoint(script: Sequence[str]) -> str | None:
@@ -80,7 +82,8 @@ def asked_slots(argv: Sequence[str]) -> tuple[Slots, int | None]:
     args = parse_args(list(argv))
     if not Path(args.hostfile).is_file() or args.no_ssh or args.launcher.lower() != "pdsh":
         return {}, args.ssh_port
-    active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
+    with deepspeed_refusals():
+        active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
     slots = dict(apply_num_nodes_and_gpus(active, args.num_nodes, args.num_gpus))
     return (slots if len(slots) > 1 or args.force_multi else {}), args.ssh_port
 
@@ -101,7 +104,7 @@ def slots_left(
         return slots, []
     left = {host: list(slots[host]) for host in slots if reached[host]}
     if not left:
-        raise ValueError(f"None of the hosts {', '.join(lost)} can be reached by ssh; there is none to go on with.")
+        raise UserError(f"None of the hosts {', '.join(lost)} can be reached by ssh; there is none to go on with.")
     told = [f"{host} can't be reached by ssh and is left out" for host in lost]
     ranks = sum(map(len, left.values()))
     wanted = dealt_ranks(ranks, settings)

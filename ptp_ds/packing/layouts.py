@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.packing.row import Block, PackedRow, pack, pack_text_twins, shared_start, verbalizers_of
 from ptp_ds.tasks.example import Example
@@ -175,7 +176,7 @@ class _Separate:
         """All blocks of one stream of example `number`; only the first one's context moves, the others' with it."""
         example, head = self.examples[number], self.rows.prompt_length
         if not context or not all(example.candidate_ids):
-            raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
+            raise UserError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
         width = max(len(other.candidate_ids) for other in self.examples)
         first = len(self.tokens)
         at = example.prompt_at

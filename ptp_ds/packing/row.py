@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.kernels.perturb_step import add_delta
 from ptp_ds.kernels.places import Places, places_of
 from ptp_ds.precision import at_least_fp32
@@ -154,7 +155,7 @@ class PackedRow:
     def with_twin(self, twin: "PackedRow") -> "PackedRow":
         """This row followed by its perturbed twin (the same examples): streams add up, present and gold stay."""
         if twin.num_examples != self.num_examples:
-            raise ValueError(f"A twin must hold the same {self.num_examples} examples, not {twin.num_examples}.")
+            raise UserError(f"A twin must hold the same {self.num_examples} examples, not {twin.num_examples}.")
         cells = self.streams * self.present.numel()
         joined = {
             "token_ids": (self.token_ids, twin.token_ids),
@@ -204,12 +205,12 @@ class Packer:
 
     def __init__(self, examples: Sequence[Example], streams: int, shared: int = 0) -> None:
         if not examples:
-            raise ValueError("Can't pack an empty batch; give at least one example.")
+            raise UserError("Can't pack an empty batch; give at least one example.")
         for example in examples:
             if not example.context_ids or not all(example.candidate_ids):
-                raise ValueError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
+                raise UserError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
         if shared and shared > shared_start(examples):
-            raise ValueError(f"The examples don't all begin with the same {shared} tokens that stay as they are.")
+            raise UserError(f"The examples don't all begin with the same {shared} tokens that stay as they are.")
         self.examples, self.streams, self.shared = examples, streams, shared
         self.width = max(len(example.candidate_ids) for example in examples)
         self.tokens: list[int] = []
@@ -336,7 +337,7 @@ def pack_text_twins(
     clean context with its candidates, the rest of the changed one with the same candidates. shared: as in pack.
     """
     if len(twins) != len(examples) or not all(twins):
-        raise ValueError(f"Each of the {len(examples)} examples needs one twin of at least one token.")
+        raise UserError(f"Each of the {len(examples)} examples needs one twin of at least one token.")
     packer = Packer(examples, 2, shared)
     for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
         clean = example.context_ids

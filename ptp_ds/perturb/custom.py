@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, SharedPass
@@ -45,13 +46,13 @@ def choose_perturbation(name: str) -> ChosenPerturbation:
     if path.suffix != ".py":
         near = difflib.get_close_matches(name, BUILT_IN, 1, 0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"Unknown perturbation {brief(name)}{hint}: give one of {', '.join(BUILT_IN)} or a .py file.")
+        raise UserError(f"Unknown perturbation {brief(name)}{hint}: give one of {', '.join(BUILT_IN)} or a .py file.")
     if path.stem in BUILT_IN:
-        raise ValueError(f"--perturbation {name} has the name of a built-in one; rename the file to tell them apart.")
+        raise UserError(f"--perturbation {name} has the name of a built-in one; rename the file to tell them apart.")
     try:
         source = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--perturbation {name}: {error.strerror}; give the path of a .py file.") from None
+        raise UserError(f"--perturbation {name}: {error.strerror}; give the path of a .py file.") from None
     perturbation = getattr(_execute(path, source), _VARIABLE, None)
     _check(perturbation, f"--perturbation {name}")
     assert isinstance(perturbation, Perturbation)
@@ -78,23 +79,23 @@ def _execute(path: Path, source: bytes) -> ModuleType:
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f" at line {line}" if line else ""
         said = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"--perturbation {path} can't be loaded{where}: {type(error).__name__}: {said}.") from error
+        raise UserError(f"--perturbation {path} can't be loaded{where}: {type(error).__name__}: {said}.") from error
     return module
 
 
 def _check(perturbation: Any, where: str) -> None:
     """ValueError for what is no Perturbation, has no function, or names flags that don't reach it."""
     if perturbation is None:
-        raise ValueError(f"{where} defines no {_VARIABLE}; add {_VARIABLE} = Perturbation(find=..., sizes=(...)).")
+        raise UserError(f"{where} defines no {_VARIABLE}; add {_VARIABLE} = Perturbation(find=..., sizes=(...)).")
     if not isinstance(perturbation, Perturbation):
-        raise ValueError(
+        raise UserError(
             f"{where}: {_VARIABLE} is of type {type(perturbation).__name__}; expected ptp_ds.perturb.Perturbation."
         )
     given = [function for function in (perturbation.find, perturbation.twins) if function is not None]
     if not given or not all(callable(function) for function in given):
-        raise ValueError(f"{where}: {_VARIABLE} needs a function as find, as twins, or as both.")
+        raise UserError(f"{where}: {_VARIABLE} needs a function as find, as twins, or as both.")
     if perturbation.carries and (perturbation.find is None or perturbation.twins is not None):
-        raise ValueError(f"{where}: {_VARIABLE} carries its deltas, so it needs find and no twins.")
+        raise UserError(f"{where}: {_VARIABLE} carries its deltas, so it needs find and no twins.")
     sizes = sorted({size for known in PERTURBATIONS.values() for size in known.sizes})
     _check_names(perturbation.sizes, "sizes", sizes, where)
     _check_names(
@@ -107,14 +108,12 @@ def _check(perturbation: Any, where: str) -> None:
 
 def _check_names(names: Any, field: str, known: Sequence[str], where: str) -> None:
     if not isinstance(names, (tuple, list)):
-        raise ValueError(f"{where}: {field} is {names!r}; expected a tuple of flags' names, such as ({known[-1]!r},).")
+        raise UserError(f"{where}: {field} is {names!r}; expected a tuple of flags' names, such as ({known[-1]!r},).")
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1, 0.6)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"{where}: {name!r} in {field} is no flag that fits{hint}; choose from {', '.join(known)}."
-            )
+            raise UserError(f"{where}: {name!r} in {field} is no flag that fits{hint}; choose from {', '.join(known)}.")
 
 
 def _guarded(find: Find, file: str) -> Find:
@@ -126,7 +125,7 @@ def _guarded(find: Find, file: str) -> Find:
         delta = find(shared, row, clean_TH, settings, noise)
         shape = tuple(delta.shape) if isinstance(delta, torch.Tensor) else type(delta).__name__
         if shape != tuple(clean_TH.shape):
-            raise ValueError(
+            raise UserError(
                 f"--perturbation {file}: find returned {shape}; expected a tensor of clean_TH's shape "
                 f"{tuple(clean_TH.shape)}."
             )

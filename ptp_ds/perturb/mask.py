@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.perturb.noise import Noise
 from ptp_ds.perturb.perturbation import Twin
 from ptp_ds.perturb.settings import PerturbSettings
@@ -44,5 +45,5 @@ def mask_token_id(tokenizer: Any, text: str | None) -> int:
         return tokenizer.mask_token_id
     ids = tokenizer(text if text is not None else _NEUTRAL, add_special_tokens=False)["input_ids"]
     if text is not None and len(ids) != 1:
-        raise ValueError(f"--mask_token {text!r} is {len(ids)} tokens of this model; give one that is a single token.")
+        raise UserError(f"--mask_token {text!r} is {len(ids)} tokens of this model; give one that is a single token.")
     return ids[-1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ptp_ds.backbone.shapes import ModelShape, Shape, elements
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 
 BOUNDS = ("compute", "interconnect", "memory", "offload")
 # Tensors [N, H] alive at once beside the layers', as measured on small models: with kept layers, at the ends of a step
@@ -144,7 +145,7 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
     known = {"none": (1.0, 1), "pgd": (run.ascent_steps + 2.0, run.ascent_steps + 1), "a2t": (4.0, 3)}
     perturbation, name = run.active_perturbation, run.perturbation if run.perturbs else "none"
     if name.endswith(".py"):
-        raise ValueError(f"--perturbation {name}: can't be planned for; take a built-in one that works alike.")
+        raise UserError(f"--perturbation {name}: can't be planned for; take a built-in one that works alike.")
     passes, visits = known.get(
         "a2t" if perturbation is not None and perturbation.attack is not None else name, (2.0, 1)
     )

@@ -9,6 +9,7 @@ from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
 from ptp_ds.backbone.source import load_tokenizer
 from ptp_ds.config.ds_config import read_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, recommended
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
@@ -46,7 +47,7 @@ def plans(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[ModelSh
     config = config_of(run.model)
     kind = head_kind(config, run.head)
     if kind == "seq2seq":
-        raise ValueError(f"--model {run.model}: encoder-decoders take the generic path, which isn't planned for.")
+        raise UserError(f"--model {run.model}: encoder-decoders take the generic path, which isn't planned for.")
     shape = shape_of(config, kind)
     tokens, source = tokens_of(run, explicit, cluster, config)
     size = 4 if run.precision == "fp32" else 2

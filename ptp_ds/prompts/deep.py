@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.prompts.soft import SoftPrompt
 
 KeysValues = tuple[Tensor, Tensor]
@@ -36,7 +37,7 @@ def split_deep(prompt_PD: Tensor, config: Any) -> dict[int, list[KeysValues]]:
     """layer -> [(keys [P, K, d], values [P, K, d])], views of the prompt."""
     layers, heads, width = deep_shape(config)
     if prompt_PD.shape[1] != 2 * layers * heads * width:
-        raise ValueError(f"A deep prompt of width {prompt_PD.shape[1]} doesn't fit this model's {deep_width(config)}.")
+        raise UserError(f"A deep prompt of width {prompt_PD.shape[1]} doesn't fit this model's {deep_width(config)}.")
     parts = prompt_PD.view(prompt_PD.shape[0], layers, 2, heads, width).unbind(1)
     return {layer: [(part[:, 0], part[:, 1])] for layer, part in enumerate(parts)}
 
@@ -50,7 +51,7 @@ def join_deep(prefix: dict[int, list[KeysValues]], config: Any) -> Tensor:
     layers, heads, width = deep_shape(config)
     shapes = {tuple(x.shape[1:]) for pairs in prefix.values() for pair in pairs for x in pair}
     if shapes != {(heads, width)} or len(prefix) != layers or any(len(pairs) != 1 for pairs in prefix.values()):
-        raise ValueError(
+        raise UserError(
             f"A deep prompt needs one attention call in each of the {layers} layers, with keys and values of {heads} "
             f"heads x {width}; this model has {sorted(shapes)} in {len(prefix)}: use --prompt soft."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.seeding import make_generator
 
 
@@ -24,11 +25,11 @@ def initial_ids(
         return vocab_ids(length, tokenizer, vocabulary, seed)
     if kind == "text":
         if not text:
-            raise ValueError("--prompt_init text needs --init_text 'some words'.")
+            raise UserError("--prompt_init text needs --init_text 'some words'.")
         return repeat_to_length(text_ids(tokenizer, [text]), length)
     if kind == "labels":
         return label_ids(length, tokenizer, vocabulary, seed, answers)
-    raise ValueError(f"Unknown prompt initialiser {kind!r}; choose vocab, text or labels.")
+    raise UserError(f"Unknown prompt initialiser {kind!r}; choose vocab, text or labels.")
 
 
 def vocab_ids(length: int, tokenizer: Any, vocabulary: int, seed: int) -> list[int]:
@@ -36,7 +37,7 @@ def vocab_ids(length: int, tokenizer: Any, vocabulary: int, seed: int) -> list[i
     special = set(tokenizer.all_special_ids)
     usable = [token for token in range(min(vocabulary, len(tokenizer))) if token not in special]
     if length > len(usable):
-        raise ValueError(f"--prompt_length {length} exceeds the {len(usable)} vocabulary rows; use a shorter prompt.")
+        raise UserError(f"--prompt_length {length} exceeds the {len(usable)} vocabulary rows; use a shorter prompt.")
     order = torch.randperm(len(usable), generator=make_generator(seed, "prompt"))
     return [usable[place] for place in order[:length].tolist()]
 
@@ -49,7 +50,7 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 def repeat_to_length(ids: list[int], length: int) -> list[int]:
     """The ids repeated and cut to `length`."""
     if not ids:
-        raise ValueError("The initialisation text has no tokens; give --init_text at least one word.")
+        raise UserError("The initialisation text has no tokens; give --init_text at least one word.")
     return (ids * (length // len(ids) + 1))[:length]
 
 

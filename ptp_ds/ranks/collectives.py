@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
 
@@ -53,7 +54,7 @@ def measure(ranks: Ranks, mebibytes: int) -> dict[str, float]:
     right = bool((ranks.sum(summed) == ranks.world * (ranks.world + 1) / 2).all())
     right &= all(bool((part == float(rank)).all()) for rank, part in enumerate(parts))
     if ranks.host_max(int(not right)):
-        raise ValueError("A collective gave wrong values on some rank; look at the network and its driver.")
+        raise UserError("A collective gave wrong values on some rank; look at the network and its driver.")
     return found
 
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(ranks, args.mebibytes)
         if ranks.is_main:
             print(MARK + json.dumps(found), flush=True)  # noqa: T201  (what scripts/doctor.py reads)
-    except ValueError as error:
+    except UserError as error:
         log.error("error: %s", error, extra=ANY_RANK)
         return 2
     finally:

@@ -100,12 +100,20 @@ def _keep_freed_memory() -> None:
             mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+_set_by_us: list[str] = []  # variables of _ALONE, until stop_processes
+
+
+def is_launched() -> bool:
+    """Whether a launcher's or the calling program's process group is what a run takes part in, and leaves as it is."""
+    return "RANK" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def _stand_alone(backend: str, timeout: timedelta) -> None:
     """What a launcher would set, for plain python; the group of one meets in memory, on no port."""
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
+    if not is_launched():
+        _set_by_us[:] = [name for name in _ALONE if name not in os.environ]
+        os.environ.update({name: _ALONE[name] for name in _set_by_us})
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
@@ -144,9 +152,25 @@ def start_processes() -> Ranks:
 
 
 def stop_processes() -> None:
-    """HeadInput the process group."""
+    """Leaves the process group and takes back what a run has changed in this process: the next one starts as in a fresh
+    process. Safe to call again.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        comm = sys.modules.get("deepspeed.comm")
+        if comm is not None and comm.is_initialized():
+            comm.destroy_process_group()  # forgets DeepSpeed's own groups, too
+        else:
+            torch.distributed.destroy_process_group()
+    while _set_by_us:
+        os.environ.pop(_set_by_us.pop(), None)
+    _restore_linear()
+
+
+def _restore_linear() -> None:
+    """DeepSpeed's zero.Init leaves a linear of its own in torch's place for the process' life (0.19.8)."""
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if zero is not None and torch.nn.functional.linear is zero.zero3_linear_wrap:
+        torch.nn.functional.linear = zero.InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 def exit_process(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ptp_ds.errors import UserError
 from ptp_ds.ranks.distributed import Ranks
 
 # SIGUSR1 is what Slurm can send before it preempts a job.
@@ -22,7 +23,7 @@ _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "r
            "timed out", "Connection refused", "communicator was aborted", "ncclRemoteError")  # fmt: skip
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """A file of the run could not be written; all ranks raise it at the same place."""
 
 

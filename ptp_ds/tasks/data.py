@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import is_file, is_folder, listed, parse_json, plain_name, read_text
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
@@ -35,7 +36,7 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
     Raises ValueError for a missing file, a malformed line (with its number), a split with no rows.
     """
     if data_dir is not None and dataset is not None:
-        raise ValueError("Can't read both --data_dir and --dataset; choose one.")
+        raise UserError("Can't read both --data_dir and --dataset; choose one.")
     if dataset is not None:
         source: str | Path = f"--dataset {dataset}"
         rows, where = _read_hub(task, split, dataset)
@@ -43,17 +44,17 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
         source = _find_file(task, split, data_dir)
         rows, where = _read_jsonl(source)
     if not rows:
-        raise ValueError(f"{source}: split {split!r} of task {task.name} has no rows; give one with at least one.")
+        raise UserError(f"{source}: split {split!r} of task {task.name} has no rows; give one with at least one.")
     return _split_of(rows, where)
 
 
 def load_rows(file: str) -> Split:
     """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
     if not is_file(file):
-        raise ValueError(f"--input {file}: there is no such file; give one with a JSON object a line.")
+        raise UserError(f"--input {file}: there is no such file; give one with a JSON object a line.")
     rows, where = _read_jsonl(Path(file))
     if not rows:
-        raise ValueError(f"--input {file} has no rows; give a file with at least one.")
+        raise UserError(f"--input {file} has no rows; give a file with at least one.")
     return _split_of(rows, where)
 
 
@@ -65,16 +66,16 @@ def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
 def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
     folder = DEMO_DATA if data_dir is None else Path(data_dir)
     if not is_folder(folder):
-        raise ValueError(f"--data_dir {folder}: there is no such folder.")
+        raise UserError(f"--data_dir {folder}: there is no such folder.")
     file = folder / task.name / f"{plain_name(split, 'The split')}.jsonl"
     if is_file(file):
         return file
     if not is_folder(folder / task.name):
         found = sorted(path.name for path in folder.iterdir() if is_folder(path))
         source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
-        raise ValueError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
+        raise UserError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
     found = sorted(path.stem for path in (folder / task.name).glob("*.jsonl"))
-    raise ValueError(f"No file {file}; splits there: {listed(found) or 'none'}.")
+    raise UserError(f"No file {file}; splits there: {listed(found) or 'none'}.")
 
 
 def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
@@ -85,7 +86,7 @@ def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
             continue
         row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
-            raise ValueError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
+            raise UserError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
         rows.append(row)
         where.append(f"{file}:{number}")
     return rows, where
@@ -100,7 +101,7 @@ def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[st
             table = datasets.load_dataset(dataset, task.name.lower(), split=name)
     except Exception as error:  # the loader raises many types: offline, unknown repository, configuration or split
         first = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"--dataset {dataset}: can't load configuration {task.name.lower()!r}, split {name!r} "
             f"({type(error).__name__}: {first})."
         ) from None
@@ -142,12 +143,12 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
     make it fit, where the tokenizer gives no offsets, or where a context and its answers share a token.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
     entries: list[tuple[Rendered, str]] = []
     for row, where in zip(split.rows, split.where, strict=True):
         for entry in task.entries(row, where, labelled):
             if len(entry.context) * len(entry.candidates) > _MOST_CHARACTERS:
-                raise ValueError(
+                raise UserError(
                     f"{where}: {len(entry.candidates)} answers behind a context of {len(entry.context)} characters are "
                     f"more than the {_MOST_CHARACTERS} characters that a row may come to."
                 )
@@ -197,7 +198,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tupl
 
 def _answer_ids(context: list[int], full: list[int], where: str) -> list[int]:
     if full[: len(context)] != context or len(full) == len(context):
-        raise ValueError(
+        raise UserError(
             f"{where}: the tokenizer joins the end of the context with the answer's start; "
             "end the template's text without a space and begin each answer with one."
         )
@@ -237,11 +238,11 @@ def _kept(task: Task, fields: list[str | None], excess: int, max_length: int, wh
     positions = [position for position, name in enumerate(fields) if name == task.truncate and name is not None]
     if len(positions) <= excess:
         if task.truncate is None:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and "
                 f"task {task.name} names no field to shorten; set 'truncate' in its template."
             )
-        raise ValueError(
+        raise UserError(
             f"{where}: the row is {excess} tokens longer than the {max_length} that fit behind the prompt, and its "
             f"field {task.truncate!r} can't give them; use a shorter prompt, a larger --max_length or shorter rows."
         )
@@ -260,7 +261,7 @@ def hold_out(count: int, share: float, seed: int, groups: Sequence[int] | None =
         units.setdefault((group >= 0, group if group >= 0 else number), []).append(number)
     count = len(units)
     if count < 2:
-        raise ValueError(f"Can't hold out rows for selection from {count} training row; give --select_split.")
+        raise UserError(f"Can't hold out rows for selection from {count} training row; give --select_split.")
     order = torch.randperm(count, generator=make_generator(seed, "hold_out")).tolist()
     size = min(max(1, round(count * share)), count - 1)
     members = list(units.values())

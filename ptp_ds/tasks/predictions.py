@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptp_ds.errors import UserError
 from ptp_ds.tasks import Rendered, Task
 from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.readers import whole_number
@@ -36,7 +37,7 @@ class _Predicted:
         """The official number of the row or of a part of it."""
         found = part.get("idx")
         if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
-            raise ValueError(
+            raise UserError(
                 f"{self.where}: the {what} has no idx; a prediction file needs the official files' numbers."
             )
         return whole_number(found)

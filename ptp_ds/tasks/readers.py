@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief
 
 _DIGITS = 18
@@ -31,7 +32,7 @@ class Entry:
     label: int | None = None
 
 
-class NoLabelError(ValueError):
+class NoLabelError(UserError):
     """A row that doesn't say what is right, as those of official test files: it can be predicted, not judged."""
 
 
@@ -246,5 +247,5 @@ def read(reader: str, row: Mapping[str, Any], where: str, labelled: bool = True)
     try:
         return READERS[reader](row, labelled)
     except _RowError as error:
-        kind = NoLabelError if isinstance(error, _UnlabelledError) else ValueError
+        kind = NoLabelError if isinstance(error, _UnlabelledError) else UserError
         raise kind(f"{where}: the row {error}; expected {reader}'s official format.") from None

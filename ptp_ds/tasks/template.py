@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, listed, plain_name, read_json
 from ptp_ds.tasks.metrics import METRICS, NEEDS_READER
 from ptp_ds.tasks.readers import HUB_NO_LABEL, MAY_BE_EMPTY, OWN_ANSWERS, READERS, NoLabelError, read
@@ -140,7 +141,7 @@ class Task:
             raise NoLabelError(f"{where}: the row has no {brief(self.label)}; a labelled split is needed.")
         label = canonical_label(row[self.label])
         if label not in self.answers:
-            kind = NoLabelError if label in _UNLABELLED else ValueError
+            kind = NoLabelError if label in _UNLABELLED else UserError
             known = listed(self.answers)
             raise kind(f"{where}: label {brief(label)} is not one of {known} (task {self.name}).")
         gold = self.labels.index(label)
@@ -171,14 +172,14 @@ class Task:
 
     def _field(self, row: Mapping[str, Any], name: str, filter_name: str | None, where: str) -> str:
         if name not in row:
-            raise ValueError(f"{where}: the row has no field {brief(name)}; task {self.name} needs it.")
+            raise UserError(f"{where}: the row has no field {brief(name)}; task {self.name} needs it.")
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
-            raise ValueError(f"{where}: field {brief(name)} must be non-empty text, not {brief(value)}.")
+            raise UserError(f"{where}: field {brief(name)} must be non-empty text, not {brief(value)}.")
         value = value.strip()
         if name in self.values:
             if value not in self.values[name]:
-                raise ValueError(
+                raise UserError(
                     f"{where}: field {brief(name)} is {brief(value)}; expected {listed(self.values[name])}."
                 )
             value = self.values[name][value]
@@ -207,12 +208,12 @@ def load_task(name: str) -> Task:
     path = Path(name)
     if path.suffix == ".json":
         if not is_file(path):
-            raise ValueError(f"--task {name}: there is no such template file.")
+            raise UserError(f"--task {name}: there is no such template file.")
         return parse_task(read_json(path, str(path)), str(path))
     likeness = {task: difflib.SequenceMatcher(None, name.lower(), task.lower()).ratio() for task in builtin_tasks()}
     near = max(likeness, key=lambda task: (likeness[task], -len(task)))
     hint = f" (did you mean {near}?)" if likeness[near] >= 0.5 else ""
-    raise ValueError(f"Unknown task {name!r}{hint}: give one of {', '.join(builtin_tasks())} or a template .json file.")
+    raise UserError(f"Unknown task {name!r}{hint}: give one of {', '.join(builtin_tasks())} or a template .json file.")
 
 
 def _maps_texts(words: Any) -> bool:
@@ -222,59 +223,59 @@ def _maps_texts(words: Any) -> bool:
 def _reader_and_answers(spec: Mapping[str, Any], where: str) -> tuple[str, dict[str, str]]:
     reader = spec.get("reader", "flat")
     if not isinstance(reader, str) or reader not in READERS:
-        raise ValueError(f"{where}: unknown reader {brief(reader)}; choose from {', '.join(READERS)}.")
+        raise UserError(f"{where}: unknown reader {brief(reader)}; choose from {', '.join(READERS)}.")
     if reader in OWN_ANSWERS:
         if {"verbalizers", "candidates", "label"} & spec.keys():
-            raise ValueError(f"{where}: reader {reader!r} brings its rows' answers; leave out verbalizers and label.")
+            raise UserError(f"{where}: reader {reader!r} brings its rows' answers; leave out verbalizers and label.")
         return reader, {}
     if ("verbalizers" in spec) == ("candidates" in spec):
-        raise ValueError(f"{where}: give either 'verbalizers' or 'candidates', one of the two.")
+        raise UserError(f"{where}: give either 'verbalizers' or 'candidates', one of the two.")
     if "label" not in spec:
-        raise ValueError(f"{where}: the template lacks label.")
+        raise UserError(f"{where}: the template lacks label.")
     answers = spec.get("verbalizers", spec.get("candidates"))
     if not isinstance(answers, dict) or len(answers) < 2 or not all(isinstance(a, str) and a for a in answers.values()):
-        raise ValueError(f"{where}: verbalizers or candidates must map two or more labels to answer texts.")
+        raise UserError(f"{where}: verbalizers or candidates must map two or more labels to answer texts.")
     if len(set(answers.values())) < len(answers):
-        raise ValueError(f"{where}: two labels share one answer text; each label needs its own.")
+        raise UserError(f"{where}: two labels share one answer text; each label needs its own.")
     return reader, answers
 
 
 def parse_task(spec: Any, where: str) -> Task:
     """Checks a template's plain data and returns the Task."""
     if not isinstance(spec, dict):
-        raise ValueError(f"{where}: a template is one JSON object with the keys {', '.join(sorted(_KEYS))}.")
+        raise UserError(f"{where}: a template is one JSON object with the keys {', '.join(sorted(_KEYS))}.")
     for key in spec:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, sorted(_KEYS), 1)
-            raise ValueError(f"{where}: unknown key {brief(key)}" + (f" (did you mean {near[0]!r}?)." if near else "."))
+            raise UserError(f"{where}: unknown key {brief(key)}" + (f" (did you mean {near[0]!r}?)." if near else "."))
     if missing := sorted(_REQUIRED - spec.keys()):
-        raise ValueError(f"{where}: the template lacks {', '.join(missing)}.")
+        raise UserError(f"{where}: the template lacks {', '.join(missing)}.")
     reader, answers = _reader_and_answers(spec, where)
     for key in ("name", "text", "label"):
         if key in spec and (not isinstance(spec[key], str) or not spec[key]):
-            raise ValueError(f"{where}: {key!r} must be non-empty text.")
+            raise UserError(f"{where}: {key!r} must be non-empty text.")
     plain_name(spec["name"], f"{where}: 'name'")
     for key in ("metrics", "fixed", "attack"):
         if not isinstance(spec.get(key, []), list) or not all(isinstance(name, str) for name in spec.get(key, [])):
-            raise ValueError(f"{where}: {key!r} must be a list of names.")
+            raise UserError(f"{where}: {key!r} must be a list of names.")
     unknown_metrics = [metric for metric in spec["metrics"] if metric not in METRICS]
     if unknown_metrics or not spec["metrics"]:
-        raise ValueError(f"{where}: metrics {brief(unknown_metrics)} are unknown; choose from {', '.join(METRICS)}.")
+        raise UserError(f"{where}: metrics {brief(unknown_metrics)} are unknown; choose from {', '.join(METRICS)}.")
     for metric in spec["metrics"]:
         if reader not in NEEDS_READER.get(metric, (reader,)):
-            raise ValueError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
+            raise UserError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
     slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in _SLOT.finditer(text)]
     for _, filter_name in slots:
         if filter_name and filter_name not in _FILTERS:
-            raise ValueError(f"{where}: unknown filter {brief(filter_name)}; choose from {', '.join(_FILTERS)}.")
+            raise UserError(f"{where}: unknown filter {brief(filter_name)}; choose from {', '.join(_FILTERS)}.")
     if spec["text"].count(PROMPT_MARK) > 1:
-        raise ValueError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
+        raise UserError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
     in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
     if not in_text or re.search(r"[{}]", _SLOT.sub("", "".join((spec["text"], *answers.values())))):
-        raise ValueError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
+        raise UserError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
     values = spec.get("values", {})
     if not isinstance(values, dict) or not all(_maps_texts(words) for words in values.values()):
-        raise ValueError(f"{where}: 'values' must map fields to objects of raw value: text.")
+        raise UserError(f"{where}: 'values' must map fields to objects of raw value: text.")
     truncate = [] if spec.get("truncate") is None else [spec["truncate"]]
     used = {name for name, _ in slots}
     fixed, attack = spec.get("fixed", []), spec.get("attack", [])
@@ -283,9 +284,9 @@ def parse_task(spec: Any, where: str) -> Task:
     ):  # fmt: skip
         for name in names:
             if not isinstance(name, str) or name not in known:
-                raise ValueError(f"{where}: {key!r} names {brief(name)}, which the text doesn't hold.")
+                raise UserError(f"{where}: {key!r} names {brief(name)}, which the text doesn't hold.")
     if never := sorted(set(attack) & {*fixed, *values}):
-        raise ValueError(f"{where}: 'attack' names {never[0]!r}, which 'fixed' or 'values' keeps as it is.")
+        raise UserError(f"{where}: 'attack' names {never[0]!r}, which 'fixed' or 'values' keeps as it is.")
     return Task(
         name=spec["name"], text=spec["text"], label=spec.get("label"), metrics=tuple(spec["metrics"]),
         reader=reader,

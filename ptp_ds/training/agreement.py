@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import sha256_of
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ def require_agreement(ranks: Ranks, seen: Mapping[str, str]) -> None:
         others = [rank for rank, row in enumerate(rows) if row[place] != rows[0][place]]
         if others:
             listed = ", ".join(map(str, others[:8])) + (" and more" if len(others) > 8 else "")
-            raise ValueError(
+            raise UserError(
                 f"Rank {listed} of {ranks.world} sees another version of {name} than rank 0 does; put it on a disk "
                 "that all hosts share, or copy the same to each host."
             )

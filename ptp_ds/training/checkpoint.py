@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.files import (
     brief,
     is_file,
@@ -35,7 +36,7 @@ _REQUIRED = _TENSORS[:4]
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
 
-class OtherFormatError(ValueError):
+class OtherFormatError(UserError):
     """A checkpoint of another version of this project: whole, but not for this one to read."""
 
 
@@ -89,10 +90,10 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list
             return folder, load_checkpoint(folder), told
         except OtherFormatError:
             raise
-        except ValueError as error:
+        except UserError as error:
             told.append(str(error).split(";")[0])
     if found:
-        raise ValueError(
+        raise UserError(
             f"No checkpoint in {output_dir / 'checkpoints'} is whole: {'; '.join(told)}. Put a copy back, or start a "
             "new run in another --output_dir."
         )
@@ -113,9 +114,9 @@ def find_checkpoint(resume: str) -> Path:
     """The checkpoint that --resume names by its folder."""
     path = Path(resume)
     if not is_folder(path):
-        raise ValueError(f"--resume {resume}: there is no such folder; give a checkpoints/step-... folder or auto.")
+        raise UserError(f"--resume {resume}: there is no such folder; give a checkpoints/step-... folder or auto.")
     if not is_file(path / _META):
-        raise ValueError(f"--resume {resume}: not a checkpoint (no {_META}); give a checkpoints/step-... folder.")
+        raise UserError(f"--resume {resume}: not a checkpoint (no {_META}); give a checkpoints/step-... folder.")
     return path
 
 
@@ -125,14 +126,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     where = str(folder / _META)
     meta = read_json(folder / _META, f"{where} can't be read", _HINT)
     if not isinstance(meta, dict):
-        raise ValueError(f"{where} can't be read: no JSON object{_HINT}.")
+        raise UserError(f"{where} can't be read: no JSON object{_HINT}.")
     if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
         later = _is_count(found) and _FORMAT < found < 1000  # else a damaged number
-        error = OtherFormatError if later else ValueError
+        error = OtherFormatError if later else UserError
         raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
     if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
-        raise ValueError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
+        raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
     return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity)
@@ -160,11 +161,11 @@ def _verify(file: Path, digest: Any) -> None:
     """ValueError for a file whose sha256 differs, or that couldn't be held in memory."""
     try:
         if is_file(file) and file.stat().st_size > memory_bytes():
-            raise ValueError(f"{file} is larger than this machine's memory{_HINT}.")
+            raise UserError(f"{file} is larger than this machine's memory{_HINT}.")
         if not is_file(file) or sha256_of(file) != digest:
-            raise ValueError(f"{file} is missing or altered (its sha256 differs){_HINT}.")
+            raise UserError(f"{file} is missing or altered (its sha256 differs){_HINT}.")
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}{_HINT}.") from None
+        raise UserError(f"{file}: {error.strerror}{_HINT}.") from None
 
 
 def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
@@ -173,19 +174,19 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
         names = sorted(handle.keys())
         needed = {*_REQUIRED, *(["best_prompt"] if has_best else [])}
         if unknown := sorted(set(names) - set(_TENSORS)):
-            raise ValueError(f"{file} holds {listed(unknown)}; expected {', '.join(_TENSORS)}{_HINT}.")
+            raise UserError(f"{file} holds {listed(unknown)}; expected {', '.join(_TENSORS)}{_HINT}.")
         if missing := sorted(needed - set(names)):
-            raise ValueError(f"{file} lacks {', '.join(missing)}{_HINT}.")
+            raise UserError(f"{file} lacks {', '.join(missing)}{_HINT}.")
         shapes = {name: tensor_shape(handle, name, str(file), most=None) for name in names}  # _verify knows the size
         for name, shape in shapes.items():
             alike = shape == shapes["prompt"] if name in _LIKE_PROMPT else len(shape) == 2 and all(shape)
             if not (shape == _VECTORS[name] if name in _VECTORS else alike):
-                raise ValueError(f"{file}: {name} has shape {shape} beside a prompt of {shapes['prompt']}{_HINT}.")
+                raise UserError(f"{file}: {name} has shape {shape} beside a prompt of {shapes['prompt']}{_HINT}.")
         tensors = {name: handle.get_tensor(name) for name in names}
     for name, tensor in tensors.items():
         lowest = 0.0 if name in ("adam_step", "exp_avg_sq") else -torch.inf
         if not bool((torch.isfinite(tensor) & (tensor >= lowest)).all()):
-            raise ValueError(f"{file}: {name} holds values that are not finite or below {lowest}{_HINT}.")
+            raise UserError(f"{file}: {name} holds values that are not finite or below {lowest}{_HINT}.")
     return tensors
 
 
@@ -200,7 +201,7 @@ def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: P
                     for key in {**value, **saved}
                     if key not in saved or key not in value or saved[key] != value[key]
                 )
-            raise ValueError(
+            raise UserError(
                 f"{folder} is a checkpoint of another run: its {name} is {brief(saved)}, this run's is {brief(value)}. "
                 "Resume with the same settings, or start a new run in another --output_dir."
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import is_locked
 from ptp_ds.redact import redacted
 from ptp_ds.tasks import Task
@@ -37,7 +38,7 @@ class Continuation:
         saved = self.checkpoint.identity
         require_same_run(self.checkpoint, {n: v for n, v in identity.items() if n not in _LENGTHS}, self.folder)
         if identity["max_steps"] < self.checkpoint.step:
-            raise ValueError(
+            raise UserError(
                 f"--max_steps is {identity['max_steps']} and {self.folder} has {self.checkpoint.step} steps behind it; "
                 "give more steps, or evaluate its adapter with scripts/evaluate.py."
             )
@@ -59,13 +60,13 @@ def checked_output_dir(run: RunConfig) -> Path | None:
         return None
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; give a folder.")
+        raise UserError(f"--output_dir {folder} is a file; give a folder.")
     if is_locked(folder / "log.jsonl"):
-        raise ValueError(f"--output_dir {folder} is being written by a run that still goes on; give another folder.")
+        raise UserError(f"--output_dir {folder} is being written by a run that still goes on; give another folder.")
     # What failed before its first checkpoint left settings and a log: nothing that a new run could destroy.
     saved = [name for name in ("result.json", "adapter") if (folder / name).exists()]
     if (saved or any(folder.glob("checkpoints/*"))) and run.resume is None:
-        raise ValueError(
+        raise UserError(
             f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
         )
     return folder

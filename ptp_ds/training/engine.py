@@ -11,6 +11,7 @@ from torch import Tensor
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.zero_options import BACKBONE_ONLY
+from ptp_ds.errors import UserError
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks
 
@@ -138,7 +139,7 @@ class Engine:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Puts `state()` of a run on any number of ranks back; all ranks must call it. ValueError for another shape."""
         if (found := tuple(tensors["prompt"].shape)) != self.shape:
-            raise ValueError(f"The checkpoint's prompt has shape {found}, this run's {self.shape}; resume another one.")
+            raise UserError(f"The checkpoint's prompt has shape {found}, this run's {self.shape}; resume another one.")
         self.set_prompt(tensors["prompt"])
         if float(tensors["adam_step"]) > 0:
             held: dict[str, Tensor] = {"step": tensors["adam_step"].reshape(()).clone()}

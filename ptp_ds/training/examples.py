@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, Tokenised, hold_out, load_split, tokenise
 from ptp_ds.tasks.example import Example
@@ -69,5 +70,5 @@ def _train_and_select(
         train, select = [train[number] for number in kept], [train[number] for number in held]
     train = [example for example in train if example.trainable]
     if not train:
-        raise ValueError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
+        raise UserError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
     return train, select

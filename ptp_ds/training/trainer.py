@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, Twin
@@ -37,7 +38,7 @@ from ptp_ds.training.step import optimizer_step
 log = get_logger(__name__)
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """Training diverged; nothing of the broken state was saved."""
 
 

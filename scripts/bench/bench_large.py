@@ -24,13 +24,15 @@ from peft_loop import PeftLoop
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ptp_ds.adapters.record import versions
 from ptp_ds.backbone.activations import Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
-from ptp_ds.commands.train import report_error, versions
+from ptp_ds.commands.exits import report_error
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
@@ -172,5 +174,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except UserError as error:
         sys.exit(report_error(error))

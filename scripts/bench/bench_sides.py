@@ -16,6 +16,7 @@ from ptp_ds.backbone.sharding import OUTSIDE_LAYERS, ResolvedDeepSpeed
 from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt, initial_ids
 from ptp_ds.prompts.deep import join_deep
@@ -88,7 +89,7 @@ class Sides:
         config = load_config(folder)
         plan = plan_head(config, "auto", task)
         if plan.kind not in ("causal", "classes") or (plan.kind == "classes" and plan.choice):
-            raise ValueError("peft has no loop for this; give a causal model, or an encoder and a task of classes.")
+            raise UserError("peft has no loop for this; give a causal model, or an encoder and a task of classes.")
         width = config.get_text_config().hidden_size
         resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, width)
         return cls(folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows, run.kernels)

@@ -27,6 +27,7 @@ from ptp_ds.commands.overall import group_results, read_result, table_of, table_
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import sha256_of
 from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import load_rows, load_split, tokenise
@@ -287,7 +288,7 @@ def fault_of(target: Target, folder: Path, watch: Watch) -> tuple[str, str]:
         outcome, message = "loaded", ""
     except ValueError as error:
         outcome, message = "refused", str(error)
-        if type(error) not in (ValueError, NoLabelError, OtherFormatError):
+        if type(error) not in (UserError, NoLabelError, OtherFormatError):
             return f"{type(error).__name__} is not the project's", message
         if target.named and str(folder) not in message:
             return "the message doesn't name the file", message

@@ -11,6 +11,7 @@ from ptp_ds.backbone.shapes import config_of, shape_of
 from ptp_ds.config import zero_options
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from tests.support.paths import ROOT
 
 READY = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -192,3 +193,17 @@ def test_blocks_of_the_wrong_type_are_refused(tmp_path, content):
     file = written(tmp_path, content)
     with pytest.raises(ValueError, match=r"ds\.json"):
         resolve_ds_config(read_ds_config(file), RunConfig(ds_config=file), set(), 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"flops_profiler": {"enabled": "maybe"}}, r"^--ds_config ds\.json: DeepSpeed can't read it \(.*\)\.$"),
+        ({"communication_data_type": "fp99"}, r"DeepSpeed can't read it \(Invalid communication_data_type"),
+        ({"wandb": {"bogus": 1}}, r"^--ds_config ds\.json: wandb\.bogus is 1: Extra inputs are not permitted\.$"),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_said_before_a_rank_starts(extra, message):
+    raw = {"zero_optimization": {"stage": 3}, **extra}
+    with pytest.raises(UserError, match=message):
+        resolve_ds_config(raw, RunConfig(ds_config="ds.json"), set(), 2, 32)
