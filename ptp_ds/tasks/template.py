@@ -36,6 +36,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "lower_first": lambda text: text[:1].lower() + text[1:],
 }
 PROMPT_MARK = "<prompt>"
+_SPELLED_BOOLEANS = {"True", "False", "TRUE", "FALSE"}  # as Python and spreadsheets write them into a table
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
 _KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
@@ -139,6 +140,8 @@ class Task:
         if self.label is None or self.label not in row:
             raise NoLabelError(f"{where}: the row has no {brief(self.label)}; a labelled split is needed.")
         label = canonical_label(row[self.label])
+        if label not in self.answers and label in _SPELLED_BOOLEANS:  # a table's cells, which are text
+            label = label.lower()
         if label not in self.answers:
             kind = NoLabelError if label in _UNLABELLED else ValueError
             known = listed(self.answers)

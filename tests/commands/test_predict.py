@@ -185,7 +185,7 @@ def test_texts_that_are_no_row(name, words, message):
         (["--text", *FIELDS, "--generate", "508"],
          "--generate 508 leaves no room for a row: 508 tokens fit behind the prompt."),
         (["--text", *FIELDS[1:]], "--text: the row has no field 'premise'; task COPA needs it."),
-        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl: there is no such file; give one with a JSON object a "),
+        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl: there is no such file; give JSON lines (.jsonl), or CSV"),
         (["--input", "empty.jsonl"], "--input empty.jsonl has no rows; give a file with at least one."),
         (["--input", "bad.jsonl"], "bad.jsonl:1: the row has no field 'premise'; task COPA needs it."),
         (["--input", "bad.jsonl", "--output", "."], "--output .: that is a folder or lies below a file; give a "),
