@@ -41,7 +41,7 @@ def load_backbone(
     of a classifier, which is trained. kernels: see ptp_ds.kernels.
     """
     plan, config = plan or HeadPlan(), load_config(folder)
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     auto = auto_class(config, plan.kind, folder)
     if plan.kind == "classes":
         config.num_labels = plan.outputs
@@ -116,7 +116,7 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file}: the safetensors file is damaged ({brief(str(error))[1:-1]}).") from None
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensors and their files, all safetensors within the folder. ValueError for an adapter's folder, for weights in
     pickle files and for an index that leads elsewhere."""
     if os.path.lexists(folder / "adapter_config.json"):  # transformers would load it, and the model that it names

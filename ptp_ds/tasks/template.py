@@ -1,7 +1,7 @@
 """Task templates: JSON files that say how a row reads, which answers there are and which metrics count.
 
 Keys of a template file:
-  name        folder of the data, `<data_dir>/<name>/<split>.jsonl`
+  name        folder of the data, `<data_dir>/<name>/<split>.jsonl`, .csv or .tsv
   text        the context, with {field} or {field|filter} for the row's fields; filters: strip_stop, lower_first;
               <prompt> where the soft prompt stands, in front of everything where it is left out
   truncate    the field that is shortened (from its middle) when a row exceeds the backbone's context

@@ -27,7 +27,9 @@ def test_a_table_is_its_rows(tmp_path, ending, delimiter):
 
 
 def test_a_split_of_a_table_is_that_of_json_lines(tmp_path, tokenizer, write_rows):
-    rows = [{"review": f"Film {number}, seen.", "label": label} for number, label in enumerate(("negative", "positive"))]
+    rows = [
+        {"review": f"Film {number}, seen.", "label": label} for number, label in enumerate(("negative", "positive"))
+    ]
     write_rows(tmp_path / "a" / "Reviews" / "val.jsonl", rows)
     lines = [quoted(list(cells), ",") for cells in (rows[0], *(row.values() for row in rows))]
     (tmp_path / "b" / "Reviews").mkdir(parents=True)
@@ -69,7 +71,11 @@ def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
         ("a.csv", 'x\n"a\n', r"a\.csv:2: not a valid table \(unexpected end of data\)\."),
         ("a.csv", "x,y\n", r"a\.csv has no rows; give a file with at least one\."),
         ("a.jsonl", "x,y\n1,2\n", r"a\.jsonl:1: not valid JSON \([^)]*\)\.$"),
-        ("a.txt", "x,y\n1,2\n", r"a\.txt:1: not valid JSON \(.*\); rows are read from JSON lines \(\.jsonl\), or CSV or"),
+        (
+            "a.txt",
+            "x,y\n1,2\n",
+            r"a\.txt:1: not valid JSON \(.*\); rows are read from JSON lines \(\.jsonl\), or CSV or",
+        ),
         ("a.parquet", "PAR1", r"a\.parquet:1: not valid JSON \(.*\); rows are read from JSON lines"),
     ],
 )
