@@ -11,7 +11,7 @@ from typing import Any
 
 _NAMES = re.compile(r"(^|_)(TOKEN|KEY|PASS|PASSWD|PASSPHRASE)$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _SHORTEST = 8  # characters: a shorter value is a word like any other
-_HIDDEN = "[secret]"
+HIDDEN = "[secret]"
 
 
 def is_secret(name: str) -> bool:
@@ -29,7 +29,7 @@ def redacted(value: Any, environment: Mapping[str, str] | None = None) -> Any:
 def _without(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         for secret in secrets:
-            value = value.replace(secret, _HIDDEN)
+            value = value.replace(secret, HIDDEN)
         return value
     if isinstance(value, dict):
         return {_without(key, secrets): _without(part, secrets) for key, part in value.items()}

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Scores a saved adapter (ours or peft's) on a split.
 
-    python scripts/evaluate.py --adapter runs/cb/adapter --task CB --data_dir DATA --json scores.json
-    python scripts/evaluate.py --adapter runs/cb/adapter --data_dir DATA --split test --predictions CB.jsonl
+    python scripts/evaluate.py --adapter runs/cb --json scores.json
+    python scripts/evaluate.py --adapter runs/cb --split test --predictions CB.jsonl
 
+Model, task, data and split are those of the adapter's run unless others are given.
 Starts like train.py: plain python, torchrun or deepspeed.
 """
 

@@ -11,16 +11,41 @@ from torch import Tensor
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PROMPT_KEY, PROMPT_OF_TYPE, WEIGHTS_FILE
 from ptp_ds.backbone.heads import HEADS
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_file, listed, open_tensors, read_json, tensor_shape
+from ptp_ds.files import brief, is_file, is_folder, listed, open_tensors, read_json, tensor_shape
 
 
-def adapter_kind(folder: str | Path) -> str:
-    """soft or deep; ValueError for a folder that holds neither."""
+def adapter_folder(given: str | Path) -> Path:
+    """The adapter's folder, where its own or that of its run is given; ValueError that says what is missing."""
+    folder = Path(given)
+    for found in (folder, folder / "adapter"):
+        if is_file(found / CONFIG_FILE):
+            return found
+    if not is_folder(folder):
+        raise UserError(
+            f"Adapter {folder}: there is no such folder; give a run's folder, or an adapter's, ours or peft's."
+        )
+    if is_file(folder / "config.json") and (is_folder(folder / "checkpoints") or is_file(folder / "log.jsonl")):
+        raise UserError(
+            f"Adapter {folder}: the run in that folder has written no adapter yet; let it end, --resume auto goes on "
+            "with it."
+        )
+    raise UserError(f"Adapter {folder}: no {CONFIG_FILE} there; give a run's folder, or an adapter's, ours or peft's.")
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json; ValueError where there is none, or no JSON object."""
     folder = Path(folder)
     if not is_file(folder / CONFIG_FILE):
         raise UserError(f"Adapter {folder}: no {CONFIG_FILE} there; give a folder written by this project or peft.")
     config = read_json(folder / CONFIG_FILE, f"Adapter {folder}: {CONFIG_FILE}")
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise UserError(f"Adapter {folder}: {CONFIG_FILE}: expected a JSON object, found {type(config).__name__}.")
+    return config
+
+
+def adapter_kind(folder: str | Path) -> str:
+    """soft or deep; ValueError for a folder that holds neither."""
+    kind = adapter_config(folder).get("peft_type")
     if not isinstance(kind, str) or kind not in PROMPT_OF_TYPE:
         raise UserError(f"Adapter {folder} is of peft type {brief(kind)}; expected {', '.join(PROMPT_OF_TYPE)}.")
     return PROMPT_OF_TYPE[kind]
@@ -87,7 +112,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     card = read_json(file, where)
     if not isinstance(card, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(card).__name__}.")
-    for name in ("task", "head", "result"):
+    for name in ("task", "head", "result", "model", "data"):
         if not isinstance(card.get(name), dict | None):
             raise UserError(f"{where}: {name} is {brief(card[name])}; expected a JSON object.")
     kind, answers = (card.get("head") or {}).get("kind", HEADS[0]), (card.get("task") or {}).get("answers")

@@ -1,4 +1,4 @@
-"""A run's own record: config.json at its start, result.json at its end, and the versions behind both."""
+"""A run's own record: config.json at its start, result.json and the adapter's card at its end, versions in all."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.adapters.origin import data_record, model_record
 from ptp_ds.config.presets import preset_effect
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import Evaluation
@@ -52,7 +53,7 @@ def config_record(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 def result_record(
     prepared: Prepared, ranks: Ranks, progress: Progress, result: Evaluation, peak_bytes: int
 ) -> dict[str, Any]:
-    """result.json: the metrics of the best prompt on --eval_split, with what they cost."""
+    """result.json: the metrics of the best prompt on --eval_split, what they cost, and every setting."""
     run = prepared.run
     return {
         "task": prepared.task.name, "model": run.model, "perturbation": run.chosen_perturbation.name,
@@ -63,4 +64,13 @@ def result_record(
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,
         "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
         "settings": asdict(run),
+    }  # fmt: skip
+
+
+def card_record(prepared: Prepared, result: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's card: what the commands that read it need to know of its run. result: see result_record."""
+    run, source = prepared.run, prepared.source
+    return {
+        "task": prepared.task.spec(), "head": asdict(source.head_plan), "model": model_record(run, source),
+        "data": data_record(run), "result": result, "versions": versions(),
     }  # fmt: skip

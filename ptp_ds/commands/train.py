@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ptp_ds.adapters.read import read_adapter
-from ptp_ds.adapters.record import config_record, result_record, versions
+from ptp_ds.adapters.read import adapter_folder, read_adapter
+from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.families import describe_families
 from ptp_ds.backbone.heads import rows_for
@@ -74,7 +74,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     resolved = _resolved(raw, run, explicit, source)
     adapter = None
     if run.init_adapter:
-        adapter = read_adapter(run.init_adapter, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
+        given = adapter_folder(run.init_adapter)
+        adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
@@ -212,7 +213,7 @@ def _write_adapter(prepared: Prepared, engine: Engine, progress: Progress, summa
     source, task = prepared.source, prepared.task
     assert progress.best_prompt is not None
     prompt, head = engine.backbone.head.split(progress.best_prompt)
-    card = {"task": task.spec(), "head": asdict(source.head_plan), "result": summary, "versions": versions()}
+    card = card_record(prepared, summary)
     write_adapter(
         folder, prompt, str(source.folder.resolve()), source.config, card, kind=prepared.run.prompt,
         plan=source.head_plan, head=head, in_text=task.places_prompt,

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ptp_ds.config.checks import require_valid
-from ptp_ds.config.presets import with_preset
+from ptp_ds.config.presets import PRESETS, with_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, nearest, read_json
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.redact import HIDDEN
+
+log = get_logger(__name__)
+_ITS_OWN = ("output_dir", "resume")  # settings of one run that another one mustn't take over
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -31,7 +36,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
-    parser.add_argument("--config", help="JSON file with any of these settings; flags win over it")
+    parser.add_argument("--config", help="JSON file with any of these settings, or a run's config.json, whose "
+                        "output_dir and resume are left out; flags win over it")  # fmt: skip
     parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
@@ -49,7 +55,11 @@ def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]
     for name in ("local_rank", "list_families"):
         given.pop(name, None)
     file = given.pop("config", None)
-    return {**(_read_config(file) if file else {}), **given}
+    merged = {**(_read_config(file) if file else {}), **given}
+    for name, value in merged.items():
+        if file and name not in given and isinstance(value, str) and HIDDEN in value:
+            raise UserError(f"--config {file}: {name!r} held a secret, which is not on record; give --{name}.")
+    return merged
 
 
 def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, set[str]]:
@@ -60,11 +70,29 @@ def parse_run(argv: Sequence[str], description: str = "") -> tuple[RunConfig, se
     return config, set(merged)
 
 
+def _of_a_run(record: dict[str, Any], file: str) -> Any:
+    """The settings on a run's config.json that its defaults and preset don't give anyway, without those that belong to
+    that run alone; says so.
+    """
+    settings = record["run"]
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"--config {file}: 'run' is {brief(settings)}; expected a run's config.json, or settings alone."
+        )
+    log.info("settings of the run in %s, without its %s", file, " and ".join(_ITS_OWN))
+    preset = settings.get("preset")
+    usual = vars(RunConfig()) | PRESETS.get(preset if isinstance(preset, str) else "", {})
+    absent = object()
+    return {n: value for n, value in settings.items() if n not in _ITS_OWN and value != usual.get(n, absent)}
+
+
 def _read_config(file: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     values = read_json(file, f"--config {file}")
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: expected one JSON object of settings.")
+    if "run" in values:
+        values = _of_a_run(values, file)
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")

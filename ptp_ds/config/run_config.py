@@ -38,7 +38,9 @@ class RunConfig:
         "Reviews",
         "a task of SuperGLUE (BoolQ, CB, COPA, ...), Reviews (packaged demo), or a template .json of your own",
     )
-    data_dir: str | None = _flag(None, "folder with <Task>/<split>.jsonl; default: the packaged demo data")
+    data_dir: str | None = _flag(
+        None, "folder with <Task>/<split>.jsonl, .csv or .tsv; default: the packaged demo data"
+    )
     dataset: str | None = _flag(
         None, "hub dataset id, or a folder in the hub's layout (parquet); instead of --data_dir"
     )
@@ -66,7 +68,7 @@ class RunConfig:
     prompt_init: str = _flag("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _flag(None, "text for --prompt_init text")
-    init_adapter: str | None = _flag(None, "adapter folder for --prompt_init adapter")
+    init_adapter: str | None = _flag(None, "folder of an adapter or of its run, for --prompt_init adapter")
     perturbation: str = _flag(
         "gaussian", f"how the second stream differs: {', '.join(BUILT_IN)}, or a .py file of your own"
     )

@@ -1,4 +1,4 @@
-"""Rows from jsonl folders or the hub, tokenised examples, and the seeded order in which training sees them."""
+"""Rows from folders of files or the hub, tokenised examples, and the seeded order in which training sees them."""
 
 import hashlib
 import json
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, is_folder, listed, parse_json, plain_name, read_text
+from ptp_ds.files import is_file, is_folder, listed, plain_name
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
 from ptp_ds.tasks.example import Example
+from ptp_ds.tasks.rows import ENDINGS, FORMATS, STANDARD_INPUT, rows_of_file, rows_of_standard_input
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _MOST_CHARACTERS = 1 << 27  # of a row's context, once for each answer
@@ -31,7 +32,8 @@ class Split:
 
 
 def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None) -> Split:
-    """The rows of `<data_dir>/<task>/<split>.jsonl`, or of a hub dataset; with neither, of the packaged demo data.
+    """The rows of `<data_dir>/<task>/<split>.jsonl` (else .csv, else .tsv: see ptp_ds.tasks.rows), or of a hub dataset;
+    with neither, of the packaged demo data.
 
     Raises ValueError for a missing file, a malformed line (with its number), a split with no rows.
     """
@@ -42,17 +44,23 @@ def load_split(task: Task, split: str, data_dir: str | None, dataset: str | None
         rows, where = _read_hub(task, split, dataset)
     else:
         source = _find_file(task, split, data_dir)
-        rows, where = _read_jsonl(source)
+        rows, where = rows_of_file(source)
     if not rows:
         raise UserError(f"{source}: split {split!r} of task {task.name} has no rows; give one with at least one.")
     return _split_of(rows, where)
 
 
 def load_rows(file: str) -> Split:
-    """The rows of one jsonl file of a user's own. Raises ValueError for a missing file, a malformed line, no rows."""
-    if not is_file(file):
-        raise UserError(f"--input {file}: there is no such file; give one with a JSON object a line.")
-    rows, where = _read_jsonl(Path(file))
+    """The rows of one file of a user's own (see ptp_ds.tasks.rows), or of standard input, JSON lines, for "-".
+
+    Raises ValueError for a missing file, a malformed line, no rows.
+    """
+    if file == STANDARD_INPUT:
+        rows, where = rows_of_standard_input()
+    elif is_file(file):
+        rows, where = rows_of_file(Path(file))
+    else:
+        raise UserError(f"--input {file}: there is no such file; give {FORMATS}, or - for standard input.")
     if not rows:
         raise UserError(f"--input {file} has no rows; give a file with at least one.")
     return _split_of(rows, where)
@@ -67,29 +75,17 @@ def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
     folder = DEMO_DATA if data_dir is None else Path(data_dir)
     if not is_folder(folder):
         raise UserError(f"--data_dir {folder}: there is no such folder.")
-    file = folder / task.name / f"{plain_name(split, 'The split')}.jsonl"
-    if is_file(file):
-        return file
+    stem = plain_name(split, "The split")
+    for ending in ENDINGS:
+        if is_file(file := folder / task.name / f"{stem}{ending}"):
+            return file
     if not is_folder(folder / task.name):
         found = sorted(path.name for path in folder.iterdir() if is_folder(path))
         source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
         raise UserError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
-    found = sorted(path.stem for path in (folder / task.name).glob("*.jsonl"))
-    raise UserError(f"No file {file}; splits there: {listed(found) or 'none'}.")
-
-
-def _read_jsonl(file: Path) -> tuple[list[dict], list[str]]:
-    rows, where = [], []
-    lines = read_text(file, str(file), most=None).split("\n")  # not splitlines: JSON strings may hold U+2028
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{file}:{number}")
-        if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}.")
-        rows.append(row)
-        where.append(f"{file}:{number}")
-    return rows, where
+    found = sorted({path.stem for path in (folder / task.name).iterdir() if path.suffix in ENDINGS})
+    file = folder / task.name / f"{stem}{ENDINGS[0]}"
+    raise UserError(f"No file {file}; splits there ({', '.join(ENDINGS)}): {listed(found) or 'none'}.")
 
 
 def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[str]]:

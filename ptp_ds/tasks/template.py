@@ -1,7 +1,7 @@
 """Task templates: JSON files that say how a row reads, which answers there are and which metrics count.
 
 Keys of a template file:
-  name        folder of the data, `<data_dir>/<name>/<split>.jsonl`
+  name        folder of the data, `<data_dir>/<name>/<split>.jsonl`, .csv or .tsv
   text        the context, with {field} or {field|filter} for the row's fields; filters: strip_stop, lower_first;
               <prompt> where the soft prompt stands, in front of everything where it is left out
   truncate    the field that is shortened (from its middle) when a row exceeds the backbone's context
@@ -37,6 +37,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "lower_first": lambda text: text[:1].lower() + text[1:],
 }
 PROMPT_MARK = "<prompt>"
+_SPELLED_BOOLEANS = {"True", "False", "TRUE", "FALSE"}  # as Python and spreadsheets write them into a table
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
 _KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
@@ -140,6 +141,8 @@ class Task:
         if self.label is None or self.label not in row:
             raise NoLabelError(f"{where}: the row has no {brief(self.label)}; a labelled split is needed.")
         label = canonical_label(row[self.label])
+        if label not in self.answers and label in _SPELLED_BOOLEANS:  # a table's cells, which are text
+            label = label.lower()
         if label not in self.answers:
             kind = NoLabelError if label in _UNLABELLED else UserError
             known = listed(self.answers)

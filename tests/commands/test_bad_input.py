@@ -91,7 +91,7 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--prompt_length", "600"], "--prompt_length 600 leaves no room in the backbone's context of 512 tokens."),
         (["--prompt_length", "512"], "--prompt_length 512 leaves no room in the backbone's context of 512 tokens."),
         (["--max_length", "513"], "--max_length 513 must lie between the prompt's"),
-        (["--prompt_init", "adapter", "--init_adapter", "no"], "Adapter no: no adapter_config.json there; "),
+        (["--prompt_init", "adapter", "--init_adapter", "no"], "Adapter no: there is no such folder; "),
         (["--dataset", "no-such-folder"], "--dataset no-such-folder: can't load configuration 'cb', split 'train' "),
     ],
 )

@@ -1,6 +1,7 @@
 """Thousands of damaged files at every loader: each loads to something valid or is refused in one sentence that names
 it, at once, without taking memory, running code or opening another file."""
 
+import csv
 import json
 import os
 import random
@@ -18,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 
+from ptp_ds.adapters.origin import adapter_model, adapter_split, trained_max_length
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card, read_head
 from ptp_ds.adapters.task import adapter_plan, adapter_task
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.heads import HeadPlan
+from ptp_ds.backbone.identity import difference, model_identity
 from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.overall import group_results, read_result, table_of, table_text
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
@@ -100,9 +103,12 @@ def _lines(file: Path, rows: list[dict]) -> None:
 def targets(tiny_model, tokenizer) -> dict[str, Target]:
     """Every loader, by name."""
     config = load_config(tiny_model)
+    identity = model_identity(tiny_model, config)
 
     def adapter(folder: Path) -> None:
-        card = {"task": load_task("CB").spec(), "head": {"kind": "causal"}, "result": RESULT}
+        settings = {"settings": {"max_length": 100}}
+        card = {"task": load_task("CB").spec(), "head": {"kind": "causal"}, "result": RESULT | settings,
+                "model": {"name": "owner/model", **identity}, "data": {"data_dir": None, "dataset": None}}  # fmt: skip
         write_adapter(folder / "adapter", torch.randn(4, 32), "model", config, card)
 
     def read_any_adapter(folder: Path) -> None:
@@ -112,6 +118,10 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         prompt = read_adapter(given, 32, 4, "soft")  # as --prompt_init adapter does
         alone = read_adapter(given)
         assert adapter_kind(given) == "soft"
+        assert isinstance(difference(read_card(given).get("model") or {}, identity), str)
+        assert isinstance(adapter_model(given, None), str)
+        assert isinstance(adapter_split(given, task), str)
+        assert (trained_max_length(given) or 1) > 0
         assert plan.kind in ("causal", "masked", "classes", "seq2seq")
         assert prompt.shape == (4, 32)
         assert prompt.dtype == torch.float32
@@ -192,6 +202,17 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         assert run.step_length >= 0
         assert isinstance(run.lr, float | int)
 
+    def table(folder: Path) -> None:
+        file, (row, *_) = folder / "data" / "CB" / "val.csv", ROWS["CB"]
+        file.parent.mkdir(parents=True)
+        with open(file, "w", encoding="utf-8", newline="") as opened:
+            csv.writer(opened, quoting=csv.QUOTE_ALL).writerows([row, *[row.values()] * 3])
+
+    def read_table(folder: Path) -> None:
+        split = load_split(load_task("CB"), "val", str(folder / "data"), None)
+        assert load_rows(str(folder / "data" / "CB" / "val.csv")) == split
+        assert tokenise(load_task("CB"), split, tokenizer, 100).examples
+
     settings = {"lr": 0.1, "max_steps": 5, "task": "CB", "perturbation": "pgd", "mask_token": None, "epsilon": 0.1}
 
     def read_log(folder: Path) -> None:
@@ -213,6 +234,7 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         "deepspeed": Target(lambda folder: _text(folder / "ds.json", packaged[len(str(folder)) % 3]), read_deepspeed),
         "results": Target(results, read_results),
         "settings": Target(lambda folder: _text(folder / "run.json", settings), read_settings, named=False),
+        "table": Target(table, read_table),
         "log": Target(lambda folder: _lines(folder / "log.jsonl", steps), read_log),
         **{name: of_rows(name) for name in ROWS},
     }  # fmt: skip
@@ -317,7 +339,7 @@ def sweep(target: Target, name: str, count: int, root: Path, watch: Watch) -> Co
     return found
 
 
-NAMES = ("adapter", "classifier", "checkpoint", "template", "deepspeed", "results", "settings", "log", *ROWS)
+NAMES = ("adapter", "classifier", "checkpoint", "template", "deepspeed", "results", "settings", "log", "table", *ROWS)
 
 
 def check(name: str, count: int, targets: dict[str, Target], root: Path, watch: Watch) -> None:

@@ -1,5 +1,6 @@
 """scripts/predict.py: probabilities against evaluate.py's scores, rows and texts of a user's own, every message."""
 
+import io
 import json
 import subprocess
 import sys
@@ -134,6 +135,22 @@ def test_the_only_field_needs_no_name(adapter, capsys):
     assert "positive" in printed[0]
 
 
+@pytest.mark.parametrize("text", ["2+2=4", "a = b holds", "a==b", "https://x.org/?q=a", "=x", "A film: x=y.", "it's=x"])
+def test_texts_with_an_equals_sign(text):
+    assert row_of_text(load_task("Reviews"), [text]) == {"review": text}
+
+
+def test_a_table_and_standard_input_answer_as_json_lines_do(adapter, tmp_path, capsys, monkeypatch):
+    row, flags = dict(word.split("=") for word in FIELDS), adapter()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (tmp_path / "rows.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    found = []
+    for given in (tmp_path / "rows.jsonl", tmp_path / "rows.csv", "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps(row).encode())))
+        found.append(answers(capsys, [*flags, "--input", str(given)]))
+    assert found[0] == found[1] == found[2]
+
+
 def test_rows_of_several_questions_and_of_their_own_answers():
     split = Split([{"idx": 9, **ROWS["ReCoRD"]}, ROWS["ReCoRD"]], ["row 0", "row 1"], "")
     scores = torch.tensor([[0.0, 0.0, 0.5], [1.0, 0.0, 0.0]] * 2).log_softmax(-1)
@@ -166,6 +183,8 @@ def test_long_rows_are_shortened_and_told(adapter, tmp_path, capsys):
         ("CB", ["premise=a", "premise=b"], r"--text 'premise=b': expected field=value, once for each field"),
         ("CB", ["in one"], r"--text 'in one': expected field=value, once for each field of premise, hypothesis\."),
         ("Reviews", ["two", "words"], r"--text 'two': expected field=value, once for each field of review\."),
+        ("Reviews", ["txt=hello"], r"--text 'txt=hello': task Reviews has no field 'txt'; its only one is review"),
+        ("Reviews", ["reviw=a"], r"has no field 'reviw' \(did you mean 'review'\?\); its only one is review, so write"),
         ("WSC", ["text=a"], r"--text can't hold a row of task WSC, which is more than fields; give --input\."),
     ],
 )  # fmt: skip
@@ -185,7 +204,7 @@ def test_texts_that_are_no_row(name, words, message):
         (["--text", *FIELDS, "--generate", "508"],
          "--generate 508 leaves no room for a row: 508 tokens fit behind the prompt."),
         (["--text", *FIELDS[1:]], "--text: the row has no field 'premise'; task COPA needs it."),
-        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl: there is no such file; give one with a JSON object a "),
+        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl: there is no such file; give JSON lines (.jsonl), or"),
         (["--input", "empty.jsonl"], "--input empty.jsonl has no rows; give a file with at least one."),
         (["--input", "bad.jsonl"], "bad.jsonl:1: the row has no field 'premise'; task COPA needs it."),
         (["--input", "bad.jsonl", "--output", "."], "--output .: that is a folder or lies below a file; give a "),

@@ -8,6 +8,7 @@ import pytest
 
 from ptp_ds.config.checks import require_valid, unsuited, without_effect
 from ptp_ds.config.flags import build_parser, parse_run
+from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.files import nearest
 
@@ -63,9 +64,29 @@ def test_config_file_can_hold_a_whole_run(tmp_path):
     assert parse_run(["--config", config_file(tmp_path, dataclasses.asdict(run))])[0] == run
 
 
+def test_a_run_s_config_json_is_taken_without_its_folder(tmp_path, capsys):
+    run = RunConfig(task="COPA", preset="r3f", sigma=0.3, output_dir="runs/old", resume="auto", lr=0.1)
+    made = with_preset({"preset": "r3f", "task": "COPA", "sigma": 0.3, "lr": 0.1})
+    record = {"run": dataclasses.asdict(run) | made, "deepspeed": {}, "world_size": 2}
+    found, explicit = parse_run(["--config", config_file(tmp_path, record), "--lr", "0.2"])
+    assert found == RunConfig(**made | {"lr": 0.2})
+    assert explicit == {"task", "preset", "sigma", "lr"}, "what the preset and the defaults give anyway isn't explicit"
+    assert "run.json, without its output_dir and resume\n" in capsys.readouterr().out
+
+
+def test_a_secret_that_a_record_lacks_is_asked_for(tmp_path):
+    file = config_file(tmp_path, {"run": {"prompt_init": "text", "init_text": "shown [secret]"}})
+    with pytest.raises(ValueError, match=r"'init_text' held a secret, which is not on record; give --init_text\.$"):
+        parse_run(["--config", file])
+    assert parse_run(["--config", file, "--init_text", "words"])[0].init_text == "words"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"run": [1]}, r"run\.json: 'run' is \[1\]; expected a run's config\.json, or settings alone\."),
+        ({"run": {"promt_length": 3}}, r"unknown key 'promt_length' \(did you mean"),
+        ({"run": {"seed": 1.5}}, r"'seed' must be int, not 1\.5\."),
         ({"promt_length": 3}, r"unknown key 'promt_length' \(did you mean 'prompt_length'\?\)\."),
         ({"zzzz": 3}, r"unknown key 'zzzz'\."),
         ({"seed": 1.5}, r"'seed' must be int, not 1\.5\."),

@@ -150,7 +150,7 @@ def replace_file(file: Path, draw: random.Random) -> str:
 
 
 FORMATS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    ".json": change_json, ".jsonl": change_lines, ".safetensors": change_tensors,
+    ".json": change_json, ".jsonl": change_lines, ".safetensors": change_tensors, ".csv": change_bytes,
 }  # fmt: skip
 
 

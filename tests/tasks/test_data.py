@@ -89,10 +89,10 @@ def test_missing_folders_and_files(tmp_path, write_rows):
     write_rows(tmp_path / "RTE" / "train.jsonl", CB_ROWS)
     with pytest.raises(ValueError, match=r"No folder 'CB' in --data_dir .*; it holds RTE\."):
         load("CB", tmp_path)
-    with pytest.raises(ValueError, match=r"No file .*RTE/val\.jsonl; splits there: train\."):
+    with pytest.raises(ValueError, match=r"No file .*RTE/val\.jsonl; splits there \(\.jsonl, \.csv, \.tsv\): train\."):
         load("RTE", tmp_path, "val")
     (tmp_path / "CB").mkdir()
-    with pytest.raises(ValueError, match=r"No file .*CB/val\.jsonl; splits there: none\."):
+    with pytest.raises(ValueError, match=r"No file .*CB/val\.jsonl; splits there \(.*\): none\."):
         load("CB", tmp_path, "val")
 
 

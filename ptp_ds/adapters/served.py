@@ -1,0 +1,135 @@
+"""An adapter on the model that it was trained on, or several as an ensemble: scores of a split, answers to new rows.
+
+served = serve(["runs/cb"])                      # task, model, head and prompt as on the adapter's card
+ranks = start_processes()                        # or alone(): this process
+backbone = served.load(whole(), ranks)
+examples = served.examples(split)                # split: adapter_rows, load_rows, or rows of your own
+scores_NC = served.score(backbone, examples, ranks)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptp_ds.adapters.origin import adapter_model, require_trained_on, trained_max_length
+from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, read_head
+from ptp_ds.adapters.task import adapter_task, ensemble_plan
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import checked_backbone
+from ptp_ds.backbone.heads import auto_class, rows_for
+from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
+from ptp_ds.backbone.positions import row_room
+from ptp_ds.backbone.source import BackboneSource, load_config, load_tokenizer, resolve_model
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import Rows
+from ptp_ds.precision import dtype_of
+from ptp_ds.prompts import prompt_width
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import Split, tokenise
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.evaluate import ensemble_scores, score_examples
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What `serve` found. folders: one adapter, or an ensemble's. model: by the name that it was asked for.
+
+    task: the one to answer, its classes in the order that a trained classifier knows. kind, prompts: soft [P, H] or
+    deep [P, D] each. rows: how examples become rows. room: tokens of a row that fit behind the prompt.
+    """
+
+    folders: tuple[Path, ...]
+    model: str
+    source: BackboneSource
+    task: Task
+    kind: str
+    prompts: tuple[Tensor, ...]
+    rows: Rows
+    room: int
+
+    @property
+    def prompt_length(self) -> int:
+        """P, virtual tokens."""
+        return self.prompts[0].shape[0]
+
+    def examples(self, split: Split, labelled: bool = False, left: int = 0) -> Sequence[Example]:
+        """The split's examples, with room for `left` tokens behind each; warns of rows that had to be shortened.
+
+        labelled: whether the rows' labels are read. Raises ValueError for rows that don't fit (see tokenise).
+        """
+        task = self.task
+        found = tokenise(task, split, self.source.tokenizer, self.room - left, labelled)
+        if found.truncated:
+            behind = f" and {left} tokens behind it" if left else ""
+            log.warning(
+                "%d rows were longer than the context%s: shortened in %r", found.truncated, behind, task.truncate
+            )
+        return found.examples
+
+    def load(self, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks) -> Backbone:
+        """The backbone, loaded, checked and ready for this prompt's rows; every rank must call it."""
+        loaded = load_backbone(self.source.folder, deepspeed_config, ranks, self.source.head_plan)
+        backbone, _ = checked_backbone(loaded)
+        backbone.serve(self.kind, self.rows, self.prompt_length)
+        return backbone
+
+    def score(
+        self, backbone: Backbone, examples: Sequence[Example], ranks: Ranks, budget: int = RunConfig.eval_tokens
+    ) -> Tensor:
+        """[N, C] fp32 candidate log-probabilities (see score_examples), an ensemble's by the mean of probabilities.
+
+        budget: tokens of a pass on each rank. Every rank must call it. Raises ValueError where a head doesn't fit.
+        """
+        head, found = backbone.head, []
+        for folder, prompt in zip(self.folders, self.prompts, strict=True):
+            trained = head.join(prompt, read_head(folder, head.trained))
+            found.append(score_examples(backbone, trained, examples, ranks, budget))
+        return ensemble_scores(found)
+
+
+def serve(
+    adapters: Sequence[str | Path], *, model: str | None = None, task: Task | str | None = None,
+    max_length: int | None = None,
+) -> Served:  # fmt: skip
+    """The adapters on their model, all but its weights: every check that needs none.
+
+    adapters: folders of adapters, or of the runs that wrote them. model, task, max_length: None for what the first
+    adapter was trained with; a model that isn't the adapters' own is refused, another task is taken. Raises ValueError
+    for what doesn't fit together; downloads or converts the model first where that is needed.
+    """
+    folders = tuple(map(adapter_folder, adapters))
+    first, kind = folders[0], adapter_kind(folders[0])
+    task = task if isinstance(task, Task) else adapter_task(first, task)
+    name = adapter_model(first, model)
+    folder = resolve_model(name)
+    config = load_config(folder)
+    require_trained_on(folders, name, folder, config)
+    plan, task = ensemble_plan(folders, config, task)
+    auto_class(config, plan.kind, folder)
+    source = BackboneSource(folder, config, load_tokenizer(folder), plan)
+    prompts = [read_adapter(first, prompt_width(kind, config))]
+    width, length = prompts[0].shape[1], prompts[0].shape[0]
+    prompts += [read_adapter(adapter, width, length, kind) for adapter in folders[1:]]
+    rows = rows_for(plan, task, source.tokenizer, kind, length)
+    longest = trained_max_length(first) if max_length is None else max_length
+    room = row_room(longest, length, config, plan) - rows.extra_tokens
+    return Served(
+        folders=folders, model=name, source=source, task=task, kind=kind, prompts=tuple(prompts), rows=rows, room=room
+    )
+
+
+def whole(precision: str = "auto") -> ResolvedDeepSpeed:
+    """For Served.load: the model whole on each rank. precision: see ptp_ds.precision; ValueError where it can't be."""
+    return ResolvedDeepSpeed({"zero_optimization": {"stage": 2}}, [], dtype_of(precision))
+
+
+def alone() -> Ranks:
+    """This process by itself, without a process group, on the GPU where there is one."""
+    return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

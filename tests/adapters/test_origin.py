@@ -1,0 +1,198 @@
+"""What an adapter says of its run, and what a command makes of it: model, head, data, split; every message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptp_ds.adapters.origin import (
+    adapter_model,
+    adapter_rows,
+    adapter_split,
+    data_record,
+    model_record,
+    trained_max_length,
+)
+from ptp_ds.adapters.read import adapter_folder
+from ptp_ds.adapters.served import serve
+from ptp_ds.adapters.task import adapter_head
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.source import load_config, open_source
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import DEMO_DATA
+
+ROWS = [{"premise": f"It rains {n} days.", "hypothesis": "It is wet.", "label": "entailment"} for n in range(3)]
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    """The tiny model where a test may move it."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def data(tmp_path, write_rows) -> Path:
+    """A data folder with three rows of RTE."""
+    return write_rows(tmp_path / "data" / "RTE" / "dev.jsonl", ROWS).parents[1]
+
+
+@pytest.fixture
+def adapter(model, data, tmp_path, monkeypatch) -> Path:
+    """An adapter of RTE whose run was given model and data by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    run, task = RunConfig(model="model", task="RTE", data_dir="data", eval_split="dev"), load_task("RTE")
+    source = open_source(run.model, run.head, task)
+    card = {
+        "task": task.spec(), "head": {"kind": "causal"}, "model": model_record(run, source), "data": data_record(run),
+        "result": {"eval_split": "dev", "settings": {"max_length": 100}},
+    }  # fmt: skip
+    write_adapter(tmp_path / "run" / "adapter", torch.randn(4, 32), str(model), source.config, card)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "run" / "adapter"
+
+
+def change(adapter: Path, **parts) -> None:
+    """The card with other parts; None takes one off."""
+    card = json.loads((adapter / "ptp_ds.json").read_text())
+    kept = {name: part for name, part in (card | parts).items() if part is not None}
+    (adapter / "ptp_ds.json").write_text(json.dumps(kept))
+
+
+def test_the_run_s_model_task_data_split_and_length_are_the_defaults(adapter, model, data, capsys):
+    served = serve([adapter.parent])
+    assert served.model == str(model)
+    assert served.task.name == "RTE"
+    assert served.room == 96
+    split = adapter_rows(adapter, served.task)
+    assert split.rows == ROWS
+    assert f"data of the adapter's run: {data}\n" in capsys.readouterr().out
+    assert serve([adapter], max_length=50).room == 46
+
+
+def test_a_moved_model_is_the_adapter_s(adapter, model, tmp_path):
+    model.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"was trained on the model in .*/model, which is gone; give --model\.$"):
+        serve([adapter])
+    assert serve([adapter], model=str(tmp_path / "moved")).source.width == 32
+
+
+def test_another_model_of_the_same_shape_is_refused(adapter, model, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    torch.manual_seed(1)
+    LlamaForCausalLM(load_config(model)).save_pretrained(other)
+    with pytest.raises(
+        ValueError, match=r"was trained on .*/model, and .*/other is another model: its weights are oth"
+    ):
+        serve([adapter], model=str(other))
+    shutil.rmtree(model)
+    other.rename(model)  # another model in the old one's place
+    with pytest.raises(ValueError, match="another model: its weights are others; give the one that it was trained on"):
+        serve([adapter])
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"family": "gpt2"}, "its family is 'llama', not 'gpt2'"), ({"width": 576}, "its width is 32, not 576")],
+)
+def test_another_family_or_width_is_refused(adapter, model, said, why):
+    card = json.loads((adapter / "ptp_ds.json").read_text())
+    change(adapter, model=card["model"] | said)
+    with pytest.raises(ValueError, match=f"is another model: {why}; give the one"):
+        serve([adapter], model=str(model))
+
+
+def test_every_adapter_of_an_ensemble_has_its_own_model(adapter, tmp_path):
+    second = Path(shutil.copytree(adapter, tmp_path / "second"))
+    assert len(serve([adapter, second]).prompts) == 2
+    change(second, model={"family": "gpt2"})
+    with pytest.raises(
+        ValueError, match=r"second was trained on a model that it doesn't name, and .* is another model: its family"
+    ):
+        serve([adapter, second])
+
+
+def test_a_config_that_was_written_anew_is_told(adapter, model, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9"}))
+    serve([adapter])
+    assert "is not the one that adapter " in capsys.readouterr().err
+
+
+def test_data_that_is_gone_is_asked_for(adapter, data):
+    shutil.rmtree(data)
+    with pytest.raises(
+        ValueError, match=r"was trained on data in .*/data, which is gone; give --data_dir or --dataset\."
+    ):
+        adapter_rows(adapter, load_task("RTE"))
+    given = adapter_rows(adapter, load_task("RTE"), "val", data_dir=str(DEMO_DATA))
+    assert len(given.rows) == 64
+
+
+def test_data_of_the_demo_and_data_that_is_not_on_record(adapter, capsys):
+    change(adapter, data={"data_dir": None, "dataset": None})
+    assert len(adapter_rows(adapter, load_task("RTE"), "val").rows) == 64
+    assert "doesn't say" not in capsys.readouterr().err
+    change(adapter, data=None)
+    assert len(adapter_rows(adapter, load_task("RTE"), "val").rows) == 64
+    assert "doesn't say which data it was trained on; its score is on the packaged demo rows" in capsys.readouterr().err
+
+
+def test_data_of_the_hub_keeps_its_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parquet").mkdir()
+    assert data_record(RunConfig(dataset="owner/name")) == {"data_dir": None, "dataset": "owner/name"}
+    assert data_record(RunConfig(dataset="parquet"))["dataset"] == str(tmp_path / "parquet")
+
+
+@pytest.mark.parametrize("part", [{"data_dir": 3}, {"dataset": ["x"]}])
+def test_cards_whose_data_is_no_text(adapter, part):
+    change(adapter, data=part)
+    with pytest.raises(ValueError, match=r"the card's data\w+ is .*; expected text or null\."):
+        adapter_rows(adapter, load_task("RTE"))
+
+
+def test_the_split_of_another_task_is_its_own(adapter):
+    assert adapter_split(adapter, load_task("RTE")) == "dev"
+    assert adapter_split(adapter, load_task("AX-b")) == "val"
+    change(adapter, result={"eval_split": 3, "settings": {"max_length": "x"}})
+    assert adapter_split(adapter, load_task("RTE")) == "val"
+    assert trained_max_length(adapter) is None
+
+
+def test_peft_s_own_adapters_name_their_model_and_head(adapter, model):
+    (adapter / "ptp_ds.json").unlink()
+    assert adapter_model(adapter, None) == str(model)
+    assert adapter_model(adapter, "given") == "given"
+    assert adapter_head(adapter) == "causal"
+    assert serve([adapter], task="RTE").source.head_plan.kind == "causal"
+    with pytest.raises(
+        ValueError, match=r"which task it was trained on \(it has no ptp_ds\.json, as peft's own\); give"
+    ):
+        serve([adapter])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"doesn't say which model it was trained on; give --model\."):
+        adapter_model(adapter, None)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    with pytest.raises(ValueError, match="--head classes is for encoders; model family 'llama' is none"):
+        serve([adapter], task="RTE")
+
+
+def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
+    assert adapter_folder(adapter) == adapter_folder(adapter.parent) == adapter
+    with pytest.raises(ValueError, match=r"^Adapter nowhere: there is no such folder; give a run's folder, or an adap"):
+        adapter_folder("nowhere")
+    with pytest.raises(
+        ValueError, match=r"elsewhere: no adapter_config\.json there; give a run's folder, or an adapter"
+    ):
+        adapter_folder(tmp_path / "elsewhere")
+    (tmp_path / "early" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "early" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"early: the run in that folder has written no adapter yet; let it end"):
+        adapter_folder(tmp_path / "early")

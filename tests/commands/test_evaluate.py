@@ -1,0 +1,190 @@
+"""scripts/evaluate.py and predict.py know the run that an adapter comes from: nothing but --adapter need be given."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptp_ds.adapters.served import alone, serve, whole
+from ptp_ds.commands.evaluate import main
+from ptp_ds.commands.overall import read_result
+from ptp_ds.commands.predict import main as predict
+from ptp_ds.config.flags import parse_run
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.tasks.data import load_split
+from ptp_ds.training.evaluate import evaluation_of
+from tests.support.paths import ROOT
+from tests.support.processes import child_environment
+
+
+def script(name: str, argv: list, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, argv)]
+    done = subprocess.run(
+        command, cwd=cwd, env=child_environment(), capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """A folder with `model`, `data` (CB: 12 rows to train on, 7 to report) and `run`, trained with relative paths."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(tiny_model, folder / "model")
+    (folder / "data" / "CB").mkdir(parents=True)
+    for split, count in (("train", 12), ("dev", 7)):
+        rows = [
+            {"premise": f"It rains for {n} {split} days.", "hypothesis": "It is wet.", "label": label}
+            for n, label in zip(range(count), ("entailment", "neutral", "contradiction") * 4, strict=False)
+        ]
+        (folder / "data" / "CB" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model", "model", "--data_dir", "data", "--task", "CB", "--eval_split", "dev", "--max_steps", 2,
+             "--prompt_length", 4, "--batch_size", 4, "--perturbation", "none", "--max_length", 60, "--seed", 3,
+             "--lr", 0.3, "--output_dir", "run"]  # fmt: skip
+    script("train.py", flags, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """A process group that another test left in the environment is not this command's."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def refuse(trained, tmp_path, monkeypatch, capfd):
+    """refuse(argv) checks that evaluate.py refuses before it starts processes, and returns the sentence."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "ptp_ds.commands.evaluate.start_processes", lambda: pytest.fail("a bad command must not start processes")
+    )
+
+    def run(argv: list[str]) -> str:
+        assert main(argv) == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return run
+
+
+def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
+    report = tmp_path / "again" / "result.json"
+    done = script("evaluate.py", ["--adapter", trained / "run", "--json", report], tmp_path)
+    found, result = json.loads(report.read_text()), json.loads((trained / "run" / "result.json").read_text())
+    assert found["metrics"] == result["metrics"]
+    assert found["cross_entropy"] == result["eval_cross_entropy"]
+    assert (found["examples"], found["split"]) == (7, "dev")
+    assert "CB dev (7 rows): " in done.stdout
+    assert f"data of the adapter's run: {trained / 'data'}\n" in done.stdout
+    assert found["settings"] == result["settings"]
+    assert found["model"] == result["model"] == "model"
+    assert read_result(str(report.parent)).seed == 3
+
+
+def test_result_json_holds_every_setting(trained):
+    settings = json.loads((trained / "run" / "result.json").read_text())["settings"]
+    assert settings.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    config = json.loads((trained / "run" / "config.json").read_text())
+    assert settings == config["run"]
+    assert (settings["seed"], settings["lr"], settings["data_dir"]) == (3, 0.3, "data")
+
+
+def test_a_run_s_config_json_is_the_run_s_settings(trained):
+    run, explicit = parse_run(["--config", str(trained / "run" / "config.json"), "--seed", "4"])
+    before = json.loads((trained / "run" / "config.json").read_text())["run"]
+    assert dataclasses.asdict(run) == before | {"seed": 4, "output_dir": None}
+    assert explicit == {"model", "data_dir", "task", "eval_split", "max_steps", "prompt_length", "batch_size",
+                        "perturbation", "max_length", "seed", "lr"}  # fmt: skip
+
+
+def test_the_adapter_s_card(trained):
+    card = json.loads((trained / "run" / "adapter" / "ptp_ds.json").read_text())
+    assert card["model"]["name"] == str(trained / "model")
+    assert card["model"].keys() == {
+        "name",
+        "family",
+        "width",
+        "layers",
+        "vocabulary",
+        "weights_sha256",
+        "config_sha256",
+    }
+    assert card["data"] == {"data_dir": str(trained / "data"), "dataset": None}
+    assert card["head"]["kind"] == "causal"
+
+
+def test_predict_takes_the_run_folder_alone(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert predict(["--adapter", str(trained / "run"), "--text", "premise=It rains.", "hypothesis=It is wet."]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {
+        "entailment", "neutral", "contradiction"
+    }  # fmt: skip
+
+
+def test_a_python_caller_needs_no_command(trained):
+    served = serve([trained / "run"])
+    split = load_split(served.task, "dev", str(trained / "data"), None)
+    examples, ranks = served.examples(split, labelled=True), alone()
+    scores_NC = served.score(served.load(whole("fp32"), ranks), examples, ranks)
+    assert scores_NC.shape == (7, 3)
+    result = json.loads((trained / "run" / "result.json").read_text())
+    found = evaluation_of(scores_NC, examples, served.task)
+    assert found.metrics == result["metrics"]
+    torch.testing.assert_close(found.cross_entropy, result["eval_cross_entropy"])
+
+
+def test_another_model_at_equal_width(trained, refuse, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(trained / "model", num_hidden_layers=1)
+    shutil.copytree(trained / "model", tmp_path / "other")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    adapter = str(trained / "run" / "adapter")
+    assert refuse(["--adapter", adapter, "--model", "other"]) == (
+        f"error: Adapter {adapter} was trained on {trained / 'model'}, and other is another model: its "
+        "number of layers is 1, not 2; give the one that it was trained on, or leave --model out."
+    )
+
+
+def test_a_moved_model_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "model", tmp_path / "moved")
+    texts = ["--text", "premise=It rains.", "hypothesis=It is wet."]
+    printed = []
+    for model in ([], ["--model", "moved"]):
+        assert predict(["--adapter", str(trained / "run"), *model, *texts]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_data_that_is_gone(trained, refuse, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    card = tmp_path / "run" / "adapter" / "ptp_ds.json"
+    card.write_text(card.read_text().replace(str(trained / "data"), "/nowhere/data"))
+    assert refuse(["--adapter", "run"]) == (
+        "error: Adapter run/adapter was trained on data in /nowhere/data, which is gone; give --data_dir or --dataset."
+    )
+
+
+def test_folders_that_hold_no_adapter(refuse, tmp_path):
+    assert refuse(["--adapter", "nowhere"]).startswith("error: Adapter nowhere: there is no such folder; give a run's ")
+    (tmp_path / "empty").mkdir()
+    assert refuse(["--adapter", "empty"]).startswith(
+        "error: Adapter empty: no adapter_config.json there; give a run's "
+    )
+
+
+def test_a_run_s_folder_starts_another(trained, tmp_path, monkeypatch):
+    from ptp_ds.commands.train import prepare
+
+    monkeypatch.chdir(trained)
+    run, explicit = parse_run(["--config", "run/config.json", "--prompt_init", "adapter", "--init_adapter", "run"])
+    adapter = prepare(run, explicit).adapter
+    assert adapter is not None
+    assert adapter.shape == (4, 32)

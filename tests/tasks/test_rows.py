@@ -1,0 +1,114 @@
+"""Rows of a user's files: tables beside JSON lines, what is missing in them, and every message."""
+
+import io
+import json
+
+import pytest
+
+from ptp_ds.tasks import NoLabelError, load_task
+from ptp_ds.tasks.data import is_labelled, load_rows, load_split, tokenise
+from ptp_ds.tasks.template import parse_task
+
+TRICKY = 'He said "no",\nthen: a\tb.'
+
+
+def quoted(cells: list[str], delimiter: str) -> str:
+    return delimiter.join('"' + cell.replace('"', '""') + '"' for cell in cells)
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t"), ("CSV", ",")])
+def test_a_table_is_its_rows(tmp_path, ending, delimiter):
+    lines = [quoted(cells, delimiter) for cells in (["premise", "hypothesis", "label"], [TRICKY, "b", "neutral"])]
+    file = tmp_path / f"rows.{ending}"
+    file.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    split = load_rows(str(file))
+    assert split.rows == [{"premise": TRICKY, "hypothesis": "b", "label": "neutral"}]
+    assert split.where == [f"{file}:3"]
+
+
+def test_a_split_of_a_table_is_that_of_json_lines(tmp_path, tokenizer, write_rows):
+    rows = [
+        {"review": f"Film {number}, seen.", "label": label} for number, label in enumerate(("negative", "positive"))
+    ]
+    write_rows(tmp_path / "a" / "Reviews" / "val.jsonl", rows)
+    lines = [quoted(list(cells), ",") for cells in (rows[0], *(row.values() for row in rows))]
+    (tmp_path / "b" / "Reviews").mkdir(parents=True)
+    (tmp_path / "b" / "Reviews" / "val.csv").write_text("\n".join(lines))
+    task = load_task("Reviews")
+    splits = [load_split(task, "val", str(tmp_path / name), None) for name in "ab"]
+    assert splits[0].rows == splits[1].rows
+    assert splits[0].digest == splits[1].digest
+    assert len({str(tokenise(task, split, tokenizer, 300).examples) for split in splits}) == 1
+
+
+@pytest.mark.parametrize(("written", "label"), [("true", "true"), ("True", "true"), ("FALSE", "false"), ("0", "0")])
+def test_labels_of_a_table_are_text(tmp_path, written, label):
+    words = {"true": " yes", "false": " no"} if label != "0" else {"0": " no", "1": " yes"}
+    spec = {"name": "Mine", "text": "{text}", "label": "label", "verbalizers": words, "metrics": ["accuracy"]}
+    (tmp_path / "rows.csv").write_text(f"text,label\nIt rains.,{written}\n")
+    (row,) = load_rows(str(tmp_path / "rows.csv")).rows
+    assert parse_task(spec, "here").render(row, "row 0").gold == list(words).index(label)
+
+
+def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
+    (tmp_path / "rows.csv").write_text("review,label\nA film.,\n,positive\n")
+    split, task = load_rows(str(tmp_path / "rows.csv")), load_task("Reviews")
+    assert split.rows == [{"review": "A film."}, {"label": "positive"}]
+    with pytest.raises(NoLabelError):
+        task.entries(split.rows[0], "row 0")
+    with pytest.raises(ValueError, match=r"rows\.csv:3: the row has no field 'review'; task Reviews needs it\."):
+        is_labelled(task, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "x,y\n1,2\n1\n", r"a\.csv:3: 1 cells; expected 2, one a field of the header \("),
+        ("a.csv", "x,y\n1,2,3\n", r"a\.csv:2: 3 cells; expected 2"),
+        ("a.csv", "x,x\n1,2\n", r"a\.csv:1: the header has the field 'x' twice; expected the fields' names, each once"),
+        ("a.tsv", "x\t\n1\t2\n", r"a\.tsv:1: the header has a field without a name; expected"),
+        ("a.csv", 'x\n"a"b\n', r"a\.csv:2: not a valid table \("),
+        ("a.csv", 'x\n"a\n', r"a\.csv:2: not a valid table \(unexpected end of data\)\."),
+        ("a.csv", "x,y\n", r"a\.csv has no rows; give a file with at least one\."),
+        ("a.jsonl", "x,y\n1,2\n", r"a\.jsonl:1: not valid JSON \([^)]*\)\.$"),
+        (
+            "a.txt",
+            "x,y\n1,2\n",
+            r"a\.txt:1: not valid JSON \(.*\); rows are read from JSON lines \(\.jsonl\), or CSV or",
+        ),
+        ("a.parquet", "PAR1", r"a\.parquet:1: not valid JSON \(.*\); rows are read from JSON lines"),
+    ],
+)
+def test_files_that_are_no_rows(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_official_rows_are_no_table(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nAnn thanked Mary.,true\n")
+    split = load_rows(str(tmp_path / "rows.csv"))
+    with pytest.raises(ValueError, match=r"rows\.csv:2: the row has no target\.span1_text; expected wsc's official"):
+        load_task("WSC").entries(split.rows[0], split.where[0])
+
+
+class Lines(io.TextIOWrapper):
+    """Standard input that holds some bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="ascii")
+
+
+def test_standard_input(monkeypatch):
+    row = {"review": "Sch\u00f6n."}
+    monkeypatch.setattr("sys.stdin", Lines(f"{json.dumps(row, ensure_ascii=False)}\n\n".encode()))
+    split = load_rows("-")
+    assert (split.rows, split.where) == ([row], ["standard input:1"])
+    for content, message in (
+        (b"", "--input - has no rows; give a file with at least one"),
+        (b"{\n", r"standard input:1: not valid JSON \("),
+        (b"\xff\n", r"standard input: not UTF-8 text \("),
+    ):
+        monkeypatch.setattr("sys.stdin", Lines(content))
+        with pytest.raises(ValueError, match=message):
+            load_rows("-")
