@@ -11,6 +11,7 @@ import torch
 
 from ptp_ds.backbone.shapes import ModelShape, elements
 from ptp_ds.errors import UserError
+from ptp_ds.files import brief
 
 _INT8 = "zero_quantized_weights"
 # Options of the backbone's weights alone: the prompt, a few megabytes in DeepSpeed's engine, stays as it is.
@@ -32,7 +33,7 @@ def check_zero_options(file: str, zero: dict[str, Any]) -> None:
     size = zero.get("zero_hpz_partition_size", 1)
     if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise UserError(
-            f'--ds_config {file}: zero_hpz_partition_size is {size!r}; expected "auto" (the ranks of a host) or a '
+            f'--ds_config {file}: zero_hpz_partition_size is {brief(size)}; expected "auto" (the ranks of a host) or a '
             "whole number of 1 or more."
         )
     device = zero.get("offload_param", {}).get("device", "none")
@@ -58,8 +59,8 @@ def resolve_zero_options(
     size = zero.get("zero_hpz_partition_size", 1)
     if world % size or host_ranks % size:
         raise UserError(
-            f"{file}: zero_hpz_partition_size {size} must divide the {host_ranks} ranks of a host and the {world} of "
-            'the run; "auto" takes the ranks of a host.'
+            f"{file}: zero_hpz_partition_size {brief(size)} must divide the {host_ranks} ranks of a host and the "
+            f'{world} of the run; "auto" takes the ranks of a host.'
         )
     if zero.get(_INT8):
         require_quantiser(file)
