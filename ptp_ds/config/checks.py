@@ -10,7 +10,7 @@ from ptp_ds.perturb import PERTURBATIONS
 
 def require_valid(run: RunConfig) -> None:
     """Raises ValueError for the first field that is out of range or contradicts another."""
-    _ = run.chosen_perturbation
+    _ = run.own_settings
     for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                  "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")

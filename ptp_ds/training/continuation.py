@@ -73,6 +73,8 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         "perturbation": run.chosen_perturbation.name,
         "perturbation file's sha256": run.chosen_perturbation.sha256,
     }
+    if run.own_settings:
+        identity["perturbation_args"] = run.own_settings
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return redacted(json.loads(json.dumps(identity)))
