@@ -46,7 +46,8 @@ def config_record(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
         "rows": {"train": len(examples.train), "select": len(examples.select), "eval": len(examples.evaluation)},
         "training_data_sha256": prepared.identity["training data"],
-        "perturbation_sha256": run.chosen_perturbation.sha256, "versions": versions(),
+        "perturbation_sha256": run.chosen_perturbation.sha256, "perturbation_args": run.own_settings,
+        "versions": versions(),
     }  # fmt: skip
 
 

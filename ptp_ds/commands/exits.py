@@ -11,6 +11,10 @@ from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
 
 log = get_logger(__name__)
 
+_AFTER_THE_CAUSE = (
+    3.0  # seconds; DeepSpeed's launcher looks at its ranks once a second, and takes the first code it finds
+)
+
 
 def run_command(body: Callable[[], int | None]) -> int:
     """The exit code of `body` (None: 0), the package's lines on the console; leaves the process group behind it.
@@ -45,10 +49,11 @@ def report_error(error: UserError) -> int:
 
 
 def _report_lost(error: Exception) -> int:
-    """Says that another rank is gone, and returns exit code LOST_RANK."""
+    """Says that another rank is gone, and returns exit code LOST_RANK once a launcher has seen the other's."""
     cause = str(error).strip().split("\n")[0]
     log.error(
         "error on rank %d: another rank is gone, its connection broke (%s). The other lines tell the first cause; what "
         "was saved is whole, --resume auto goes on.", env_rank(), cause, extra=ANY_RANK,
     )  # fmt: skip
+    time.sleep(_AFTER_THE_CAUSE)
     return LOST_RANK

@@ -10,7 +10,7 @@ from ptp_ds.perturb import PERTURBATIONS
 
 def require_valid(run: RunConfig) -> None:
     """Raises ValueError for the first field that is out of range or contradicts another."""
-    _ = run.chosen_perturbation
+    _ = run.own_settings
     _check_ranges(run)
     _check_pairs(run)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,6 +11,8 @@ from ptp_ds.config.presets import PRESETS, with_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, nearest, read_json
+from ptp_ds.perturb.custom import choose_perturbation
+from ptp_ds.perturb.parameters import describe_parameters
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.redact import HIDDEN
 
@@ -29,12 +32,16 @@ def _base_type(field: dataclasses.Field) -> type:
     return {"int": int, "float": float, "str": str}[names if not isinstance(field.type, type) else field.type.__name__]
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of scripts/train.py, made from RunConfig's fields."""
+def build_parser(description: str, perturbation: str | None = None) -> argparse.ArgumentParser:
+    """The parser of scripts/train.py, made from RunConfig's fields. perturbation: whose own parameters --help tells."""
     parser = StrictParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(RunConfig):
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
+        if field.name == "perturbation_args":
+            text += _own_parameters(perturbation).replace("%", "%%")
+            parser.add_argument(f"--{field.name}", nargs="+", action="extend", metavar="NAME=VALUE", help=text)
+            continue
         parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
     parser.add_argument("--config", help="JSON file with any of these settings, or a run's config.json, whose "
                         "output_dir and resume are left out; flags win over it")  # fmt: skip
@@ -43,9 +50,27 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _own_parameters(perturbation: str | None) -> str:
+    """For --help: the parameters of a perturbation file; '' without one."""
+    if perturbation is None:
+        return ""
+    chosen = choose_perturbation(perturbation).perturbation
+    return f". {perturbation}: {describe_parameters(chosen.parameters if chosen is not None else {})}"
+
+
+def _named_file(argv: Sequence[str]) -> str | None:
+    """The .py file that --perturbation names on a command line that asks for --help; only then is it run this early."""
+    if not {"-h", "--help"} & set(argv):
+        return None
+    parser = StrictParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--perturbation")
+    found = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].perturbation
+    return found if found is not None and found.endswith(".py") else None
+
+
 def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]:
     """What flags and --config FILE say, flags first, before any check across settings. Raises ValueError."""
-    parser = build_parser(description)
+    parser = build_parser(description, _named_file(argv))
     known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
     values, rest = parser.parse_known_args(argv)
     if rest:
@@ -54,6 +79,8 @@ def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]
     given = vars(values)
     for name in ("local_rank", "list_families"):
         given.pop(name, None)
+    if "perturbation_args" in given:
+        given["perturbation_args"] = shlex.join(given["perturbation_args"])
     file = given.pop("config", None)
     merged = {**(_read_config(file) if file else {}), **given}
     for name, value in merged.items():

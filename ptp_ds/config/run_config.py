@@ -15,6 +15,7 @@ from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import Perturbation
 from ptp_ds.perturb.ball import NORMS
 from ptp_ds.perturb.custom import BUILT_IN, ChosenPerturbation, choose_perturbation
+from ptp_ds.perturb.parameters import Value, values_of
 from ptp_ds.perturb.units import UNITS
 from ptp_ds.precision import PRECISIONS
 
@@ -71,6 +72,9 @@ class RunConfig:
     init_adapter: str | None = _flag(None, "folder of an adapter or of its run, for --prompt_init adapter")
     perturbation: str = _flag(
         "gaussian", f"how the second stream differs: {', '.join(BUILT_IN)}, or a .py file of your own"
+    )
+    perturbation_args: str | None = _flag(
+        None, "parameters that the --perturbation file declares, NAME=VALUE each; --help beside that flag lists them"
     )
     preset: str | None = _flag(
         None, "perturbation, divergence, lambda, units and sizes of a published method; flags win (ptp_ds/presets.py)",
@@ -150,6 +154,13 @@ class RunConfig:
         """The perturbation by its name; a file of the user's own is run here, once. Raises ValueError (see choose)."""
         return choose_perturbation(self.perturbation)
 
+    @cached_property
+    def own_settings(self) -> dict[str, Value]:
+        """The values of the perturbation file's own parameters, by name. Raises UserError (see values_of)."""
+        perturbation = self.chosen_perturbation.perturbation
+        declared = perturbation.parameters if perturbation is not None else {}
+        return values_of(self.perturbation_args, declared, f"--perturbation {self.perturbation}")
+
     @property
     def active_perturbation(self) -> Perturbation | None:
         """How the second stream differs; None where there is none."""
@@ -171,4 +182,5 @@ class RunConfig:
         perturbation = self.chosen_perturbation.perturbation
         if perturbation is None or not self.reg_weight:
             return False
-        return not perturbation.sizes or any(getattr(self, size) > 0 for size in perturbation.sizes)
+        values = {**vars(self), **self.own_settings}
+        return not perturbation.sizes or any(values[size] > 0 for size in perturbation.sizes)

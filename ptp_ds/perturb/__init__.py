@@ -12,6 +12,7 @@ from ptp_ds.perturb.free import free
 from ptp_ds.perturb.gaussian import gaussian
 from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.parameters import Parameter
 from ptp_ds.perturb.perturbation import Perturbation, Twin
 from ptp_ds.perturb.pgd import pgd
 from ptp_ds.perturb.settings import PerturbSettings
@@ -31,4 +32,4 @@ PERTURBATIONS: dict[str, Perturbation] = {
     "free": Perturbation(find=free, sizes=("epsilon",), reads=_ASCENT, carries=True),
 }
 
-__all__ = ["PERTURBATIONS", "Noise", "PerturbSettings", "Perturbation", "SharedPass", "Twin"]
+__all__ = ["PERTURBATIONS", "Noise", "Parameter", "PerturbSettings", "Perturbation", "SharedPass", "Twin"]

@@ -1,7 +1,8 @@
 """A perturbation by its name: a built-in one, or a Python file of the user's own that defines PERTURBATION.
 
 The file is run once a process, while flags are checked, from the very bytes whose sha256 names it in checkpoints. Its
-`sizes` and `reads` name flags that reach a perturbation (PerturbSettings); with no sizes at all it always perturbs.
+`sizes` and `reads` name flags that reach a perturbation (PerturbSettings); with no sizes at all it always perturbs. Its
+`parameters` are its own (ptp_ds.perturb.parameters).
 """
 
 import difflib
@@ -9,7 +10,8 @@ import hashlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +25,10 @@ from ptp_ds.files import brief
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, SharedPass
 from ptp_ds.perturb.ball import movable_only
-from ptp_ds.perturb.perturbation import Find
+from ptp_ds.perturb.parameters import check_parameters
+from ptp_ds.perturb.perturbation import Find, Twin, Twins
+from ptp_ds.ranks.faults import is_lost_rank
+from ptp_ds.tasks.example import Example
 
 BUILT_IN = ("none", *PERTURBATIONS)
 _VARIABLE = "PERTURBATION"
@@ -56,11 +61,10 @@ def choose_perturbation(name: str) -> ChosenPerturbation:
     perturbation = getattr(_execute(path, source), _VARIABLE, None)
     _check(perturbation, f"--perturbation {name}")
     assert isinstance(perturbation, Perturbation)
-    guarded = (
-        perturbation
-        if perturbation.find is None or perturbation.carries
-        else replace(perturbation, find=_guarded(perturbation.find, name))
-    )
+    guarded = replace(
+        perturbation, find=_guarded_find(perturbation.find, path, perturbation.carries),
+        twins=_guarded_twins(perturbation.twins, path),
+    )  # fmt: skip
     return ChosenPerturbation(path.stem, guarded, hashlib.sha256(source).hexdigest())
 
 
@@ -75,12 +79,30 @@ def _execute(path: Path, source: bytes) -> ModuleType:
         exec(compile(source, str(path), "exec"), module.__dict__)  # no cached bytecode: neither stale nor left behind
     except Exception as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        where = f" at line {line}" if line else ""
-        said = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"--perturbation {path} can't be loaded{where}: {type(error).__name__}: {said}.") from error
+        raise UserError(f"--perturbation {path} can't be loaded{_fault(error, path)}") from error
     return module
+
+
+def _fault(error: Exception, path: Path) -> str:
+    """' at line 3: TypeError: what it says.': the end of a sentence on an error that came out of the file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    said = brief(" ".join(str(error).split()), 400)[1:-1].rstrip(".")
+    return f"{f' at line {line}' if line else ''}: {type(error).__name__}{f': {said}' if said else ''}."
+
+
+@contextmanager
+def _running(what: str, path: Path) -> Iterator[None]:
+    """Around a call of the file's function: an error of it is the user's, with the file's line.
+
+    A lost rank or a full memory isn't: it comes out of the passes that the function asks for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError) or is_lost_rank(error):
+            raise
+        raise UserError(f"--perturbation {path}: {what} failed{_fault(error, path)}") from error
 
 
 def _check(perturbation: Any, where: str) -> None:
@@ -96,14 +118,12 @@ def _check(perturbation: Any, where: str) -> None:
         raise UserError(f"{where}: {_VARIABLE} needs a function as find, as twins, or as both.")
     if perturbation.carries and (perturbation.find is None or perturbation.twins is not None):
         raise UserError(f"{where}: {_VARIABLE} carries its deltas, so it needs find and no twins.")
-    sizes = sorted({size for known in PERTURBATIONS.values() for size in known.sizes})
-    _check_names(perturbation.sizes, "sizes", sizes, where)
-    _check_names(
-        perturbation.reads,
-        "reads",
-        sorted({*sizes, *(flag for p in PERTURBATIONS.values() for flag in p.reads)}),
-        where,
-    )
+    sizes = {size for known in PERTURBATIONS.values() for size in known.sizes}
+    flags = {*sizes, *(flag for known in PERTURBATIONS.values() for flag in known.reads)}
+    check_parameters(perturbation.parameters, flags, where)
+    own = [name for name, p in perturbation.parameters.items() if type(p.default) in (int, float)]
+    _check_names(perturbation.sizes, "sizes", [*own, *sorted(sizes)], where)
+    _check_names(perturbation.reads, "reads", sorted(flags), where)
 
 
 def _check_names(names: Any, field: str, known: Sequence[str], where: str) -> None:
@@ -116,19 +136,46 @@ def _check_names(names: Any, field: str, known: Sequence[str], where: str) -> No
             raise UserError(f"{where}: {name!r} in {field} is no flag that fits{hint}; choose from {', '.join(known)}.")
 
 
-def _guarded(find: Find, file: str) -> Find:
-    """find, whose delta is [T, H] or a ValueError and whose rows are zero where nothing may move."""
+def _guarded_find(find: Find | None, path: Path, carries: bool) -> Find | None:
+    """find, whose delta is [T, H] or a UserError and whose rows are zero where nothing may move.
+
+    carries: its delta stays the very tensor, which is asked for its gradient.
+    """
+    if find is None:
+        return None
 
     def checked(
         shared: SharedPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
     ) -> Tensor:
-        delta = find(shared, row, clean_TH, settings, noise)
+        with _running("find", path):
+            delta = find(shared, row, clean_TH, settings, noise)
         shape = tuple(delta.shape) if isinstance(delta, torch.Tensor) else type(delta).__name__
         if shape != tuple(clean_TH.shape):
             raise UserError(
-                f"--perturbation {file}: find returned {shape}; expected a tensor of clean_TH's shape "
+                f"--perturbation {path}: find returned {shape}; expected a tensor of clean_TH's shape "
                 f"{tuple(clean_TH.shape)}."
             )
-        return movable_only(delta, row)
+        return delta if carries else movable_only(delta, row)
+
+    return checked
+
+
+def _guarded_twins(twins: Twins | None, path: Path) -> Twins | None:
+    """twins, which gives each example one Twin or a UserError."""
+    if twins is None:
+        return None
+
+    def checked(examples: Sequence[Example], settings: PerturbSettings, noise: Noise) -> list[Twin]:
+        with _running("twins", path):
+            found = twins(examples, settings, noise)
+        if not isinstance(found, list | tuple) or len(found) != len(examples):
+            shown = f"{len(found)} of them" if isinstance(found, list | tuple) else type(found).__name__
+            raise UserError(f"--perturbation {path}: twins returned {shown}; expected a list, a Twin for each of the "
+                            f"{len(examples)} examples.")  # fmt: skip
+        for twin in found:
+            if not isinstance(twin, Twin) or len(twin.context_ids) != len(twin.movable) or not twin.context_ids:
+                raise UserError(f"--perturbation {path}: twins returned {brief(twin)}; expected a Twin of one token or "
+                                "more, and movable for each of them.")  # fmt: skip
+        return list(found)
 
     return checked

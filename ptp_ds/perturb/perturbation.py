@@ -1,12 +1,13 @@
 """What a perturbation is: functions that make the second stream, and the flags that reach them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb.noise import Noise
+from ptp_ds.perturb.parameters import Parameter
 from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.perturb.shared_pass import SharedPass
 from ptp_ds.perturb.text_scoring import TextScorer
@@ -44,7 +45,8 @@ class Perturbation:
     in other words; attack(scorer, settings) the same for the scorer's examples, found with its losses and gradients.
     Beside either, find gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero where
     they are 0. reads: flags it reads besides. carries: whether a batch is used for K optimizer steps, its delta moved
-    after each (see ascend).
+    after each (see ascend). parameters: a file's own, by name (see --perturbation_args and PerturbSettings.own); sizes
+    may name them as well.
     """
 
     find: Find | None = None
@@ -53,6 +55,7 @@ class Perturbation:
     sizes: tuple[str, ...]
     reads: tuple[str, ...] = ()
     carries: bool = False
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     @property
     def in_text(self) -> bool:

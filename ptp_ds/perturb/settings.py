@@ -1,6 +1,7 @@
 """The numbers that a perturbation is given."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +11,7 @@ class PerturbSettings:
     sigma: root-mean-square l2 norm of a noisy token's delta. epsilon: radius of the ball (see perturb.ball for each
     norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
     of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap. kernels: which
-    implementation of ptp_ds.kernels runs.
+    implementation of ptp_ds.kernels runs. own: the values of the parameters that a perturbation file declares, by name.
     """
 
     unit: float
@@ -24,3 +25,4 @@ class PerturbSettings:
     mask_id: int = 0
     a2t_share: float = 0.0
     kernels: str = "auto"
+    own: Mapping[str, bool | int | float | str] = field(default_factory=dict)

@@ -100,6 +100,8 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         "perturbation file's sha256": run.chosen_perturbation.sha256,
     }
     identity["schedule_steps"] = run.schedule_end
+    if run.own_settings:
+        identity["perturbation_args"] = run.own_settings
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     return redacted(json.loads(json.dumps(identity)))

@@ -35,7 +35,7 @@ def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSetting
     return PerturbSettings(
         unit=unit, sigma=run.sigma, epsilon=run.epsilon, alpha=run.step_length, steps=run.ascent_steps, norm=run.norm,
         divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
-        a2t_share=run.a2t_share, kernels=run.kernels,
+        a2t_share=run.a2t_share, kernels=run.kernels, own=run.own_settings,
     )  # fmt: skip
 
 

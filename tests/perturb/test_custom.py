@@ -1,6 +1,8 @@
 """A perturbation from a file of the user's own: README's example, its records, resume, and every fault of a file."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.checks import without_effect
 from ptp_ds.config.flags import build_parser, parse_run
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.custom import BUILT_IN, choose_perturbation
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.paths import ROOT
+from tests.support.processes import worker_environment
 from tests.support.reference import make_examples, make_model
 from tests.support.runs import QUICK, check, last_prompt
 
@@ -33,37 +37,40 @@ def readme_example() -> str:
 @pytest.fixture
 def example(tmp_path) -> Path:
     """README's file."""
-    file = tmp_path / "token_dropout.py"
+    file = tmp_path / "sparse_ascent.py"
     file.write_text(readme_example(), encoding="utf-8")
     return file
 
 
-def test_the_readmes_example_drops_tokens_of_the_example_alone(example):
-    chosen = choose_perturbation(str(example))
-    assert chosen.name == "token_dropout"
-    assert readme_example().count("\n") < 30
+def test_the_readmes_example_moves_a_share_of_the_examples_own_tokens(example):
+    """Each token that takes part by epsilon mean embedding norms, along the gradient; the share is the file's own."""
     row, backbone = pack(make_examples("multi")), Backbone(make_model("llama"))
+    prompt = 0.1 * torch.randn(3, backbone.width, generator=torch.Generator().manual_seed(0))
     clean = backbone.embed(row.token_ids)
-    for share in (0.0, 0.4, 1.0):
-        settings = settings_of(RunConfig(mask_share=share), 1.0)
-        delta = chosen.perturbation.find(None, row, clean, settings, Noise(1, 2))
-        dropped = (delta != 0).any(-1)
-        assert torch.equal(delta[dropped], -clean[dropped])
-        assert not bool(dropped[~row.movable].any())
-        assert int(dropped.sum()) == {0.0: 0, 1.0: int(row.movable.sum())}.get(share, int(dropped.sum()))
-        assert share != 0.4 or 0 < int(dropped.sum()) < int(row.movable.sum())
+    for keep in (0.0, 0.4, 1.0):
+        run = RunConfig(perturbation=str(example), perturbation_args=f"keep={keep}", epsilon=0.2)
+        assert run.chosen_perturbation.name == "sparse_ascent"
+        assert run.own_settings == {"keep": keep, "start": 0.1}
+        settings, shared = settings_of(run, 5.0), SharedPass(backbone, prompt, row, clean)
+        delta = choose_perturbation(str(example)).perturbation.find(shared, row, clean, settings, Noise(1, 2))
+        moved = (delta != 0).any(-1)
+        torch.testing.assert_close(delta[moved].norm(dim=-1), torch.full((int(moved.sum()),), 0.2 * 5.0))
+        assert not bool(moved[~row.movable].any())
+        assert int(moved.sum()) == {0.0: 0, 1.0: int(row.movable.sum())}.get(keep, int(moved.sum()))
+        assert keep != 0.4 or 0 < int(moved.sum()) < int(row.movable.sum())
 
 
 def test_a_run_with_the_readmes_example(run_train, tiny_model, tmp_path, example):
     """The stem names the run, config.json and the checkpoint the very file; a changed one is refused at resume."""
     out = tmp_path / "run"
-    args = [*QUICK, "--model", tiny_model, "--perturbation", example, "--mask_share", "0.3", "--max_steps", "4",
-            "--save_every", "2", "--lr", "0.01", "--keep_checkpoints", "5"]  # fmt: skip
+    args = [*QUICK, "--model", tiny_model, "--perturbation", example, "--epsilon", "0.3", "--perturbation_args",
+            "keep=0.8", "--max_steps", "4", "--save_every", "2", "--lr", "0.01", "--keep_checkpoints", "5"]  # fmt: skip
     done = check(run_train([*args, "--output_dir", out], nproc=2))
     assert "no effect" not in done.stderr
-    assert json.loads((out / "result.json").read_text())["perturbation"] == "token_dropout"
-    digest = choose_perturbation(str(example)).sha256
-    assert json.loads((out / "config.json").read_text())["perturbation_sha256"] == digest
+    assert json.loads((out / "result.json").read_text())["perturbation"] == "sparse_ascent"
+    digest, config = choose_perturbation(str(example)).sha256, json.loads((out / "config.json").read_text())
+    assert config["perturbation_sha256"] == digest
+    assert config["perturbation_args"] == {"keep": 0.8, "start": 0.1}
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(line["delta_norm"] > 0 for line in logged if line["kind"] == "train")
     again, moved = tmp_path / "again", tmp_path / "elsewhere"
@@ -72,15 +79,19 @@ def test_a_run_with_the_readmes_example(run_train, tiny_model, tmp_path, example
     (moved / example.name).write_bytes(example.read_bytes())
     check(run_train([*args, *resume, "--perturbation", moved / example.name]))
     assert float((last_prompt(again) - last_prompt(out)).norm() / last_prompt(out).norm()) < 1e-5
+    third = ["--output_dir", tmp_path / "third", *resume[2:]]
+    done = run_train([*args, *third, "--perturbation_args", "start=0.2"])
+    assert done.returncode == 2
+    assert "its perturbation_args start is 0.1, this run's is 0.2." in done.stderr
     example.write_text(readme_example() + "\n# changed\n")
-    done = run_train([*args, "--output_dir", tmp_path / "third", *resume[2:]])
+    done = run_train([*args, *third])
     assert done.returncode == 2
     assert f"its perturbation file's sha256 is '{digest}', this run's is '" in done.stderr
 
 
 def test_the_output_folder_is_named_by_the_stem(run_train, tiny_model, tmp_path, example):
     check(run_train([*QUICK, "--model", tiny_model, "--perturbation", example, "--max_steps", "1"]))
-    assert [folder.name.startswith("COPA-token_dropout-0-") for folder in (tmp_path / "runs").iterdir()] == [True]
+    assert [folder.name.startswith("COPA-sparse_ascent-0-") for folder in (tmp_path / "runs").iterdir()] == [True]
 
 
 def test_a_file_that_climbs_computes_what_the_built_in_one_does(tmp_path):
@@ -131,6 +142,166 @@ def test_the_file_is_run_once_and_leaves_nothing_behind(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["count", "mine.py"]
 
 
+DECLARED = (
+    "from ptp_ds.perturb import Parameter\n"
+    "PERTURBATION = Perturbation(find=find, sizes=('keep',), parameters={"
+    "'keep': Parameter(0.9, 'share, 100 % at most'), 'steps': Parameter(3), "
+    "'both': Parameter(False), 'word': Parameter('a b')})\n"
+)
+
+
+def test_own_parameters_by_flag_and_by_file(tmp_path):
+    """The default's type, wherever they are given; a parameter in sizes decides on the second stream."""
+    file, config = tmp_path / "mine.py", tmp_path / "run.json"
+    file.write_text(FIND + DECLARED)
+    defaults = {"keep": 0.9, "steps": 3, "both": False, "word": "a b"}
+    assert parse_run(["--perturbation", str(file)])[0].own_settings == defaults
+    words = ["keep=1", "steps=7", "both=true", "word=c = d"]
+    given, explicit = parse_run(["--perturbation", str(file), "--perturbation_args", *words])
+    assert given.own_settings == {"keep": 1.0, "steps": 7, "both": True, "word": "c = d"}
+    assert isinstance(given.own_settings["keep"], float)
+    assert settings_of(given, 1.0).own == given.own_settings
+    assert "perturbation_args" in explicit
+    fields = {"perturbation": str(file), "perturbation_args": given.perturbation_args}
+    config.write_text(json.dumps(fields))  # as config.json holds them
+    assert parse_run(["--config", str(config)])[0].own_settings == given.own_settings
+    assert given.perturbs
+    assert not parse_run(["--perturbation", str(file), "--perturbation_args", "keep=0"])[0].perturbs
+    assert RunConfig().own_settings == {}
+
+
+def test_help_tells_a_named_files_parameters(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(FIND + DECLARED)
+    with pytest.raises(SystemExit) as ended:
+        parse_run(["--perturbation", str(file), "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "mine.py: keep=0.9 (share, 100 % at most), steps=3, both=False, word=a b" in shown
+    with pytest.raises(SystemExit):
+        parse_run(["--help"])
+    assert "NAME=VALUE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["kep=1"],
+            r"^--perturbation .*mine\.py has no parameter 'kep' \(did you mean 'keep'\?\); it has keep, steps, both, ",
+        ),
+        (["keep"], r"^--perturbation_args keep: expected NAME=VALUE, such as keep=0\.9\.$"),
+        (["keep=much"], r"^--perturbation_args keep is 'much'; expected a finite number\.$"),
+        (["keep=nan"], r"^--perturbation_args keep is 'nan'; expected a finite number\.$"),
+        (["steps=2.5"], r"^--perturbation_args steps is '2\.5'; expected a whole number\.$"),
+        (["both=1"], r"^--perturbation_args both is '1'; expected true or false\.$"),
+        (["keep=1", "keep=2"], r"^--perturbation_args gives keep twice; give it once\.$"),
+    ],
+)
+def test_parameters_that_are_none(tmp_path, words, message):
+    file = tmp_path / "mine.py"
+    file.write_text(FIND + DECLARED)
+    with pytest.raises(UserError, match=message):
+        parse_run(["--perturbation", str(file), "--perturbation_args", *words])
+
+
+def test_parameters_of_a_built_in_perturbation():
+    with pytest.raises(UserError, match=r"^--perturbation pgd has no parameter 'keep'; it declares none\.$"):
+        parse_run(["--perturbation", "pgd", "--perturbation_args", "keep=1"])
+
+
+FAILURES = {  # what the function does, and what the sentence says of it
+    "find": ("return clean_TH + 'x'", "TypeError: "),
+    "nothing said": ("raise ValueError", "ValueError."),
+    "in our code": ("return noise.normal(3, 4)", "AttributeError: "),
+    "twins": ("return [][0]", "IndexError: list index out of range."),
+}
+ARGUMENTS = {"find": "shared, row, clean_TH, settings, noise", "twins": "examples, settings, noise"}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_inside_the_file_is_a_sentence_with_its_line(tmp_path, name):
+    body, said = FAILURES[name]
+    function = "twins" if name == "twins" else "find"
+    file, row = tmp_path / "mine.py", pack(make_examples("single"))
+    source = f"def {function}({ARGUMENTS[function]}):\n    {body}\n"
+    file.write_text(f"{HEAD}{source}PERTURBATION = Perturbation({function}={function}, sizes=())\n")
+    chosen, settings = choose_perturbation(str(file)).perturbation, settings_of(RunConfig(), 1.0)
+    given = {
+        "find": (None, row, torch.zeros(row.num_tokens, 4), settings, Noise(0, 0)),
+        "twins": (make_examples("single"), settings, Noise(0, 0)),
+    }
+    with pytest.raises(UserError) as caught:
+        getattr(chosen, function)(*given[function])
+    found = str(caught.value)
+    assert found.startswith(f"--perturbation {file}: {function} failed at line 3: {said}")
+    assert "\n" not in found
+    assert found.endswith(".")
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('full')", "RuntimeError('Connection closed by peer')"])
+def test_a_full_memory_and_a_lost_rank_are_not_the_files_fault(tmp_path, error):
+    file, row = tmp_path / "mine.py", pack(make_examples("single"))
+    file.write_text(
+        f"import torch\n{HEAD}def find(*_):\n    raise {error}\nPERTURBATION = Perturbation(find=find, sizes=())\n"
+    )
+    find = choose_perturbation(str(file)).perturbation.find
+    with pytest.raises(RuntimeError):
+        find(None, row, torch.zeros(row.num_tokens, 4), settings_of(RunConfig(), 1.0), Noise(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [("None", "twins returned NoneType; expected a list"), ("[]", "twins returned 0 of them; expected a list"),
+     ("[3 for _ in examples]", "twins returned 3; expected a Twin of one token or more")],
+)  # fmt: skip
+def test_twins_of_another_form_are_refused(tmp_path, returned, message):
+    file = tmp_path / "mine.py"
+    source = f"def twins(examples, settings, noise):\n    return {returned}\n"
+    file.write_text(f"{HEAD}{source}PERTURBATION = Perturbation(twins=twins, sizes=())\n")
+    with pytest.raises(UserError, match=message):
+        choose_perturbation(str(file)).perturbation.twins(
+            make_examples("single"), settings_of(RunConfig(), 1.0), Noise(0, 0)
+        )
+
+
+def failure(folder: Path) -> str:
+    return f"--perturbation {folder / 'mine.py'}: find failed at line 5: ZeroDivisionError: division by zero."
+
+
+def launch_failing(tmp_path, tiny_model, where: str) -> subprocess.CompletedProcess:
+    """Two ranks by the `deepspeed` command, with a file that fails in the second step where `where` holds."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import os\n{HEAD}def find(shared, row, clean_TH, settings, noise):\n"
+        f"    if noise.step == 1 and {where}:\n        1 / 0\n    return 0.1 * clean_TH\n"
+        "PERTURBATION = Perturbation(find=find, sizes=())\n"
+    )
+    command = [sys.executable, "-m", "ptp_ds.launch", "--hostfile", ROOT / "hostfiles" / "local",
+               ROOT / "scripts" / "train.py", *QUICK, "--model", tiny_model, "--perturbation", file, "--max_steps", "3",
+               "--output_dir", tmp_path / "run"]  # fmt: skip
+    return subprocess.run([*map(str, command)], env=worker_environment(), cwd=tmp_path, capture_output=True, text=True,
+                          timeout=170, check=False)  # fmt: skip
+
+
+def test_ranks_that_fail_in_the_file_say_so_once(tmp_path, tiny_model):
+    done = launch_failing(tmp_path, tiny_model, "True")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "rror" in line] == [f"error: {failure(tmp_path)}"]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_says_so(tmp_path, tiny_model):
+    """The other one waits for it, and may tell that it is gone."""
+    done = launch_failing(tmp_path, tiny_model, "os.environ['RANK'] == '1'")
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert told[0] == f"error on rank 1: {failure(tmp_path)}"
+    assert all("another rank is gone" in line for line in told[1:])
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_help_lists_the_built_in_names():
     text = " ".join(build_parser("about").format_help().split())
     assert f"{', '.join(BUILT_IN)}, or a .py file of your own" in text
@@ -151,6 +322,7 @@ def test_names_that_are_none(name, message):
         parse_run(["--perturbation", name])
 
 
+PARAMETERS = "from ptp_ds.perturb import Parameter as P; PERTURBATION = Perturbation(find=find, sizes=(), parameters="
 FAULTS = {
     "": "defines no PERTURBATION; add PERTURBATION = Perturbation(find=..., sizes=(...)).",
     "PERTURBATION = {'find': 1}": ": PERTURBATION is of type dict; expected ptp_ds.perturb.Perturbation.",
@@ -165,6 +337,14 @@ FAULTS = {
     "PERTURBATION = Perturbation(find=find, sizes=('norm',))": ": 'norm' in sizes is no flag that fits; choose from ",
     "PERTURBATION = Perturbation(find=find, sizes=(), reads=('lr',))":
         ": 'lr' in reads is no flag that fits; choose from a2t_",
+    "PERTURBATION = Perturbation(find=find, sizes=(), parameters={'keep': 0.9})":
+        ": parameter 'keep' is 0.9; expected Parameter(default, help) with a finite number, text, True or False, and ",
+    "PERTURBATION = Perturbation(find=find, sizes=(), parameters=['keep'])":
+        """: parameters is ['keep']; expected {"name": Parameter(default, "help")}.""",
+    f"{PARAMETERS}{{'a b': P(1)}})":
+        ": a parameter is named 'a b'; expected a name such as Python's.",
+    f"{PARAMETERS}{{'norm': P(1)}})":
+        ": parameter 'norm' has a flag's name; rename it, or name the flag in reads.",
     "import no_such_package": " can't be loaded at line 4: ModuleNotFoundError: No module named 'no_such_package'.",
     "def broken(:": " can't be loaded at line 4: SyntaxError: ",
     "find(1, 2, 'x', None, None)": " can't be loaded at line 3: TypeError: ",
