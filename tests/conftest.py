@@ -55,7 +55,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
     """The tiny model's tokenizer, loaded as a run loads it."""
-    from ptp_ds.backbone.source import load_tokenizer
+    from ptp_ds.models.source import load_tokenizer
 
     return load_tokenizer(tiny_model)
 

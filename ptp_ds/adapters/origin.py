@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.adapters.read import adapter_config, read_card
-from ptp_ds.backbone.identity import difference, model_identity
-from ptp_ds.backbone.source import BackboneSource
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_folder
+from ptp_ds.models.identity import difference, model_identity
+from ptp_ds.models.source import BackboneSource
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, load_split

@@ -19,11 +19,11 @@ from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, rea
 from ptp_ds.adapters.task import adapter_task, ensemble_plan
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
-from ptp_ds.backbone.heads import auto_class, rows_for
 from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
-from ptp_ds.backbone.positions import row_room
-from ptp_ds.backbone.source import BackboneSource, load_config, load_tokenizer, resolve_model
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import auto_class, rows_for
+from ptp_ds.models.positions import row_room
+from ptp_ds.models.source import BackboneSource, load_config, load_tokenizer, resolve_model
 from ptp_ds.packing.layouts import Rows
 from ptp_ds.precision import dtype_of
 from ptp_ds.prompts import prompt_width

@@ -7,9 +7,9 @@ from typing import Any
 
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE
 from ptp_ds.adapters.read import adapter_config, read_card
-from ptp_ds.backbone.heads import HeadPlan, plan_head
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_file, listed
+from ptp_ds.models.heads import HeadPlan, plan_head
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
 

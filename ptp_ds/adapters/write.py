@@ -19,8 +19,8 @@ from ptp_ds.adapters.peft_format import (
     TYPE_OF_PROMPT,
     WEIGHTS_FILE,
 )
-from ptp_ds.backbone.heads import HeadPlan, module_to_save
 from ptp_ds.files import write_folder
+from ptp_ds.models.heads import HeadPlan, module_to_save
 from ptp_ds.prompts.deep import deep_shape
 from ptp_ds.redact import redacted
 

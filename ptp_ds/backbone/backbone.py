@@ -16,11 +16,11 @@ from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import replace_products
 from ptp_ds.backbone.frozen_ops import replace_frozen
-from ptp_ds.backbone.heads import Head
 from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, detached, use_layer_pass
-from ptp_ds.backbone.positions import first_position, most_counted_tokens
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.kernels import Sources, pack_embed
+from ptp_ds.models.heads import Head
+from ptp_ds.models.positions import first_position, most_counted_tokens
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.prompts.deep import split_deep
@@ -32,7 +32,7 @@ class Backbone(nn.Module):
     model: a *ForCausalLM, *ForMaskedLM or *ForSequenceClassification, as `head` says, whose attention goes through
     AttentionInterface and whose forward takes inputs_embeds and position_ids. Its files are neither copied nor patched:
     each layer object's forward follows backbone.layerwise, everything else is the family's own. Functions that take
-    `trained` want all that is trained: the prompt's rows, then those of a trained head (ptp_ds.backbone.heads).
+    `trained` want all that is trained: the prompt's rows, then those of a trained head (ptp_ds.models.heads).
     """
 
     model: Any  # a transformers model; its methods are found at run time

@@ -20,8 +20,8 @@ from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.backbone.plain import eager, ids_of, plain_scores
-from ptp_ds.backbone.positions import max_row_length, window_lengths
 from ptp_ds.errors import UserError
+from ptp_ds.models.positions import max_row_length, window_lengths
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.seeding import make_generator

@@ -14,7 +14,7 @@ _ENCODER = ("masked", "classes")
 
 @dataclass(frozen=True)
 class Family:
-    """A transformers model_type. heads: see ptp_ds.backbone.heads. path: see PATHS. prompts: those that work."""
+    """A transformers model_type. heads: see ptp_ds.models.heads. path: see PATHS. prompts: those that work."""
 
     name: str
     heads: tuple[str, ...]

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ptp_ds.attention.interface import Call, KeysReady, use_call, use_value
 from ptp_ds.attention.plan import TreePlan
 from ptp_ds.attention.tree import KeysValues
 from ptp_ds.backbone.sharding import Shards
+from ptp_ds.models.heads import HeadInput
 from ptp_ds.precision import at_least_fp32
 
 
@@ -77,11 +78,6 @@ def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
     return [(k.detach(), v.detach()) for k, v in pairs]
 
 
-# What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
-# "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
-HeadInput = Literal["row", "scored", "columns"]
-
-
 @dataclass(eq=False)
 class LayerPass:
     """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
@@ -96,7 +92,7 @@ class LayerPass:
     recompute: bool = False
     live: Sequence[Section] | None = None
     given: PrefixCache | None = None
-    head_input: "HeadInput" = "row"
+    head_input: HeadInput = "row"
     windows: set[int | None] = field(default_factory=set)
     attention_calls: dict[int, int] = field(default_factory=dict)
     _entered: int = 0

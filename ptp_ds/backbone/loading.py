@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
 from ptp_ds.backbone.sharded_loading import absent_parameters, build_sharded, fill_from_files
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
-from ptp_ds.backbone.source import load_config
-from ptp_ds.backbone.stored import StoredTensors, tensor_files
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
+from ptp_ds.models.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
+from ptp_ds.models.source import load_config
+from ptp_ds.models.stored import StoredTensors, tensor_files
 from ptp_ds.ranks.distributed import Ranks
 
 

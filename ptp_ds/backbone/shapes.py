@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ptp_ds.backbone.backbone import decoder_layers
-from ptp_ds.backbone.heads import auto_class, head_kind
 from ptp_ds.errors import UserError
+from ptp_ds.models.heads import auto_class, head_kind
 from ptp_ds.prompts.deep import deep_shape
 
 Shape = tuple[int, ...]

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed, send_as_int8
-from ptp_ds.backbone.stored import StoredTensors
 from ptp_ds.errors import UserError
+from ptp_ds.models.stored import StoredTensors
 from ptp_ds.ranks.distributed import Ranks
 
 

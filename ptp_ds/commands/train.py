@@ -15,10 +15,7 @@ from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.families import describe_families
-from ptp_ds.backbone.heads import rows_for
-from ptp_ds.backbone.positions import row_room
 from ptp_ds.backbone.shapes import shape_of
-from ptp_ds.backbone.source import BackboneSource, open_source
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.checks import unsuited, without_effect
 from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
@@ -26,6 +23,9 @@ from ptp_ds.config.flags import parse_run
 from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.files import write_json, write_jsonl
+from ptp_ds.models.heads import rows_for
+from ptp_ds.models.positions import row_room
+from ptp_ds.models.source import BackboneSource, open_source
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.prompts import prompt_width
 from ptp_ds.ranks.distributed import (

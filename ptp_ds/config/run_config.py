@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from ptp_ds.backbone.activations import ACTIVATIONS
-from ptp_ds.backbone.heads import HEADS
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.kernels import IMPLS
+from ptp_ds.models.heads import HEADS
 from ptp_ds.objective import DIVERGENCES
 from ptp_ds.perturb import Perturbation
 from ptp_ds.perturb.ball import NORMS

@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ptp_ds.backbone.heads import head_kind
 from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
-from ptp_ds.backbone.source import load_tokenizer
 from ptp_ds.config.ds_config import read_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.models.heads import head_kind
+from ptp_ds.models.source import load_tokenizer
 from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, recommended
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise

@@ -20,7 +20,7 @@ def prompt_width(kind: str, config: Any) -> int:
 def empty_prompt(kind: str, length: int, config: Any, mlp: PromptMlp | None, beside: int = 0) -> SoftPrompt:
     """What is trained, all zeros: a prompt of `length` tokens, or the numbers that an MLP makes it from.
 
-    beside: rows behind them that are trained as they are (ptp_ds.backbone.heads).
+    beside: rows behind them that are trained as they are (ptp_ds.models.heads).
     """
     if mlp is not None:
         return PROMPTS[kind](torch.zeros(mlp.flat.rows + beside, mlp.width), mlp.trained_of)

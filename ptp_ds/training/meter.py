@@ -38,7 +38,7 @@ class Meter:
         self._clock = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """HeadInput evaluation and saving out of the next window's time."""
+        """Leaves evaluation and saving out of the next window's time."""
         self._clock = time.perf_counter()
 
     def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
-from ptp_ds.backbone.source import BackboneSource
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.source import BackboneSource
 from ptp_ds.packing.layouts import Rows
 from ptp_ds.tasks import Task
 from ptp_ds.training.continuation import Continuation

@@ -10,13 +10,13 @@ from peft_loop import PeftLoop
 from torch import Tensor
 
 from ptp_ds.backbone.check import check_backbone
-from ptp_ds.backbone.heads import Head, HeadPlan, auto_class, plan_head, rows_for
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.backbone.sharding import OUTSIDE_LAYERS, ResolvedDeepSpeed
-from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.models.heads import Head, HeadPlan, auto_class, plan_head, rows_for
+from ptp_ds.models.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt, initial_ids
 from ptp_ds.prompts.deep import join_deep

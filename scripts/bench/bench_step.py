@@ -32,13 +32,13 @@ from torch import Tensor
 
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import explain_product
-from ptp_ds.backbone.positions import row_room
 from ptp_ds.commands.exits import report_error
 from ptp_ds.commands.train import versions
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.kernels import IMPLS
+from ptp_ds.models.positions import row_room
 from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import prepare_environment, start_processes, stop_processes
 from ptp_ds.seeding import make_generator

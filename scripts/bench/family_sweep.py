@@ -41,8 +41,8 @@ from sweep_models import AUTO, LABELS, families, make_config, make_model
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
-from ptp_ds.backbone.heads import HeadPlan
-from ptp_ds.backbone.positions import row_room
+from ptp_ds.models.heads import HeadPlan
+from ptp_ds.models.positions import row_room
 
 BOUND = 1e-4  # relative: scores in their deviation, gradients in their norm
 ROUNDING = 1e-2  # a family that is exact in fp64 may be as far off as this in fp32: its own rounding, amplified

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone.heads import Head
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import Head
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.tasks.example import Example
 

@@ -11,8 +11,8 @@ from sweep_models import END, FIRST_TOKEN, LABELS, MASK, VOCABULARY
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.heads import Head, is_trained
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import Head, is_trained
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise

@@ -6,7 +6,7 @@ import torch
 from ptp_ds.adapters.generate import generate, stop_tokens
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.source import load_config
+from ptp_ds.models.source import load_config
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import score_examples

@@ -19,8 +19,8 @@ from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import serve
 from ptp_ds.adapters.task import adapter_head
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.source import load_config, open_source
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.source import load_config, open_source
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import DEMO_DATA
 

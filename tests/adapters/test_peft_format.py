@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ptp_ds.adapters.read import read_adapter, read_card
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.source import load_config
+from ptp_ds.models.source import load_config
 
 CARD = {"task": {"name": "CB"}, "result": {"metrics": {"accuracy": 0.5}}}
 

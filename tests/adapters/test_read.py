@@ -11,7 +11,7 @@ import torch
 
 from ptp_ds.adapters.read import adapter_kind, read_adapter
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.source import load_config
+from ptp_ds.models.source import load_config
 from ptp_ds.prompts import prompt_width
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks.example import Example

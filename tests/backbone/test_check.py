@@ -13,8 +13,8 @@ from torch.nn.functional import log_softmax
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone, checked_backbone
-from ptp_ds.backbone.heads import Head
-from ptp_ds.backbone.positions import max_row_length, most_counted_tokens, window_lengths
+from ptp_ds.models.heads import Head
+from ptp_ds.models.positions import max_row_length, most_counted_tokens, window_lengths
 from ptp_ds.packing.row import pack
 from tests.support.reference import make_examples, relative_error
 

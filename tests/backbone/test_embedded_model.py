@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.source import load_tokenizer, resolve_model
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
+from ptp_ds.models.source import load_tokenizer, resolve_model
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.prompts import initial_ids

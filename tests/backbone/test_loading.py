@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.backbone.heads import auto_class
 from ptp_ds.backbone.loading import load_backbone
-from ptp_ds.backbone.positions import max_row_length
-from ptp_ds.backbone.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import auto_class
+from ptp_ds.models.positions import max_row_length
+from ptp_ds.models.source import load_config, load_tokenizer, resolve_model
 from ptp_ds.ranks.distributed import start_processes
 from tests.support.reference import make_model
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
-from ptp_ds.backbone.heads import Head
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import Head
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.shared_pass import PassOptions
@@ -92,8 +92,8 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     """T5's own kind: contexts keep no end token, answers begin behind them, and rows end with the tokenizer's own."""
     import sentencepiece
 
-    from ptp_ds.backbone.heads import HeadPlan, rows_for
-    from ptp_ds.backbone.source import load_tokenizer
+    from ptp_ds.models.heads import HeadPlan, rows_for
+    from ptp_ds.models.source import load_tokenizer
     from ptp_ds.tasks import load_task
     from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 

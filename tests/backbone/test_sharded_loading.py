@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ptp_ds.backbone.heads import HeadPlan
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import HeadPlan
 from ptp_ds.ranks.distributed import start_processes
 from tests.support.encoders import ENCODERS, make_encoder
 from tests.support.reference import FAMILIES, make_model

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.train import main, prepare
 from ptp_ds.config.flags import parse_run
 from ptp_ds.files import lock
+from ptp_ds.models.source import load_config
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 
 CB_ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}

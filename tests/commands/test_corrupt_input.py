@@ -23,15 +23,15 @@ from ptp_ds.adapters.origin import adapter_model, adapter_split, trained_max_len
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card, read_head
 from ptp_ds.adapters.task import adapter_plan, adapter_task
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.heads import HeadPlan
-from ptp_ds.backbone.identity import difference, model_identity
-from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.overall import group_results, read_result, table_of, table_text
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import sha256_of
+from ptp_ds.models.heads import HeadPlan
+from ptp_ds.models.identity import difference, model_identity
+from ptp_ds.models.source import load_config
 from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import load_rows, load_split, tokenise
 from ptp_ds.tasks.predictions import prediction_lines

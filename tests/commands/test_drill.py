@@ -158,7 +158,7 @@ class Disk:
         self.mounted = made.returncode == 0
 
     def fill(self, run: Run) -> tuple[str, str]:
-        """HeadInput no room for what a run writes; returns how, and the system's words for it."""
+        """Leaves no room for what a run writes; returns how, and the system's words for it."""
         if not self.mounted:
             resource.prlimit(run.rank(0).pid, resource.RLIMIT_FSIZE, (1000, 1000))
             return "a limit on file sizes (no mounts here)", "File too large"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.heads import HeadPlan
-from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.predict import answer_lines, main, row_of_text
+from ptp_ds.models.heads import HeadPlan
+from ptp_ds.models.source import load_config
 from ptp_ds.prompts import prompt_width
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import DEMO_DATA, Split

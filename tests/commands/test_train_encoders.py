@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import read_head
-from ptp_ds.backbone.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
-from ptp_ds.backbone.source import load_config, load_tokenizer
+from ptp_ds.models.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
+from ptp_ds.models.source import load_config, load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise

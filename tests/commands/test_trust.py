@@ -18,10 +18,10 @@ from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
-from ptp_ds.backbone.source import load_config, load_tokenizer
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.files import write_json
 from ptp_ds.launch.launcher import keep_from_command_lines
+from ptp_ds.models.source import load_config, load_tokenizer
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.redact import is_secret, redacted
 from ptp_ds.tasks import load_task

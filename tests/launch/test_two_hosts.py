@@ -151,7 +151,7 @@ def test_models_are_prepared_once_a_disk(hosts, tmp_path):
     """Two processes a host. A shared cache is filled once, host-local ones once each."""
     log, temporary = tmp_path / "log", tmp_path / "temporary"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom ptp_ds.backbone import source as models\n"
+        "import sys, time\nfrom pathlib import Path\nfrom ptp_ds.models import source as models\n"
         "def convert(target):\n    open(sys.argv[1], 'a').write('began\\n')\n    time.sleep(2)\n"
         "    target.mkdir(parents=True)\n    (target / 'config.json').write_text('{}')\n"
         "models._convert_embedded = convert\nmodels.resolve_model('smollm2-135m')\n"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.heads import HeadPlan, rows_for
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import HeadPlan, rows_for
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.tasks import load_task

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.heads import HeadPlan, rows_for
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.heads import HeadPlan, rows_for
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm

@@ -7,9 +7,9 @@ import pytest
 from transformers import LlamaConfig
 
 from ptp_ds.backbone.shapes import NAMED, config_of, elements, shape_of
-from ptp_ds.backbone.source import load_config
 from ptp_ds.commands.plan import main, parse_plan
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.source import load_config
 from ptp_ds.planning.plan import (
     Cluster,
     Layout,

@@ -10,8 +10,8 @@ from ptp_ds.adapters.read import adapter_kind, read_adapter
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.source import load_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.source import load_config
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.shared_pass import PassOptions

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import adapter_kind
-from ptp_ds.backbone.source import load_config
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.models.source import load_config
 from ptp_ds.prompts import SoftPrompt, prompt_mlp, prompt_width
 from ptp_ds.prompts.mlp import PromptMlp
 from tests.support.paths import ROOT

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds.backbone import source as models
-from ptp_ds.backbone.source import _move_into_place, resolve_model
 from ptp_ds.hosts import model_files
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
+from ptp_ds.models import source as models
+from ptp_ds.models.source import _move_into_place, resolve_model
 from ptp_ds.ranks import once
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 from tests.support.processes import child_environment
@@ -20,7 +20,7 @@ from tests.support.processes import child_environment
 WORKER = """
 import sys, time
 from pathlib import Path
-from ptp_ds.backbone import source as models
+from ptp_ds.models import source as models
 
 def convert(target):
     with open(sys.argv[1] + "/began", "a") as log:

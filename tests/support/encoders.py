@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.heads import Head, is_trained
+from ptp_ds.models.heads import Head, is_trained
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.prompts.deep import deep_width
 from tests.support.packed import divergence

@@ -150,7 +150,7 @@ def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
     import sys
 
     from ptp_ds.adapters.write import write_adapter
-    from ptp_ds.backbone.source import load_config
+    from ptp_ds.models.source import load_config
     from ptp_ds.tasks import load_task
 
     config, card = load_config(tiny_model), {"task": load_task("RTE").spec()}

@@ -6,7 +6,7 @@ classifier's (ptp_ds.prompts.flat). peft keeps them as modules_to_save.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from ptp_ds.backbone.layerwise import HeadInput
 from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.prompts.flat import Flat
@@ -25,6 +24,9 @@ from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import tail_ids
 
+# What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
+# "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
+HeadInput = Literal["row", "scored", "columns"]
 HEADS = ("causal", "masked", "classes", "seq2seq")
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,

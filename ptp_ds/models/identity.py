@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ptp_ds.backbone.stored import tensor_files
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, sha256_of
+from ptp_ds.models.stored import tensor_files
 
 _SAMPLED = 512  # tensors; those of up to some 15 billion parameters, all of them
 SIZES = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptp_ds.backbone.identity import difference, model_identity
-from ptp_ds.backbone.source import load_config
+from ptp_ds.models.identity import difference, model_identity
+from ptp_ds.models.source import load_config
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_what_differs_is_said(tiny_model, said, why):
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3), (5, 4, 3), (0, 4)])
 def test_tensors_of_every_shape(tmp_path, shape):
-    from ptp_ds.backbone.identity import weights_sample
+    from ptp_ds.models.identity import weights_sample
 
     found = set()
     for value in (1.0, 2.0):

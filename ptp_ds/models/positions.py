@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptp_ds.backbone.heads import HeadPlan, auto_class
 from ptp_ds.errors import UserError
+from ptp_ds.models.heads import HeadPlan, auto_class
 
 _LONG_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the whole row
 

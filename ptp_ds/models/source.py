@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from ptp_ds.backbone.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, sha256_of
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
+from ptp_ds.models.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 from ptp_ds.tasks import Task
 
