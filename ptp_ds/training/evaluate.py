@@ -120,7 +120,7 @@ def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) ->
 
 
 def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:
-    """ChosenPerturbation candidates as official labels and answers."""
+    """Chosen candidates as official labels and answers."""
     predicted, gold, answers = [], [], []
     for choice, example in zip(chosen, examples, strict=True):
         by_label = example.label is not None
