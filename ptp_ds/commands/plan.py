@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
+from ptp_ds.config.checks import describe_unread
 from ptp_ds.config.flags import StrictParser, parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -13,7 +14,9 @@ from ptp_ds.files import write_json
 from ptp_ds.planning.plan import Cluster
 from ptp_ds.planning.report import report
 from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.ranks.log import get_logger
 
+log = get_logger(__name__)
 _GB, _GIB = 1e9, 2.0**30
 # flag -> (default, unit, help); rates are what is reached, not what is printed on the box
 _CLUSTER: dict[str, tuple[float | None, str, str]] = {
@@ -62,6 +65,8 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def _plan(argv: Sequence[str], description: str) -> None:
     cluster, run, explicit, file = parse_plan(argv, description)
+    for sentence in describe_unread(run, explicit):
+        log.warning("warning: %s", sentence)
     text, data = report(cluster, run, explicit)
     print(text)
     if file is not None:

@@ -17,7 +17,7 @@ from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.families import describe_families
 from ptp_ds.backbone.shapes import shape_of
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.checks import unsuited, without_effect
+from ptp_ds.config.checks import describe_unread, unsuited
 from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
 from ptp_ds.config.flags import parse_run
 from ptp_ds.config.presets import describe_preset
@@ -62,7 +62,7 @@ log = get_logger(__name__)
 def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     """Every check that needs no model: DeepSpeed JSON, output folder, task, data, tokenizer, checkpoint.
 
-    explicit: settings that the user gave, for messages that tell them from defaults. Raises ValueError for what is
+    explicit: settings that the user named, for messages that tell them from defaults. Raises ValueError for what is
     wrong, before anything expensive; warns of settings that have no effect.
     """
     raw = read_ds_config(run.ds_config)
@@ -104,19 +104,8 @@ def _warn(run: RunConfig, explicit: Collection[str], continuation: Continuation,
         log.warning("warning: %s; going on from %s, the one before", sentence, continuation.folder.name)
     for sentence in changes:
         log.warning("warning: %s", sentence)
-    for name in without_effect(run, set(explicit)):
-        log.warning("warning: --%s has no effect with %s", name, _cause(run, name))
-    for sentence in unsuited(run, set(explicit)):
+    for sentence in (*describe_unread(run, set(explicit)), *unsuited(run, set(explicit))):
         log.warning("warning: %s", sentence)
-
-
-def _cause(run: RunConfig, name: str) -> str:
-    """What keeps a flag from having an effect."""
-    if name == "batch_size":
-        return "--tokens_per_step"
-    if run.chosen_perturbation.perturbation is not None and not run.perturbs:
-        return "--reg_weight 0" if not run.reg_weight else f"a --perturbation {run.perturbation} of size 0"
-    return f"--perturbation {run.perturbation}"
 
 
 def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:

@@ -1,8 +1,10 @@
 """Whether a RunConfig holds together: ranges, contradictions, and flags that nothing reads."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
+from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.perturb import PERTURBATIONS
@@ -64,28 +66,67 @@ def _check_pairs(run: RunConfig) -> None:
 
 
 def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
-    """Flags that were given but that nothing reads: by the chosen perturbation, or by none where it is turned off."""
-    perturbation = run.active_perturbation
+    """Settings that were given but that nothing reads: by the chosen perturbation, or by none where it is turned off.
+
+    explicit: those that the user named; what differs from its default was given as well, by a preset or a program.
+    """
+    perturbation, chosen = run.active_perturbation, run.chosen_perturbation.perturbation
     unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
     unread -= {*perturbation.sizes, *perturbation.reads} if perturbation is not None else set()
-    if not {"sigma", "epsilon"} & set(perturbation.sizes if perturbation is not None else ()):
+    if perturbation is None or perturbation.find is None:
         unread |= {"units", "target"}
     if perturbation is None:
         unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
-        chosen = run.chosen_perturbation.perturbation
-        turned_off = ["reg_weight"] * (not run.reg_weight) if chosen is not None else []
-        turned_off += [size for size in (chosen.sizes if chosen is not None else ()) if not getattr(run, size)]
-        unread -= set(turned_off)
+        if chosen is not None:  # what turns it off has that effect
+            unread -= {name for name in unread & {"reg_weight", *chosen.sizes} if not getattr(run, name)}
     if run.tokens_per_step is not None:
         unread.add("batch_size")
-    return sorted(unread & explicit)
+    if run.select_split is not None:
+        unread.add("holdout")
+    if run.lr_schedule == "constant":
+        unread.add("schedule_steps")
+    changed = {field.name for field in fields(run) if getattr(run, field.name) != field.default}
+    return sorted(unread & (explicit | changed))
+
+
+def describe_unread(run: RunConfig, explicit: set[str]) -> list[str]:
+    """without_effect as sentences: one for each cause, those that a preset set apart from those that were given."""
+    causes: dict[tuple[str, bool], list[str]] = {}
+    for name in without_effect(run, explicit):
+        of_preset = name not in explicit and name in PRESETS.get(run.preset or "", {})
+        causes.setdefault((_cause(run, name), of_preset), []).append(name if of_preset else f"--{name}")
+    sentences = []
+    for (cause, of_preset), names in causes.items():
+        subject = ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+        source = f" of --preset {run.preset}" if of_preset else ""
+        sentences.append(f"{subject}{source} {'have' if len(names) > 1 else 'has'} no effect with {cause}")
+    return sentences
+
+
+def _cause(run: RunConfig, name: str) -> str:
+    """What keeps a setting from having an effect."""
+    beside = {"batch_size": "tokens_per_step", "holdout": "select_split", "schedule_steps": "lr_schedule constant"}
+    if name in beside:
+        return f"--{beside[name]}"
+    if run.chosen_perturbation.perturbation is not None and not run.perturbs:
+        return "--reg_weight 0" if not run.reg_weight else f"a --perturbation {run.perturbation} of size 0"
+    return f"--perturbation {run.perturbation}"
 
 
 def unsuited(run: RunConfig, explicit: set[str]) -> list[str]:
-    """A sentence for each default that doesn't suit what was given."""
-    if run.prompt_mlp is None or "lr" in explicit:
-        return []
-    return [f"--prompt_mlp trains more than a prompt: --lr {run.lr}, the default, is likely too high, try 0.001"]
+    """A sentence for each setting, given or by default, that doesn't suit the others."""
+    found = []
+    if run.prompt_mlp is not None and "lr" not in explicit:
+        found.append(
+            f"--prompt_mlp trains more than a prompt: --lr {run.lr}, the default, is likely too high, try 0.001"
+        )
+    idle = run.max_steps - run.schedule_end
+    if idle > 0 and run.lr_schedule != "constant":
+        found.append(
+            f"--schedule_steps {run.schedule_end} ends before --max_steps {run.max_steps}: the learning rate is 0 in "
+            f"the last {idle} steps, which train nothing; give --schedule_steps {run.max_steps} or more"
+        )
+    return found
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:

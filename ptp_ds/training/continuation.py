@@ -45,11 +45,12 @@ class Continuation:
         changes = []
         if saved.get("max_steps") != identity["max_steps"]:
             changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
-        end = saved.get("schedule_steps", saved.get("max_steps"))
-        if end != identity["schedule_steps"]:
+        end, now = saved.get("schedule_steps", saved.get("max_steps")), identity["schedule_steps"]
+        if end != now and identity["lr_schedule"] != "constant":
+            keeps = isinstance(end, int) and end >= identity["max_steps"]  # else its last steps would be at a rate of 0
             changes.append(
-                f"the learning rate's schedule ended at step {end} and ends at step {identity['schedule_steps']} now: "
-                f"from step {self.checkpoint.step + 1} on the rate is another (--schedule_steps {end} keeps the old)"
+                f"the learning rate's schedule ended at step {end} and ends at step {now} now: from step "
+                f"{self.checkpoint.step + 1} on the rate is another" + f" (--schedule_steps {end} keeps the old)" * keeps
             )
         return changes
 

@@ -222,7 +222,10 @@ def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
             ["--max_steps", "30"],
             ["--max_steps was 2 and is 30 now", "schedule ended at step 2 and ends at step 30 now"],
         ),
-        (["--max_steps", "30", "--schedule_steps", "2"], ["--max_steps was 2 and is 30 now"]),
+        (
+            ["--max_steps", "30", "--schedule_steps", "2"],
+            ["--max_steps was 2 and is 30 now", "--schedule_steps 2 ends before --max_steps 30"],
+        ),
         (["--schedule_steps", "9"], ["from step 2 on the rate is another (--schedule_steps 2 keeps the old)"]),
     ],
 )
@@ -231,6 +234,22 @@ def test_a_resumed_run_may_be_longer_and_says_what_changes(base, saved, extra, s
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+def test_what_is_advised_to_keep_the_old_schedule_trains_to_the_end(base, saved, capsys):
+    """A schedule that ended before the new steps would leave them at a rate of 0: it isn't advised."""
+    prepare(*parse_run([*base, "--max_steps", "30", "--output_dir", "out", "--resume", "auto"]))
+    assert "keeps the old" not in capsys.readouterr().err
+
+
+def test_a_constant_rate_has_no_schedule_that_ends(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    constant = [*base, "--lr_schedule", "constant"]
+    identity = prepare(*parse_run(constant)).identity
+    tensors = {name: torch.zeros(4, 32) for name in ("prompt", "exp_avg", "exp_avg_sq")}
+    save_checkpoint(Path("out/checkpoints"), Checkpoint(2, {**tensors, "adam_step": torch.zeros(1)}, None, identity), 1)
+    prepare(*parse_run([*constant, "--max_steps", "30", "--output_dir", "out", "--resume", "auto"]))
+    assert capsys.readouterr().err == "warning: --max_steps was 2 and is 30 now\n"
 
 
 def test_a_resumed_run_may_not_end_before_its_checkpoint(base, tmp_path, monkeypatch):
