@@ -64,7 +64,7 @@ def result_record(
         "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,
         "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
-        "settings": asdict(run),
+        "settings": asdict(run), "training_data_sha256": prepared.identity["training data"],
     }  # fmt: skip
 
 

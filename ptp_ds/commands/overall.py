@@ -23,12 +23,21 @@ TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 _LONGEST = 200  # characters of a name in a table
 DIAGNOSTICS = ("AX-b", "AX-g")
 _TEXTS = ("task", "model", "perturbation", "prompt", "eval_split")
-# Settings that don't make a run another method: its seed, where it reads and writes, what it says, how it is computed.
-_NO_METHOD = frozenset(
-    {"seed", "task", "data_dir", "dataset", "eval_split", "predict_split", "output_dir", "resume", "stall_timeout",
-     "log_every", "save_every", "keep_checkpoints", "eval_tokens", "ds_config", "nvme_path", "activations",
-     "chunk_tokens", "kernels", "gradient_accumulation_steps", "preset"}
-)  # fmt: skip
+# Settings that don't make a run another method, each group with its reason.
+_NO_METHOD = frozenset({
+    # they have a place of their own in a table, or change nothing that is trained or scored
+    "seed", "task", "eval_split", "predict_split",
+    # where the rows lie: the rows themselves count, by their hash (_DATA)
+    "data_dir", "dataset",
+    # a run's housekeeping
+    "output_dir", "resume", "stall_timeout", "log_every", "save_every", "keep_checkpoints",
+    # how the same numbers are computed, to rounding
+    "ds_config", "nvme_path", "activations", "chunk_tokens", "kernels", "gradient_accumulation_steps", "eval_tokens",
+    # what a preset sets is among the settings
+    "preset",
+})  # fmt: skip
+_DATA = "training_data_sha256"
+_TOLD = "settings"  # whether a result tells its settings: what tells tables apart where only some do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,8 @@ class Result:
 
     def setting(self, name: str) -> str:
         """A setting as text; "not told" for a result that doesn't say."""
+        if name == _TOLD:
+            return "told" if self.settings else "not told"
         value = self.settings.get(name, "not told")
         return value if isinstance(value, str) and _is_short(value) else brief(value, 60)
 
@@ -80,15 +91,24 @@ def read_result(folder: str) -> Result:
 
 
 def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The run's settings: result.json's own, or those of config.json beside an older one."""
-    known = result.get("settings")
-    if known is None and is_file(folder / "config.json"):
-        config = read_json(folder / "config.json", str(folder / "config.json"))
-        known = config.get("run") if isinstance(config, dict) else None
+    """The run's settings, result.json's own or those of config.json beside an older one, and the hash of its data.
+
+    A setting that an older run's version didn't have is at its default, as that version behaved. {} where neither file
+    tells any.
+    """
+    config: dict[str, Any] = {}
+    if (result.get("settings") is None or result.get(_DATA) is None) and is_file(folder / "config.json"):
+        read = read_json(folder / "config.json", str(folder / "config.json"))
+        config = read if isinstance(read, dict) else {}
+    known = result["settings"] if result.get("settings") is not None else config.get("run")
     if not isinstance(known, dict):
         return {}
-    ours = {field.name for field in fields(RunConfig)} - _NO_METHOD
-    return {name: value for name, value in known.items() if name in ours}
+    found = {field.name: known.get(field.name, field.default) for field in fields(RunConfig)}
+    if found["schedule_steps"] == found["max_steps"]:
+        found["schedule_steps"] = None  # its default, spelled out
+    digest = result[_DATA] if result.get(_DATA) is not None else config.get(_DATA)
+    kept = {name: value for name, value in found.items() if name not in _NO_METHOD}
+    return {**kept, _DATA: digest[:8]} if isinstance(digest, str) else kept
 
 
 def _is_short(text: Any) -> bool:
@@ -124,12 +144,14 @@ def group_results(results: Iterable[Result]) -> list[tuple[dict[str, str], Runs]
 
 
 def _differing(results: Sequence[Result]) -> list[str]:
-    """Names of the settings in which runs of the same task differ."""
+    """Names of the settings in which runs of the same task differ; _TOLD where only some of them tell theirs."""
     found = set()
     for task in {result.task for result in results}:
         runs = [result for result in results if result.task == task]
-        names = {name for result in runs for name in result.settings}
-        found |= {name for name in names if len({result.setting(name) for result in runs}) > 1}
+        telling = [result for result in runs if result.settings]
+        names = {name for result in telling for name in result.settings}
+        found |= {name for name in names if len({result.setting(name) for result in telling}) > 1}
+        found |= {_TOLD} if 0 < len(telling) < len(runs) else set()
     return sorted(found)
 
 

@@ -47,10 +47,12 @@ class Continuation:
             changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
         end, now = saved.get("schedule_steps", saved.get("max_steps")), identity["schedule_steps"]
         if end != now and identity["lr_schedule"] != "constant":
-            keeps = isinstance(end, int) and end >= identity["max_steps"]  # else its last steps would be at a rate of 0
+            # One that ended earlier would leave the new steps at a rate of 0.
+            keeps = isinstance(end, int) and end >= identity["max_steps"]
+            advice = f" (--schedule_steps {end} keeps the old)" if keeps else ""
             changes.append(
                 f"the learning rate's schedule ended at step {end} and ends at step {now} now: from step "
-                f"{self.checkpoint.step + 1} on the rate is another" + f" (--schedule_steps {end} keeps the old)" * keeps
+                f"{self.checkpoint.step + 1} on the rate is another{advice}"
             )
         return changes
 

@@ -1,5 +1,6 @@
 """The overall score: means over seeds and tasks by hand, what is kept apart, what is missing, every message."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from ptp_ds.commands.overall import TASKS, group_results, main, read_result, spread, table_of, table_text
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.tasks import builtin_tasks
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
@@ -102,7 +104,37 @@ def test_older_results_take_their_settings_from_config_json(run, tmp_path):
         json.dump({"run": {"lr": 0.03, "seed": 0}}, file)
     assert [table["settings"] for table in tables(*folders)] == [{"lr": "0.03"}, {"lr": "0.1"}]
     (tmp_path / "other" / "result.json").write_text((tmp_path / "CB-0" / "result.json").read_text())
-    assert [table["settings"] for table in tables(*folders)] == [{"lr": "0.03"}, {"lr": "not told"}]
+    assert [table["settings"] for table in tables(*folders)] == [{"settings": "told"}, {"settings": "not told"}]
+
+
+def all_settings(**changes) -> dict:
+    return dataclasses.asdict(RunConfig(**changes))
+
+
+def test_a_heading_names_only_what_differs(run):
+    """Beside a run whose settings aren't known at all, and one of a version that had fewer of them."""
+    older = {name: value for name, value in all_settings(seed=1).items() if name != "schedule_steps"}
+    found = tables(
+        run(seed=0, settings=all_settings()), run(seed=1, settings=older), run(seed=0, folder="bare"),
+        run(seed=2, settings=all_settings(seed=2, schedule_steps=60, output_dir="runs/x", resume="auto")),
+    )  # fmt: skip
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in found] == [
+        ({"settings": "told"}, [0, 1, 2]), ({"settings": "not told"}, [0]),
+    ]  # fmt: skip
+
+
+def test_data_count_by_their_rows_and_not_by_their_path(run):
+    """config.json holds the hash for results that don't."""
+    folders = [
+        run(seed=seed, settings=all_settings(seed=seed, data_dir=path), training_data_sha256=digest)
+        for seed, (path, digest) in enumerate([("a", "1" * 64), ("./a", "1" * 64), ("b", "2" * 64)])
+    ]
+    older = run(seed=3, settings=all_settings(seed=3))
+    with open(f"{older}/config.json", "w") as file:
+        json.dump({"training_data_sha256": "2" * 64}, file)
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in tables(*folders, older)] == [
+        ({"training_data_sha256": "11111111"}, [0, 1]), ({"training_data_sha256": "22222222"}, [2, 3]),
+    ]  # fmt: skip
 
 
 def test_tasks_of_ones_own_are_shown_and_not_counted(run):

@@ -142,6 +142,27 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_train, t
     assert (settings["max_steps"], settings["schedule_steps"], settings["perturbation"]) == (8, None, "pgd")
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_the_folder_of_a_run_that_failed_before_it_saved_is_used_again(run_train, tiny_model, tmp_path, resume):
+    """Its steps are gone from the log and from TensorBoard; the run that follows is as in a folder of its own."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = [*QUICK, "--model", tiny_model, "--max_steps", "2", "--sigma", "0.2"]
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    failed = run_train([*args[:-4], "--max_steps", "6", "--sigma", "1e42", "--output_dir", out])
+    assert failed.returncode == 2
+    assert (out / "config.json").exists()
+    assert not list(out.glob("checkpoints/*"))
+    check(run_train([*args, "--output_dir", out, *resume]))
+    check(run_train([*args, "--output_dir", fresh]))
+    assert torch.equal(last_prompt(out), last_prompt(fresh))
+    assert json.loads((out / "config.json").read_text())["run"]["sigma"] == 0.2
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+
+
 def test_carried_deltas_resume_bit_for_bit(run_train, tiny_model, tmp_path):
     """free, K = 3, saved behind steps 1 to 5: wherever a run goes on, it ends in the same prompt."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--ascent_steps", "3", "--max_steps", "6",

@@ -99,6 +99,15 @@ def test_what_a_perturbation_file_may_read_is_not_called_unread(tmp_path):
     assert describe_unread(run, set()) == [f"--epsilon has no effect with --perturbation {file}"]
 
 
+def test_a_file_turned_off_by_a_parameter_of_its_own(tmp_path):
+    file = tmp_path / "mine.py"
+    own = "from ptp_ds.perturb import Parameter\nPERTURBATION = Perturbation(find=find, sizes=('width',), "
+    file.write_text(FILE.split("PERTURBATION")[0] + own + "parameters={'width': Parameter(0.0, 'how far')})\n")
+    assert describe_unread(RunConfig(perturbation=str(file)), {"epsilon", "reg_weight"}) == [
+        f"--epsilon and --reg_weight have no effect with a --perturbation {file} of size 0"
+    ]
+
+
 def test_settings_beside_the_perturbation():
     run = RunConfig(lr_schedule="constant", schedule_steps=90, select_split="dev", holdout=0.3, tokens_per_step=64)
     assert describe_unread(run, {"batch_size"}) == [
