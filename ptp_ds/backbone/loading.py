@@ -1,5 +1,6 @@
 """Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,17 +69,25 @@ def load_backbone(
     return Backbone(model, head=head, kernels=kernels)
 
 
+_UNFIT = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues during")
+
+
 @contextmanager
 def _transformers_refusals(folder: Path) -> Iterator[None]:
-    """What transformers' ValueErrors say of a folder's config.json (a width that heads don't divide, say) is for the
-    user."""
+    """What transformers raises for a folder's config.json (a width that heads don't divide), or for weights that don't
+    fit it, is for the user."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
-        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
-        raise UserError(f"{folder}: transformers can't build the model that config.json describes ({said}).") from error
+    except (ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not said.startswith(_UNFIT):
+            raise
+        shown = brief(said)[1:-1].rstrip(".")
+        raise UserError(
+            f"{folder}: transformers can't build the model that config.json describes ({shown})."
+        ) from error
 
 
 def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:
@@ -155,6 +164,16 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         if not plain_name(name, f"{index}: a file's name").endswith(".safetensors"):
             raise UserError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def stored_numbers(folder: Path) -> int:
+    """Numbers in the folder's weight files, by their headers. Raises UserError where load_backbone would, too."""
+    files, total = _tensor_files(folder), 0
+    for file in sorted(set(files.values())):
+        with _opened(file) as handle:
+            names = handle.keys()
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in names)
+    return total
 
 
 def _stored_name(name: str, files: dict[str, Path], prefix: str) -> str | None:
