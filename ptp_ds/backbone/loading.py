@@ -53,17 +53,25 @@ def load_backbone(
     return Backbone(model, head=head, kernels=kernels)
 
 
+_UNFIT = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues during")
+
+
 @contextmanager
 def _transformers_refusals(folder: Path) -> Iterator[None]:
-    """What transformers' ValueErrors say of a folder's config.json (a width that heads don't divide, say) is for the
-    user."""
+    """What transformers raises for a folder's config.json (a width that heads don't divide), or for weights that don't
+    fit it, is for the user."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
-        said = brief(" ".join(str(error).split()))[1:-1].rstrip(".")
-        raise UserError(f"{folder}: transformers can't build the model that config.json describes ({said}).") from error
+    except (ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not said.startswith(_UNFIT):
+            raise
+        shown = brief(said)[1:-1].rstrip(".")
+        raise UserError(
+            f"{folder}: transformers can't build the model that config.json describes ({shown})."
+        ) from error
 
 
 def _refuse_absent(absent: set[str], plan: HeadPlan, folder: Path) -> None:

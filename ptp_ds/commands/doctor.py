@@ -11,6 +11,7 @@ from ptp_ds.hosts.environment import shared_environment
 from ptp_ds.hosts.hostfile import active_slots
 from ptp_ds.launch.doctor import examine, run_collectives
 from ptp_ds.launch.doctor_report import Limits, find_faults, table
+from ptp_ds.launch.quiet import hush_echoes
 from ptp_ds.ranks.distributed import prepare_environment
 
 
@@ -45,6 +46,7 @@ def _examine(args: argparse.Namespace) -> int:
     prepare_environment()
     if not Path(args.hostfile).is_file():
         raise UserError(f"--hostfile {args.hostfile}: there is no such file.")
+    hush_echoes()
     slots = {host: len(numbers) for host, numbers in active_slots(args).items()}
     seen, faults = examine(args, list(slots), shared_environment(own))
     limits = Limits(slots, args.min_free_gb, args.min_memory_gb, args.max_skew)

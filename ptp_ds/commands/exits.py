@@ -8,6 +8,7 @@ from ptp_ds.errors import UserError
 from ptp_ds.ranks.distributed import env_rank, stop_processes
 from ptp_ds.ranks.faults import LOST_RANK, USER_ERROR, is_lost_rank
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
+from ptp_ds.ranks.quiet import quiet_libraries
 
 log = get_logger(__name__)
 
@@ -23,6 +24,7 @@ def run_command(body: Callable[[], int | None]) -> int:
     of the program: it passes, so that Python shows its traceback and exits with 1.
     """
     log_to_console()
+    quiet_libraries()
     try:
         return body() or 0
     except UserError as error:

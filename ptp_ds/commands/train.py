@@ -6,7 +6,6 @@
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,10 +16,10 @@ from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.families import describe_families
 from ptp_ds.backbone.shapes import shape_of
 from ptp_ds.commands.exits import run_command
+from ptp_ds.commands.introduction import introduction
 from ptp_ds.config.checks import describe_unread, unsuited
 from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
 from ptp_ds.config.flags import parse_run
-from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.models.heads import rows_for
@@ -115,20 +114,6 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
     return Path("runs") / f"{prepared.task.name}-{run.chosen_perturbation.name}-{run.seed}-{stamp}"
 
 
-def _introduce(prepared: Prepared, ranks: Ranks) -> None:
-    run, truncated = prepared.run, prepared.examples.truncated
-    log.info(
-        "%s | %s | %s | %d rank(s) on %s", prepared.task.name, run.model, run.perturbation, ranks.world,
-        ranks.device.type,
-    )  # fmt: skip
-    if run.preset is not None:
-        log.info("  %s", describe_preset(run.preset, asdict(run)))
-    for note in prepared.resolved.notes:
-        log.info("  auto: %s", note)
-    if truncated:
-        log.info("  %d rows were longer than the context: shortened in '%s'", truncated, prepared.task.truncate)
-
-
 def _open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
     """The run's folder with its config.json; checkpoints that were passed over are set aside."""
     if ranks.is_main:
@@ -144,10 +129,14 @@ def _open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
 def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
     """Trains, evaluates and exports; returns the exit code (0, or 128 + signal where a signal stopped it)."""
     run, output_dir = prepared.run, prepared.output_dir or default_output_dir(prepared, ranks)
-    _introduce(prepared, ranks)
+    for line in introduction(prepared, ranks):
+        log.info("%s", line)
     output = OutputGuard(ranks, output_dir)
     _open_output(prepared, ranks, output)
     engine, progress = open_engine(prepared, ranks)
+    log.info("  output: %s", output_dir)
+    if prepared.continuation.checkpoint is not None:
+        log.info("resumed behind step %d", progress.step)
     unit = perturbation_unit(run, engine.backbone, prepared.resolved.dtype)
     with output.writing():
         monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.hostfile import deepspeed_refusals, hosts_of
 from ptp_ds.hosts.probe import take_port
+from ptp_ds.launch.quiet import hush_echoes, quiet_flags
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.faults import STOP_SIGNALS, USER_ERROR, shell_code
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
@@ -104,6 +105,7 @@ class Launcher:
 
     def attempt(self, argv: Sequence[str]) -> int:
         """One run; returns its ranks' exit code, as a shell tells it."""
+        hush_echoes()
         local = local_only_flags(argv)
         if not local and (code := self._on_hosts(argv)) is not None:
             return code
@@ -124,7 +126,7 @@ class Launcher:
         if environment_file is not None:
             runner.DEEPSPEED_ENVIRONMENT_NAME = str(environment_file)
         with deepspeed_refusals():
-            runner.main(list(argv))
+            runner.main([*quiet_flags(argv), *argv])
 
     def _on_hosts(self, argv: Sequence[str]) -> int | None:
         """Runs a command line that names other hosts and returns its exit code; None for one that names none."""

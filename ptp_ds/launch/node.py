@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from ptp_ds.launch.quiet import hush_echoes, quiet_flags
 from ptp_ds.ranks.faults import STOP_SIGNALS, USER_ERROR, explain_code, is_stop, shell_code
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
 from ptp_ds.ranks.signals import ECHO_SECONDS
@@ -127,6 +128,8 @@ def main() -> int:
         "signal": SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, signal=lambda number, handler: None),
         "terminate_process_tree": host.end_ranks,
     }
+    hush_echoes()
+    sys.argv[1:1] = quiet_flags(sys.argv[1:])  # pdsh's command carries no level
     for name, value in changes.items():
         assert hasattr(launch, name), f"deepspeed.launcher.launch has no {name}"
         setattr(launch, name, value)

@@ -4,6 +4,7 @@ Families store some of their tensors otherwise: under older names, experts one b
 knows how, by its conversion mapping; what is read here goes through it, one tensor (or one layer's experts) at a time.
 """
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
@@ -51,6 +52,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if not plain_name(name, f"{index}: a file's name").endswith(".safetensors"):
             raise UserError(f"{index} names {brief(name)}; only .safetensors files are loaded.")
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def stored_numbers(folder: Path) -> int:
+    """Numbers in the folder's weight files, by their headers. Raises UserError where tensor_files does."""
+    total = 0
+    for file in sorted(set(tensor_files(folder).values())):
+        with opened(file) as handle:
+            names = handle.keys()
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in names)
+    return total
 
 
 @dataclass

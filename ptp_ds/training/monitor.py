@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl, TensorBoard, and a progress bar on a terminal or plain lines in a log."""
+"""What a run tells: log.jsonl, TensorBoard, a line a logged step and, on a terminal, a progress bar below the lines."""
 
 import json
 import resource
@@ -46,10 +46,6 @@ class Monitor:
         """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""
         self._record("train", step, values)
         if not self.ranks.is_main:
-            return
-        if self._bar is not None:
-            shown = {"loss": f"{values['loss']:.3f}", "div": f"{values['divergence']:.4f}"}
-            self._bar.set_postfix({**shown, "tok/s": f"{values['tokens_per_second']:.0f}"})
             return
         left = (self.last_step - step) * values["step_seconds"]
         log.info(

@@ -59,9 +59,11 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
-    log.info("  activations: %s", backbone.activations.describe())
     place = run.kernels, ranks.device, backbone.dtype
-    log.info("  kernels: %s; frozen products: %s", explain(*place), explain_product(*place))
+    log.info(
+        "  activations: %s; kernels: %s; frozen products: %s", backbone.activations.describe(), explain(*place),
+        explain_product(*place),
+    )  # fmt: skip
     return backbone
 
 
@@ -79,9 +81,7 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
         engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
         return engine, Progress()
     engine.load_state(checkpoint.tensors)
-    progress = progress_from(checkpoint)
-    log.info("resumed behind step %d", progress.step)
-    return engine, progress
+    return engine, progress_from(checkpoint)
 
 
 def perturbation_unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype) -> float:
