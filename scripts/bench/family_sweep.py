@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from sweep_compare import (
     make_case,
     rows_of,
 )
-from sweep_models import AUTO, LABELS, families, make_config, make_model
+from sweep_models import AUTO, LABELS, WEIGHTS, Recipe, families, make_config, make_model
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
@@ -77,12 +78,12 @@ def crash(error: BaseException, stage: str) -> VerdictError:
     return VerdictError(verdict="crash", stage=stage, error=first_line(error), frame=place_of(error))
 
 
-def ask_project(config: Any, kind: str, dtype: torch.dtype) -> tuple[Backbone, str, int]:
+def ask_project(recipe: Recipe) -> tuple[Backbone, str, int]:
     """(a backbone that serves the family, why it isn't packed, the room of its rows), as a run gets them."""
-    stage = "row_room"
+    stage, kind = "row_room", recipe.kind
     try:
-        room = row_room(None, PROMPT, config, HeadPlan(kind, False, LABELS))
-        model = make_model(config, kind, eager=False, dtype=dtype)
+        room = row_room(None, PROMPT, recipe.config, HeadPlan(kind, False, LABELS))
+        model = make_model(recipe, eager=False)
         stage = "constructor"
         backbone = Backbone(model, head=head_of(model, kind))
         stage = "check"
@@ -121,13 +122,13 @@ def known_inputs(case: Case) -> str:
     return said
 
 
-def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], None]) -> Result:
+def measure(recipe: Recipe, tell: Callable[[str], None]) -> Result:
     """Path, numbers and notes of one model in one precision."""
     tell("check")
-    backbone, reason, room = ask_project(config, kind, dtype)
+    backbone, reason, room = ask_project(recipe)
     found: Result = {"path": "packed" if backbone.packs else "generic", "notes": [], "unpacked": reason}
     tell("plain passes")
-    case = make_case(Plain(make_model(config, kind, eager=True, dtype=dtype), kind), backbone, room)
+    case = make_case(Plain(make_model(recipe, eager=True), recipe.kind), backbone, room)
     longest = max(len(example.context_ids) for example in case.shapes[0])
     if longest < 40:
         found["notes"].append(f"the project holds rows to {room} tokens behind the prompt")
@@ -136,7 +137,7 @@ def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], No
             again = distance(case.truth(case.shapes[0], case.trained), case.truth(case.shapes[0], case.trained))
             if again > SAME_INPUTS:
                 found["notes"].append(f"its own scores are random ({again:.1e})")
-            if kind == "causal" and case.plain.looks_ahead(case.shapes[0][0].context_ids):
+            if recipe.kind == "causal" and case.plain.looks_ahead(case.shapes[0][0].context_ids):
                 found["notes"].append("it isn't causal")
             differs = known_inputs(case)
             how, case.plain.how = case.plain.how, "ids"
@@ -172,32 +173,42 @@ def numbers_of(found: Result) -> dict[str, float]:
     return {name: found[name] for name in ("scores", "prompt", "delta", "head", "gaussian", "pgd") if name in found}
 
 
-def examine(name: str, kind: str, tell: Callable[[str], None]) -> Result:
-    """The verdict on one model."""
+def examine(name: str, kind: str, weights: str, tell: Callable[[str], None]) -> Result:
+    """The verdict on one model with weights of one size."""
     tell("not built")
     try:
-        config = make_config(name, kind)
-        make_model(config, kind, eager=True)
+        recipe = Recipe(make_config(name, kind), kind, weights)
+        make_model(recipe, eager=True)
     except Exception as error:
         return {"verdict": "not built", "sentence": first_line(error)}
     try:
-        found = measure(config, kind, torch.float32, tell)
-    except VerdictError as failed:
-        return failed.found
+        found = measure(recipe, tell)
+    except VerdictError as ended:
+        return ended.found
     worst = max(numbers_of(found).values())
     if worst <= BOUND:
         return found | {"verdict": "ok"}
     try:
-        exact = measure(config, kind, torch.float64, lambda stage: tell(f"fp64 {stage}"))
+        exact = measure(replace(recipe, dtype=torch.float64), lambda stage: tell(f"fp64 {stage}"))
         found["fp64"] = max(numbers_of(exact).values())
-    except VerdictError as failed:
-        found["notes"].append(f"fp64: {failed.found.get('error') or failed.found.get('sentence')}")
-    if "fp64" in found:
         found["notes"].append(f"{found['fp64']:.0e} in fp64")
+    except VerdictError as ended:
+        found["notes"].append(f"fp64: {ended.found.get('error') or ended.found.get('sentence')}")
     if worst <= ROUNDING and found.get("fp64", 1.0) <= EXACT:
         found["notes"].append("fp32 rounding alone")
         return found | {"verdict": "ok"}
     return found | {"verdict": "wrong"}
+
+
+def examine_all(name: str, kind: str, tell: Callable[[str], None]) -> Result:
+    """The verdict on one model: the first wrong or crashing one of its weights, else that of the large ones."""
+    found: dict[str, Result] = {}
+    for weights in WEIGHTS:
+        found[weights] = examine(name, kind, weights, lambda stage, size=weights: tell(f"{size} weights, {stage}"))
+        if found[weights]["verdict"] == "not built" or found[weights].get("stage") in ("row_room", "constructor"):
+            break
+    worst = min(found, key=lambda size: {"wrong": 0, "crash": 1}.get(found[size]["verdict"], 2))
+    return found[worst] | {"weights": worst, "all": found}
 
 
 def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
@@ -206,7 +217,7 @@ def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    to_parent.send(examine(name, kind, to_parent.send))
+    to_parent.send(examine_all(name, kind, to_parent.send))
 
 
 def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
@@ -234,7 +245,7 @@ def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
     process.join()
     seconds = round(time.monotonic() - started, 1)
     if died:
-        verdict = "not built" if stage in ("start", "not built", "plain passes") else "crash"
+        verdict = "not built" if stage.endswith(("start", "not built", "plain passes")) else "crash"
         message = {"verdict": verdict, "stage": stage, "error": died, "sentence": died, "frame": ""}
     return message | {"seconds": seconds}
 
@@ -246,6 +257,10 @@ def line(key: str, found: Result) -> str:
     if found["verdict"] == "crash":
         words = [f"{found['stage']}: {found['error']} @ {found['frame']}"]
     words += found.get("notes", [])
+    for weights, other in found.get("all", {}).items():
+        paths = other["verdict"], other.get("path", "")
+        if paths != (found["verdict"], found.get("path", "")):
+            words.append(f"{weights} weights: {' '.join(paths).strip()}")
     name, kind = key.split()
     told = "; ".join(word for word in words if word)
     return f"{name:26} {kind:8} {found['verdict']:9} {found.get('path', ''):8} {numbers} {told}".rstrip()
