@@ -149,7 +149,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "llama4_text": {"floor_scale": 4},
     "longt5+global": {"encoder_attention_type": "transient-global"},
     "mamba2": {"num_heads": 8},
-    "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": DERIVED},
+    "mobilebert": {"num_feedforward_networks": 2, "intra_bottleneck_size": 16, "true_hidden_size": DERIVED},
     "mobilebert+plain": {"trigram_input": False},
     "modernbert+longrope": {"rope_parameters": {"full_attention": _LONG_ROPE, "sliding_attention": _PLAIN_ROPE}},
     "mpnet": {"relative_attention_num_buckets": 32},
