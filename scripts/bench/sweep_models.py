@@ -281,13 +281,18 @@ def make_model(recipe: Recipe, eager: bool) -> Any:
         count = sum(p.numel() for p in AUTO[kind].from_config(copy.deepcopy(config)).parameters())
     if count > _MOST_PARAMETERS:
         raise ValueError(f"the shrunk configuration still has {count} parameters")
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    wishes: list[dict[str, str]] = [plain, {}] if eager else [{}]
+    if recipe.dtype == torch.float64 and not eager:  # experts' usual products are for other precisions
+        wishes.insert(0, {"experts_implementation": "eager"})
     torch.manual_seed(0)
-    try:
-        model = AUTO[kind].from_config(copy.deepcopy(config), **{"attn_implementation": "eager"} if eager else {})
-    except (ValueError, TypeError):
-        if not eager:
-            raise
-        model = AUTO[kind].from_config(copy.deepcopy(config))
+    for wish in wishes:
+        try:
+            model = AUTO[kind].from_config(copy.deepcopy(config), **wish)
+            break
+        except (ValueError, TypeError):
+            if wish is wishes[-1]:
+                raise
     model = model.float().eval().requires_grad_(False)
     fill(model, WEIGHTS[recipe.weights])
     return model.to(recipe.dtype)
