@@ -19,6 +19,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from sweep_compare import (
     make_case,
     rows_of,
 )
-from sweep_models import AUTO, LABELS, families, make_config, make_model
+from sweep_models import AUTO, LABELS, WEIGHTS, Recipe, families, make_config, make_model
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
@@ -68,8 +70,8 @@ def place_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+    """An error's type and what it says in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def crash(error: BaseException, stage: str) -> VerdictError:
@@ -77,12 +79,12 @@ def crash(error: BaseException, stage: str) -> VerdictError:
     return VerdictError(verdict="crash", stage=stage, error=first_line(error), frame=place_of(error))
 
 
-def ask_project(config: Any, kind: str, dtype: torch.dtype) -> tuple[Backbone, str, int]:
+def ask_project(recipe: Recipe) -> tuple[Backbone, str, int]:
     """(a backbone that serves the family, why it isn't packed, the room of its rows), as a run gets them."""
-    stage = "row_room"
+    stage, kind = "row_room", recipe.kind
     try:
-        room = row_room(None, PROMPT, config, HeadPlan(kind, False, LABELS))
-        model = make_model(config, kind, eager=False, dtype=dtype)
+        room = row_room(None, PROMPT, recipe.config, HeadPlan(kind, False, LABELS))
+        model = make_model(recipe, eager=False)
         stage = "constructor"
         backbone = Backbone(model, head=head_of(model, kind))
         stage = "check"
@@ -121,13 +123,13 @@ def known_inputs(case: Case) -> str:
     return said
 
 
-def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], None]) -> Result:
-    """Path, numbers and notes of one model in one precision."""
+def measure(recipe: Recipe, tell: Callable[[str], None], eager: bool = True) -> Result:
+    """Path, numbers and notes of one model in one precision; eager: the plain passes' attention, else the default."""
     tell("check")
-    backbone, reason, room = ask_project(config, kind, dtype)
+    backbone, reason, room = ask_project(recipe)
     found: Result = {"path": "packed" if backbone.packs else "generic", "notes": [], "unpacked": reason}
     tell("plain passes")
-    case = make_case(Plain(make_model(config, kind, eager=True, dtype=dtype), kind), backbone, room)
+    case = make_case(Plain(make_model(recipe, eager), recipe.kind), backbone, room)
     longest = max(len(example.context_ids) for example in case.shapes[0])
     if longest < 40:
         found["notes"].append(f"the project holds rows to {room} tokens behind the prompt")
@@ -136,7 +138,7 @@ def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], No
             again = distance(case.truth(case.shapes[0], case.trained), case.truth(case.shapes[0], case.trained))
             if again > SAME_INPUTS:
                 found["notes"].append(f"its own scores are random ({again:.1e})")
-            if kind == "causal" and case.plain.looks_ahead(case.shapes[0][0].context_ids):
+            if recipe.kind == "causal" and case.plain.looks_ahead(case.shapes[0][0].context_ids):
                 found["notes"].append("it isn't causal")
             differs = known_inputs(case)
             how, case.plain.how = case.plain.how, "ids"
@@ -146,25 +148,28 @@ def measure(config: Any, kind: str, dtype: torch.dtype, tell: Callable[[str], No
         ) from None
     found["notes"] += [differs] if differs else []
     tell("scores")
-    found["scores"] = guarded(lambda: compare_scores(case), "scores")
+    found["scores"] = guarded(lambda: compare_scores(case), "scores", found)
     case.plain.how = how
     if how == "ids":
         found["notes"].append("no plain gradient to compare with")
         return found
     tell("gradients")
-    found |= guarded(lambda: compare_gradients(case), "gradients")
+    found |= guarded(lambda: compare_gradients(case), "gradients", found)
     for perturbation in ("gaussian", "pgd"):
         tell(perturbation)
-        found[perturbation] = guarded(lambda name=perturbation: compare_step(case, name), perturbation)
+        found[perturbation] = guarded(lambda name=perturbation: compare_step(case, name), perturbation, found)
     return found
 
 
-def guarded(compute: Callable[[], Any], stage: str) -> Any:
-    """What `compute` returns; its errors are crashes of the project."""
+def guarded(compute: Callable[[], Any], stage: str, found: Result) -> Any:
+    """What `compute` returns; its errors are crashes of the project, or more of what is wrong already."""
     try:
         return compute()
     except Exception as error:
-        raise crash(error, stage) from None
+        ended = crash(error, stage).found
+        if max(numbers_of(found).values(), default=0.0) > BOUND:
+            ended |= {"verdict": "wrong", "sentence": f"and crashes in {stage}: {ended['error']} @ {ended['frame']}"}
+        raise VerdictError(**(found | ended)) from None
 
 
 def numbers_of(found: Result) -> dict[str, float]:
@@ -172,32 +177,51 @@ def numbers_of(found: Result) -> dict[str, float]:
     return {name: found[name] for name in ("scores", "prompt", "delta", "head", "gaussian", "pgd") if name in found}
 
 
-def examine(name: str, kind: str, tell: Callable[[str], None]) -> Result:
-    """The verdict on one model."""
+def examine(name: str, kind: str, weights: str, tell: Callable[[str], None]) -> Result:
+    """The verdict on one model with weights of one size."""
     tell("not built")
     try:
-        config = make_config(name, kind)
-        make_model(config, kind, eager=True)
+        recipe = Recipe(make_config(name, kind), kind, weights)
+        make_model(recipe, eager=True)
     except Exception as error:
         return {"verdict": "not built", "sentence": first_line(error)}
     try:
-        found = measure(config, kind, torch.float32, tell)
-    except VerdictError as failed:
-        return failed.found
+        found = measure(recipe, tell)
+    except VerdictError as ended:
+        return ended.found
     worst = max(numbers_of(found).values())
     if worst <= BOUND:
         return found | {"verdict": "ok"}
+    with suppress(VerdictError):
+        usual = measure(recipe, lambda stage: tell(f"default attention {stage}"), eager=False)
+        if max(numbers_of(usual).values()) <= BOUND:
+            usual["notes"].append(f"as its default attention, from which its own eager one differs by {worst:.0e}")
+            return usual | {"verdict": "ok"}
     try:
-        exact = measure(config, kind, torch.float64, lambda stage: tell(f"fp64 {stage}"))
+        exact = measure(replace(recipe, dtype=torch.float64), lambda stage: tell(f"fp64 {stage}"))
         found["fp64"] = max(numbers_of(exact).values())
-    except VerdictError as failed:
-        found["notes"].append(f"fp64: {failed.found.get('error') or failed.found.get('sentence')}")
-    if "fp64" in found:
         found["notes"].append(f"{found['fp64']:.0e} in fp64")
+    except VerdictError as ended:
+        found["notes"].append(f"fp64: {ended.found.get('error') or ended.found.get('sentence')}")
     if worst <= ROUNDING and found.get("fp64", 1.0) <= EXACT:
         found["notes"].append("fp32 rounding alone")
         return found | {"verdict": "ok"}
     return found | {"verdict": "wrong"}
+
+
+def examine_all(name: str, kind: str, tell: Callable[[str], None]) -> Result:
+    """The verdict on one model: the first wrong or crashing one of its weights, else that of the large ones.
+
+    Small weights are tried where large ones aren't packed: where they are, the check can't have missed anything.
+    """
+    found: dict[str, Result] = {}
+    for weights in WEIGHTS:
+        found[weights] = examine(name, kind, weights, lambda stage, size=weights: tell(f"{size} weights, {stage}"))
+        same = found[weights].get("stage") in ("row_room", "constructor") or found[weights].get("path") == "packed"
+        if same or found[weights]["verdict"] == "not built":
+            break
+    worst = min(found, key=lambda size: {"wrong": 0, "crash": 1}.get(found[size]["verdict"], 2))
+    return found[worst] | {"weights": worst, "all": found}
 
 
 def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
@@ -206,7 +230,7 @@ def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    to_parent.send(examine(name, kind, to_parent.send))
+    to_parent.send(examine_all(name, kind, to_parent.send))
 
 
 def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
@@ -234,7 +258,7 @@ def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
     process.join()
     seconds = round(time.monotonic() - started, 1)
     if died:
-        verdict = "not built" if stage in ("start", "not built", "plain passes") else "crash"
+        verdict = "not built" if stage.endswith(("start", "not built", "plain passes")) else "crash"
         message = {"verdict": verdict, "stage": stage, "error": died, "sentence": died, "frame": ""}
     return message | {"seconds": seconds}
 
@@ -246,6 +270,10 @@ def line(key: str, found: Result) -> str:
     if found["verdict"] == "crash":
         words = [f"{found['stage']}: {found['error']} @ {found['frame']}"]
     words += found.get("notes", [])
+    for weights, other in found.get("all", {}).items():
+        paths = other["verdict"], other.get("path", "")
+        if paths != (found["verdict"], found.get("path", "")):
+            words.append(f"{weights} weights: {' '.join(paths).strip()}")
     name, kind = key.split()
     told = "; ".join(word for word in words if word)
     return f"{name:26} {kind:8} {found['verdict']:9} {found.get('path', ''):8} {numbers} {told}".rstrip()

@@ -87,9 +87,10 @@ class Plain:
 
     @torch.no_grad()
     def looks_ahead(self, ids: Sequence[int]) -> bool:
-        """Whether a token changes the logits of those before it."""
-        rows = [self.logits([*ids[:-1], last], torch.empty(0), {})[: len(ids) - 1] for last in (ids[-1], ids[0])]
-        return relative(*rows) > 1e-3
+        """Whether a token's logits change with what stands behind it, or with how much does."""
+        start = len(ids) // 2
+        short, long = (self.logits(part, torch.empty(0), {})[:start] for part in (ids[:start], ids))
+        return relative(long, short) > 1e-4
 
     def scores(
         self, example: Example, prompt_ids: Sequence[int], prompt_PH: Tensor, tensors: Mapping[str, Tensor],
@@ -182,16 +183,21 @@ def make_case(plain: Plain, backbone: Backbone, room: int) -> Case:
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference of scores in units of their deviation; infinite where they are absent or no numbers."""
+    """Largest difference of scores in units of their deviation; infinite where they are absent or no numbers.
+
+    What the scores' own precision can't hold is no difference.
+    """
     present = torch.isfinite(wanted)
     if found.shape != wanted.shape or not torch.equal(torch.isfinite(found), present):
         return float("inf")
-    return float((found - wanted)[present].abs().max() / wanted[present].std())
+    rounding = 4 * torch.finfo(wanted.dtype).eps * wanted[present].abs()
+    return float(((found - wanted)[present].abs() - rounding).clamp_min(0).max() / wanted[present].std())
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """l2 distance of gradients relative to the right one's norm."""
-    return float(((found - wanted).norm() / wanted.norm()).nan_to_num(float("inf")))
+    """l2 distance of gradients relative to the right one's norm; none where both are zero."""
+    apart = (found - wanted).norm()
+    return float((apart / wanted.norm()).nan_to_num(float("inf"))) if apart != 0 else 0.0
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ attention chunks and original rope lengths are short, so that rows of a few doze
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ WIDTH, LAYERS, HEADS, HEAD_WIDTH, VOCABULARY, LONGEST = 32, 2, 4, 8, 120, 128
 WINDOW, ROPE_LENGTH, LABELS = 8, 16, 3
 MASK, END = 4, 2  # the tokens that hide an answer and end a text
 FIRST_TOKEN = 24  # below it are special tokens
+WEIGHTS = {"large": 0.2, "small": 0.02}  # deviations: large ones make every part matter, small ones hide much
 _MOST_PARAMETERS = 5_000_000
+_LEARNED = ("bias", "scalar", "beta")  # in the names of buffers that training has set
 
 # The small value of settings by their names.
 _VALUES: list[tuple[Any, str]] = [
@@ -146,7 +149,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "llama4_text": {"floor_scale": 4},
     "longt5+global": {"encoder_attention_type": "transient-global"},
     "mamba2": {"num_heads": 8},
-    "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": DERIVED},
+    "mobilebert": {"num_feedforward_networks": 2, "intra_bottleneck_size": 16, "true_hidden_size": DERIVED},
     "mobilebert+plain": {"trigram_input": False},
     "modernbert+longrope": {"rope_parameters": {"full_attention": _LONG_ROPE, "sliding_attention": _PLAIN_ROPE}},
     "mpnet": {"relative_attention_num_buckets": 32},
@@ -261,43 +264,59 @@ def _short_rope(rope: Any) -> dict[str, Any]:
     return short
 
 
-def make_model(config: PreTrainedConfig, kind: str, eager: bool, dtype: torch.dtype = torch.float32) -> Any:
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a model. weights: a name in WEIGHTS."""
+
+    config: PreTrainedConfig
+    kind: str
+    weights: str = "large"
+    dtype: torch.dtype = torch.float32
+
+
+def make_model(recipe: Recipe, eager: bool) -> Any:
     """The same random model whenever it is asked for; eager: with the family's plainest attention."""
+    config, kind = recipe.config, recipe.kind
     with torch.device("meta"):
         count = sum(p.numel() for p in AUTO[kind].from_config(copy.deepcopy(config)).parameters())
     if count > _MOST_PARAMETERS:
         raise ValueError(f"the shrunk configuration still has {count} parameters")
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    wishes: list[dict[str, str]] = [plain, {}] if eager else [{}]
+    if recipe.dtype == torch.float64 and not eager:  # experts' usual products are for other precisions
+        wishes.insert(0, {"experts_implementation": "eager"})
     torch.manual_seed(0)
-    try:
-        model = AUTO[kind].from_config(copy.deepcopy(config), **{"attn_implementation": "eager"} if eager else {})
-    except (ValueError, TypeError):
-        if not eager:
-            raise
-        model = AUTO[kind].from_config(copy.deepcopy(config))
+    for wish in wishes:
+        try:
+            model = AUTO[kind].from_config(copy.deepcopy(config), **wish)
+            break
+        except (ValueError, TypeError):
+            if wish is wishes[-1]:
+                raise
     model = model.float().eval().requires_grad_(False)
-    fill(model)
-    return model.to(dtype)
+    fill(model, WEIGHTS[recipe.weights])
+    return model.to(recipe.dtype)
 
 
 @torch.no_grad()
-def fill(model: nn.Module) -> None:
-    """Random weights, large enough that what they do shows: norms about 1, biases, stored buffers; all in one order."""
+def fill(model: nn.Module, deviation: float) -> None:
+    """Random weights, biases and stored buffers, all in one order; norms are about 1."""
     generator = torch.Generator().manual_seed(1)
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator)
+    def noise(like: Tensor, size: float) -> Tensor:
+        return size * torch.randn(like.shape, generator=generator)
 
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         if last == "bias":
-            parameter.copy_(0.3 * noise(parameter))
+            parameter.copy_(noise(parameter, 1.5 * deviation))
         elif "weight" in last and (parameter.dim() < 2 or "norm" in name.lower()):
-            parameter.copy_(1 + 0.3 * noise(parameter))
+            parameter.copy_(1 + noise(parameter, 0.3))
         elif parameter.dim() < 2 or last == "A_log":
-            parameter.copy_(parameter.nan_to_num() + 0.3 * noise(parameter))
+            parameter.copy_(parameter.nan_to_num() + noise(parameter, 1.5 * deviation))
         else:
-            parameter.copy_(0.2 * noise(parameter))
+            parameter.copy_(noise(parameter, deviation))
     stored = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():
-            buffer.add_(0.3 * noise(buffer))
+        if name in stored and buffer.is_floating_point() and any(word in name for word in _LEARNED):
+            buffer.add_(noise(buffer, 0.3))
