@@ -66,9 +66,12 @@ def use_call(call: Call) -> AbstractContextManager[Call]:
 def _tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, **others: object,
+    softcap: float | None = None, s_aux: Tensor | None = None, **others: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention signature: q, k, v [1, heads, P + T, d] -> ([1, P + T, heads, d], None)."""
+    """transformers' attention signature: q, k, v [1, heads, P + T, d] -> ([1, P + T, heads, d], None).
+
+    s_aux: transformers' name for sinks, a logit for each query head.
+    """
     call = _current.get()
     name = type(module).__name__
     if call is None:
@@ -91,7 +94,7 @@ def _tree_attention(
     if call.keys is not None:
         k, v = call.keys
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out = attend_tree(q, k, v, call.plan, prefix, scale=scale, softcap=softcap, window=sliding_window)
+    out = attend_tree(q, k, v, call.plan, prefix, scale=scale, softcap=softcap, window=sliding_window, sinks=s_aux)
     return out[None], None
 
 

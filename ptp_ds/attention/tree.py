@@ -3,10 +3,10 @@
 On a CPU rows take two parts, to the prefix and to themselves, merged by log-sum-exp (MergedAttention); on a GPU in half
 precision so do the segments of a row (ptp_ds.attention.flash).
 
-The reference serves everything else: soft caps, short windows, the prefix itself, scored positions alone. It gathers
-blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each bucket
-is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are folded
-into the query length, so grouped-query keys are never repeated.
+The reference serves everything else: soft caps, sinks, short windows, the prefix itself, scored positions alone. It
+gathers blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each
+bucket is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are
+folded into the query length, so grouped-query keys are never repeated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -151,12 +151,24 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K]."""
-    if softcap is None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """softmax(softcap(q k^T scale) + mask) v; q [R, heads, Q, d], k and v [R, heads, K, d], mask over [Q, K].
+
+    sinks: [heads * g], the logit of a key more that has no value, for each query head; Q is then g * queries.
+    """
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    logits = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
-    return torch.softmax(at_least_fp32(logits + mask), dim=-1).to(v.dtype) @ v
+    logits = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = at_least_fp32(logits + mask)
+    if sinks is None:
+        return torch.softmax(logits, dim=-1).to(v.dtype) @ v
+    of_heads = sinks.to(logits).view(q.shape[1], -1, 1).expand(-1, -1, q.shape[2] * q.shape[1] // sinks.numel())
+    column = of_heads.reshape(1, q.shape[1], -1, 1).expand(q.shape[0], -1, -1, -1)
+    return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1].to(v.dtype) @ v
 
 
 def _fold(x: Tensor, heads: int) -> Tensor:
@@ -174,22 +186,26 @@ def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
 
 def attend_tree(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: KeysValues | None = None, *,
-    scale: float, softcap: float | None = None, window: int | None = None,
+    scale: float, softcap: float | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over the packed row: [P + T, heads, d] -> [P + T, heads, d].
 
     q has heads * g query heads, k and v heads key heads. With `prefix` (cached keys and values [P, heads, d]) the row
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
+    sinks: [heads * g] logits of a key without a value, one for each query head (gpt_oss).
     """
     window = None if window is not None and window >= plan.longest_path else window
-    if prefix is not None and softcap is None and window is None:
+    simple = softcap is None and window is None and sinks is None
+    if prefix is not None and simple:
         if merged_serves(plan, q_THD, v_TKD):
             return MergedAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan, scale)
         if flash_serves(plan, q_THD, v_TKD):
             return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
-    if softcap is None and window is None and alone_serves(plan, q_THD):
+    if simple and alone_serves(plan, q_THD):
         return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
-    return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, softcap=softcap, window=window)
+    return attend_tree_reference(
+        q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, softcap=softcap, window=window, sinks=sinks
+    )
 
 
 def alone_serves(plan: TreePlan, q_THD: Tensor) -> bool:
@@ -212,7 +228,7 @@ def attend_alone(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, sc
 
 def attend_tree_reference(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: KeysValues | None = None, *,
-    scale: float, softcap: float | None = None, window: int | None = None,
+    scale: float, softcap: float | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """attend_tree by buckets and masks, keys of the prefix and of the row joined: for every feature and device."""
     heads, all_heads, length = k_TKD.shape[1], q_THD.shape[1], plan.prefix_length
@@ -226,7 +242,7 @@ def attend_tree_reference(
     parts = []
     if length:
         mask = plan.mask(-1, q_THD.dtype, groups, window)
-        out = _attend(_fold(q_prefix[None], heads), k_prefix, v_prefix, mask, scale, softcap)
+        out = _attend(_fold(q_prefix[None], heads), k_prefix, v_prefix, mask, scale, softcap, sinks)
         parts.append(_unfold(out, length, all_heads))
     if not plan.buckets:
         return parts[0]
@@ -241,7 +257,7 @@ def attend_tree_reference(
         k_b = torch.cat([k_prefix.expand(rows, -1, -1, -1), k_b], dim=2)
         v_b = torch.cat([v_prefix.expand(rows, -1, -1, -1), v_b], dim=2)
         mask = plan.mask(number, q_THD.dtype, groups, window)
-        outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap), bucket.queries, all_heads))
+        outs.append(_unfold(_attend(q_b, k_b, v_b, mask, scale, softcap, sinks), bucket.queries, all_heads))
     padded = torch.cat(outs)
     packed = _Unpad.apply(padded.view(padded.shape[0], -1), plan.query_slots.to_packed)
     parts.append(packed.view(-1, all_heads, padded.shape[-1]))

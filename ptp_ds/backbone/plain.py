@@ -45,7 +45,7 @@ def plain_scores(
     for number, (block, places) in enumerate(zip(row.blocks, row.scored, strict=True)):
         part = slice(start, start + block.length)
         start += block.length
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {"use_cache": False} if backbone.head.kind in ("causal", "seq2seq") else {}
         if ids_T is not None:
             given["input_ids"] = ids_T[None, part]
         elif inputs_TH is not None:
@@ -58,8 +58,8 @@ def plain_scores(
     return row.scores(torch.cat(logits))[0]
 
 
-def _decoded(model: Any, given: dict[str, Tensor], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+def _decoded(model: Any, given: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits of each answer's tokens, the encoder's input anew for each."""
-    first, device = model.config.decoder_start_token_id, next(iter(given.values())).device
+    first, device = model.config.decoder_start_token_id, model.device
     inputs = [torch.tensor([[first, *answer[:-1]]], device=device) for answer in answers]
     return [model(**given, decoder_input_ids=ids).logits[0] for ids in inputs]

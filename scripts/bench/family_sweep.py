@@ -31,6 +31,7 @@ from sweep_compare import (
     PROMPT,
     Case,
     Plain,
+    compare_deep,
     compare_gradients,
     compare_scores,
     compare_step,
@@ -40,16 +41,22 @@ from sweep_compare import (
     rows_of,
 )
 from sweep_models import AUTO, LABELS, WEIGHTS, Recipe, families, make_config, make_model
+from sweep_sharded import compare_sharded
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
+from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
 from ptp_ds.models.positions import row_room
 
 BOUND = 1e-4  # relative: scores in their deviation, gradients in their norm
 ROUNDING = 1e-2  # a family that is exact in fp64 may be as far off as this in fp32: its own rounding, amplified
-EXACT = 1e-6  # relative, fp64
+EXACT = 1e-5  # relative, fp64; some compute parts in fp32 whatever they are given
 SAME_INPUTS = 1e-5  # how far inputs_embeds may be from input_ids to be called the same
+SHARDED = False  # set by --sharded
+_NUMBERS = (
+    "scores", "prompt", "delta", "head", "gaussian", "pgd", "deep", "sharded scores", "sharded step",
+)  # fmt: skip
 VERDICTS = ("ok", "wrong", "crash", "refused", "not built")
 Result = dict[str, Any]
 
@@ -158,13 +165,35 @@ def measure(recipe: Recipe, tell: Callable[[str], None], eager: bool = True) -> 
     for perturbation in ("gaussian", "pgd"):
         tell(perturbation)
         found[perturbation] = guarded(lambda name=perturbation: compare_step(case, name), perturbation, found)
+    if recipe.kind == "causal" and backbone.packs:
+        tell("deep")
+        with suppress(UserError):  # --prompt soft alone
+            found["deep"] = guarded(lambda: compare_deep(case), "deep", found)
+    if SHARDED and backbone.packs and recipe.dtype == torch.float32:
+        tell("sharded")
+        found |= guarded(lambda: judge_sharded(case, recipe), "sharded", found)
+        found["notes"] += [f"sharded: refused ({found['not sharded']})"] if "not sharded" in found else []
     return found
+
+
+def judge_sharded(case: Case, recipe: Recipe) -> Result:
+    """Numbers of the family on two ranks, or why it isn't sharded; tensors that differ are as wrong as can be."""
+    report = compare_sharded(case, recipe)
+    if "error" in report:
+        raise RuntimeError(report["error"])
+    if "refused" in report:
+        return {"not sharded": report["refused"]}
+    if differs := report.pop("differs"):
+        return {**report, "sharded scores": float("inf"), "differs": differs}
+    return report
 
 
 def guarded(compute: Callable[[], Any], stage: str, found: Result) -> Any:
     """What `compute` returns; its errors are crashes of the project, or more of what is wrong already."""
     try:
         return compute()
+    except UserError:
+        raise
     except Exception as error:
         ended = crash(error, stage).found
         if max(numbers_of(found).values(), default=0.0) > BOUND:
@@ -174,7 +203,7 @@ def guarded(compute: Callable[[], Any], stage: str, found: Result) -> Any:
 
 def numbers_of(found: Result) -> dict[str, float]:
     """The distances among what was found."""
-    return {name: found[name] for name in ("scores", "prompt", "delta", "head", "gaussian", "pgd") if name in found}
+    return {name: found[name] for name in _NUMBERS if name in found}
 
 
 def examine(name: str, kind: str, weights: str, tell: Callable[[str], None]) -> Result:
@@ -300,7 +329,10 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", choices=list(AUTO), default=list(AUTO))
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each family")
     parser.add_argument("--verbose", action="store_true", help="show what libraries print")
+    parser.add_argument("--sharded", action="store_true", help="packed families on two ranks under ZeRO-3, too")
     arguments = parser.parse_args()
+    global SHARDED
+    SHARDED = arguments.sharded
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

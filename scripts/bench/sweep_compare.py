@@ -17,6 +17,7 @@ from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.shared_pass import PassOptions
+from ptp_ds.prompts.deep import join_deep
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import ptp_loss, settings_of
 
@@ -146,18 +147,20 @@ class Case:
         width = max(len(row) for row in rows)
         return torch.stack([F.pad(row, (0, width - len(row)), value=float("-inf")) for row in rows])
 
-    def ours(self, row: PackedRow, trained: Tensor, delta_TH: Tensor | None = None) -> Tensor:
-        """[B, C] scores through the project's own pass."""
-        inputs = self.backbone.inputs(row, trained, clean=delta_TH is None, delta_TH=delta_TH)
-        return self.backbone.score(row, inputs, trained)[0]
 
-    def places(self, row: PackedRow, examples: Sequence[Example]) -> list[list[int]]:
-        """Where each example's context lies among the row's tokens."""
-        found, start = [], 0
-        for example, length in zip(examples, row.lengths, strict=True):
-            found.append([start + place for place in self.backbone.rows.context_places(example, 0)])
-            start += length
-        return found
+def scores_of(backbone: Backbone, row: PackedRow, trained: Tensor, delta_TH: Tensor | None = None) -> Tensor:
+    """[B, C] scores through the project's own pass."""
+    inputs = backbone.inputs(row, trained, clean=delta_TH is None, delta_TH=delta_TH)
+    return backbone.score(row, inputs, trained)[0]
+
+
+def places_of(backbone: Backbone, row: PackedRow, examples: Sequence[Example]) -> list[list[int]]:
+    """Where each example's context lies among the row's tokens."""
+    found, start = [], 0
+    for example, length in zip(examples, row.lengths, strict=True):
+        found.append([start + place for place in backbone.rows.context_places(example, 0)])
+        start += length
+    return found
 
 
 def rows_of(kind: str) -> Rows:
@@ -206,7 +209,7 @@ def compare_scores(case: Case) -> float:
     worst = 0.0
     for examples in case.shapes:
         row = case.backbone.rows.pack(examples)
-        worst = max(worst, distance(case.ours(row, case.trained), case.truth(examples, case.trained)))
+        worst = max(worst, distance(scores_of(case.backbone, row, case.trained), case.truth(examples, case.trained)))
     return worst
 
 
@@ -226,9 +229,9 @@ def compare_gradients(case: Case) -> dict[str, float]:
         trained = like.clone().requires_grad_()
         deltas = [start.clone().requires_grad_() for start in starts]
         if is_ours:
-            moved = torch.tensor([place for places in case.places(row, examples) for place in places])
+            moved = torch.tensor([place for places in places_of(case.backbone, row, examples) for place in places])
             zeros = torch.zeros(row.num_tokens, like.shape[1]).to(like)
-            scores = case.ours(row, trained, zeros.index_copy(0, moved, torch.cat(deltas)))
+            scores = scores_of(case.backbone, row, trained, zeros.index_copy(0, moved, torch.cat(deltas)))
         else:
             scores = case.truth(examples, trained, deltas)
         total = (torch.where(row.present, scores, 0.0) * weights).sum()
@@ -240,22 +243,51 @@ def compare_gradients(case: Case) -> dict[str, float]:
 
 def compare_step(case: Case, perturbation: str) -> float:
     """Relative distance of a train step's gradient; the plain one is given the delta that the step found."""
-    examples = case.shapes[-1 if perturbation == "pgd" else 0]
-    with torch.no_grad():
-        clean = case.truth(examples, case.trained)
-    unlikely = torch.where(torch.isfinite(clean), clean, float("inf")).argmin(-1).tolist()
-    examples = [replace(example, gold=gold) for example, gold in zip(examples, unlikely, strict=True)]
-    row = case.backbone.rows.pack(examples)
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.3, epsilon=0.3)
-    settings = settings_of(run, case.backbone.mean_embedding_norm())
-    ours = case.trained.clone().requires_grad_()
-    step = ptp_loss(ours, case.backbone, row, run, settings, Noise(3, 4), PassOptions(max_rows=2))
-    (found,) = torch.autograd.grad(step.total, ours)
-    deltas = [step.delta.detach()[torch.tensor(places)] for places in case.places(row, examples)]
+    examples = unlikely_golds(case, case.shapes[-1 if perturbation == "pgd" else 0])
+    found, deltas = step_of(case.backbone, case.trained, examples, perturbation)
     plain = case.trained.clone().requires_grad_()
     clean, perturbed = case.truth(examples, plain), case.truth(examples, plain, deltas)
     total = sum(_loss(*pair, example.gold) for *pair, example in zip(clean, perturbed, examples, strict=True))
     return relative(found, torch.autograd.grad(total, plain)[0])
+
+
+def unlikely_golds(case: Case, examples: Sequence[Example]) -> list[Example]:
+    """The examples, the least likely answer being the right one of each."""
+    with torch.no_grad():
+        clean = case.truth(examples, case.trained)
+    unlikely = torch.where(torch.isfinite(clean), clean, float("inf")).argmin(-1).tolist()
+    return [replace(example, gold=gold) for example, gold in zip(examples, unlikely, strict=True)]
+
+
+def step_of(
+    backbone: Backbone, trained: Tensor, examples: Sequence[Example], perturbation: str
+) -> tuple[Tensor, list[Tensor]]:
+    """(gradient of the project's train step to what is trained, each context's delta)."""
+    row = backbone.rows.pack(examples)
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.3, epsilon=0.3)
+    settings = settings_of(run, backbone.mean_embedding_norm())
+    ours = trained.clone().requires_grad_()
+    with backbone.shards.outside_layers():
+        step = ptp_loss(ours, backbone, row, run, settings, Noise(3, 4), PassOptions(max_rows=2))
+        (found,) = torch.autograd.grad(step.total, ours)
+    assert step.delta is not None
+    return found, [step.delta.detach()[torch.tensor(places)] for places in places_of(backbone, row, examples)]
+
+
+@torch.no_grad()
+def compare_deep(case: Case) -> float:
+    """The distance of scores behind a deep prompt, made of a soft one's keys and values, from plain soft scores.
+
+    ValueError where the family takes no deep prompt.
+    """
+    backbone, worst = case.backbone, 0.0
+    deep = join_deep(backbone.cache_prefix(case.trained), backbone.model.config)
+    backbone.serve("deep", TreeRows("deep"), PROMPT)
+    for examples in case.shapes:
+        scores = scores_of(backbone, backbone.rows.pack(examples), deep)
+        worst = max(worst, distance(scores, case.truth(examples, case.trained)))
+    backbone.serve("soft", rows_of(case.plain.kind), PROMPT)
+    return worst
 
 
 def _loss(clean: Tensor, perturbed: Tensor, gold: int) -> Tensor:

@@ -123,10 +123,12 @@ def test_a_forward_that_changes_the_model_for_good():
           "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
           "v_head_dim": 8}),
         ("CohereForCausalLM", "CohereConfig", {**SIZES, "use_qk_norm": True}),
+        ("GptOssForCausalLM", "GptOssConfig",
+         {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}),
     ],
 )  # fmt: skip
 def test_families_that_only_the_check_kept_from_the_packed_path(name, config, settings):
-    """Experts, latent attention, norms a head: packed, and what the family's own forward computes by input_ids."""
+    """Experts, latent attention, norms a head, sinks: packed, and as the family's own forward computes by input_ids."""
     backbone, reason = checked_backbone(Backbone(build(name, config, **settings)))
     assert reason == ""
     assert backbone.packs
@@ -150,8 +152,6 @@ def test_families_that_only_the_check_kept_from_the_packed_path(name, config, se
 @pytest.mark.parametrize(
     ("name", "config", "settings"),
     [
-        ("GptOssForCausalLM", "GptOssConfig",
-         {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}),
         ("DiffLlamaForCausalLM", "DiffLlamaConfig", SIZES),
         ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig",
          {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
