@@ -13,7 +13,7 @@ from tests.support.reference import make_model
 from tests.support.trees import packed_rows
 
 
-def dense(q, k, v, rows, prefix, scale, softcap, window):
+def dense(q, k, v, rows, prefix, scale, softcap, window, sinks=None):
     """The same attention with one [P + T, P + T] mask built token by token from its definition."""
     path, position, tokens = [], [], 0
     for place in range(prefix):
@@ -38,7 +38,11 @@ def dense(q, k, v, rows, prefix, scale, softcap, window):
     for query in range(tokens):
         for key in path[query]:
             hidden[query, key] = window is not None and abs(position[query] - position[key]) >= window
-    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if sinks is not None:  # the sum of exponentials has one term more
+        weights = logits.exp() / (logits.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+        return torch.einsum("hqk,khd->qhd", weights, v)
+    weights = logits.softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
@@ -77,6 +81,31 @@ def test_equals_dense_attention(rows, prefix, groups, softcap, window, seed, wor
     theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for actual, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-8 if softcap is None else 1e-5, rtol=0)
+
+
+@given(
+    rows=packed_rows, prefix=st.integers(0, 4), groups=st.sampled_from([1, 2]), window=st.sampled_from([None, 3]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_sinks(rows, prefix, groups, window, seed):
+    """A logit more for each query head, whose probability goes nowhere; behind a cached prefix, too."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prefix + sum(block.length for block in rows)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    q, k, v, sinks = draw(tokens, 2 * groups, 4), draw(tokens, 2, 4), draw(tokens, 2, 4), draw(2 * groups)
+    out = attend_tree(q, k, v, plan_tree(rows, prefix, prefix, "cpu"), scale=0.5, window=window, sinks=sinks)
+    expected = dense(q, k, v, rows, prefix, 0.5, None, window, sinks)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+    pairs = zip(*(torch.autograd.grad((x**2).sum(), (q, k, v, sinks)) for x in (out, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=0)
+    if prefix and window is None:
+        plan, cache = plan_tree(rows, 0, prefix, "cpu"), (k[:prefix], v[:prefix])
+        cached = attend_tree(q[prefix:], k[prefix:], v[prefix:], plan, cache, scale=0.5, sinks=sinks)
+        torch.testing.assert_close(cached, expected[prefix:], atol=1e-9, rtol=0)
 
 
 def test_cached_prefix_gets_its_gradient():

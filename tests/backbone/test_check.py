@@ -30,13 +30,13 @@ DECODER = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def build(name, config, **settings):
-    """A model of a class by its name, weights of deviation 0.2, norms about 1, stored buffers not zero."""
+def build(name, config, deviation=0.2, **settings):
+    """A model of a class by its name, norms about 1, stored buffers not zero; deviation: that of its weights."""
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**settings)).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(0.2 * torch.randn(weight.shape) + (weight.dim() == 1))
+            weight.copy_(deviation * torch.randn(weight.shape) + (weight.dim() == 1))
         stored = model.state_dict().keys()
         for buffer_name, buffer in model.named_buffers():
             if buffer_name in stored and buffer.is_floating_point():
@@ -44,9 +44,9 @@ def build(name, config, **settings):
     return model
 
 
-def refused(name, config, kind, longest=0, **settings):
+def refused(name, config, kind, longest=0, deviation=0.2, **settings):
     """The sentence that refuses a model, on the packed path and the generic one."""
-    model = build(name, config, **settings)
+    model = build(name, config, deviation, **settings)
     trained = {n: tuple(p.shape) for n, p in model.named_parameters() if n.split(".")[0] == "classifier"}
     with pytest.raises(ValueError, match="can't be served") as error:
         checked_backbone(Backbone(model, head=Head(kind, trained=trained if kind == "classes" else {})), longest)
@@ -68,6 +68,53 @@ def refused(name, config, kind, longest=0, **settings):
 def test_what_a_family_does_to_tokens_outside_its_embedding(name, config, kind, settings):
     """Scales that inputs_embeds doesn't go through: a prompt of real tokens by input_ids shows them."""
     assert "its forward does more to tokens than to embeddings" in refused(name, config, kind, **settings)
+
+
+SMALL = {
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", "seq2seq", DECODER),
+    "marian": ("MarianMTModel", "MarianConfig", "seq2seq", {**DECODER, "decoder_vocab_size": 99}),
+    "blenderbot-small": (
+        "BlenderbotSmallForConditionalGeneration", "BlenderbotSmallConfig", "seq2seq", DECODER),
+    "prophetnet": (
+        "ProphetNetForConditionalGeneration", "ProphetNetConfig", "seq2seq",
+        {"vocab_size": 99, "hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_encoder_layers": 2,
+         "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+         "max_position_embeddings": 128, "num_buckets": 8, "relative_max_distance": 16}),
+    "convbert": (
+        "ConvBertForMaskedLM", "ConvBertConfig", "masked",
+        {**SIZES, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 9}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_small_weights_hide_nothing(family):
+    """As a library initialises them: what is wrong is little, but so is all that the scores tell apart."""
+    name, config, kind, settings = SMALL[family]
+    refused(name, config, kind, deviation=0.02, **settings)
+
+
+def test_longer_answers_hide_nothing(monkeypatch):
+    """A few hundredths of what scores of small weights know are wrong, far less than an answer's length makes of them."""
+    backbone = Backbone(build("LlamaForCausalLM", "LlamaConfig", 0.02, **SIZES))
+    check_backbone(backbone)
+    real = Backbone.score
+
+    def wrong(self, row, *args, **more):
+        scores = real(self, row, *args, **more)
+        return scores + 0.003 * torch.cos(torch.arange(scores.shape[-1]))
+
+    monkeypatch.setattr(Backbone, "score", wrong)
+    with pytest.raises(ValueError, match="packed scores differ"):
+        check_backbone(backbone)
+
+
+def test_a_family_whose_state_is_written_in_place():
+    """rwkv's plain pass has no gradient unless it is told to keep no state."""
+    settings = {"vocab_size": 99, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2,
+                "intermediate_size": 48, "context_length": 128}  # fmt: skip
+    backbone, reason = checked_backbone(Backbone(build("RwkvForCausalLM", "RwkvConfig", **settings)))
+    assert reason
+    assert not backbone.packs
 
 
 def test_a_family_that_needs_its_tokens():

@@ -167,7 +167,7 @@ def test_check_notices_wrong_attention(monkeypatch):
         check_backbone(Backbone(make_model("llama")))
 
 
-@pytest.mark.parametrize(("keyword", "value"), [("s_aux", torch.zeros(4)), ("position_bias", torch.zeros(1))])
+@pytest.mark.parametrize(("keyword", "value"), [("position_bias", torch.zeros(1)), ("head_mask", torch.ones(4))])
 def test_unknown_attention_keywords_are_refused(keyword, value):
     from ptp_ds.attention.interface import Call, _tree_attention, use_call
     from ptp_ds.attention.plan import plan_tree
