@@ -127,7 +127,7 @@ def _probe(backbone: Backbone, longest: int) -> _Probe:
     limit = max_row_length(backbone.model.config) - backbone.first_position
     windows = [window for window in window_lengths(backbone.model.config) if window < longest]
     length = min(limit, longest, max(windows) + _BEYOND) if windows else min(limit, 23)
-    length -= _PROMPT + 2  # the prompt, and answers of two tokens
+    length -= _PROMPT + 3  # the prompt, answers of two tokens and an end
     draw = usable[torch.randint(0, len(usable), (length + 64,), generator=make_generator(0, "check"))].tolist()
     mask = getattr(backbone.model.config, "mask_token_id", None)
     contexts, start = [], 24

@@ -1,7 +1,8 @@
 """Building and filling a backbone under ZeRO-3: no rank holds more than a tensor, or one layer's experts, whole."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,20 +21,66 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = 
     import deepspeed
     from transformers.initialization import no_init_weights
 
-    pad, config.pad_token_id = config.pad_token_id, None  # transformers would zero a row of a sharded embedding
-    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config):
+    with (
+        no_init_weights(),
+        _no_padding(config) as pad,
+        deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config),
+    ):
         model = auto.from_config(config, dtype=deepspeed_config.dtype)
     model.tie_weights()  # no_init_weights leaves this out
-    _restore_computed(model, _without_weights(config, deepspeed_config.dtype, auto))
+    plain = _without_weights(config, deepspeed_config.dtype, auto)
+    _restore_computed(model, plain)
+    _restore_dtypes(model, plain, deepspeed_config.dtype)
     for module in model.modules():  # roberta's positions are counted from its padding's
         if hasattr(module, "padding_idx") and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
             module.padding_idx = module.position_embeddings.padding_idx = pad
-    config.pad_token_id = pad
     if deepspeed_config.config["zero_optimization"].get("zero_quantized_weights"):
         send_as_int8(decoder_layers(model))
-    dtypes = {parameter.dtype for parameter in model.parameters()}  # a shard on NVMe has none in memory
-    assert dtypes == {deepspeed_config.dtype}, f"zero.Init built {dtypes}, wanted {deepspeed_config.dtype}"
     return model
+
+
+@contextmanager
+def _no_padding(config: Any) -> Iterator[int | None]:
+    """No configuration inside names a padding token: transformers would zero its row of a sharded embedding.
+
+    Gives the language model's own.
+    """
+    text = config.get_text_config()
+    parts = {id(part): part for part in (config, text, *(getattr(config, name, None) for name in config.sub_configs))}
+    named = [(part, part.pad_token_id) for part in parts.values() if hasattr(part, "pad_token_id")]
+    for part, _ in named:
+        object.__setattr__(part, "pad_token_id", None)  # some configurations hold it to be an integer
+    try:
+        yield next((pad for part, pad in named if part is text), None)
+    finally:
+        for part, pad in named:
+            part.pad_token_id = pad
+
+
+def _restore_dtypes(model: Any, plain: nn.Module, dtype: torch.dtype) -> None:
+    """Gives parameters the dtypes that they have unsharded: some are fp32 in a half-precision model, a router's matrix
+    for one. Refused on NVMe, whose files hold one dtype."""
+    unsharded = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        wanted = _dtype_of(model, name, dtype, unsharded[name].dtype)
+        assert parameter.dtype in (dtype, wanted), f"zero.Init built {name} in {parameter.dtype}, wanted {dtype}"
+        if wanted == dtype:
+            continue
+        if parameter.ds_tensor.numel() != parameter.ds_tensor.ds_numel:
+            raise UserError(
+                f"Model family {model.config.model_type!r} keeps {name!r} in {str(wanted).split('.')[1]}, which shards "
+                "on NVMe can't hold beside others; use --precision fp32 or ds_configs/zero3_offload.json."
+            )
+        for holder in (parameter, parameter.ds_tensor, parameter.ds_secondary_tensor):
+            if holder is not None:
+                holder.data = holder.data.to(wanted)
+
+
+def _dtype_of(model: Any, name: str, dtype: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that transformers gives a tensor that the family names for a model of `dtype`, else `otherwise`."""
+    plan = model._get_dtype_plan(dtype)
+    kept = [found for pattern, found in plan.items() if re.search(pattern.replace("*", ".*"), name)]
+    return kept[0] if kept else otherwise
 
 
 def _without_weights(config: Any, dtype: torch.dtype, auto: Any) -> nn.Module:
@@ -132,6 +179,4 @@ def _set_buffer(model: Any, name: str, value: Tensor) -> None:
     module, _, own = name.rpartition(".")
     holder = model.get_submodule(module)
     before = holder._buffers[own]
-    plan = model._get_dtype_plan(next(model.parameters()).dtype)
-    kept = [dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)]
-    holder._buffers[own] = value.to(before.device, kept[0] if kept else before.dtype)
+    holder._buffers[own] = value.to(before.device, _dtype_of(model, name, model.dtype, before.dtype))

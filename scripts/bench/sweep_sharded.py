@@ -56,6 +56,7 @@ def compare_sharded(case: Case, recipe: Recipe, perturbation: str = "gaussian") 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(recipe, eager=False).save_pretrained(folder)
+        recipe.config.save_pretrained(folder)  # some models save a part of it
         (folder / "strict.json").write_text(json.dumps({"zero_optimization": _STRICT} | _AUTO))
         (folder / "whole.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | _AUTO))
         reports = _on_ranks(Work(folder, recipe.kind, examples, case.trained, perturbation))
@@ -69,7 +70,8 @@ def compare_sharded(case: Case, recipe: Recipe, perturbation: str = "gaussian") 
     gradient, _ = step_of(case.backbone, case.trained, examples, perturbation)
     apart = relative(torch.stack([torch.from_numpy(report["gradient"]) for report in reports]).sum(0), gradient)
     differs = sorted({name for report in reports for name in report["differs"]})
-    return {"sharded scores": distance(found, wanted), "sharded step": apart, "differs": differs}
+    in_bf16 = max(float(report["bf16"]) for report in reports)
+    return {"sharded": distance(found, wanted), "sharded step": apart, "sharded bf16": in_bf16, "differs": differs}
 
 
 def _on_ranks(work: Work) -> list[dict[str, Any]]:
@@ -118,14 +120,22 @@ def _load(ranks: Ranks, work: Work, file: str, precision: str) -> Backbone:
 
 def _examine(ranks: Ranks, work: Work) -> dict[str, Any]:
     """This rank's scores and its part of the gradient; which tensors differ."""
-    differs = _different(*(_load(ranks, work, file, "bf16").model for file in ("whole.json", "strict.json")))
+    whole, half = (_load(ranks, work, file, "bf16") for file in ("whole.json", "strict.json"))
+    wanted, found = (_scores(backbone, work, ranks.rank) for backbone in (whole, half))
     backbone, _ = checked_backbone(_load(ranks, work, "strict.json", "fp32"))
+    scores = _scores(backbone, work, ranks.rank)
+    gradient, _ = step_of(backbone, work.trained, work.examples[ranks.rank :: RANKS], work.perturbation)
+    differs = _different(whole.model, half.model)
+    report = {"scores": scores, "gradient": gradient, "bf16": torch.tensor(distance(found, wanted))}
+    return {"differs": differs, **{name: tensor.numpy() for name, tensor in report.items()}}
+
+
+@torch.no_grad()
+def _scores(backbone: Backbone, work: Work, rank: int) -> Tensor:
+    """[B, C] of this rank's examples."""
     backbone.serve("soft", rows_of(work.kind), PROMPT)
-    examples = work.examples[ranks.rank :: RANKS]
-    with torch.no_grad(), backbone.shards.outside_layers():
-        scores = scores_of(backbone, backbone.rows.pack(examples), work.trained)
-    gradient, _ = step_of(backbone, work.trained, examples, work.perturbation)
-    return {"scores": scores.numpy(), "gradient": gradient.numpy(), "differs": differs}
+    with backbone.shards.outside_layers():
+        return scores_of(backbone, backbone.rows.pack(work.examples[rank::RANKS]), work.trained)
 
 
 def _different(whole: torch.nn.Module, sharded: torch.nn.Module) -> list[str]:

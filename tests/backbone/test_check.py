@@ -94,7 +94,7 @@ def test_small_weights_hide_nothing(family):
 
 
 def test_longer_answers_hide_nothing(monkeypatch):
-    """A few hundredths of what scores of small weights know are wrong, far less than an answer's length makes of them."""
+    """Hundredths of what scores of small weights know are wrong: far less than an answer's length makes of them."""
     backbone = Backbone(build("LlamaForCausalLM", "LlamaConfig", 0.02, **SIZES))
     check_backbone(backbone)
     real = Backbone.score
