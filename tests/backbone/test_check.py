@@ -287,3 +287,19 @@ def test_sections_stay_below_what_a_layer_counts_itself():
     backbone = Backbone(model, Activations("keep", chunk_tokens=1000))
     lengths = [chunk.length for chunk in backbone.chunks(pack(make_examples("multi") * 4), 4)]
     assert 11 < max(lengths) <= 17
+
+
+def test_its_rows_are_no_longer_than_a_run_s_may_be(monkeypatch):
+    """One token beyond and a nested longrope takes other angles: modernbert's masked rows end with a token more."""
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "factor": 8.0,
+                "long_factor": [1.0, 2.0, 4.0, 6.0], "original_max_position_embeddings": 16}  # fmt: skip
+    settings = {**SIZES, "cls_token_id": 0, "sep_token_id": 3, "num_hidden_layers": 3, "local_attention": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {"full_attention": longrope,
+                                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}  # fmt: skip
+    model = build("ModernBertForMaskedLM", "ModernBertConfig", **settings)
+    limit, seen = max_row_length(model.config), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    check_backbone(Backbone(model, head=Head("masked")))
+    assert limit == 16
+    assert max(seen) > 8

@@ -3,11 +3,25 @@
 import deepspeed
 import pytest
 import torch
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
 
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
 from ptp_ds.ranks.distributed import start_processes
 from tests.support.encoders import ENCODERS, make_encoder
@@ -88,3 +102,73 @@ def test_buffers_that_the_files_hold(precision, tmp_path, ranks):
     sharded = loaded(tmp_path, 3, precision, ranks, "causal")
     found = [buffer for name, buffer in sharded.named_buffers() if name.endswith("e_score_correction_bias")]
     assert all(map(torch.equal, found, biases))
+
+
+def kept_in_fp32(folder, ranks):
+    """Names of the parameters that a bf16 model holds in fp32."""
+    model = loaded(folder, 3, "bf16", ranks, "causal")
+    return {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_that_the_family_names_for_fp32(precision, tmp_path, ranks):
+    """A router's matrix: rounded to bf16 it sends tokens to other experts."""
+    torch.manual_seed(0)
+    config = Ernie4_5_MoeConfig(
+        **SMALL, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1, head_dim=8,
+        moe_num_shared_experts=1,
+    )  # fmt: skip
+    Ernie4_5_MoeForCausalLM(config).save_pretrained(tmp_path)
+    assert_same(tmp_path, precision, ranks, "causal")
+    assert "model.layers.1.mlp.gate.weight" in kept_in_fp32(tmp_path, ranks)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_that_the_family_makes_in_fp32(precision, tmp_path, ranks):
+    torch.manual_seed(0)
+    config = HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2, head_dim=8)
+    HunYuanMoEV1ForCausalLM(config).save_pretrained(tmp_path)
+    assert_same(tmp_path, precision, ranks, "causal")
+    assert "model.layers.0.mlp.gate.wg.weight" in kept_in_fp32(tmp_path, ranks)
+
+
+def test_shards_on_nvme_hold_one_dtype(tmp_path, ranks, monkeypatch):
+    """DeepSpeed's files are of one dtype: such a family is refused there, by name."""
+    from ptp_ds.backbone import sharded_loading
+
+    torch.manual_seed(0)
+    HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2, head_dim=8)).save_pretrained(
+        tmp_path
+    )
+    real = sharded_loading._restore_computed
+
+    def swapped(model, plain):  # as DeepSpeed leaves what it has written to a file
+        real(model, plain)
+        for parameter in model.parameters():
+            parameter.ds_tensor.data = torch.empty(0, dtype=parameter.dtype)
+
+    monkeypatch.setattr(sharded_loading, "_restore_computed", swapped)
+    with pytest.raises(UserError, match=r"'hunyuan_v1_moe' keeps .* in float32, which shards on NVMe"):
+        loaded(tmp_path, 3, "bf16", ranks, "causal")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_configuration_of_parts(precision, tmp_path, ranks):
+    """gemma3's has a language model's inside, whose padding token is its own."""
+    torch.manual_seed(0)
+    text = {**SMALL, "pad_token_id": 1, "head_dim": 8, "sliding_window": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    model.save_pretrained(tmp_path)
+    assert_same(tmp_path, precision, ranks, "causal")
+    sharded = loaded(tmp_path, 3, precision, ranks, "causal")
+    assert sharded.config.get_text_config().pad_token_id == 1
+
+
+def test_a_padding_token_that_must_be_a_number(tmp_path, ranks):
+    torch.manual_seed(0)
+    config = ModernBertDecoderConfig(**{**SMALL, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+                                        "cls_token_id": 2, "sep_token_id": 2})  # fmt: skip
+    ModernBertDecoderForCausalLM(config).save_pretrained(tmp_path)
+    assert_same(tmp_path, "fp32", ranks, "causal")
