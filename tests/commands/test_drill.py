@@ -76,24 +76,45 @@ def hit(run: Run, target: str, number: int) -> None:
         os.killpg(run.launcher.pid, number)
 
 
+def stop_and_resume(start, out, keep, drill_row, number, target):
+    """One more part of the run in `out`, ended by a signal: saved once, at the step that it says."""
+    before = saved(out)
+    run = start(out, *keep)
+    run.train()
+    hit(run, target, number)
+    assert run.finish() == 128 + number, run.stderr[-3000:]
+    told = line_with(run.stdout, f"stopped by signal {int(number)} after step")
+    assert run.stdout.count("stopped by signal") == 1
+    assert "Traceback" not in run.stderr
+    new = sorted(set(saved(out)) - set(before))
+    assert new == [f"step-{run.step():06}"], (before, saved(out))
+    drill_row(f"{number.name} to {target}", "kill, two ranks", told, "nothing: saved once, no orphan")
+
+
+FAST_STOPS = [(signal.SIGTERM, "the launcher"), (signal.SIGINT, "all processes"), (signal.SIGUSR1, "one rank")]
+
+
+@pytest.mark.slow
+def test_the_other_signals(start, whole, tmp_path, drill_row):
+    """Each signal to each target, but for those of the next test: six stops of one run, then to the end."""
+    out = tmp_path / "run"
+    keep = ["--save_every", "0", "--keep_checkpoints", "99", "--resume", "auto"]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for target in ("the launcher", "one rank", "all processes"):
+            if (number, target) not in FAST_STOPS:
+                stop_and_resume(start, out, keep, drill_row, number, target)
+    run = start(out, *keep)
+    assert run.finish() == 0, run.stderr[-3000:]
+    assert_same(out, whole)
+
+
 def test_signals_and_changed_data(start, whole, tmp_path, drill_row):
-    """Nine stops of one run, each by another signal or to others, its launcher's death, other data; then to the end."""
+    """Stops of one run by each signal, its launcher's death, other data; then to the end."""
     out, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(DEMO_DATA / "COPA", data / "COPA")
     keep = ["--save_every", "0", "--keep_checkpoints", "99", "--data_dir", data, "--resume", "auto"]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for target in ("the launcher", "one rank", "all processes"):
-            before = saved(out)
-            run = start(out, *keep)
-            run.train()
-            hit(run, target, number)
-            assert run.finish() == 128 + number, run.stderr[-3000:]
-            told = line_with(run.stdout, f"stopped by signal {int(number)} after step")
-            assert run.stdout.count("stopped by signal") == 1
-            assert "Traceback" not in run.stderr
-            new = sorted(set(saved(out)) - set(before))
-            assert new == [f"step-{run.step():06}"], (before, saved(out))
-            drill_row(f"{number.name} to {target}", "kill, two ranks", told, "nothing: saved once, no orphan")
+    for number, target in FAST_STOPS:
+        stop_and_resume(start, out, keep, drill_row, number, target)
     run = start(out, *keep)
     run.train()
     run.launcher.kill()
