@@ -347,7 +347,10 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], fou
     named = {size for size in row.windows if size is not None}
     if not all(block.causal for section in row.sections for block in section.chunk.plan.blocks):
         named |= {size - 1 for size in named}  # a bidirectional window of n on each side is named n + 1
-    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    config = model.config.get_text_config()
+    chunk, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None) or ["unknown"]
+    if set(kinds) == {"full_attention"}:  # masks with windows are made, and no layer takes one
+        local = set()
     if unseen := local - named - {chunk}:  # max_row_length keeps rows within one chunk
         raise UserError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
     if not bool(torch.isfinite(found.to_prompt).all()) or not bool(found.to_prompt.abs().sum() > 0):

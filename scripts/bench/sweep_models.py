@@ -161,7 +161,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "phimoe+window": {"sliding_window": WINDOW},
     "phi3+longrope": {"rope_parameters": _LONG_ROPE},
     "qwen2_moe": {"use_sliding_window": False},
-    "qwen2_moe+window": {"use_sliding_window": True},
+    "qwen2_moe+window": {"use_sliding_window": True, "layer_types": _SLIDING, "num_hidden_layers": 3},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 4},
     "reformer": {"axial_pos_shape": [16, 8], "axial_pos_embds_dim": [8, 24], "local_attn_chunk_length": 8,

@@ -170,6 +170,8 @@ def test_a_forward_that_changes_the_model_for_good():
           "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
           "v_head_dim": 8}),
         ("CohereForCausalLM", "CohereConfig", {**SIZES, "use_qk_norm": True}),
+        ("Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+         {**SIZES, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16, "use_sliding_window": False}),
         ("GptOssForCausalLM", "GptOssConfig",
          {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}),
     ],
