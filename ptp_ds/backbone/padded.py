@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
@@ -65,7 +64,8 @@ class PaddedBackbone(Backbone):
 
     def _decode(self, arguments: dict[str, Any], targets: Sequence[Sequence[Sequence[int]]]) -> Tensor:
         """Logits [N, V] of every answer's tokens: each row through the encoder once, then once a answer of its own."""
-        hidden = self.model.get_encoder()(**arguments).last_hidden_state
+        encoded = self.model.get_encoder()(**arguments)
+        hidden = encoded.last_hidden_state
         counts = torch.tensor([len(answers) for answers in targets], device=hidden.device)
         owners = torch.repeat_interleave(torch.arange(len(targets), device=hidden.device), counts)
         start = self.model.config.decoder_start_token_id
@@ -73,7 +73,7 @@ class PaddedBackbone(Backbone):
         mask, places = padding([len(ids) for ids in inputs], hidden.device)
         flat = torch.tensor([token for ids in inputs for token in ids], device=hidden.device)
         out = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden.index_select(0, owners)),
+            encoder_outputs=type(encoded)(last_hidden_state=hidden.index_select(0, owners)),
             attention_mask=arguments["attention_mask"].index_select(0, owners), use_cache=False,
             decoder_input_ids=flat[places.clamp_min(0)],
         )  # fmt: skip

@@ -146,7 +146,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "llama+dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0,
                                           "original_max_position_embeddings": ROPE_LENGTH}},
     "llama+yarn": {"rope_parameters": {**_YARN, "mscale": None, "mscale_all_dim": None}},
-    "llama4_text": {"floor_scale": 4},
+    "llama4_text": {"floor_scale": 24},
     "longt5+global": {"encoder_attention_type": "transient-global"},
     "mamba2": {"num_heads": 8},
     "mobilebert": {"num_feedforward_networks": 2, "intra_bottleneck_size": 16, "true_hidden_size": DERIVED},
