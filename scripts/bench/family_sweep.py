@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +40,7 @@ from sweep_compare import (
     rows_of,
 )
 from sweep_models import AUTO, LABELS, WEIGHTS, Recipe, families, make_config, make_model
+from sweep_report import BOUND, ROUNDING, Result, line, markdown, numbers_of, summary
 from sweep_sharded import compare_sharded
 
 from ptp_ds.backbone.backbone import Backbone
@@ -49,17 +49,9 @@ from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
 from ptp_ds.models.positions import row_room
 
-BOUND = 1e-4  # relative: scores in their deviation, gradients in their norm
-ROUNDING = 1e-2  # a family that is exact in fp64 may be as far off as this in fp32: its own rounding, amplified
 HALF = 0.2  # in bf16, where DeepSpeed's linear adds a bias after rounding
 EXACT = 1e-5  # relative, fp64; some compute parts in fp32 whatever they are given
 SAME_INPUTS = 1e-5  # how far inputs_embeds may be from input_ids to be called the same
-SHARDED = False  # set by --sharded
-_NUMBERS = (
-    "scores", "prompt", "delta", "head", "gaussian", "pgd", "deep", "sharded", "sharded step",
-)  # fmt: skip
-VERDICTS = ("ok", "wrong", "crash", "refused", "not built")
-Result = dict[str, Any]
 
 
 class VerdictError(Exception):
@@ -170,7 +162,7 @@ def measure(recipe: Recipe, tell: Callable[[str], None], eager: bool = True) -> 
         tell("deep")
         with suppress(UserError):  # --prompt soft alone
             found["deep"] = guarded(lambda: compare_deep(case), "deep", found)
-    if SHARDED and backbone.packs and recipe.dtype == torch.float32:
+    if recipe.sharded and backbone.packs and recipe.dtype == torch.float32:
         tell("sharded")
         found |= guarded(lambda: judge_sharded(case, recipe), "sharded", found)
         found["notes"] += [f"sharded: refused ({found['not sharded']})"] if "not sharded" in found else []
@@ -203,16 +195,11 @@ def guarded(compute: Callable[[], Any], stage: str, found: Result) -> Any:
         raise VerdictError(**(found | ended)) from None
 
 
-def numbers_of(found: Result) -> dict[str, float]:
-    """The distances among what was found."""
-    return {name: found[name] for name in _NUMBERS if name in found}
-
-
-def examine(name: str, kind: str, weights: str, tell: Callable[[str], None]) -> Result:
-    """The verdict on one model with weights of one size."""
+def examine(name: str, kind: str, weights: str, tell: Callable[[str], None], sharded: bool = False) -> Result:
+    """The verdict on one model with weights of one size; sharded: on two ranks, too."""
     tell("not built")
     try:
-        recipe = Recipe(make_config(name, kind), kind, weights)
+        recipe = Recipe(make_config(name, kind), kind, weights, sharded=sharded)
         make_model(recipe, eager=True)
     except Exception as error:
         return {"verdict": "not built", "sentence": first_line(error)}
@@ -240,14 +227,16 @@ def examine(name: str, kind: str, weights: str, tell: Callable[[str], None]) -> 
     return found | {"verdict": "wrong"}
 
 
-def examine_all(name: str, kind: str, tell: Callable[[str], None]) -> Result:
+def examine_all(name: str, kind: str, tell: Callable[[str], None], sharded: bool) -> Result:
     """The verdict on one model: the first wrong or crashing one of its weights, else that of the large ones.
 
     Small weights are tried where large ones aren't packed: where they are, the check can't have missed anything.
     """
     found: dict[str, Result] = {}
     for weights in WEIGHTS:
-        found[weights] = examine(name, kind, weights, lambda stage, size=weights: tell(f"{size} weights, {stage}"))
+        found[weights] = examine(
+            name, kind, weights, lambda stage, size=weights: tell(f"{size} weights, {stage}"), sharded
+        )
         same = found[weights].get("stage") in ("row_room", "constructor") or found[weights].get("path") == "packed"
         if same or found[weights]["verdict"] == "not built":
             break
@@ -255,20 +244,24 @@ def examine_all(name: str, kind: str, tell: Callable[[str], None]) -> Result:
     return found[worst] | {"weights": worst, "all": found}
 
 
-def child(name: str, kind: str, to_parent: Connection, quiet: bool) -> None:
+def _say(tell: Callable[[str], None], weights: str, stage: str) -> None:
+    tell(f"{weights} weights, {stage}")
+
+
+def child(name: str, kind: str, to_parent: Connection, quiet: bool, sharded: bool) -> None:
     """Examines one model and sends stages, then the result."""
     if quiet:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    to_parent.send(examine_all(name, kind, to_parent.send))
+    to_parent.send(examine_all(name, kind, to_parent.send, sharded))
 
 
-def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
+def watched(name: str, kind: str, limit: float = 120.0, quiet: bool = True, sharded: bool = False) -> Result:
     """The result of a child process, or how it died."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(name, kind, sender, quiet))
+    process = context.Process(target=child, args=(name, kind, sender, quiet, sharded))
     started = time.monotonic()
     process.start()
     sender.close()
@@ -294,34 +287,6 @@ def watched(name: str, kind: str, limit: float, quiet: bool) -> Result:
     return message | {"seconds": seconds}
 
 
-def line(key: str, found: Result) -> str:
-    """One model's line of the table."""
-    numbers = " ".join(f"{name} {value:.0e}" for name, value in numbers_of(found).items())
-    words = [found.get("sentence", "")] if found["verdict"] != "crash" else []
-    if found["verdict"] == "crash":
-        words = [f"{found['stage']}: {found['error']} @ {found['frame']}"]
-    words += found.get("notes", [])
-    for weights, other in found.get("all", {}).items():
-        paths = other["verdict"], other.get("path", "")
-        if paths != (found["verdict"], found.get("path", "")):
-            words.append(f"{weights} weights: {' '.join(paths).strip()}")
-    name, kind = key.split()
-    told = "; ".join(word for word in words if word)
-    return f"{name:26} {kind:8} {found['verdict']:9} {found.get('path', ''):8} {numbers} {told}".rstrip()
-
-
-def summary(results: dict[str, Result]) -> str:
-    """Counts, then what needs mending."""
-    lines = ["", f"{'':10}" + "".join(f"{verdict:>11}" for verdict in VERDICTS)]
-    for kind in AUTO:
-        counts = Counter(found["verdict"] for key, found in results.items() if key.split()[1] == kind)
-        lines.append(f"{kind:10}" + "".join(f"{counts[verdict]:11}" for verdict in VERDICTS))
-    for verdict, title in (("wrong", "Accepted and wrong"), ("crash", "Crashes")):
-        chosen = [line(key, found) for key, found in sorted(results.items()) if found["verdict"] == verdict]
-        lines += ["", f"{title}: {len(chosen)}", *chosen]
-    return "\n".join(lines)
-
-
 def main() -> int:
     """The sweep; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,14 +296,14 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", choices=list(AUTO), default=list(AUTO))
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each family")
     parser.add_argument("--verbose", action="store_true", help="show what libraries print")
+    parser.add_argument("--markdown", type=Path, help="write the table of all that --json holds")
     parser.add_argument("--sharded", action="store_true", help="packed families on two ranks under ZeRO-3, too")
     arguments = parser.parse_args()
-    global SHARDED
-    SHARDED = arguments.sharded
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     known: dict[str, Result] = {}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     if arguments.json and arguments.json.is_file():
         known = json.loads(arguments.json.read_text())["results"]
     chosen: dict[str, Result] = {}
@@ -347,13 +312,14 @@ def main() -> int:
         if arguments.only and not {name, name.split("+")[0]} & set(arguments.only):
             continue
         if arguments.again or key not in known:
-            known[key] = watched(name, kind, arguments.limit, not arguments.verbose)
+            known[key] = watched(name, kind, arguments.limit, not arguments.verbose, arguments.sharded)
             if arguments.json:
-                versions = {"transformers": transformers.__version__, "torch": torch.__version__}
                 arguments.json.write_text(json.dumps({"versions": versions, "results": known}, indent=1))
         chosen[key] = known[key]
         print(line(key, known[key]), flush=True)
     print(summary(chosen))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(known, versions), encoding="utf-8")
     return 1 if any(found["verdict"] in ("wrong", "crash") for found in chosen.values()) else 0
 
 

@@ -270,12 +270,13 @@ def _short_rope(rope: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a model. weights: a name in WEIGHTS."""
+    """What makes a model. weights: a name in WEIGHTS. sharded: whether it is tried on two ranks, too."""
 
     config: PreTrainedConfig
     kind: str
     weights: str = "large"
     dtype: torch.dtype = torch.float32
+    sharded: bool = False
 
 
 def make_model(recipe: Recipe, eager: bool) -> Any:
