@@ -37,6 +37,7 @@ _NO_METHOD = frozenset({
     "preset",
 })  # fmt: skip
 _DATA = "training_data_sha256"
+_WEIGHTS = "weights_gathered"  # as int8 they are another model's, whatever else ds_config says
 _TOLD = "settings"  # whether a result tells its settings: what tells tables apart where only some do
 
 
@@ -91,15 +92,14 @@ def read_result(folder: str) -> Result:
 
 
 def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The run's settings, result.json's own or those of config.json beside an older one, and the hash of its data.
+    """The run's settings, result.json's own or those of config.json beside an older one; the hash of its data, and how
+    its weights were gathered, which config.json tells.
 
     A setting that an older run's version didn't have is at its default, as that version behaved. {} where neither file
     tells any.
     """
-    config: dict[str, Any] = {}
-    if (result.get("settings") is None or result.get(_DATA) is None) and is_file(folder / "config.json"):
-        read = read_json(folder / "config.json", str(folder / "config.json"))
-        config = read if isinstance(read, dict) else {}
+    read = read_json(folder / "config.json", str(folder / "config.json")) if is_file(folder / "config.json") else {}
+    config: dict[str, Any] = read if isinstance(read, dict) else {}
     known = result["settings"] if result.get("settings") is not None else config.get("run")
     if not isinstance(known, dict):
         return {}
@@ -108,6 +108,9 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         found["schedule_steps"] = None  # its default, spelled out
     digest = result[_DATA] if result.get(_DATA) is not None else config.get(_DATA)
     kept = {name: value for name, value in found.items() if name not in _NO_METHOD}
+    resolved = config.get("deepspeed")
+    zero = resolved.get("zero_optimization") if isinstance(resolved, dict) else None
+    kept[_WEIGHTS] = "as int8" if isinstance(zero, dict) and zero.get("zero_quantized_weights") else "as stored"
     return {**kept, _DATA: digest[:8]} if isinstance(digest, str) else kept
 
 

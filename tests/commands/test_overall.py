@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,17 @@ def test_a_heading_names_only_what_differs(run):
     )  # fmt: skip
     assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in found] == [
         ({"settings": "told"}, [0, 1, 2]), ({"settings": "not told"}, [0]),
+    ]  # fmt: skip
+
+
+def test_weights_that_are_gathered_as_int8_are_another_models(run):
+    """config.json has the resolved DeepSpeed configuration; another stage alone makes no difference."""
+    folders = [run(seed=seed, settings=all_settings(seed=seed)) for seed in range(4)]
+    configs = [{"stage": 3}, {"stage": 2}, {"stage": 3, "zero_quantized_weights": True}]
+    for folder, zero in zip(folders, configs, strict=False):
+        (Path(folder) / "config.json").write_text(json.dumps({"deepspeed": {"zero_optimization": zero}}))
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in tables(*folders)] == [
+        ({"weights_gathered": "as stored"}, [0, 1, 3]), ({"weights_gathered": "as int8"}, [2]),
     ]  # fmt: skip
 
 
