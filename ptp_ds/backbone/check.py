@@ -30,9 +30,10 @@ from ptp_ds.tasks.example import Example
 
 _PROMPT = 4  # virtual tokens of the check
 _BEYOND = 8  # tokens of the long row behind the window that it crosses
+_SHORT, _LONG = 23, 64  # tokens of the long row where the run's rows aren't known, and at most where it crosses none
 # Bounds of scores and of gradients, for fp32 or better and below. Exact families stay below 1e-5 in fp32; what leaks
 # between rows is as little as 1e-3 where weights are small.
-_FULL, _HALF = (1e-4, 1e-3), (0.25, 0.5)
+_FULL, _HALF = (3e-4, 3e-3), (0.25, 0.5)
 _SAME_INPUTS = 1e-5, 1e-2  # of scores by embeddings against those by tokens, whose passes are otherwise the same
 _SPECIAL = ("pad", "bos", "eos", "mask", "sep", "cls", "unk", "decoder_start")
 
@@ -126,7 +127,7 @@ def _probe(backbone: Backbone, longest: int) -> _Probe:
     usable = torch.tensor([token for token in range(backbone.vocabulary) if token not in special])
     limit = max_row_length(backbone.model.config) - backbone.first_position
     windows = [window for window in window_lengths(backbone.model.config) if window < longest]
-    length = min(limit, longest, max(windows) + _BEYOND) if windows else min(limit, 23)
+    length = min(limit, longest or _SHORT, max(_LONG, *(window + _BEYOND for window in windows)) if windows else _LONG)
     length -= _PROMPT + 3  # the prompt, answers of two tokens and an end
     draw = usable[torch.randint(0, len(usable), (length + 64,), generator=make_generator(0, "check"))].tolist()
     mask = getattr(backbone.model.config, "mask_token_id", None)
@@ -261,12 +262,16 @@ def _bounds(backbone: Backbone) -> tuple[float, float]:
 
 @torch.no_grad()
 def _sees_no_later_token(backbone: Backbone, probe: _Probe, of_scores: float) -> bool:
-    """Whether a token's logits are the same with another behind it, in the family's own forward."""
-    ids = torch.tensor([probe.examples[0].context_ids], device=backbone.device)
+    """Whether tokens' logits are the same with others behind them, one or many, in the family's own forward."""
+    ids = torch.tensor([probe.examples[-1].context_ids], device=backbone.device)
+    count = ids.shape[1]
     with backbone.shards.outside_layers(), eager(backbone):
-        whole = backbone.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        shorter = backbone.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
-    return float((whole - shorter).norm()) <= of_scores * float((whole - whole.mean()).norm())
+        whole, *parts = (
+            backbone.model(input_ids=ids[:, :length], use_cache=False).logits[0].float()
+            for length in (count, count - 1, (count + 1) // 2)
+        )
+    bound = of_scores * float((whole - whole.mean()).norm()) / count**0.5
+    return all(float((whole[: len(part)] - part).norm()) <= bound * len(part) ** 0.5 for part in parts)
 
 
 @torch.no_grad()

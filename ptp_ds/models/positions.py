@@ -50,7 +50,8 @@ def _rotary_settings(text: Any) -> list[dict[str, Any]]:
 def window_lengths(config: Any) -> list[int]:
     """Lengths at which a family begins to attend otherwise: rows beyond them are computed in another way."""
     text = config.get_text_config()
-    names = ("sliding_window", "sliding_window_size", "attention_window", "local_attention", "window_size")
+    names = ("sliding_window", "sliding_window_size", "attention_window", "local_attention", "window_size",
+             "index_topk")  # fmt: skip
     found = [getattr(text, name, None) for name in names]
     flat = [size for one in found for size in (one if isinstance(one, (list, tuple)) else [one])]
     return sorted({int(size) for size in flat if isinstance(size, int) and size > 0})

@@ -50,7 +50,9 @@ from ptp_ds.models.heads import HeadPlan
 from ptp_ds.models.positions import row_room
 
 HALF = 0.2  # in bf16, where DeepSpeed's linear adds a bias after rounding
+_FP32_IN_BF16 = 2.0**16  # how much coarser bf16 is: what its own rounding makes of a family
 EXACT = 1e-5  # relative, fp64; some compute parts in fp32 whatever they are given
+LONGEST_ROW = 43  # tokens behind the prompt
 SAME_INPUTS = 1e-5  # how far inputs_embeds may be from input_ids to be called the same
 
 
@@ -88,7 +90,7 @@ def ask_project(recipe: Recipe) -> tuple[Backbone, str, int]:
         stage = "constructor"
         backbone = Backbone(model, head=head_of(model, kind))
         stage = "check"
-        backbone, reason = checked_backbone(backbone)
+        backbone, reason = checked_backbone(backbone, PROMPT + min(room, LONGEST_ROW))
         backbone.serve("soft", rows_of(kind), PROMPT)
     except ValueError as error:
         sentence, last = str(error).split(" Use one ")[0], traceback.extract_tb(error.__traceback__)[-1].filename
@@ -164,12 +166,12 @@ def measure(recipe: Recipe, tell: Callable[[str], None], eager: bool = True) -> 
             found["deep"] = guarded(lambda: compare_deep(case), "deep", found)
     if recipe.sharded and backbone.packs and recipe.dtype == torch.float32:
         tell("sharded")
-        found |= guarded(lambda: judge_sharded(case, recipe), "sharded", found)
+        found |= guarded(lambda: judge_sharded(case, recipe, found), "sharded", found)
         found["notes"] += [f"sharded: refused ({found['not sharded']})"] if "not sharded" in found else []
     return found
 
 
-def judge_sharded(case: Case, recipe: Recipe) -> Result:
+def judge_sharded(case: Case, recipe: Recipe, found: Result) -> Result:
     """Numbers of the family on two ranks, or why it isn't sharded; tensors that differ are as wrong as can be."""
     report = compare_sharded(case, recipe)
     if "error" in report:
@@ -177,7 +179,7 @@ def judge_sharded(case: Case, recipe: Recipe) -> Result:
     if "refused" in report:
         return {"not sharded": report["refused"]}
     differs = report.pop("differs")
-    if differs or report["sharded bf16"] > HALF:
+    if differs or report["sharded bf16"] > max(HALF, _FP32_IN_BF16 * found["scores"]):
         return {**report, "sharded": float("inf"), "differs": differs}
     return report
 
