@@ -33,7 +33,7 @@ _BEYOND = 8  # tokens of the long row behind the window that it crosses
 _SHORT, _LONG = 23, 64  # tokens of the long row where the run's rows aren't known, and at most where it crosses none
 # Bounds of scores and of gradients, for fp32 or better and below. Exact families stay below 1e-5 in fp32; what leaks
 # between rows is as little as 1e-3 where weights are small.
-_FULL, _HALF = (3e-4, 3e-3), (0.25, 0.5)
+_FULL, _HALF = (1e-4, 3e-3), (0.25, 0.5)
 _SAME_INPUTS = 1e-5, 1e-2  # of scores by embeddings against those by tokens, whose passes are otherwise the same
 _SPECIAL = ("pad", "bos", "eos", "mask", "sep", "cls", "unk", "decoder_start")
 
