@@ -4,6 +4,9 @@
 
 f is the softmax over a row's candidates. Everything here returns sums over examples: the caller divides by the
 global number of examples, so that ranks, micro-batches and batch sizes don't change lambda's meaning.
+
+The divergence's gradient goes to both predictions, or, with the clean one as a constant for it, to the perturbed one
+alone (VAT, Miyato et al. 2018): a strong perturbation then can't drag the clean one down to knowing nothing.
 """
 
 from collections.abc import Callable
@@ -55,11 +58,18 @@ def ce_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     return F.nll_loss(perturbed, gold, reduction="sum")
 
 
+GRADIENTS = ("both", "clean_fixed")  # where the divergence's gradient goes
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "kl": kl_sum, "sym_kl": sym_kl_sum, "js": js_sum, "ce": ce_sum,
 }  # fmt: skip
 
 
-def divergence_sum(kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor) -> Tensor:
-    """Sum over examples of a divergence between candidate scores; gradient flows to both. kind: see DIVERGENCES."""
+def divergence_sum(
+    kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, clean_fixed: bool = False
+) -> Tensor:
+    """Sum over examples of a divergence between candidate scores. kind: see DIVERGENCES.
+
+    Gradient flows to both, or with clean_fixed to the perturbed ones alone.
+    """
+    clean_BC = clean_BC.detach() if clean_fixed else clean_BC
     return DIVERGENCES[kind](log_probabilities(clean_BC), log_probabilities(perturbed_BC), gold_B)

@@ -76,7 +76,11 @@ def _perturbation(run: RunConfig) -> str:
     sizes = "".join(f", {name} {_short(held[name])}" for name in read if held[name] is not None)
     unit = f" ({_UNITS[run.units]})" if {"sigma", "epsilon"} & set(read) else ""
     target = f", on {run.target}" if run.target != "input" else ""
-    return f"{run.perturbation}{sizes}{unit}{target}; divergence {run.divergence}, lambda {_short(run.reg_weight)}"
+    fixed = (
+        ", the clean prediction fixed" if run.divergence_gradient == "clean_fixed" and run.divergence != "ce" else ""
+    )
+    weight = f"lambda {_short(run.reg_weight)}"
+    return f"{run.perturbation}{sizes}{unit}{target}; divergence {run.divergence}{fixed}, {weight}"
 
 
 def _short(value: object) -> str:

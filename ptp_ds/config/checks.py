@@ -76,9 +76,11 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
     if perturbation is None or perturbation.find is None:
         unread |= {"units", "target"}
     if perturbation is None:
-        unread |= {"reg_weight", "reg_warmup_steps", "divergence"}
+        unread |= {"reg_weight", "reg_warmup_steps", "divergence", "divergence_gradient"}
         if chosen is not None:  # what turns it off has that effect
             unread -= {name for name in unread & {"reg_weight", *chosen.sizes} if not getattr(run, name)}
+    if run.divergence == "ce":  # of the perturbed prediction alone
+        unread.add("divergence_gradient")
     if run.tokens_per_step is not None:
         unread.add("batch_size")
     if run.select_split is not None:
@@ -108,6 +110,8 @@ def _cause(run: RunConfig, name: str) -> str:
     beside = {"batch_size": "tokens_per_step", "holdout": "select_split", "schedule_steps": "lr_schedule constant"}
     if name in beside:
         return f"--{beside[name]}"
+    if name == "divergence_gradient" and run.perturbs:
+        return "--divergence ce"
     if run.chosen_perturbation.perturbation is not None and not run.perturbs:
         return "--reg_weight 0" if not run.reg_weight else f"a --perturbation {run.perturbation} of size 0"
     return f"--perturbation {run.perturbation}"

@@ -1,8 +1,8 @@
 """--preset: our flags at the settings of published methods. Data: what each one sets; flags that are given win.
 
 All of them as we compute them: only the example's own words move, never pads, special, template or answer tokens;
-gradient flows to both streams; losses are sums over examples divided by their number, so that lambda doesn't depend on
-the batch size. Sizes are absolute (--units): under bf16 the 1e-5 of r3f and smart is rounded away, and the run says so.
+losses are sums over examples divided by their number, so that lambda doesn't depend on the batch size. Sizes are
+absolute (--units): under bf16 the 1e-5 of r3f and smart is rounded away, and the run says so.
 
 preset  source                           how ours differs besides
 r3f     Aghajanyan et al. 2021, fairseq  not at all: U(-1e-5, 1e-5) on every coordinate, symmetric KL, lambda 1
@@ -11,8 +11,8 @@ smart   Jiang et al. 2020, mt-dnn        noise 1e-5 and step 1e-3 are mt-dnn's; 
 freelb  Zhu et al. 2020, RTE (ALBERT)    the clean cross-entropy stays beside the perturbed one, which is taken at the
                                          last delta, not averaged over the K; the start is random, half of the radius,
                                          not 0; the radius K alpha is as far as its unprojected steps can go
-vat     Miyato et al. 2018               gradient also flows to the clean stream; the power iteration is an ascent step
-                                         so long that projection leaves little of the random start; xi is epsilon / 2
+vat     Miyato et al. 2018               the power iteration is an ascent step so long that projection leaves little of
+                                         the random start; xi is epsilon / 2
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sigma": 1e-5 / 3**0.5,  # the standard deviation of U(-1e-5, 1e-5)
     },
     "vat": {
-        "perturbation": "pgd", "divergence": "kl", "reg_weight": 1.0, "units": "l2", "norm": "frobenius",
-        "epsilon": 1.0, "alpha": 10.0, "ascent_steps": 1,
+        "perturbation": "pgd", "divergence": "kl", "divergence_gradient": "clean_fixed", "reg_weight": 1.0,
+        "units": "l2", "norm": "frobenius", "epsilon": 1.0, "alpha": 10.0, "ascent_steps": 1,
     },
 }  # fmt: skip
 

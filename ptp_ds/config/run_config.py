@@ -11,7 +11,7 @@ from ptp_ds.config.presets import PRESETS
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.kernels import IMPLS
 from ptp_ds.models.heads import HEADS
-from ptp_ds.objective import DIVERGENCES
+from ptp_ds.objective import DIVERGENCES, GRADIENTS
 from ptp_ds.perturb import Perturbation
 from ptp_ds.perturb.ball import NORMS
 from ptp_ds.perturb.custom import BUILT_IN, ChosenPerturbation, choose_perturbation
@@ -83,6 +83,8 @@ class RunConfig:
     target: str = _flag("input", "what a delta in embedding space moves: the example's own words, the soft prompt in "
                         "front of it, or both", ("input", "prompt", "both"))  # fmt: skip
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
+    divergence_gradient: str = _flag("both", "where the divergence's gradient goes: to both predictions, or to the "
+                                     "perturbed one alone, the clean one as a constant", GRADIENTS)  # fmt: skip
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
     mask_share: float = _flag(0.15, "mask: share of a row's words that the second stream hides, at least one")

@@ -90,7 +90,8 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
 def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split]) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     names = (
-        "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "reg_weight",
+        "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "divergence_gradient",
+        "reg_weight",
         "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
         "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
         "max_grad_norm", "max_steps", "seed", "holdout", "max_length",

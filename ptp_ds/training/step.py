@@ -75,8 +75,9 @@ def ptp_loss(
             clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=options.max_rows, narrow=True)
     weight = reg_weight_at(run, noise.step)
     total, cross_entropy, divergence = dual_divergence(
-        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight, impl=run.kernels
-    )
+        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight,
+        clean_fixed=run.divergence_gradient == "clean_fixed", impl=run.kernels,
+    )  # fmt: skip
     delta_norm = example_norm(delta_TH, row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
     return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH)
 

@@ -15,6 +15,7 @@ from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
+from tests.support.packed import divergence as plain_divergence
 from tests.support.packed import make_prompt, plain_step, plain_twin_gradient, twin_deltas
 from tests.support.reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
@@ -107,6 +108,41 @@ def test_divergences(kind, shape):
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
     assert relative_error(prompt.grad, expected) < 1e-4
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd", "mask", "free"])
+@pytest.mark.parametrize("kind", ["kl", "js"])
+def test_a_clean_prediction_that_is_fixed(kind, perturbation):
+    """--divergence_gradient clean_fixed: the gradient is that of plain passes whose clean scores are data."""
+    examples, backbone = make_examples("multi"), Backbone(make_model("llama"))
+    run = RunConfig(perturbation=perturbation, divergence=kind, divergence_gradient="clean_fixed", reg_weight=0.7,
+                    epsilon=0.5, sigma=1.0, mask_share=0.4)  # fmt: skip
+    settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
+    contexts = [e.context_ids for e in examples]
+    if how.twins is not None:
+        contexts = [twin.context_ids for twin in how.twins(examples, settings, noise)]
+        row = pack_text_twins(examples, contexts)
+    else:
+        row = pack(examples)
+    found = []
+    for gradient in ("clean_fixed", "both"):
+        prompt = make_prompt().requires_grad_()
+        loss = ptp_loss(prompt, backbone, row, replace(run, divergence_gradient=gradient), settings, noise)
+        found.append((loss, torch.autograd.grad(loss.total, prompt)[0]))
+    assert torch.equal(found[0][0].total, found[1][0].total)
+    plain, total, model = make_prompt().requires_grad_(), 0.0, make_model("llama")
+    deltas = [torch.zeros(len(context), 32) for context in contexts]
+    if loss.delta is not None:
+        parts = found[0][0].delta.detach().split(row.lengths)
+        deltas = [part[: len(e.context_ids)] for part, e in zip(parts, examples, strict=True)]
+    for example, context, delta in zip(examples, contexts, deltas, strict=True):
+        clean = plain_scores(model, plain, example)
+        perturbed = plain_scores(model, plain, replace(example, context_ids=context), delta)
+        total = total + cross_entropy_sum(clean[None], torch.tensor([example.gold]))
+        total = total + 0.7 * plain_divergence(kind, clean.detach(), perturbed, example.gold)
+    (expected,) = torch.autograd.grad(total, plain)
+    assert relative_error(found[0][1], expected) < 1e-4
+    assert relative_error(found[1][1], expected) > 1e-2
 
 
 @pytest.mark.parametrize("max_rows", [None, 2])

@@ -21,12 +21,13 @@ def given(counts, dtype, spread=3.0):
     return *(x.masked_fill(absent.to(DEVICE), float("-inf")) for x in streams), gold.to(DEVICE)
 
 
-def plain(clean, perturbed, gold, counts, kind):
+def plain(clean, perturbed, gold, counts, kind, clean_fixed=False):
     """Cross-entropy and divergence, example by example, from torch's losses."""
     ce = divergence = 0.0
     for number, count in enumerate(counts):
         a, b = (x[number, :count].log_softmax(-1) for x in (clean, perturbed))
         ce = ce + F.nll_loss(a[None], gold[number : number + 1])
+        a = a.detach() if clean_fixed else a
         if kind == "ce":
             divergence = divergence + F.nll_loss(b[None], gold[number : number + 1])
             continue
@@ -65,6 +66,30 @@ def test_values_and_gradients(case, kind, dtype, impl):
     again = dual_divergence(*leaves, gold, kind, reg_weight=0.7, count=9, impl=impl)
     assert torch.equal(again.total, found.total)
     assert all(map(torch.equal, torch.autograd.grad(again.total, leaves, grad_output), ours))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("case", ["one candidate", "ragged"])
+def test_a_fixed_clean_stream_gets_the_cross_entropys_gradient_alone(case, kind, impl):
+    """Values as before; the divergence's gradient goes to the perturbed stream, as if the clean one were data."""
+    counts = COUNTS[case]
+    clean, perturbed, gold = given(counts, torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (clean, perturbed)]
+    exact = [x.double().requires_grad_() for x in (clean, perturbed)]
+    found = dual_divergence(*leaves, gold, kind, reg_weight=0.7, count=9, clean_fixed=True, impl=impl)
+    both = dual_divergence(*leaves, gold, kind, reg_weight=0.7, count=9, impl=impl)
+    assert torch.equal(found.total, both.total)
+    assert torch.equal(found.divergence, both.divergence)
+    ce, divergence = plain(*exact, gold, counts, kind, clean_fixed=True)
+    theirs = torch.autograd.grad((ce + 0.7 * divergence) / 9, exact, allow_unused=True)
+    ours = torch.autograd.grad(found.total, leaves)
+    for our, their, leaf in zip(ours, theirs, leaves, strict=True):
+        present = leaf.detach() != float("-inf")
+        assert_close(our[present], their[present], torch.float32, factor=4)
+    alone = torch.autograd.grad(plain(*exact, gold, counts, "ce")[0] / 9, exact[0])[0]
+    present = clean != float("-inf")
+    assert_close(ours[0][present], alone[present], torch.float32, factor=4)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
