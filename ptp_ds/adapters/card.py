@@ -21,6 +21,8 @@ def model_card(base_model: str, card: Mapping[str, Any]) -> str:
         split, rows = result.get("eval_split", "?"), result.get("eval_examples", "?")
         lines += [f"| metric, {split} ({rows} rows) | score |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
+        for name, value in ((result.get("untrained") or {}).get("metrics") or {}).items():
+            lines.append(f"| {name} of the untrained prompt | {value:.4f} |")
         if "majority" in result:
             lines.append(f"| accuracy of the majority class | {result['majority']:.4f} |")
         lines.append("")

@@ -52,14 +52,18 @@ def config_record(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 
 
 def result_record(
-    prepared: Prepared, ranks: Ranks, progress: Progress, result: Evaluation, peak_bytes: int
+    prepared: Prepared, ranks: Ranks, progress: Progress, result: Evaluation, untrained: Evaluation, peak_bytes: int
 ) -> dict[str, Any]:
-    """result.json: the metrics of the best prompt on --eval_split, what they cost, and every setting."""
+    """result.json: the metrics of the best prompt on --eval_split, what they cost, and every setting.
+
+    untrained: those of the prompt that training began with.
+    """
     run = prepared.run
     return {
         "task": prepared.task.name, "model": run.model, "perturbation": run.chosen_perturbation.name,
         "prompt": run.prompt, "seed": run.seed, "world_size": ranks.world, "steps": progress.step,
         "metrics": result.metrics,
+        "untrained": {"metrics": untrained.metrics, "cross_entropy": untrained.cross_entropy},
         "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
         "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,

@@ -76,12 +76,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     ranks = start_processes()
     scores = served.score(served.load(resolved, ranks), examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, examples, served.task) if labelled else None
+    untrained = _untrained(args, served, split_name, len(examples)) if labelled else {}
     shown = f"{task.name} {split_name} ({len(examples)} rows): "
     if result is not None:
         shown += "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        if untrained:
+            shown += "  |  untrained " + "  ".join(f"{name} {value:.4f}" for name, value in untrained.items())
         shown += f"  |  majority {result.majority:.4f}"
     log.info("%s", shown if result is not None else f"{shown}no labels, so no metrics")
     record = {**_of_run(args, served, split_name), **(result.as_dict() if result is not None else {})}
+    record |= {"untrained": {"metrics": untrained}} if untrained else {}
     _write(args, ranks, record | {"split": split_name}, split, served.task, scores)
 
 
@@ -102,6 +106,21 @@ def _write(
         write_jsonl(Path(args.predictions), prediction_lines(task, split, scores.argmax(-1).tolist()))
         log.info("predictions: %s", args.predictions)
     ranks.barrier()
+
+
+def _untrained(args: argparse.Namespace, served: Served, split: str, rows: int) -> dict[str, float]:
+    """Metrics of the prompt that the run began with, where it scored these rows; {} for an ensemble."""
+    if len(served.folders) != 1 or args.data_dir is not None or args.dataset is not None:
+        return {}
+    card = read_card(served.folders[0])
+    trained, task = card.get("result") or {}, card.get("task") or {}
+    same = (task.get("name"), trained.get("eval_split"), trained.get("eval_examples"))
+    if same != (served.task.name, split, rows):
+        return {}
+    untrained = trained.get("untrained")
+    found = untrained.get("metrics") if isinstance(untrained, dict) else None
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in numbers if isinstance(value, float)}
 
 
 def _of_run(args: argparse.Namespace, served: Served, split: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from ptp_ds.training.evaluate import Evaluation, evaluate, score_examples
 from ptp_ds.training.examples import load_splits, run_examples
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.start import neighbours_of, open_engine, perturbation_unit
+from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
 from ptp_ds.training.step import settings_of
 from ptp_ds.training.trainer import Progress, Trainer
 
@@ -147,6 +147,8 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
         output_dir=output_dir, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
     )  # fmt: skip
     try:
+        watchdog.doing("scoring the untrained prompt")
+        untrained = _untrained(prepared, trainer, progress)
         trainer.train(progress)
         if progress.stopped_by:
             ignore_stop_signals()
@@ -155,17 +157,36 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
             )
             return 128 + progress.stopped_by
         watchdog.doing("the last evaluation")
-        result = _report(prepared, trainer, progress)
+        result = _report(prepared, trainer, progress, untrained)
         _predict(prepared, trainer, progress)
     finally:
         with output.writing():
             monitor.close()
     output.agree()
-    _announce(prepared, result, progress, output_dir)
+    _announce(prepared, result, untrained, progress, output_dir)
     return 0
 
 
-def _report(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
+def _untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
+    """The prompt as it starts, on --eval_split: what training has to beat. A resumed run scores it again."""
+    engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
+    result = evaluate(
+        engine.backbone, initial_trained(prepared, engine.backbone), prepared.examples.evaluation, prepared.task, ranks,
+        prepared.run.eval_tokens, trainer.beat,
+    )  # fmt: skip
+    if progress.step == 0:
+        with output.writing():
+            trainer.monitor.evaluation(0, "untrained", {**result.metrics, "cross_entropy": result.cross_entropy})
+    output.agree()
+    log.info("  untrained prompt: %s", _scores(result))
+    return result
+
+
+def _scores(result: Evaluation) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
+
+
+def _report(prepared: Prepared, trainer: Trainer, progress: Progress, untrained: Evaluation) -> Evaluation:
     """Scores the best prompt on --eval_split and writes adapter and result.json."""
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
     trained = progress.best_prompt
@@ -179,7 +200,7 @@ def _report(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluat
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:
-        summary = result_record(prepared, ranks, progress, result, peak_bytes)
+        summary = result_record(prepared, ranks, progress, result, untrained, peak_bytes)
         with output.writing():
             _write_adapter(prepared, engine, progress, summary, output.folder / "adapter")
             write_json(output.folder / "result.json", summary)
@@ -215,11 +236,13 @@ def _predict(prepared: Prepared, trainer: Trainer, progress: Progress) -> None:
     log.info("predictions for %s: %s", prepared.run.predict_split, file)
 
 
-def _announce(prepared: Prepared, result: Evaluation, progress: Progress, output_dir: Path) -> None:
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
+def _announce(
+    prepared: Prepared, result: Evaluation, untrained: Evaluation, progress: Progress, output_dir: Path
+) -> None:
     log.info(
-        "\n%s %s (%d rows, prompt of step %d): %s  |  majority class: accuracy %.3f", prepared.task.name,
-        prepared.run.eval_split, result.examples, progress.best_step, shown, result.majority,
+        "\n%s %s (%d rows, prompt of step %d): %s  |  untrained prompt: %s  |  majority class: accuracy %.3f",
+        prepared.task.name, prepared.run.eval_split, result.examples, progress.best_step, _scores(result),
+        _scores(untrained), result.majority,
     )  # fmt: skip
     log.info("adapter, result.json and logs: %s", output_dir)
     log.info("scalars: tensorboard --logdir %s/tensorboard", output_dir)

@@ -166,12 +166,14 @@ def test_the_model_card_tells_scores_settings_and_versions():
 
     card = {
         "task": {"name": "CB", "text": "{premise}\nAnswer:"}, "versions": {"torch": "2.13.0", "gguf": None},
-        "result": {"metrics": {"accuracy": 0.75}, "majority": 0.5, "eval_split": "val", "eval_examples": 56, "seed": 3,
+        "result": {"metrics": {"accuracy": 0.75}, "untrained": {"metrics": {"accuracy": 0.25}},
+                   "majority": 0.5, "eval_split": "val", "eval_examples": 56, "seed": 3,
                    "perturbation": "pgd"},
     }  # fmt: skip
     text = model_card("some/model", card)
     assert text.startswith("---\nbase_model: some/model\nlibrary_name: peft\n")
     for part in ("# A prompt for CB", "| metric, val (56 rows) | score |", "| accuracy | 0.7500 |",
+                 "| accuracy of the untrained prompt | 0.2500 |",
                  "| accuracy of the majority class | 0.5000 |", "One run: perturbation pgd, seed 3.",
                  "    {premise}\n    Answer:", "Versions: torch 2.13.0."):  # fmt: skip
         assert part in text

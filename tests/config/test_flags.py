@@ -172,8 +172,21 @@ def test_contradictions(settings, message):
 @pytest.mark.parametrize(
     ("perturbation", "unread"),
     [
-        ("none", {*NOISE, *ASCENT, *MASK, *A2T, "units", "target", "reg_weight", "reg_warmup_steps", "divergence",
-                  "divergence_gradient"}),
+        (
+            "none",
+            {
+                *NOISE,
+                *ASCENT,
+                *MASK,
+                *A2T,
+                "units",
+                "target",
+                "reg_weight",
+                "reg_warmup_steps",
+                "divergence",
+                "divergence_gradient",
+            },
+        ),
         ("gaussian", {*ASCENT, *MASK, *A2T}),
         ("free", {*NOISE, *MASK, *A2T}),
         ("uniform", {*ASCENT, *MASK, *A2T}),

@@ -40,7 +40,8 @@ def test_what_is_given_wins(tmp_path):
     assert explicit == {"preset", "epsilon", "perturbation"}
     assert preset_effect("vat", vars(run))["overridden"] == {"perturbation": "mask", "epsilon": 2.0}
     assert describe_preset("vat", vars(run)) == (
-        "preset vat: divergence kl, divergence_gradient clean_fixed, reg_weight 1.0, units l2, norm frobenius, alpha 10.0, ascent_steps 1; "
+        "preset vat: divergence kl, divergence_gradient clean_fixed, reg_weight 1.0, units l2, norm frobenius, "
+        "alpha 10.0, ascent_steps 1; "
         "given instead: perturbation mask, epsilon 2.0"
     )
 

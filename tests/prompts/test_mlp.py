@@ -115,12 +115,19 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
 
 @pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "deep"])
 def test_a_tiny_learning_rate_leaves_the_initial_prompt(run_train, tiny_model, tmp_path, kind):
-    """The same seed with and without an MLP starts at the same prompt, so their first losses are equal."""
+    """The same seed with and without an MLP starts at the same prompt, so their first losses are equal.
+
+    What is scored as untrained is that prompt: a run that moves it by nothing ends with its score.
+    """
     losses = []
     for extra in ([], ["--prompt_mlp", "24"]):
         out = tmp_path / str(len(losses))
         check(run_train([*QUICK, "--model", tiny_model, "--prompt", kind, "--max_steps", "1", "--output_dir", out,
                          "--lr", "1e-20", *extra]))  # fmt: skip
-        losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses += [line["loss"] for line in lines if line["kind"] == "train"]
+        result = json.loads((out / "result.json").read_text())
+        assert result["metrics"] == result["untrained"]["metrics"]
+        assert result["eval_cross_entropy"] == pytest.approx(result["untrained"]["cross_entropy"], rel=1e-6)
     assert losses[0] == losses[1]
     torch.testing.assert_close(adapter(tmp_path / "1"), adapter(tmp_path / "0"), rtol=0, atol=1e-12)
