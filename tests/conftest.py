@@ -23,10 +23,10 @@ if not torch.cuda.is_available():
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import log_to_console
 from tests.support.paths import ROOT
-from tests.support.processes import child_environment, worker_environment
+from tests.support.processes import child_environment
 from tests.support.tiny import CONTEXT, make_tokenizer
 from tests.support.two_hosts import TwoHosts, why_not
-from tests.support.zygote import Zygote
+from tests.support.zygote import run_script
 
 prepare_environment()
 log_to_console()  # as a command does
@@ -83,16 +83,8 @@ def write_rows() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Runs of scripts as forks of a process that has imported what they need."""
-    started = Zygote(worker_environment())
-    yield started
-    started.end()
-
-
 @pytest.fixture
-def run_train(tmp_path: Path, zygote: Zygote) -> Callable[..., subprocess.CompletedProcess]:
+def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """run_train(args, env=None, nproc=1): scripts/train.py in tmp_path, on nproc ranks.
 
     By a fork; with an environment of its own by plain python, or torchrun where nproc > 1.
@@ -100,7 +92,7 @@ def run_train(tmp_path: Path, zygote: Zygote) -> Callable[..., subprocess.Comple
 
     def run(args: Sequence[str], env: Mapping[str, str] | None = None, nproc: int = 1) -> subprocess.CompletedProcess:
         if env is None:
-            return zygote.run(ROOT / "scripts" / "train.py", args, tmp_path, nproc)
+            return run_script("train.py", args, tmp_path, nproc)
         launcher = [sys.executable]
         if nproc > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]

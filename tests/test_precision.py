@@ -1,8 +1,6 @@
 """The precision policy: what a DeepSpeed file and --precision settle, what they can't, and the line that says why."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from ptp_ds import precision
 from ptp_ds.precision import dtype_of, resolve_precision
 from tests.support.paths import SUPPORT
-from tests.support.processes import worker_environment
+from tests.support.zygote import run_script
 
 BF16, FP16 = {"enabled": True}, {"enabled": True}
 AUTO, OFF = {"enabled": "auto"}, {"enabled": False}
@@ -79,8 +77,7 @@ def test_fp16_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])
 def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
-    command = [sys.executable, str(SUPPORT / "fp16_worker.py"), str(stage), perturbation]
-    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment())
+    done = run_script(SUPPORT / "fp16_worker.py", [stage, perturbation])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     moved = found["moved"]

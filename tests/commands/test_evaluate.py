@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,11 @@ from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.tasks.data import load_split
 from ptp_ds.training.evaluate import evaluation_of
-from tests.support.paths import ROOT
-from tests.support.processes import child_environment
+from tests.support.zygote import run_script
 
 
 def script(name: str, argv: list, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, argv)]
-    done = subprocess.run(
-        command, cwd=cwd, env=child_environment(), capture_output=True, text=True, timeout=170, check=False
-    )
+    done = run_script(name, argv, cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 

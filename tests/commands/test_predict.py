@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,10 +13,9 @@ from ptp_ds.models.source import load_config
 from ptp_ds.prompts import prompt_width
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import DEMO_DATA, Split
-from tests.support.paths import ROOT
-from tests.support.processes import child_environment
 from tests.support.task_rows import ROWS
 from tests.support.tiny import make_tokenizer
+from tests.support.zygote import run_script
 
 VAL = DEMO_DATA / "COPA" / "val.jsonl"
 FIELDS = ["premise=The ice melted.", "choice1=It was warm.", "choice2=It froze.", "question=cause"]
@@ -60,10 +57,7 @@ def test_probabilities_are_those_of_evaluates_scores(adapter, tmp_path):
         ("evaluate.py", ["--json", str(report)]),
         ("predict.py", ["--input", str(tmp_path / "rows.jsonl"), "--output", str(out)]),
     ):
-        command = [sys.executable, str(ROOT / "scripts" / script), *flags, *more]
-        done = subprocess.run(
-            command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False
-        )
+        done = run_script(script, [*flags, *more])
         assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     scores = json.loads(report.read_text())["scores"]
@@ -98,8 +92,7 @@ def masked(tmp_path) -> list[str]:
 
 def test_masked_heads_answer_as_evaluate_scores(masked, tmp_path, capsys):
     report, rows = tmp_path / "report.json", DEMO_DATA / "Reviews" / "val.jsonl"
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *masked, "--json", str(report)]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    done = run_script("evaluate.py", [*masked, "--json", report])
     assert done.returncode == 0, done.stderr[-2000:]
     found = [list(line["probabilities"].values()) for line in answers(capsys, [*masked, "--input", str(rows)])]
     expected = torch.tensor(json.loads(report.read_text())["scores"]).softmax(-1)

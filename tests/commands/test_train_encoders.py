@@ -1,8 +1,6 @@
 """Whole runs with encoders: a classifier and a masked language model, on one and two ranks, and through peft."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 from tests.support.encoders import ENCODERS
 from tests.support.paths import ROOT
-from tests.support.processes import child_environment
 from tests.support.tiny import demo_texts
+from tests.support.zygote import run_script
 
 
 def make_wordpiece():
@@ -48,9 +46,8 @@ def encoders(tmp_path_factory):
 
 
 def evaluate(folder, out, *extra):
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--adapter", str(out / "adapter"), "--model",
-               str(folder), "--json", str(out / "again.json"), *extra]  # fmt: skip
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    given = ["--adapter", out / "adapter", "--model", folder, "--json", out / "again.json", *extra]
+    done = run_script("evaluate.py", given)
     return done, (json.loads((out / "again.json").read_text()) if done.returncode == 0 else None)
 
 

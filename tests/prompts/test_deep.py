@@ -22,9 +22,8 @@ from ptp_ds.training.evaluate import score_examples
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.deep_prompts import WINDOWED, cached_scores, deep_prompt
 from tests.support.packed import divergence, make_prompt
-from tests.support.paths import ROOT
-from tests.support.processes import child_environment
 from tests.support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error
+from tests.support.zygote import run_script
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - WINDOWED))
@@ -126,8 +125,6 @@ def test_peft_loads_it_and_computes_with_it(tmp_path, tiny_model):
 def test_training_evaluating_and_resuming(run_train, tiny_model, tmp_path):
     """On two ranks under ZeRO-3 as on one; the adapter scores what training's evaluation reported."""
     import json
-    import subprocess
-    import sys
 
     from safetensors.torch import load_file
 
@@ -143,9 +140,8 @@ def test_training_evaluating_and_resuming(run_train, tiny_model, tmp_path):
     assert prompts[0].shape == (4, 64)
     assert float((prompts[1] - prompts[0]).norm() / prompts[0].norm()) < 1e-5
     result = json.loads((tmp_path / "1" / "result.json").read_text())
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--adapter", str(tmp_path / "1" / "adapter"),
-               "--model", str(tiny_model), "--json", str(tmp_path / "again.json")]  # fmt: skip
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    given = ["--adapter", tmp_path / "1" / "adapter", "--model", tiny_model, "--json", tmp_path / "again.json"]
+    done = run_script("evaluate.py", given)
     assert done.returncode == 0, done.stderr[-2000:]
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["metrics"] == result["metrics"]

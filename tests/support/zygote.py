@@ -6,6 +6,7 @@ output, in which the script starts as python would start it. Tests of launchers,
 import start real processes instead.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -14,19 +15,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests.support.paths import ROOT
+from tests.support.processes import worker_environment
 
 _SECONDS = 170.0
 
 
-class Zygote:
-    """The process that forks; one for all tests of a session."""
+def run_script(
+    script: str | Path, arguments: Sequence[object], folder: Path | None = None, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """A script of scripts/ by its name, or any by its path, as python runs it in `folder`, or torchrun on `ranks`."""
+    return _zygote().run(ROOT / "scripts" / script, arguments, folder or Path.cwd(), ranks)
 
-    def __init__(self, environment: dict[str, str]) -> None:
+
+@cache
+def _zygote() -> "Zygote":
+    """The one of this process, started when it is first asked for."""
+    started = Zygote()
+    atexit.register(started.end)
+    return started
+
+
+class Zygote:
+    """The process that forks."""
+
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__], env=worker_environment(), cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def run(
         self, script: Path, arguments: Sequence[object], folder: Path, ranks: int = 1

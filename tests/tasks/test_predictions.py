@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -12,9 +11,8 @@ from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.tasks.predictions import check_numbers, prediction_lines
 from ptp_ds.tasks.template import parse_task
-from tests.support.paths import ROOT
-from tests.support.processes import child_environment
 from tests.support.task_rows import ROWS
+from tests.support.zygote import run_script
 
 SUPERGLUE = ["AX-b", "AX-g", "BoolQ", "CB", "COPA", "MultiRC", "RTE", "ReCoRD", "WSC", "WiC"]
 
@@ -194,8 +192,7 @@ def test_files_that_cannot_be_written(tmp_path):
 
 
 def evaluate(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, args)]
-    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=170, check=False)
+    return run_script("evaluate.py", args)
 
 
 def test_train_and_evaluate_write_the_same_file(run_train, tiny_model, tmp_path, write_rows):
