@@ -20,7 +20,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run on the CPU
 
-from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
 from ptp_ds.ranks.log import log_to_console
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
@@ -81,6 +81,13 @@ def write_rows() -> Callable[..., Path]:
         return file
 
     return write
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """The process group of this process alone, for a module; gone behind it."""
+    yield start_processes()
+    stop_processes()
 
 
 @pytest.fixture

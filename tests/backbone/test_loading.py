@@ -14,13 +14,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.heads import auto_class
 from ptp_ds.models.positions import max_row_length
 from ptp_ds.models.source import load_config, load_tokenizer, resolve_model
-from ptp_ds.ranks.distributed import start_processes
 from tests.support.reference import make_model
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    return start_processes()
 
 
 def resolved(stage):

@@ -23,17 +23,11 @@ from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
-from ptp_ds.ranks.distributed import start_processes
 from tests.support.encoders import ENCODERS, make_encoder
 from tests.support.reference import FAMILIES, make_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    return start_processes()
 
 
 def loaded(folder, stage, precision, ranks, head):

@@ -26,11 +26,12 @@ START = [
     r"  auto: train_batch_size 4, .*, precision fp32 \(no GPU here; .*\), reduce_bucket_size 1024, .*",
     r"  activations: keep up to \d+ tokens a step .*; kernels: torch \(.*\); frozen products: .*",
     r"  output: \S+run",
+    r"  untrained prompt: accuracy \d\.\d+",
     r"step 1/2  loss \d.*  0 s left",
     r"step 2/2  loss \d.*",
     r"step 2  selection rows \(14\): accuracy .*",
     r"",
-    r"COPA val \(48 rows, prompt of step 2\): accuracy .*",
+    r"COPA val \(48 rows, prompt of step 2\): accuracy .*  \|  untrained prompt: accuracy .*  \|  majority class: .*",
     r"adapter, result\.json and logs: \S+run",
     r"scalars: tensorboard --logdir \S+run/tensorboard",
 ]
