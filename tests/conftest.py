@@ -134,6 +134,11 @@ def drill_row(record_property: Callable[[str, object], None]) -> Callable[[str, 
     return lambda *cells: record_property("drill", cells)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: with a file a worker, nobody waits for it at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/commands/test_drill.py"))
+
+
 _PATH = re.compile(r"\S*/pytest-of-\S*?/(?=(run|disk)/?)")  # a test's own folder, in what a user sees
 
 
