@@ -7,60 +7,37 @@ in company held against those of each row alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.attention.interface import local_sizes, use_value
-from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.backbone.backbone import Backbone, refusal
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.backbone.plain import eager, ids_of, plain_scores
+from ptp_ds.backbone.probe import (
+    Found,
+    Probe,
+    each_alone,
+    make_probe,
+    packed_pass,
+    plain_pass,
+    scores_by_embeddings,
+    serving,
+)
 from ptp_ds.errors import UserError
-from ptp_ds.models.positions import max_row_length, window_lengths
-from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow
-from ptp_ds.seeding import make_generator
-from ptp_ds.tasks.example import Example
 
-_PROMPT = 4  # virtual tokens of the check
-_BEYOND = 8  # tokens of the long row behind the window that it crosses
-_SHORT, _LONG = 23, 64  # tokens of the long row where the run's rows aren't known, and at most where it crosses none
 # Bounds of scores and of gradients. In fp32 an exact family is off by about what its own rounding makes of a last digit
 # of its inputs, which is measured (_own_rounding); what leaks between rows can be far below any fixed bound.
 _FULL, _HALF = (1e-3, 1e-2), (0.25, 0.5)  # at most, for fp32 or better and below
 _SURE, _MARGIN, _LAST_DIGIT = 1e-5, 20.0, 2.0**-23  # nobody asks below; times of its own rounding
-_SAME_INPUTS, _SAME_INPUTS_HALF = (
-    1e-5,
-    1e-2,
-)  # of scores by embeddings against those by tokens, whose passes are otherwise the same
-_SPECIAL = ("pad", "bos", "eos", "mask", "sep", "cls", "unk", "decoder_start")
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """The check's rows. prompt_ids: the tokens whose embeddings the prompt is. rows: those that packed passes take;
-    alone: rows that share nothing, for plain ones."""
-
-    examples: Sequence[Example]
-    prompt_ids: Tensor
-    trained: Tensor
-    rows: Rows
-    alone: SeparateRows
-
-
-@dataclass(frozen=True)
-class _Found:
-    """scores [B, C]. to_prompt: gradient of what is trained; to_context: of each example's context embeddings."""
-
-    scores: Tensor
-    to_prompt: Tensor
-    to_context: list[Tensor]
+# Of scores by embeddings against those by tokens, whose passes are otherwise the same.
+_SAME_INPUTS, _SAME_INPUTS_HALF = 1e-5, 1e-2
 
 
 def checked_backbone(backbone: Backbone, longest: int = 0) -> tuple[Backbone, str]:
@@ -94,20 +71,20 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
     before = _state(backbone.model)
     with _family_fails(backbone), backbone.shards.outside_layers():
-        probe = _probe(backbone, longest)
+        probe = make_probe(backbone, longest)
         passes: list[LayerPass] = []
-        with _serving(backbone, probe.rows, "soft"):
-            found, local = _packed(backbone, probe, probe.examples, passes)
+        with serving(backbone, probe.rows, "soft"):
+            found, local = packed_pass(backbone, probe, probe.examples, passes)
     _refuse_pass(backbone, passes[0], local, found)
     with _family_fails(backbone), backbone.shards.outside_layers():
         with eager(backbone):
             alone = probe.alone.pack(probe.examples).to(backbone.device)
             with torch.no_grad():
                 by_ids = plain_scores(backbone, alone, probe.trained, ids_T=ids_of(alone, probe.prompt_ids))
-                by_embeddings = _by_embeddings(backbone, probe, alone)
-            plain = _plain(backbone, probe, alone) if not backbone.shards.sharded else None
+                by_embeddings = scores_by_embeddings(backbone, probe, alone)
+            plain = plain_pass(backbone, probe, alone) if not backbone.shards.sharded else None
         if plain is None:
-            plain = _each_alone(backbone, probe)
+            plain = each_alone(backbone, probe)
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
         raise UserError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
     error = _apart(by_embeddings, by_ids, _guess(backbone, probe, by_ids))
@@ -121,116 +98,7 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         backbone.narrows = _narrows(backbone, probe)
 
 
-def _probe(backbone: Backbone, longest: int) -> _Probe:
-    """Rows of ragged contexts and answers, one of them long where the run's are longer than a window."""
-    device, kind = backbone.device, backbone.head.kind
-    special = {getattr(backbone.model.config, f"{name}_token_id", None) for name in _SPECIAL}
-    usable = torch.tensor([token for token in range(backbone.vocabulary) if token not in special])
-    limit = max_row_length(backbone.model.config) - backbone.first_position
-    windows = [window for window in window_lengths(backbone.model.config) if window < longest]
-    length = min(limit, longest or _SHORT, max(_LONG, *(window + _BEYOND for window in windows)) if windows else _LONG)
-    length -= _PROMPT + 3  # the prompt, answers of two tokens and an end
-    draw = usable[torch.randint(0, len(usable), (length + 64,), generator=make_generator(0, "check"))].tolist()
-    mask = getattr(backbone.model.config, "mask_token_id", None)
-    contexts, start = [], 24
-    for size in (5, 3, length):
-        contexts.append(draw[start : start + size])
-        start += size
-    answers = [[draw[0:3], draw[3:4]], [draw[4:5]], [draw[5:6], draw[6:8]]]
-    examples = [
-        Example(context_ids=context, movable=[True] * len(context), candidate_ids=candidates, gold=0, index=number)
-        for number, (context, candidates) in enumerate(zip(contexts, answers, strict=True))
-    ]
-    alone = SeparateRows(
-        kind=kind, prompt_length=_PROMPT, mask_id=draw[8] if mask is None else mask, tail=(draw[9],),
-        choice=backbone.head.choice,
-    )  # fmt: skip
-    prompt_ids = torch.tensor(draw[10 : 10 + _PROMPT], device=device)
-    prompt = backbone.embed(prompt_ids)
-    tensors = {name: tensor.to(prompt) for name, tensor in backbone.head.start(backbone.model.config, 0).items()}
-    trained = backbone.head.join(prompt, tensors).detach()
-    shares = kind == "causal" and backbone.packs
-    return _Probe(examples, prompt_ids, trained, TreeRows() if shares else alone, alone)
-
-
-def _packed(
-    backbone: Backbone, probe: _Probe, examples: Sequence[Example], passes: list[LayerPass]
-) -> tuple[_Found, set[int]]:
-    """One packed pass of the examples, and the local windows that its masks asked for. passes: gets the pass."""
-    rows = backbone.rows
-    row = rows.pack(examples).to(backbone.device)
-    trained = probe.trained.clone().requires_grad_()
-    seen: set[int] = set()
-    saved = SavedBytes(backbone.parameters())
-    with use_value(local_sizes, seen), saved.counting(), torch.enable_grad():
-        inputs = backbone.inputs(row, trained)
-        delta = torch.zeros_like(inputs, requires_grad=True)
-        scores = backbone.score(row, inputs + delta, trained, watch=passes.append)[0]
-    tokens = sum(section.chunk.length for section in passes[-1].sections)
-    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
-    if backbone.packs and not any(passes[-1].attention_calls.values()):  # nothing below would say more than that
-        return _Found(scores.detach(), trained.detach(), []), set()
-    to_prompt, to_delta = torch.autograd.grad(_weighed(scores, row), (trained, delta))
-    return _Found(scores.detach(), to_prompt, _by_context(to_delta, rows, row, examples)), seen
-
-
-def _by_embeddings(backbone: Backbone, probe: _Probe, row: PackedRow, jitter: float = 0.0) -> Tensor:
-    """[B, C] scores by each row's own eager forward from embeddings. jitter: see _inputs."""
-    with _serving(backbone, probe.alone, "soft"):
-        return plain_scores(backbone, row, probe.trained, inputs_TH=_inputs(backbone, row, probe.trained, jitter))
-
-
-def _inputs(backbone: Backbone, row: PackedRow, trained: Tensor, jitter: float) -> Tensor:
-    """Embeddings [T, H] of rows of their own; jitter: deviation of what each number is multiplied by."""
-    inputs = backbone.inputs(row, trained)
-    if not jitter:
-        return inputs
-    noise = torch.randn(inputs.shape, generator=make_generator(0, "jitter")).to(inputs)
-    return inputs * (1 + jitter * noise)
-
-
-def _plain(backbone: Backbone, probe: _Probe, row: PackedRow, jitter: float = 0.0) -> _Found:
-    """The same by each row's own eager forward from embeddings. jitter: see _inputs."""
-    trained = probe.trained.clone().requires_grad_()
-    with torch.enable_grad(), _serving(backbone, probe.alone, "soft"):
-        inputs = _inputs(backbone, row, trained, jitter)
-        delta = torch.zeros_like(inputs, requires_grad=True)
-        scores = plain_scores(backbone, row, trained, inputs_TH=inputs + delta)
-    to_prompt, to_delta = torch.autograd.grad(_weighed(scores, row), (trained, delta))
-    return _Found(scores.detach(), to_prompt, _by_context(to_delta, probe.alone, row, probe.examples))
-
-
-def _each_alone(backbone: Backbone, probe: _Probe) -> _Found:
-    """Packed passes of one example each: scores as in company, gradients summed."""
-    with _serving(backbone, probe.rows, "soft"):
-        found = [_packed(backbone, probe, [example], [])[0] for example in probe.examples]
-    width = max(one.scores.shape[1] for one in found)
-    padded = [torch.nn.functional.pad(one.scores, (0, width - one.scores.shape[1]), value=-torch.inf) for one in found]
-    to_prompt = torch.stack([one.to_prompt for one in found]).sum(0)
-    return _Found(torch.cat(padded), to_prompt, [part for one in found for part in one.to_context])
-
-
-def _weighed(scores_BC: Tensor, row: PackedRow) -> Tensor:
-    """A sum that treats every score differently, by its example and place, so that an error in one shows."""
-    numbers = row.gold.new_tensor(row.example_ids)[:, None] * 7 + torch.arange(
-        scores_BC.shape[1], device=row.gold.device
-    )
-    return (scores_BC * torch.cos(numbers.to(scores_BC.dtype)))[row.present].sum()
-
-
-def _by_context(delta_TH: Tensor, rows: Rows, row: PackedRow, examples: Sequence[Example]) -> list[Tensor]:
-    """Each example's gradient at its context's tokens [n, H], summed over blocks that repeat it."""
-    if row.moves_with is not None:
-        delta_TH = torch.zeros_like(delta_TH).index_add(0, row.moves_with, delta_TH)
-    found, first = [], 0
-    for example, length in zip(examples, row.lengths, strict=True):
-        places = [first + place for place in rows.context_places(example, 0)]
-        found.append(delta_TH[places])
-        first += length
-    return found
-
-
-def _compare(backbone: Backbone, probe: _Probe, alone: PackedRow, found: _Found, plain: _Found, by_ids: Tensor) -> None:
+def _compare(backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, plain: Found, by_ids: Tensor) -> None:
     """ValueError where scores or gradients lie further apart than the family's own rounding explains."""
     errors = (_apart(found.scores, by_ids, _guess(backbone, probe, by_ids)), _gradient_errors(found, plain))
     bounds = _bounds(backbone)
@@ -243,22 +111,22 @@ def _compare(backbone: Backbone, probe: _Probe, alone: PackedRow, found: _Found,
             raise UserError(refusal(backbone.model, reason if backbone.packs else reason.replace("packed", "padded")))
 
 
-def _gradient_errors(found: _Found, plain: _Found) -> float:
+def _gradient_errors(found: Found, plain: Found) -> float:
     """The largest relative distance of a gradient: the prompt's, or one row's."""
     pairs = [(found.to_prompt, plain.to_prompt), *zip(found.to_context, plain.to_context, strict=True)]
     return max(float((a - b).float().norm() / b.float().norm().clamp_min(1e-12)) for a, b in pairs)
 
 
 def _own_rounding(
-    backbone: Backbone, probe: _Probe, alone: PackedRow, plain: _Found, by_ids: Tensor
+    backbone: Backbone, probe: Probe, alone: PackedRow, plain: Found, by_ids: Tensor
 ) -> tuple[float, float]:
     """How far plain scores and gradients move with the last digit of the inputs; sharded models tell no gradients."""
     guess = _guess(backbone, probe, by_ids)
     with _family_fails(backbone), backbone.shards.outside_layers(), eager(backbone):
         if backbone.shards.sharded:
             with torch.no_grad():
-                return _apart(_by_embeddings(backbone, probe, alone, _LAST_DIGIT), by_ids, guess), _FULL[1]
-        moved = _plain(backbone, probe, alone, _LAST_DIGIT)
+                return _apart(scores_by_embeddings(backbone, probe, alone, _LAST_DIGIT), by_ids, guess), _FULL[1]
+        moved = plain_pass(backbone, probe, alone, _LAST_DIGIT)
     return _apart(moved.scores, by_ids, guess), _gradient_errors(moved, plain)
 
 
@@ -269,7 +137,7 @@ def _apart(scores: Tensor, wanted: Tensor, guess: Tensor) -> float:
     return float((scores - wanted)[present].norm() / (known - known.mean()).norm().clamp_min(1e-6))
 
 
-def _guess(backbone: Backbone, probe: _Probe, like: Tensor) -> Tensor:
+def _guess(backbone: Backbone, probe: Probe, like: Tensor) -> Tensor:
     """[B, C] scores of a model to which all tokens are equally likely: longer answers score less, whatever it knows."""
     scores = torch.zeros_like(like)
     if backbone.head.kind == "classes":
@@ -285,7 +153,7 @@ def _bounds(backbone: Backbone) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _sees_no_later_token(backbone: Backbone, probe: _Probe) -> bool:
+def _sees_no_later_token(backbone: Backbone, probe: Probe) -> bool:
     """Whether tokens' logits are the same with others behind them, one or many, in the family's own forward."""
     ids = torch.tensor([probe.examples[-1].context_ids], device=backbone.device)
     count = ids.shape[1]
@@ -299,7 +167,7 @@ def _sees_no_later_token(backbone: Backbone, probe: _Probe) -> bool:
 
 
 @torch.no_grad()
-def _narrows(backbone: Backbone, probe: _Probe) -> bool:
+def _narrows(backbone: Backbone, probe: Probe) -> bool:
     """Whether logits of a few tokens alone are those that the whole vocabulary's product has there."""
     kind = backbone.head.kind
     if backbone.output is None or kind not in ("causal", "masked"):
@@ -307,7 +175,7 @@ def _narrows(backbone: Backbone, probe: _Probe) -> bool:
     example = probe.examples[1]
     answers = [[token] for token in example.context_ids[:2]]
     example = replace(example, candidate_ids=[*example.candidate_ids, *answers])
-    with _serving(backbone, probe.alone, "soft"), backbone.shards.outside_layers():
+    with serving(backbone, probe.alone, "soft"), backbone.shards.outside_layers():
         row = backbone.rows.pack([example]).to(backbone.device)
         inputs = backbone.inputs(row, probe.trained)
         whole = backbone.score(row, inputs, probe.trained)[0]
@@ -321,19 +189,6 @@ def _narrows(backbone: Backbone, probe: _Probe) -> bool:
     gaps, wanted = narrow - narrow[:, :1], whole - whole[:, :1]
     bound = _bounds(backbone)[0]
     return float((gaps - wanted).norm()) <= bound * max(float(wanted.norm()), 1e-6)
-
-
-@contextmanager
-def _serving(backbone: Backbone, rows: Rows, prompt: str) -> Iterator[None]:
-    """The backbone with these rows, a prompt of this kind and kept activations inside."""
-    before = backbone.rows, backbone.prompt, backbone.activations.mode
-    backbone.rows, backbone.prompt = rows, prompt
-    backbone.activations = replace(backbone.activations, mode="keep")
-    try:
-        yield
-    finally:
-        backbone.rows, backbone.prompt, mode = before
-        backbone.activations = replace(backbone.activations, mode=mode)
 
 
 @contextmanager
@@ -365,7 +220,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], found: _Found) -> None:
+def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], found: Found) -> None:
     """ValueError for layers that didn't attend by our function, windows that it can't see, no gradient."""
     model, row = backbone.model, layer_pass
     layers = {number for number, calls in row.attention_calls.items() if calls}
