@@ -2,8 +2,8 @@
 
 served = serve(["runs/cb"])                      # task, model, head and prompt as on the adapter's card
 ranks = start_processes()                        # or alone(): this process
-backbone = served.load(whole(), ranks)
 examples = served.examples(split)                # split: adapter_rows, load_rows, or rows of your own
+backbone = served.load(whole(), ranks, examples)
 scores_NC = served.score(backbone, examples, ranks)
 """
 
@@ -73,10 +73,14 @@ class Served:
             )
         return found.examples
 
-    def load(self, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks) -> Backbone:
-        """The backbone, loaded, checked and ready for this prompt's rows; every rank must call it."""
+    def load(self, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, examples: Sequence[Example] = ()) -> Backbone:
+        """The backbone, loaded, checked and ready for this prompt's rows; every rank must call it.
+
+        examples: what will be scored; the check then tries rows that are as long.
+        """
         loaded = load_backbone(self.source.folder, deepspeed_config, ranks, self.source.head_plan)
-        backbone, _ = checked_backbone(loaded)
+        longest = max((example.path_length for example in examples), default=0)
+        backbone, _ = checked_backbone(loaded, longest and longest + self.prompt_length + self.rows.extra_tokens)
         backbone.serve(self.kind, self.rows, self.prompt_length)
         return backbone
 

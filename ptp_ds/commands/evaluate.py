@@ -74,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_numbers(served.task, split, len(examples))
     resolved = _resolved(raw, args, served)
     ranks = start_processes()
-    scores = served.score(served.load(resolved, ranks), examples, ranks, args.eval_tokens)
+    scores = served.score(served.load(resolved, ranks, examples), examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, examples, served.task) if labelled else None
     untrained = _untrained(args, served, split_name, len(examples)) if labelled else {}
     shown = f"{task.name} {split_name} ({len(examples)} rows): "

@@ -151,7 +151,7 @@ def _predict(args: argparse.Namespace) -> None:
         _require_generates(served, args.generate)
     examples, ranks = served.examples(split), alone()
     contexts = [] if args.generate is None else served.examples(split, left=args.generate)
-    scores_NC = served.score(served.load(whole(args.precision), ranks), examples, ranks, args.eval_tokens)
+    scores_NC = served.score(served.load(whole(args.precision), ranks, examples), examples, ranks, args.eval_tokens)
     lines = answer_lines(served.task, split, scores_NC)
     if args.generate is not None:
         texts = _generate(served, args.precision, contexts, args.generate)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptp_ds.adapters.origin import adapter_rows
 from ptp_ds.adapters.served import alone, serve, whole
 from ptp_ds.commands.evaluate import main
 from ptp_ds.commands.overall import read_result
@@ -82,6 +83,21 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert found["settings"] == result["settings"]
     assert found["model"] == result["model"] == "model"
     assert read_result(str(report.parent)).seed == 3
+
+
+def test_the_check_tries_rows_as_long_as_those_that_are_scored(trained, monkeypatch):
+    """A window that only long rows cross is met here as in training."""
+    served, seen = serve([trained / "run"]), []
+    examples = served.examples(adapter_rows(trained / "run" / "adapter", served.task))
+
+    def checked(backbone, longest=0):
+        seen.append(longest)
+        return backbone, ""
+
+    monkeypatch.setattr("ptp_ds.adapters.served.checked_backbone", checked)
+    served.load(whole(), alone(), examples)
+    rows = [len(e.context_ids) + max(len(answer) for answer in e.candidate_ids) for e in examples]
+    assert 0 <= served.prompt_length + max(rows) - seen[0] <= 1  # nothing is scored at an answer's last token
 
 
 def test_result_json_holds_every_setting(trained):
