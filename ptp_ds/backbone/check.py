@@ -77,14 +77,8 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
             found, local = packed_pass(backbone, probe, probe.examples, passes)
     _refuse_pass(backbone, passes[0], local, found)
     with _family_fails(backbone), backbone.shards.outside_layers():
-        with eager(backbone):
-            alone = probe.alone.pack(probe.examples).to(backbone.device)
-            with torch.no_grad():
-                by_ids = plain_scores(backbone, alone, probe.trained, ids_T=ids_of(alone, probe.prompt_ids))
-                by_embeddings = scores_by_embeddings(backbone, probe, alone)
-            plain = plain_pass(backbone, probe, alone) if not backbone.shards.sharded else None
-        if plain is None:
-            plain = each_alone(backbone, probe)
+        alone = probe.alone.pack(probe.examples).to(backbone.device)
+        by_ids, by_embeddings, plain = _references(backbone, probe, alone)
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
         raise UserError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
     error = _apart(by_embeddings, by_ids, _guess(backbone, probe, by_ids))
@@ -96,6 +90,19 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe):
             raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
         backbone.narrows = _narrows(backbone, probe)
+
+
+def _references(backbone: Backbone, probe: Probe, alone: PackedRow) -> tuple[Tensor, Tensor, Found]:
+    """(plain scores by tokens, plain scores by embeddings, what gradients are held to)."""
+    with eager(backbone):
+        with torch.no_grad():
+            by_ids = plain_scores(backbone, alone, probe.trained, ids_T=ids_of(alone, probe.prompt_ids))
+        if not backbone.shards.sharded:
+            plain = plain_pass(backbone, probe, alone)
+            return by_ids, plain.scores, plain
+        with torch.no_grad():
+            by_embeddings = scores_by_embeddings(backbone, probe, alone)
+    return by_ids, by_embeddings, each_alone(backbone, probe)
 
 
 def _compare(backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, plain: Found, by_ids: Tensor) -> None:
