@@ -10,7 +10,7 @@ if [ "$#" -eq 0 ]; then
     ruff format --check .
     mypy
     lint-imports --no-logo
-    # the drill, the longest file, stands first: by their number of tests it would come last
+    # the longest files stand first (tests/conftest.py); by their numbers of tests they would come last
     set -- -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 fi
 python -m pytest "$@"

@@ -135,8 +135,9 @@ def drill_row(record_property: Callable[[str, object], None]) -> Callable[[str, 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: with a file a worker, nobody waits for it at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/commands/test_drill.py"))
+    """The longest files first: with a file a worker, nobody waits for them at the end."""
+    longest = ("tests/commands/test_drill.py", "tests/training/test_engine.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(longest))
 
 
 _PATH = re.compile(r"\S*/pytest-of-\S*?/(?=(run|disk)/?)")  # a test's own folder, in what a user sees
