@@ -160,9 +160,9 @@ def _attend(
     """
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    logits = q @ k.transpose(-1, -2) * scale
+    logits = q @ k.transpose(-1, -2) * (scale if softcap is None else scale / softcap)
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+        logits = torch.tanh(logits) * softcap
     logits = at_least_fp32(logits + mask)
     if sinks is None:
         return torch.softmax(logits, dim=-1).to(v.dtype) @ v

@@ -178,12 +178,8 @@ def _untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Eval
         with output.writing():
             trainer.monitor.evaluation(0, "untrained", {**result.metrics, "cross_entropy": result.cross_entropy})
     output.agree()
-    log.info("  untrained prompt: %s", _scores(result))
+    log.info("  untrained prompt: %s", result.shown)
     return result
-
-
-def _scores(result: Evaluation) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
 
 
 def _report(prepared: Prepared, trainer: Trainer, progress: Progress, untrained: Evaluation) -> Evaluation:
@@ -241,8 +237,8 @@ def _announce(
 ) -> None:
     log.info(
         "\n%s %s (%d rows, prompt of step %d): %s  |  untrained prompt: %s  |  majority class: accuracy %.3f",
-        prepared.task.name, prepared.run.eval_split, result.examples, progress.best_step, _scores(result),
-        _scores(untrained), result.majority,
+        prepared.task.name, prepared.run.eval_split, result.examples, progress.best_step, result.shown,
+        untrained.shown, result.majority,
     )  # fmt: skip
     log.info("adapter, result.json and logs: %s", output_dir)
     log.info("scalars: tensorboard --logdir %s/tensorboard", output_dir)

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.remote import HostError, ask_all
@@ -50,22 +50,32 @@ def run_job(job: Job, launch: Callable[[], None]) -> int:
     return code
 
 
-def _become(launch: Callable[[], None], errors: int) -> None:
-    """The child: out of the terminal's reach, its errors read by the parent; never returns."""
-    code = 1
-    try:
+def _become(launch: Callable[[], None], errors: int) -> NoReturn:
+    """The child: out of the terminal's reach, its errors read by the parent."""
+
+    def run() -> None:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(errors, 2)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        launch()
+        try:
+            launch()
+        except UserError as error:
+            log.error("error: %s", error, extra=ANY_RANK)
+            sys.exit(USER_ERROR)
+
+    end_fork(run)
+
+
+def end_fork(body: Callable[[], object]) -> NoReturn:
+    """Runs `body` in a fork and ends the process as python would, with nothing of the parent's exit handlers."""
+    code = 1
+    try:
+        body()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except UserError as error:
-        log.error("error: %s", error, extra=ANY_RANK)
-        code = USER_ERROR
     except BaseException:
         traceback.print_exc()
     finally:

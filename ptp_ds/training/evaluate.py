@@ -29,6 +29,11 @@ class Evaluation:
         """A higher score, or the same at a lower cross-entropy."""
         return other is None or (self.score, -self.cross_entropy) > (other.score, -other.cross_entropy)
 
+    @property
+    def shown(self) -> str:
+        """The metrics for a line of the console."""
+        return "  ".join(f"{name} {value:.3f}" for name, value in self.metrics.items())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return dict(vars(self))

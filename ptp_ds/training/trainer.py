@@ -251,10 +251,9 @@ class Trainer:
             marker = "  (best so far)"
         with output.writing():
             self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
         log.info(
-            "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, shown, result.cross_entropy,
-            marker,
+            "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, result.shown,
+            result.cross_entropy, marker,
         )  # fmt: skip
 
     def _save(self, progress: Progress, output: OutputGuard) -> None:

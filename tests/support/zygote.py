@@ -113,23 +113,15 @@ def _fork(asked: dict[str, Any], rank: int, port: str) -> int:
     child = os.fork()
     if child:
         return child
-    code = 1
-    try:
+    import runpy
+
+    from ptp_ds.launch.job import end_fork
+
+    def run() -> None:
         _become(asked, rank, port)
-        import runpy
-
         runpy.run_path(asked["argv"][0], run_name="__main__")
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    end_fork(run)
 
 
 def _become(asked: dict[str, Any], rank: int, port: str) -> None:
