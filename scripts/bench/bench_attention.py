@@ -19,10 +19,10 @@ from bench_kernels import median_ms
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ptp_ds.adapters.record import versions
 from ptp_ds.attention.flash import try_flash
 from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference, attend_tree
-from ptp_ds.commands.train import versions
 from ptp_ds.packing.row import Block
 
 Attend = Callable[..., Tensor]

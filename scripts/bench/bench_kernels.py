@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ptp_ds.commands.train import versions
+from ptp_ds.adapters.record import versions
 from ptp_ds.kernels import Places, Sources, dual_divergence, explain, noise, pack_embed, perturb_step, places_of
 
 Case = tuple[str, Callable[[str], Any], int]  # name, the operation with an impl, bytes

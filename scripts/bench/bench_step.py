@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times a train step of ours against a plain loop over peft's PromptTuning, on the same rows, in one run.
 
-    python scripts/step.py --data_dir DATA --json bench.json
+    python scripts/bench/bench_step.py --data_dir DATA --json bench.json
 
 (a) peft as documented: rows padded on the right, full logits. (b) the best of it: padded on the left and
 logits_to_keep=1 (or as many as the longest answer). Both take --peft_rows rows at a time and carry the same
@@ -30,10 +30,10 @@ from bench_sides import Ours, Sides
 from peft_loop import PeftLoop
 from torch import Tensor
 
+from ptp_ds.adapters.record import versions
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import explain_product
 from ptp_ds.commands.exits import report_error
-from ptp_ds.commands.train import versions
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL

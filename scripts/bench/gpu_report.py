@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptp_ds.commands.train import versions
+from ptp_ds.adapters.record import versions
 
 
 def read(path: Path) -> Any:
