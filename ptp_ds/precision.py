@@ -12,6 +12,8 @@ loss scaling                                        DeepSpeed's dynamic one, und
 Frozen weights in fp8 or int8 are left to DeepSpeed's own quantised gathers (a ds_config's zero_quantized_* keys).
 """
 
+import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from ptp_ds.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # oneDNN's names
+_CLOSE = 5e-3
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -31,11 +35,36 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def native_bf16() -> tuple[bool, str]:
     """(whether this hardware multiplies bf16 matrices natively, the reason in words)."""
     if not torch.cuda.is_available():
-        return False, "no GPU here; bf16 matrix products on a CPU are emulated"
+        return _processors_bf16(os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "")
     name = torch.cuda.get_device_name()
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return True, f"{name} computes bf16 natively"
     return False, f"{name} has no native bf16"
+
+
+@cache
+def _processors_bf16(most: str) -> tuple[bool, str]:
+    """native_bf16 without a GPU. most: what oneDNN, whose products these are, may use of the processor; "" for all."""
+    can = torch.cpu.get_capabilities()
+    has = [text for name, text in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if can.get(name)]
+    if not has:
+        return False, "no GPU here; this processor has no bf16 products, neither AVX512-BF16 nor AMX"
+    if most.upper() in _WITHOUT_BF16:
+        return False, f"no GPU here; oneDNN's bf16 products are turned off by ONEDNN_MAX_CPU_ISA={most}"
+    if not torch.backends.mkldnn.is_available():
+        return False, f"no GPU here; the processor has {has[0]}, but this torch has no oneDNN"
+    error = _error_of_products()
+    if not error <= _CLOSE:
+        return False, f"no GPU here; bf16 products by {has[0]} differ from fp32 ones by {error:.0e}"
+    return True, f"no GPU here; the processor multiplies bf16 by {has[0]}"
+
+
+def _error_of_products() -> float:
+    """Relative l2 distance of a bf16 product from the fp32 one of the same numbers; rounding it makes 2e-3."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x, weight = (torch.randn(256, 256, generator=generator).to(torch.bfloat16) for _ in range(2))
+    wanted = x.float() @ weight.float()
+    return float((torch.mm(x, weight).float() - wanted).norm() / wanted.norm())
 
 
 def dtype_of(precision: str, where: str = "") -> torch.dtype:

@@ -17,6 +17,7 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"ptp_ds_triton_{os.getuid()}"))
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # so that --precision auto is fp32, in processes of tests, too
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run on the CPU
 

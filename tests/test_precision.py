@@ -66,13 +66,58 @@ def test_contradictions(blocks, wanted, message):
         resolve_precision(dict(blocks), wanted, "ds.json")
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """processor(names): the CPU can what is named, and nothing is known of it yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+
+    def can(*names):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+        precision._processors_bf16.cache_clear()
+
+    yield can
+    precision._processors_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("names", "native", "reason"),
+    [
+        (["avx512_bf16"], True, "multiplies bf16 by AVX512-BF16"),
+        (["amx_bf16", "avx512_bf16"], True, "multiplies bf16 by AMX"),
+        (["avx512_f", "amx_int8"], False, "neither AVX512-BF16 nor AMX"),
+        ([], False, "neither AVX512-BF16 nor AMX"),
+    ],
+)
+def test_a_processor_says_what_it_multiplies(processor, names, native, reason):
+    processor(*names)
+    found, why = precision.native_bf16()
+    assert found is native
+    assert reason in why
+    assert dtype_of("auto") == (torch.bfloat16 if native else torch.float32)
+
+
+def test_bf16_is_not_taken_where_onednn_may_not_or_computes_otherwise(processor, monkeypatch):
+    processor("avx512_bf16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert precision.native_bf16() == (
+        False, "no GPU here; oneDNN's bf16 products are turned off by ONEDNN_MAX_CPU_ISA=AVX512_CORE"
+    )  # fmt: skip
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
+    assert precision.native_bf16()[0]
+    processor("avx512_bf16")
+    monkeypatch.setattr(torch, "mm", lambda x, y: (x.float() @ y.float() * 1.02).to(x.dtype))
+    assert "differ from fp32 ones by 2e-02" in precision.native_bf16()[1]
+
+
 def test_fp16_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         resolve_precision({"bf16": dict(AUTO)}, "fp16", "ds.json")
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         dtype_of("fp16")
-    assert dtype_of("auto") == torch.float32
 
 
 @pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])

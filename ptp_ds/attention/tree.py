@@ -1,7 +1,7 @@
 """Attention over the packed row's tree: the prefix attends to itself, every block to the prefix and to itself.
 
-On a CPU rows take two parts, to the prefix and to themselves, merged by log-sum-exp (MergedAttention); on a GPU in half
-precision so do the segments of a row (ptp_ds.attention.flash).
+On a CPU rows take two parts, to the prefix and to themselves, merged by log-sum-exp (MergedAttention), or, in bf16,
+whole matrices (ptp_ds.attention.dense); on a GPU in half precision segments are merged (ptp_ds.attention.flash).
 
 The reference serves everything else: soft caps, sinks, short windows, the prefix itself, scored positions alone. It
 gathers blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptp_ds.attention.dense import dense_attend, dense_serves
 from ptp_ds.attention.flash import flash_attend, flash_serves
 from ptp_ds.attention.plan import Piece, Slots, TreePlan
 from ptp_ds.precision import at_least_fp32
@@ -196,6 +197,8 @@ def attend_tree(
     """
     window = None if window is not None and window >= plan.longest_path else window
     simple = softcap is None and window is None and sinks is None
+    if simple and dense_serves(plan, q_THD, prefix is not None):
+        return dense_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
     if prefix is not None and simple:
         if merged_serves(plan, q_THD, v_TKD):
             return MergedAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan, scale)

@@ -17,31 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptp_ds.kernels import liger
+from ptp_ds.precision import at_least_fp32
 from ptp_ds.ranks.log import ANY_RANK, get_logger
 
 log = get_logger(__name__)
 
-_DTYPES = (torch.float32,)  # in other precisions each family rounds where it chooses to, and Liger follows some
+_DTYPES = (torch.float32, torch.bfloat16)
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _ROTARY = "apply_rotary_pos_emb"  # the families' common name
 
 
 class FrozenRMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; keeps x and one number a row."""
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; keeps x and one number a row.
+
+    Computed in fp32 at least, and rounded once.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[override]
-        width = x.shape[-1]
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / width).add_(eps).rsqrt_()
+        width, precise = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        inverse = norm.square_().mul_(1 / width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        weighted = grad * weight
-        inner = torch.linalg.vecdot(weighted, x).unsqueeze(-1).mul_(inverse.pow(3)).mul_(1 / x.shape[-1])
-        return weighted.mul_(inverse).addcmul_(x, inner, value=-1), None, None
+        precise = x.to(inverse.dtype)
+        weighted = (grad * weight) if grad.dtype == precise.dtype else grad.to(precise.dtype).mul_(weight)
+        inner = torch.linalg.vecdot(weighted, precise).unsqueeze(-1).mul_(inverse.pow(3)).mul_(1 / x.shape[-1])
+        return weighted.mul_(inverse).addcmul_(precise, inner, value=-1).to(x.dtype), None, None
 
 
 class GatedSilu(torch.autograd.Function):
@@ -73,6 +79,11 @@ class FrozenRotary(torch.autograd.Function):
         return _turn(grad, cos, second, first, -1.0), None, None
 
 
+def _served(x: Tensor) -> bool:
+    """Whether this file's operations stand in for x: in fp32, in bf16 on a CPU."""
+    return x.dtype == torch.float32 or (x.dtype in _DTYPES and x.device.type == "cpu")
+
+
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = x.chunk(2, dim=-1)
     return first, second
@@ -94,8 +105,8 @@ class _Rotary:
         self.familys, self.fused, self.like = familys, fused, like
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        known = self.fused or q.dtype in _DTYPES
-        if args or kwargs or not known or q.dtype != self.like.dtype or cos.shape[-1] != q.shape[-1]:
+        known = (self.fused or _served(q)) and q.dtype == cos.dtype == self.like.dtype
+        if args or kwargs or not known or cos.shape[-1] != q.shape[-1]:
             return self.familys(q, k, cos, sin, *args, **kwargs)
         return self._ours(q, k, cos, sin)
 
@@ -120,7 +131,7 @@ class _Rotary:
 
 
 def _norm_forward(module: Any, offset: float, x: Tensor) -> Tensor:
-    weight = module.weight + offset if offset else module.weight
+    weight = at_least_fp32(module.weight) + offset if offset else module.weight
     return FrozenRMSNorm.apply(x, weight, _epsilon(module))
 
 
@@ -217,7 +228,7 @@ def replace_frozen(first: Iterable[nn.Module], modules: Sequence[nn.Module], imp
     proven: dict[_Kind, int] = {}
     for module in first:
         weight = next(module.parameters(), None)
-        if _kind(module) in proven or weight is None or not (fused or weight.dtype in _DTYPES):
+        if _kind(module) in proven or weight is None or not (fused or _served(weight)):
             continue
         number = _closest(module, fused)
         if number is not None:

@@ -258,8 +258,9 @@ def train(run: RunConfig, explicit: Collection[str] = ()) -> int:
     try:
         ranks = start_processes()
         seen = fingerprints(
-            prepared.digests, prepared.source.folder, prepared.continuation.checkpoint, prepared.identity
-        )
+            prepared.digests, prepared.source.folder, prepared.continuation.checkpoint, prepared.identity,
+            prepared.resolved.dtype,
+        )  # fmt: skip
         require_agreement(ranks, seen)
         return train_run(prepared, ranks, watchdog)
     finally:

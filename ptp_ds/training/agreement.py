@@ -13,15 +13,24 @@ from ptp_ds.files import sha256_of
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.checkpoint import Checkpoint
 
+_PRECISION = "the precision that auto chooses"
+_REMEDY = "put it on a disk that all hosts share, or copy the same to each host"
+_REMEDIES = {_PRECISION: "the hosts' processors differ: give --precision"}
+
 
 def fingerprints(
-    digests: Mapping[str, str], model_folder: Path, checkpoint: Checkpoint | None, identity: Mapping[str, Any]
-) -> dict[str, str]:
-    """What must be the same on every rank, by name; equal texts mean equal things. digests: of each split's rows."""
+    digests: Mapping[str, str], model_folder: Path, checkpoint: Checkpoint | None, identity: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, str]:  # fmt: skip
+    """What must be the same on every rank, by name; equal texts mean equal things. digests: of each split's rows.
+
+    dtype: the backbone's, which --precision auto takes from each host's processor.
+    """
     found = {f"the {name} split's rows": digest for name, digest in digests.items()}
     found["the model's files"] = _model_files(model_folder)
     found["the checkpoint to resume from"] = _checkpoint(checkpoint)
     found["the run's settings"] = json.dumps(identity, sort_keys=True)
+    found[_PRECISION] = str(dtype)
     return found
 
 
@@ -57,6 +66,6 @@ def require_agreement(ranks: Ranks, seen: Mapping[str, str]) -> None:
         if others:
             listed = ", ".join(map(str, others[:8])) + (" and more" if len(others) > 8 else "")
             raise UserError(
-                f"Rank {listed} of {ranks.world} sees another version of {name} than rank 0 does; put it on a disk "
-                "that all hosts share, or copy the same to each host."
+                f"Rank {listed} of {ranks.world} sees another version of {name} than rank 0 does; "
+                f"{_REMEDIES.get(name, _REMEDY)}."
             )

@@ -1,5 +1,7 @@
 """Frozen norms and gated feed-forwards: the family's own values and gradients, and which modules are replaced."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -59,10 +61,33 @@ def test_a_norm_that_computes_something_else_is_left_alone():
     assert "forward" not in odd.__dict__
 
 
-def test_other_precisions_keep_the_familys_own_rounding():
-    for dtype in (torch.bfloat16, torch.float64):
-        model = make_model("llama", dtype)
-        assert replace_frozen(model.modules(), list(model.modules())) == set()
+def test_fp64_stays_the_familys():
+    model = make_model("llama", torch.float64)
+    assert replace_frozen(model.modules(), list(model.modules())) == set()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_bf16_on_a_cpu_is_computed_in_fp32_and_rounded_once(family):
+    """Against the same module in fp64: no farther from it than the family's own bf16, values and gradients."""
+    model, own = make_model(family, torch.bfloat16), make_model(family, torch.bfloat16)
+    assert replace_frozen(model.modules(), list(model.modules()))
+    compared = 0
+    for ours, familys in zip(model.modules(), own.modules(), strict=True):
+        if "forward" not in vars(ours) or hasattr(ours, "q_proj"):
+            continue
+        exact = copy.deepcopy(familys).double()
+        width = ours.gate_proj.in_features if hasattr(ours, "gate_proj") else ours.weight.shape[-1]
+        x = torch.randn(64, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        results = {}
+        for name, module, given in (("ours", ours, x), ("own", familys, x), ("exact", exact, x.double())):
+            leaf = given.clone().requires_grad_()
+            out = module(leaf)
+            (grad,) = torch.autograd.grad(out, leaf, out.detach().cos())
+            results[name] = (out.detach().double(), grad.double())
+        for mine, theirs, right in zip(results["ours"], results["own"], results["exact"], strict=True):
+            assert (mine - right).norm() <= 1.05 * (theirs - right).norm() + 1e-6 * right.norm()
+        compared += 1
+    assert compared >= 2
 
 
 @pytest.mark.parametrize(("family", "replaced"), [("llama", True), ("qwen3", True), ("phi", True), ("gpt2", False)])

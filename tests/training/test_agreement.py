@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.agreement import _checkpoint, _model_files, require_agreement
+from ptp_ds.training.agreement import _checkpoint, _model_files, fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
 
 
@@ -35,6 +35,14 @@ def test_ranks_that_agree(gathered):
 def test_what_differs_and_where_is_named(gathered):
     with pytest.raises(ValueError, match="Rank 2, 3, 4, 5, 6, 7, 8, 9 of 10 sees another version of the checkpoint"):
         require_agreement(gathered(change_second), {"the data": "a", "the checkpoint": "b"})
+
+
+def test_processors_that_differ_are_told_to_choose(gathered, tmp_path):
+    """--precision auto takes bf16 where a host's processor has it; gathers of two dtypes would hang."""
+    seen = [fingerprints({}, tmp_path, None, {}, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    (name,) = (name for name in seen[0] if seen[0][name] != seen[1][name])
+    with pytest.raises(ValueError, match=r"precision that auto chooses than rank 0 does; the hosts' proc.*--precision"):
+        require_agreement(gathered(change_second), {"the data": "a", name: seen[0][name]})
 
 
 def test_one_rank_agrees_with_itself():
