@@ -7,10 +7,12 @@
 logits_to_keep=1 (or as many as the longest answer). Both take --peft_rows rows at a time and carry the same
 regulariser: clean pass, K ascent passes for delta's gradient, perturbed pass, one backward, AdamW step; free is timed
 against one perturbed pass. --prompt deep is timed against peft's PrefixTuning, an encoder with its trained classifier
-against peft's SEQ_CLS (both sides are then the same). A ratio is the median over batches of peft / ours. floor: the
-least time of the step's matrix products, 4 N T floating-point operations for each pass with gradient over T real
-tokens, the prompt's once a step, at the matrix rate measured in the same run: that of the fastest products here;
-torch's: that of torch's own, which peft runs on.
+against peft's SEQ_CLS (both sides are then the same). Each batch is timed by every side in every one of --precisions,
+in turn. A ratio is the median over batches of peft / ours: of the same precision, of (b) in fp32 (b32/o), of peft's
+fastest side in any precision (fast/o); o/b32,0 is ours / (b) in fp32 without regulariser. floor: the least time of the
+step's matrix products, 4 N T floating-point operations for each pass with gradient over T real tokens, the prompt's
+once a step, at the matrix rate of the precision, measured in the same run: that of the fastest products here; torch's:
+that of torch's own, which peft runs on.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,43 +90,94 @@ def draw_batches(examples: list[Example], rows: int, count: int, seed: int) -> l
     return batches[:count]
 
 
-def measure(setting: dict[str, Any], batches: list[list[Example]], ours: Ours, peft: dict[str, PeftLoop],
-            run: RunConfig, plain_keep: list[float], start: Tensor) -> dict[str, Any]:  # fmt: skip
-    """One row of the table. plain_keep: (b)'s seconds without regulariser, batch by batch; filled by method none."""
-    method, device = setting["method"], ours.device
-    times, tokens = Timings(), {"ours": 0, "peft": 0}
-    floors: dict[str, list[float]] = {"torch": [], "fastest": []}
-    peak = ours.peak_bytes(batches[0], method, run)
-    ours.engine.set_prompt(start)
-    for loop in peft.values():
-        loop.start(start)
-    for number, batch in enumerate(batches):
+@dataclass
+class Bench:
+    """Both sides in one precision. plain_keep: (b)'s seconds without regulariser, batch by batch, from method none."""
+
+    precision: str
+    sides: Sides
+    ours: Ours
+    peft: dict[str, PeftLoop]
+    start: Tensor
+    plain_keep: list[float] = field(default_factory=list)
+    times: Timings = field(default_factory=Timings)
+    floors: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+
+    def begin(self, batch: list[Example], method: str, run: RunConfig) -> None:
+        """Warms a method up, and starts all sides from the same prompt."""
+        self.times, self.floors = Timings(), {"torch": [], "fastest": []}
+        self.tokens = {"ours": 0, "peft": 0}
+        self.peak = self.ours.peak_bytes(batch, method, run)
+        self.ours.engine.set_prompt(self.start)
+        for loop in self.peft.values():
+            loop.start(self.start)
+
+    def time(self, batch: list[Example], method: str, run: RunConfig, number: int) -> None:
+        """One step of each side."""
+        ours, device = self.ours, self.ours.device
         ours.backbone.shards.traffic.reset()
-        seconds, loss = timed(lambda batch=batch, number=number: ours.step(batch, method, run, number), device)
-        times.ours.append(seconds)
+        seconds, loss = timed(lambda: ours.step(batch, method, run, number), device)
+        self.times.ours.append(seconds)
         work = floor_operations(ours.backbone, method, run.ascent_steps, ours.prefix_inputs, ours.row_tokens)
         for name, rate in matrix_rates(ours.backbone, ours.row_tokens, device).items():
-            floors[name].append(work / rate / seconds)
-        for name, loop in peft.items():
-            seconds, value = timed(lambda batch=batch, loop=loop: loop.step(batch, method, run, ours.unit), device)
-            getattr(times, name).append(seconds)
-            tokens["peft"] = tokens["peft"] + loop.tokens // len(peft)
+            self.floors[name].append(work / rate / seconds)
+        for name, loop in self.peft.items():
+            seconds, value = timed(lambda loop=loop: loop.step(batch, method, run, ours.unit), device)
+            getattr(self.times, name).append(seconds)
+            self.tokens["peft"] += loop.tokens // len(self.peft)
             if number == 0 and method == "none" and (name == "peft" or loop.classes):
-                check_same_loss(loss, value, setting["dtype"])
-        tokens["ours"] += ours.tokens
-    if method == "none":
-        plain_keep.extend(times.peft_keep)
-    row = {
-        **setting, "ours_seconds": times.median("ours"), "peft_seconds": times.median("peft"),
-        "peft_keep_seconds": times.median("peft_keep"), "ratio_peft": times.ratio("peft"),
-        "ratio_peft_keep": times.ratio("peft_keep"), "floor_share": statistics.median(floors["fastest"]),
-        "floor_share_torch": statistics.median(floors["torch"]), "peak_bytes": peak,
-        **ours.traffic(), "tokens_ours": tokens["ours"] // len(batches), "tokens_peft": tokens["peft"] // len(batches),
-    }  # fmt: skip
-    if plain_keep:
-        shares = [mine / plain for mine, plain in zip(times.ours, plain_keep, strict=True)]
-        row["share_of_peft_keep_without_regulariser"] = statistics.median(shares)
-    return row
+                check_same_loss(loss, value, self.sides.dtype)
+        self.tokens["ours"] += ours.tokens
+        if method == "none":
+            self.plain_keep = list(self.times.peft_keep)
+
+    def row(self, setting: dict[str, Any], batches: int) -> dict[str, Any]:
+        """What was measured since `begin`."""
+        times = self.times
+        return {
+            **setting, "dtype": self.sides.dtype, "ours_seconds": times.median("ours"),
+            "peft_seconds": times.median("peft"), "peft_keep_seconds": times.median("peft_keep"),
+            "ratio_peft": times.ratio("peft"), "ratio_peft_keep": times.ratio("peft_keep"),
+            "floor_share": statistics.median(self.floors["fastest"]),
+            "floor_share_torch": statistics.median(self.floors["torch"]), "peak_bytes": self.peak,
+            **self.ours.traffic(), "tokens_ours": self.tokens["ours"] // batches,
+            "tokens_peft": self.tokens["peft"] // batches,
+        }  # fmt: skip
+
+
+def measure(setting: dict[str, Any], batches: list[list[Example]], benches: Sequence[Bench], run: RunConfig) -> list:
+    """A row of the table for each precision; with several precisions, and peft, two ratios more (see `compare`)."""
+    method = setting["method"]
+    for bench in benches:
+        bench.begin(batches[0], method, run)
+    for number, batch in enumerate(batches):
+        for bench in benches:
+            bench.time(batch, method, run, number)
+    rows = [bench.row(setting, len(batches)) for bench in benches]
+    compare(rows, benches)
+    return rows
+
+
+def compare(rows: list[dict[str, Any]], benches: Sequence[Bench]) -> None:
+    """Adds each precision's ratio to peft's (b) in fp32, to peft's fastest, and ours / (b) in fp32 without regulariser.
+
+    fp32: the first precision where fp32 isn't timed.
+    """
+    first = next((bench for bench in benches if bench.precision == "fp32"), benches[0])
+    theirs = [getattr(bench.times, side) for bench in benches for side in bench.peft]
+    for row, bench in zip(rows, benches, strict=True):
+        ours = bench.times.ours
+        if first.times.peft_keep:
+            pairs = zip(first.times.peft_keep, ours, strict=True)
+            row["ratio_peft_keep_fp32"] = statistics.median(b / mine for b, mine in pairs)
+        if theirs:
+            fastest = (min(seconds) for seconds in zip(*theirs, strict=True))
+            row["ratio_fastest"] = statistics.median(best / mine for best, mine in zip(fastest, ours, strict=True))
+        if first.plain_keep:
+            shares = [mine / plain for mine, plain in zip(ours, first.plain_keep, strict=True)]
+            row["share_of_peft_keep_without_regulariser"] = statistics.median(shares)
 
 
 def check_same_loss(ours: float, theirs: float, dtype: str) -> None:
@@ -167,13 +220,17 @@ def shown(value: float | None, width: int, digits: int = 2) -> str:
     return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
 
 
+HEADER = ("task   rows prompt method    precision     ours   peft a   peft b a/ours b/ours  b32/o fast/o o/b32,0  floor"
+          " torch's peak MiB gathers  peak w  tokens  peft's")  # fmt: skip
+_RATIOS = ("ratio_peft", "ratio_peft_keep", "ratio_peft_keep_fp32", "ratio_fastest",
+           "share_of_peft_keep_without_regulariser", "floor_share", "floor_share_torch")  # fmt: skip
+
+
 def print_row(row: dict[str, Any]) -> None:
-    share = row.get("share_of_peft_keep_without_regulariser")
     print(
-        f"{row['task']:6} {row['rows']:4} {row['prompt_length']:5} {row['method']:9}"
+        f"{row['task']:6} {row['rows']:4} {row['prompt_length']:5} {row['method']:9} {row['dtype']:9}"
         + "".join(shown(row[name], 9) for name in ("ours_seconds", "peft_seconds", "peft_keep_seconds"))
-        + "".join(shown(value, 7) for value in (row["ratio_peft"], row["ratio_peft_keep"], share))
-        + "".join(shown(row[name], 7) for name in ("floor_share", "floor_share_torch"))
+        + "".join(shown(row.get(name), 7) for name in _RATIOS)
         + f" {row['peak_bytes'] / 2**20:8.0f} {row['gathers_per_layer']:7} {row['peak_gathered_share']:7.2f}"
         + f" {row['tokens_ours']:7} {row['tokens_peft']:7}",
         flush=True,
@@ -190,7 +247,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=EMBEDDED_MODEL)
     parser.add_argument(
-        "--data_dir", default=default_data(), help="folder with <Task>/train.jsonl (default: %(default)s)"
+        "--data_dir",
+        default=default_data(),
+        help='folder with <Task>/train.jsonl (default: %(default)s), "" for the demo data',
     )
     parser.add_argument("--split", default="train")
     parser.add_argument("--tasks", nargs="+", default=["RTE"])
@@ -204,41 +263,51 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--pairs", type=int, default=3, help="batches timed for each setting")
     parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="of both sides")
     parser.add_argument("--kernels", default="auto", choices=IMPLS, help="of our side")
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write one row a setting to this file")
     return parser.parse_args()
 
 
-def run_of(args: argparse.Namespace) -> RunConfig:
+def run_of(args: argparse.Namespace, precision: str) -> RunConfig:
     """The settings of both sides' steps."""
-    return RunConfig(ds_config=args.ds_config, precision=args.precision, kernels=args.kernels)
+    return RunConfig(ds_config=args.ds_config, precision=precision, kernels=args.kernels)
 
 
-def bench_length(args: argparse.Namespace, length: int, sides: Sides) -> list[dict[str, Any]]:
-    """The table's rows for one prompt length."""
+def open_bench(args: argparse.Namespace, length: int, precision: str, sides: Sides) -> Bench:
+    """Both sides in one precision, with one prompt."""
     ours, prompt = sides.open_ours(length)
     peft = {SIDES[side]: sides.open_peft(prompt, ours.backbone.head, side == "b") for side in sorted(args.against)}
-    tokenizer, dtype = sides.tokenizer, sides.dtype
-    run, table = run_of(args), []
+    return Bench(precision, sides, ours, peft, prompt)
+
+
+def bench_length(args: argparse.Namespace, length: int, of_precision: dict[str, Sides]) -> list[dict[str, Any]]:
+    """The table's rows for one prompt length."""
+    benches = [open_bench(args, length, precision, sides) for precision, sides in of_precision.items()]
+    first, run, table = benches[0], run_of(args, benches[0].precision), []
+    backbone = first.ours.backbone
     for name in args.tasks:
         task = load_task(name)
-        split = load_split(task, args.split, args.data_dir, None)
-        room = min(2048, row_room(None, length, ours.backbone.model.config)) - ours.backbone.rows.extra_tokens
-        examples = list(tokenise(task, split, tokenizer, room).examples)
+        split = load_split(task, args.split, args.data_dir or None, None)
+        room = min(2048, row_room(None, length, backbone.model.config)) - backbone.rows.extra_tokens
+        examples = list(tokenise(task, split, first.sides.tokenizer, room).examples)
         for rows in args.rows:
             batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
-            for loop in peft.values():  # warm-up, on a batch that isn't timed
-                loop.step(batches[-1], "none", run, ours.unit)
-            plain_keep: list[float] = []
+            for bench in benches:
+                for loop in bench.peft.values():  # warm-up, on a batch that isn't timed
+                    loop.step(batches[-1], "none", run, bench.ours.unit)
+                bench.plain_keep = []
             for method in args.methods:
-                setting = {"task": name, "rows": rows, "prompt_length": length, "method": method, "dtype": dtype}
-                table.append(measure(setting, batches[:-1], ours, peft, run, plain_keep, prompt))
-                print_row(table[-1])
+                setting = {"task": name, "rows": rows, "prompt_length": length, "method": method}
+                table += measure(setting, batches[:-1], benches, run)
+                for row in table[-len(benches) :]:
+                    print_row(row)
         if args.activations:
-            setting = {"task": name, "prompt_length": length, "method": "gaussian", "dtype": dtype}
-            table += [{**setting, **row} for row in compare_activations(ours, examples, run, length)]
+            for bench in benches:
+                setting = {"task": name, "prompt_length": length, "method": "gaussian", "dtype": bench.sides.dtype}
+                rows_of = compare_activations(bench.ours, examples, run, length)
+                table += [{**setting, **row} for row in rows_of]
     return table
 
 
@@ -246,16 +315,21 @@ def main() -> int:
     prepare_environment()
     args = parse()
     ranks = start_processes()
-    run = run_of(args)
-    sides = Sides.of(args.model, load_task(args.tasks[0]), run, ranks, args.prompt, args.peft_rows)
-    print(f"{args.model} {sides.dtype} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
+    task = load_task(args.tasks[0])
+    of_precision = {
+        precision: Sides.of(args.model, task, run_of(args, precision), ranks, args.prompt, args.peft_rows)
+        for precision in args.precisions
+    }
+    dtypes = ", ".join(sides.dtype for sides in of_precision.values())
+    print(f"{args.model} {dtypes} on {ranks.device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
           f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}; seconds are medians of "
           f"{args.pairs} batches, ratios medians of pairs; rows from {args.data_dir or 'the packaged demo data'}; "
           f"{json.dumps(versions())}")  # fmt: skip
-    print(f"frozen products of ours: {explain_product(args.kernels, ranks.device, sides.resolved.dtype)}")
-    print("task   rows prompt method        ours   peft a   peft b a/ours b/ours ours/b0  floor torch's peak MiB "
-          "gathers  peak w  tokens  peft's")  # fmt: skip
-    table = [row for length in args.prompt_lengths for row in bench_length(args, length, sides)]
+    for sides in of_precision.values():
+        print(f"frozen products of ours, {sides.dtype}: "
+              f"{explain_product(args.kernels, ranks.device, sides.resolved.dtype)}")  # fmt: skip
+    print(HEADER)
+    table = [row for length in args.prompt_lengths for row in bench_length(args, length, of_precision)]
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     stop_processes()

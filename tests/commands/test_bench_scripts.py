@@ -1,0 +1,34 @@
+"""The benchmarks start, and bench_step's sides do the same work: a change of names elsewhere must not end them."""
+
+import json
+
+import pytest
+
+from tests.support.paths import ROOT
+from tests.support.zygote import run_script
+
+BENCH = ROOT / "scripts" / "bench"
+SCRIPTS = sorted(file.name for file in BENCH.glob("*.py") if "ArgumentParser(" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_explains_itself(name, tmp_path):
+    done = run_script(BENCH / name, ["--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
+    """bench_step itself refuses sides whose first losses differ."""
+    arguments = ["--model", tiny_model, "--tasks", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--pairs", 1,
+                 "--methods", "none", "pgd", "--json", "table.json", "--data_dir", ""]  # fmt: skip
+    done = run_script(BENCH / "bench_step.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert [(row["dtype"], row["method"]) for row in rows] == [
+        ("float32", "none"), ("bfloat16", "none"), ("float32", "pgd"), ("bfloat16", "pgd")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ratio_fastest"] <= row["ratio_peft_keep"] + 1e-9
+        assert row["ratio_peft_keep_fp32"] > 0
+        assert row["share_of_peft_keep_without_regulariser"] > 0
