@@ -78,7 +78,7 @@ class Served:
 
         examples: what will be scored; the check then tries rows that are as long.
         """
-        loaded = load_backbone(self.source.folder, deepspeed_config, ranks, self.source.head_plan)
+        loaded = load_backbone(self.source.folder, deepspeed_config, ranks, self.source.head_plan, share=True)
         longest = max((example.path_length for example in examples), default=0)
         backbone, _ = checked_backbone(loaded, longest and longest + self.prompt_length + self.rows.extra_tokens)
         backbone.serve(self.kind, self.rows, self.prompt_length)

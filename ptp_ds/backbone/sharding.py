@@ -1,8 +1,8 @@
 """A sharded backbone's weights, gathered layer by layer: once where a layer works, the next one's in flight.
 
-DeepSpeed's own partitions and collectives are used (ZeRO-3, hpZ's secondary shards, parameter offload), not its module
-hooks: a hook gathers a layer at every call and can't know that the same layer works on both streams, on all rows and
-micro-batches. Without ZeRO-3 everything here does nothing.
+DeepSpeed's own partitions and collectives are used (ZeRO-3, hpZ's secondary shards, parameter offload), or memory that
+a host's ranks share (backbone.host_shards), not its module hooks: a hook gathers a layer at every call and can't know
+that the same layer works on both streams, on all rows and micro-batches. Without ZeRO-3 everything here does nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ptp_ds.backbone.host_shards import hide_wholes, share_on_host, show_wholes
+from ptp_ds.ranks.distributed import Ranks
 
 OUTSIDE_LAYERS = -1  # everything outside the layers: embeddings, final norm, head
 
@@ -34,7 +37,8 @@ class Traffic:
     """What was gathered since `reset`: calls for each layer (OUTSIDE_LAYERS: the rest), bytes, and the most held at
     once.
 
-    gathered_bytes: of whole parameters as they are sent, int8's scales left out (at most 4 bytes for 2000 numbers).
+    gathered_bytes: of whole parameters as they are sent, int8's scales left out (at most 4 bytes for 2000 numbers); 0
+    for those that lie in shared memory.
     """
 
     gathers: dict[int, int] = field(default_factory=dict)
@@ -56,6 +60,7 @@ class Shards:
     """
 
     def __init__(self, layers: Sequence[nn.Module], root: nn.Module) -> None:
+        self._root, self.shared = root, False  # shared: weights lie whole in memory that this host's ranks share
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
         self._groups: dict[int, list[Any]] = {
             number: _sharded(layer.parameters()) for number, layer in enumerate(layers)
@@ -69,6 +74,10 @@ class Shards:
     def sharded(self) -> bool:
         """Whether there is anything to gather."""
         return any(self._groups.values())
+
+    def share(self, ranks: Ranks) -> None:
+        """Puts the shards into memory that all ranks share, where they are on one host; all ranks must call it."""
+        self.shared = share_on_host(self._root, ranks)
 
     @contextmanager
     def layer(self, number: int, following: int | None = None) -> Iterator[None]:
@@ -100,14 +109,18 @@ class Shards:
         parameters = self._groups[number]
         if not parameters or number in self._handles:
             return
-        exact = [parameter for parameter in parameters if not sent_as_int8(parameter)]
-        rough = [parameter for parameter in parameters if sent_as_int8(parameter)]
-        self._handles[number] = [
-            part[0].all_gather_coalesced(part, quantize=part is rough) for part in (exact, rough) if part
-        ]
         traffic, size = self.traffic, sum(parameter.ds_numel for parameter in parameters)
+        if self.shared:
+            show_wholes(parameters)
+            self._handles[number] = []
+        else:
+            exact = [parameter for parameter in parameters if not sent_as_int8(parameter)]
+            rough = [parameter for parameter in parameters if sent_as_int8(parameter)]
+            self._handles[number] = [
+                part[0].all_gather_coalesced(part, quantize=part is rough) for part in (exact, rough) if part
+            ]
+            traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in exact) + sum(p.ds_numel for p in rough)
         traffic.gathers[number] = traffic.gathers.get(number, 0) + 1
-        traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in exact) + sum(p.ds_numel for p in rough)
         traffic.held_elements += size
         traffic.peak_elements = max(traffic.peak_elements, traffic.held_elements)
         traffic.peak_layers = max(traffic.peak_layers, sum(held != OUTSIDE_LAYERS for held in self._handles))
@@ -123,7 +136,10 @@ class Shards:
             return
         del self._handles[number]
         parameters = self._groups[number]
-        parameters[0].partition(parameters)
+        if self.shared:
+            hide_wholes(parameters)
+        else:
+            parameters[0].partition(parameters)
         self.traffic.held_elements -= sum(parameter.ds_numel for parameter in parameters)
 
 

@@ -52,13 +52,15 @@ def neighbours_of(prepared: Prepared) -> Neighbours | None:
 def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     """The backbone, loaded, checked and serving the run's rows; says which path, activations and kernels it takes."""
     run, source = prepared.run, prepared.source
-    backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels)
+    backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels, share=True)
     backbone.activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
     longest = run.prompt_length + prepared.examples.longest + prepared.rows.extra_tokens
     backbone, refused = checked_backbone(backbone, longest)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
+    if backbone.shards.shared:
+        log.info("  shards: one memory that the %d ranks of this host share; nothing is sent", ranks.world)
     place = run.kernels, ranks.device, backbone.dtype
     log.info(
         "  activations: %s; kernels: %s; frozen products: %s", backbone.activations.describe(), explain(*place),
