@@ -25,7 +25,8 @@ from tests.support.drill import Run, line_with, saved, wait_until
 pytestmark = pytest.mark.drill
 STEPS = 200
 ARGS = ["--task", "COPA", "--prompt_length", "100", "--batch_size", "4", "--eval_tokens", "4000", "--log_every", "1",
-        "--eval_every", "0", "--perturbation", "gaussian", "--max_steps", STEPS, "--lr", "0.01"]  # fmt: skip
+        "--eval_every", "0", "--perturbation", "gaussian", "--max_steps", STEPS, "--lr", "0.01",
+        "--precision", "fp32"]  # fmt: skip
 
 
 def state(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
