@@ -73,11 +73,12 @@ def _can_move(parameter: Any) -> bool:
 
 
 def _on_one_host(ranks: Ranks) -> bool:
-    """Whether all ranks see the same kernel, host name, process numbers and user."""
+    """Whether all ranks see the same kernel, host name, process numbers, network and user."""
     seen: tuple[Any, ...]
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        seen = (boot, socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getuid())
+        spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
+        seen = (boot, socket.gethostname(), *spaces, os.getuid())
     except (OSError, AttributeError):  # not Linux: each rank a host of its own
         seen = (os.urandom(8),)
     number = int.from_bytes(hashlib.sha256(repr(seen).encode()).digest()[:7])
