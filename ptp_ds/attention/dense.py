@@ -71,13 +71,13 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, k_prefix, v_prefix, plan, scale):  # type: ignore[override]
-        layout = _layout(plan, q.shape[1], k.shape[1], q.dtype)
+        layout = _layout(plan, q.shape[1], k.shape[1])
         flat_q, flat_k, flat_v = _flat(q), _flat(torch.cat([k_prefix, k])), _flat(torch.cat([v_prefix, v]))
         outs, kept = [], []
         for places in layout.buckets:
             queries, keys, values = _bucket(places, flat_q, flat_k, flat_v, k.shape[1])
             wide = at_least_fp32(keys).transpose(1, 2)
-            logits = torch.baddbmm(_mask_of(places, queries), at_least_fp32(queries), wide, alpha=scale)
+            logits = torch.baddbmm(_mask_of(places, queries).to(wide.dtype), at_least_fp32(queries), wide, alpha=scale)
             probabilities = torch.softmax(logits, -1).to(q.dtype)
             outs.append(torch.bmm(probabilities, values).view(-1, v.shape[-1]))
             kept.append(probabilities)
@@ -150,15 +150,14 @@ def _to_prefix(parts: Sequence[Tensor], layout: _Layout, like: Tensor) -> Tensor
     return sums.transpose(0, 1).to(like.dtype)
 
 
-def _layout(plan: TreePlan, heads: int, key_heads: int, dtype: torch.dtype) -> _Layout:
+def _layout(plan: TreePlan, heads: int, key_heads: int) -> _Layout:
     """The plan's, made at first use."""
-    key = ("dense", heads, key_heads, dtype)
-    if key not in plan._masks:
-        plan._masks[key] = _make_layout(plan, heads, key_heads, dtype)
-    return plan._masks[key]
+    if (heads, key_heads) not in plan.layouts:
+        plan.layouts[heads, key_heads] = _make_layout(plan, heads, key_heads)
+    return plan.layouts[heads, key_heads]
 
 
-def _make_layout(plan: TreePlan, heads: int, key_heads: int, dtype: torch.dtype) -> _Layout:
+def _make_layout(plan: TreePlan, heads: int, key_heads: int) -> _Layout:
     prefix, groups = plan.prefix_keys, heads // key_heads
     to_padded, to_packed = (x.numpy() for x in (plan.key_slots.to_padded, plan.key_slots.to_packed))
     tokens = to_packed.shape[0]
@@ -177,7 +176,7 @@ def _make_layout(plan: TreePlan, heads: int, key_heads: int, dtype: torch.dtype)
         visible = np.zeros((bucket.visible.shape[0], length, width), dtype=bool)
         visible[:, :, :prefix] = True
         visible[:, :, prefix : prefix + length] = bucket.visible
-        mask = at_least_fp32(torch.zeros(visible.shape, dtype=dtype))
+        mask = torch.zeros(visible.shape)
         mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(mask.dtype).min)
         query_slots = query_start + np.arange(queries.size).reshape(queries.shape)
         padding = np.broadcast_to(~real[:, None, None, :], queries.shape)

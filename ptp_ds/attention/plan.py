@@ -81,6 +81,7 @@ class TreePlan:
     device: torch.device
     blocks: tuple[Block, ...] = ()
     parts: list[Any] | None = None  # ptp_ds.attention.flash's, made at first use
+    layouts: dict[tuple[int, int], Any] = field(default_factory=dict)  # ptp_ds.attention.dense's, by heads
     _cover: list[Piece] | None = None
     _inner: list[tuple[slice, slice]] = field(default_factory=list)
     _masks: dict = field(default_factory=dict)

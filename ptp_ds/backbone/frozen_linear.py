@@ -58,8 +58,6 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     terms = weight.shape[1]
-    if terms <= _LONGEST:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     parts = -(-terms // _LONGEST)
     cuts = [terms * part // parts for part in range(parts + 1)]
     out = torch.ops.mkldnn._linear_pointwise(x[..., : cuts[1]], _columns(weight, 0, cuts[1]), bias, "none", [], "")

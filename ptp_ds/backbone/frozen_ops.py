@@ -22,7 +22,6 @@ from ptp_ds.ranks.log import ANY_RANK, get_logger
 
 log = get_logger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _ROTARY = "apply_rotary_pos_emb"  # the families' common name
 
@@ -45,7 +44,7 @@ class FrozenRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         precise = x.to(inverse.dtype)
-        weighted = (grad * weight) if grad.dtype == precise.dtype else grad.to(precise.dtype).mul_(weight)
+        weighted = grad * weight.to(precise.dtype)
         inner = torch.linalg.vecdot(weighted, precise).unsqueeze(-1).mul_(inverse.pow(3)).mul_(1 / x.shape[-1])
         return weighted.mul_(inverse).addcmul_(precise, inner, value=-1).to(x.dtype), None, None
 
@@ -81,7 +80,7 @@ class FrozenRotary(torch.autograd.Function):
 
 def _served(x: Tensor) -> bool:
     """Whether this file's operations stand in for x: in fp32, in bf16 on a CPU."""
-    return x.dtype == torch.float32 or (x.dtype in _DTYPES and x.device.type == "cpu")
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ _REMEDIES = {_PRECISION: "the hosts' processors differ: give --precision"}
 
 def fingerprints(
     digests: Mapping[str, str], model_folder: Path, checkpoint: Checkpoint | None, identity: Mapping[str, Any],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> dict[str, str]:  # fmt: skip
     """What must be the same on every rank, by name; equal texts mean equal things. digests: of each split's rows.
 

@@ -29,14 +29,13 @@ from ptp_ds.backbone.activations import Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
-from ptp_ds.commands.exits import report_error
+from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.errors import UserError
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
+from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
@@ -167,12 +166,8 @@ def main() -> int:
             print(json.dumps(entry), flush=True)
     if args.json and ranks.is_main:
         Path(args.json).write_text(json.dumps({"rows": table, "versions": versions()}, indent=2) + "\n")
-    stop_processes()
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(report_error(error))
+    sys.exit(run_command(main))

@@ -35,14 +35,13 @@ from torch import Tensor
 from ptp_ds.adapters.record import versions
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import explain_product
-from ptp_ds.commands.exits import report_error
+from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.errors import UserError
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.kernels import IMPLS
 from ptp_ds.models.positions import row_room
 from ptp_ds.precision import PRECISIONS
-from ptp_ds.ranks.distributed import prepare_environment, start_processes, stop_processes
+from ptp_ds.ranks.distributed import prepare_environment, start_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
@@ -332,12 +331,8 @@ def main() -> int:
     table = [row for length in args.prompt_lengths for row in bench_length(args, length, of_precision)]
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    stop_processes()
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(report_error(error))
+    sys.exit(run_command(main))

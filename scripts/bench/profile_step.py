@@ -17,12 +17,11 @@ from bench_sides import Ours, Sides
 from bench_step import METHODS, default_data, draw_batches, timed
 from torch.profiler import ProfilerActivity, profile
 
-from ptp_ds.commands.exits import report_error
+from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.errors import UserError
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.precision import PRECISIONS
-from ptp_ds.ranks.distributed import prepare_environment, start_processes, stop_processes
+from ptp_ds.ranks.distributed import prepare_environment, start_processes
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 from ptp_ds.tasks.example import Example
@@ -94,12 +93,8 @@ def main() -> int:
             ours, _ = sides.open_ours(length)
             for method in args.methods:
                 show(ours, batch, method, run, f"{sides.dtype}, prompt {length}", args.operators)
-    stop_processes()
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(report_error(error))
+    sys.exit(run_command(main))

@@ -32,3 +32,17 @@ def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
         assert row["ratio_fastest"] <= row["ratio_peft_keep"] + 1e-9
         assert row["ratio_peft_keep_fp32"] > 0
         assert row["share_of_peft_keep_without_regulariser"] > 0
+
+
+def test_a_profile_tells_parts_and_operators(tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--task", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--data_dir", "",
+                 "--operators", 5]  # fmt: skip
+    done = run_script(BENCH / "profile_step.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    tables = [table for table in done.stdout.split("\n\n") if ", prompt 3, pgd, 2 rows" in table]
+    assert [table.strip().split(",")[0] for table in tables] == ["float32", "bfloat16"]
+    for table in tables:
+        parts = dict(line.rsplit(None, 2)[:2] for line in table.splitlines() if line.endswith(" s"))
+        seconds = {name.strip(): float(value) for name, value in parts.items()}
+        assert seconds["everything else"] >= 0, "nothing is counted twice"
+        assert table.count(" calls") == 5
