@@ -71,7 +71,7 @@ def _noise_torch(kind: str, seed: int, step: int, places: Places, width: int, sc
         return found * scale
     squares = found.square().sum(-1)
     if norm == "frobenius":
-        squares = squares.new_zeros(places.examples).index_add_(0, places.example_of, squares)[places.example_of]
+        squares = places.sums(squares)[places.example_of]
     return found * (scale / squares.sqrt().clamp_min(_TINY))[:, None]
 
 

@@ -54,7 +54,7 @@ def add_delta(embeds_TH: Tensor, delta_TH: Tensor, source_T: Tensor | None = Non
 def example_norm(delta_TH: Tensor, places: Places) -> Tensor:
     """[B] Frobenius norm of each example's rows, in fp32 or better."""
     squares = delta_TH.to(torch.promote_types(delta_TH.dtype, torch.float32)).square().sum(-1)
-    return squares.new_zeros(places.examples).index_add_(0, places.example_of, squares).sqrt()
+    return places.sums(squares).sqrt()
 
 
 def _size(x_TH: Tensor, places: Places, norm: str) -> Tensor:

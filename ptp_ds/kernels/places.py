@@ -27,6 +27,10 @@ class Places:
     def examples(self) -> int:
         return self.numbers.shape[0]
 
+    def sums(self, values_T: Tensor) -> Tensor:
+        """[B] each example's sum, the same to the bit in every run; index_add_ on a GPU adds in any order."""
+        return torch.segment_reduce(values_T, "sum", offsets=self.starts, unsafe=True)
+
     def offsets(self) -> Tensor:
         """[T] each token's distance from its example's first one."""
         return torch.arange(self.tokens, device=self.movable.device) - self.starts[self.example_of]

@@ -32,6 +32,7 @@ from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
+from ptp_ds.models.heads import Head
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
@@ -102,14 +103,14 @@ def measure(engine: Engine, run: RunConfig, unit: float, examples: list[Example]
 
 
 def measure_peft(config: Any, dtype: torch.dtype, prompt: Tensor, run: RunConfig, unit: float, examples: list[Example],
-                 ranks: Ranks, steps: int) -> dict[str, float]:  # fmt: skip
+                 head: Head, ranks: Ranks, steps: int) -> dict[str, float]:  # fmt: skip
     """Median seconds of peft's step with logits_to_keep on the same rows, per regulariser; a part of them at a time.
 
     peft keeps every activation, so it gets --peft_rows of the rows; the caller compares seconds a row.
     """
     with torch.device(ranks.device):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
-    loop, found = PeftLoop(base, prompt, ranks.device, keep=True), {}
+    loop, found = PeftLoop(base, prompt, ranks.device, True, len(examples), head, "soft"), {}
     for method in METHODS:
         found[method] = seconds_of(lambda _, m=method: loop.step(examples, m, run, unit), ranks.device, steps)
     return found
@@ -157,7 +158,7 @@ def main() -> int:
         table.append(entry)
     if ranks.world == 1 and args.peft_rows:
         few = examples[: args.peft_rows]
-        theirs = measure_peft(config, resolved.dtype, start, run, unit, few, ranks, args.steps)
+        theirs = measure_peft(config, resolved.dtype, start, run, unit, few, backbone.head, ranks, args.steps)
         for entry in table:  # rows are drawn alike, so seconds a row compare
             per_row = theirs[entry["method"]] / len(few)
             entry["ratio_peft_keep"] = per_row / (entry["step_seconds"] / entry["rows"])

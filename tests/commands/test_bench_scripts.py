@@ -34,6 +34,18 @@ def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
         assert row["share_of_peft_keep_without_regulariser"] > 0
 
 
+def test_a_large_step_beside_pefts(tmp_path):
+    arguments = ["--shape", "tiny", "--rows", 4, "--peft_rows", 2, "--prompt_length", 3, "--steps", 1,
+                 "--json", "large"]  # fmt: skip
+    done = run_script(BENCH / "bench_large.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "large").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["none", "gaussian", "pgd"]
+    for row in rows:
+        assert row["ratio_peft_keep"] > 0
+        assert row["rate_share"] > 0
+
+
 def test_a_profile_tells_parts_and_operators(tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--task", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--data_dir", "",
                  "--operators", 5]  # fmt: skip
