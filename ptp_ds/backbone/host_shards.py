@@ -1,8 +1,9 @@
 """Shards of a frozen model in memory that a host's ranks share: a gather is then a view, nothing is sent or copied.
 
-Without a GPU all ranks of a host compute on one memory. Frozen weights never change, so each rank's shards may lie in
-one mapping for all of them, in the order in which they make up the whole: as much memory as the shards took before.
-Ranks on several hosts, shards on GPUs or NVMe, int8 gathers and hpZ's second shards keep DeepSpeed's collectives.
+A single rank's shards are the whole already, on a GPU, too. Without a GPU all ranks of a host compute on one memory.
+Frozen weights never change, so each rank's shards may lie in one mapping for all of them, in the order in which they
+make up the whole: as much memory as the shards took before. Ranks on several hosts or GPUs, shards elsewhere than
+where they are used, int8 gathers and hpZ's second shards keep DeepSpeed's collectives.
 """
 
 import hashlib
@@ -23,12 +24,18 @@ _LINE = 64  # bytes: where each parameter begins
 def share_on_host(model: nn.Module, ranks: Ranks) -> bool:
     """Moves every shard of `model` into one mapping of this host and says whether it did; all ranks must call it.
 
-    Afterwards each parameter has `ptp_whole`, a view of its whole in that mapping. False, and nothing changed, where
-    the ranks aren't all on one host without GPUs, the shards are not in memory, or the mapping can't be made.
+    Afterwards each parameter has `ptp_whole`, a view of its whole in that mapping; of its shard, for one rank alone.
+    False, and nothing changed, where several ranks aren't all on one host without GPUs, the shards are not in the
+    memory of the device that computes, or the mapping can't be made.
     """
     parameters: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
-    fit = bool(parameters) and ranks.device.type == "cpu" and all(_can_move(parameter) for parameter in parameters)
-    if ranks.world == 1 or ranks.host_max(int(not fit)) or not _on_one_host(ranks):
+    fit = bool(parameters) and all(_stays(parameter, ranks.device) for parameter in parameters)
+    if ranks.world == 1:
+        for parameter in parameters if fit else ():
+            parameter.ptp_whole = _whole(parameter, parameter.ds_tensor)
+        return fit
+    fit = fit and ranks.device.type == "cpu"
+    if ranks.host_max(int(not fit)) or not _on_one_host(ranks):
         return False
     places, size = [], 0
     for parameter in parameters:
@@ -43,7 +50,7 @@ def share_on_host(model: nn.Module, ranks: Ranks) -> bool:
         own = whole.narrow(0, ranks.rank * shard.numel(), shard.numel())
         own.copy_(shard)
         shard.data = own
-        parameter.ptp_whole = whole[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.ptp_whole = _whole(parameter, whole)
     ranks.barrier()
     return True
 
@@ -66,9 +73,14 @@ def hide_wholes(parameters: Sequence[Any]) -> None:
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def _can_move(parameter: Any) -> bool:
+def _whole(parameter: Any, memory: torch.Tensor) -> torch.Tensor:
+    return memory[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _stays(parameter: Any, device: torch.device) -> bool:
+    """Whether the shard is a frozen one in `device`'s own memory, gathered as it is."""
     shard = parameter.ds_tensor
-    own = shard.device.type == "cpu" and shard.numel() == shard.ds_numel and not parameter.requires_grad
+    own = shard.device.type == device.type and shard.numel() == shard.ds_numel and not parameter.requires_grad
     return own and getattr(parameter, "ds_secondary_tensor", None) is None and not getattr(parameter, "ptp_int8", False)
 
 

@@ -60,7 +60,7 @@ class Shards:
     """
 
     def __init__(self, layers: Sequence[nn.Module], root: nn.Module) -> None:
-        self._root, self.shared = root, False  # shared: weights lie whole in memory that this host's ranks share
+        self._root, self.shared = root, False  # shared: weights lie whole in memory, one for all ranks of this host
         in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
         self._groups: dict[int, list[Any]] = {
             number: _sharded(layer.parameters()) for number, layer in enumerate(layers)

@@ -59,8 +59,10 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
-    if backbone.shards.shared:
+    if backbone.shards.shared and ranks.world > 1:
         log.info("  shards: one memory that the %d ranks of this host share; nothing is sent", ranks.world)
+    elif backbone.shards.shared:
+        log.info("  shards: whole on this rank, the only one; nothing is gathered")
     place = run.kernels, ranks.device, backbone.dtype
     log.info(
         "  activations: %s; kernels: %s; frozen products: %s", backbone.activations.describe(), explain(*place),

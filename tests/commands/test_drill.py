@@ -33,8 +33,8 @@ def state(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"step-{step:06}" / "state.safetensors")
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    ours, theirs = state(out), state(whole)
+def assert_same(out: Path, whole: Path, step: int = STEPS) -> None:
+    ours, theirs = state(out, step), state(whole, step)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     result, expected = (json.loads((folder / "result.json").read_text()) for folder in (out, whole))
@@ -92,30 +92,18 @@ def stop_and_resume(start, out, keep, drill_row, number, target):
     drill_row(f"{number.name} to {target}", "kill, two ranks", told, "nothing: saved once, no orphan")
 
 
-FAST_STOPS = [(signal.SIGTERM, "the launcher"), (signal.SIGINT, "all processes"), (signal.SIGUSR1, "one rank")]
+FAST_STOP = (signal.SIGTERM, "the launcher")
 
 
 @pytest.mark.slow
 def test_the_other_signals(start, whole, tmp_path, drill_row):
-    """Each signal to each target, but for those of the next test: six stops of one run, then to the end."""
+    """Each signal to each target, but for the next test's, and the launcher's death: stops of one run, then its end."""
     out = tmp_path / "run"
     keep = ["--save_every", "0", "--keep_checkpoints", "99", "--resume", "auto"]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for target in ("the launcher", "one rank", "all processes"):
-            if (number, target) not in FAST_STOPS:
+            if (number, target) != FAST_STOP:
                 stop_and_resume(start, out, keep, drill_row, number, target)
-    run = start(out, *keep)
-    assert run.finish() == 0, run.stderr[-3000:]
-    assert_same(out, whole)
-
-
-def test_signals_and_changed_data(start, whole, tmp_path, drill_row):
-    """Stops of one run by each signal, its launcher's death, other data; then to the end."""
-    out, data = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(DEMO_DATA / "COPA", data / "COPA")
-    keep = ["--save_every", "0", "--keep_checkpoints", "99", "--data_dir", data, "--resume", "auto"]
-    for number, target in FAST_STOPS:
-        stop_and_resume(start, out, keep, drill_row, number, target)
     run = start(out, *keep)
     run.train()
     run.launcher.kill()
@@ -123,7 +111,20 @@ def test_signals_and_changed_data(start, whole, tmp_path, drill_row):
     line_with(run.stderr, "the launcher is gone, which counts as SIGTERM")
     told = line_with(run.stdout, "stopped by signal 15 after step")
     drill_row("SIGKILL to the launcher", "kill -9", told, "nothing: saved once, no orphan")
+    run = start(out, *keep)
+    assert run.finish() == 0, run.stderr[-3000:]
+    assert_same(out, whole)
 
+
+def test_a_signal_and_changed_data(start, run_train, tiny_model, tmp_path, drill_row):
+    """A run of 60 steps is stopped by a signal, refuses other data, and goes on to the end with its own."""
+    out, data, steps = tmp_path / "run", tmp_path / "data", ["--max_steps", "60"]
+    shutil.copytree(DEMO_DATA / "COPA", data / "COPA")
+    whole = tmp_path / "whole"
+    done = run_train([*ARGS, "--model", tiny_model, *steps, "--save_every", "0", "--output_dir", whole], nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    keep = [*steps, "--save_every", "0", "--keep_checkpoints", "99", "--data_dir", data, "--resume", "auto"]
+    stop_and_resume(start, out, keep, drill_row, *FAST_STOP)
     before, file = saved(out), data / "COPA" / "train.jsonl"
     rows = file.read_text(encoding="utf-8")
     file.write_text(rows.replace("The", "One", 1), encoding="utf-8")
@@ -137,9 +138,10 @@ def test_signals_and_changed_data(start, whole, tmp_path, drill_row):
     file.write_text(rows, encoding="utf-8")
     run = start(out, *keep)
     assert run.finish() == 0, run.stderr[-3000:]
-    assert_same(out, whole)
+    assert_same(out, whole, 60)
 
 
+@pytest.mark.slow
 def test_ranks_that_die_or_hang_and_max_restarts(start, whole, tmp_path, drill_row):
     """A rank is killed, in the next attempt one hangs, the third one ends: with the uninterrupted run's result."""
     out = tmp_path / "run"
@@ -228,6 +230,7 @@ def assert_whole(out: Path, before: list[str]) -> None:
     assert len(saved(out)) == len(list_checkpoints(out / "checkpoints"))  # and nothing half written is left
 
 
+@pytest.mark.slow
 def test_disk_full_read_only_and_damaged(start, whole, disk, tmp_path, drill_row):
     out, keep = disk.folder / "run", ["--save_every", "10", "--keep_checkpoints", "5", "--resume", "auto"]
     run = start(out, *keep, logs=tmp_path)
@@ -271,6 +274,7 @@ def test_disk_full_read_only_and_damaged(start, whole, disk, tmp_path, drill_row
     assert_same(out, whole)
 
 
+@pytest.mark.slow
 def test_non_finite_loss(start, tmp_path, drill_row):
     """A user's error, so --max_restarts doesn't repeat it."""
     run = start(tmp_path / "run", "--sigma", "1e42", "--save_every", "10", launch=["--max_restarts", "3"])

@@ -70,7 +70,7 @@ def test_a_token_budget_gives_the_same_steps_on_any_number_of_ranks(run_train, t
     assert float((prompts[1] - prompts[0]).norm() / prompts[0].norm()) < 1e-5
 
 
-def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
+def test_twenty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
     """keep and recompute, 1 and 2 ranks, 1 and 4 micro-batches, small chunks: one curve."""
     settings = {
         "keep": (1, ["--activations", "keep"]),
@@ -82,15 +82,16 @@ def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
     for name, (nproc, extra) in settings.items():
         out = tmp_path / name.replace(" ", "-")
         done = run_train(
-            ["--model", tiny_model, "--perturbation", "pgd", "--max_steps", "50", "--log_every", "1", "--batch_size",
+            ["--model", tiny_model, "--perturbation", "pgd", "--max_steps", "20", "--log_every", "1", "--batch_size",
              "8", "--prompt_length", "5", "--eval_every", "0", "--save_every", "0", "--eval_tokens", "4000",
              "--output_dir", out, *extra], nproc=nproc,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        curves[name] = torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
-        assert curves[name].shape == (50,)
-    assert float(curves["keep"][:5].mean() - curves["keep"][-5:].mean()) > 0
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] == "train"]
+        curves[name] = torch.tensor([line["loss"] for line in lines])
+        assert curves[name].shape == (20,)
+        assert abs(lines[-1]["prompt_norm"] / lines[0]["prompt_norm"] - 1) > 1e-3, "the prompt has moved"
     for name, curve in curves.items():
         torch.testing.assert_close(curve, curves["keep"], atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -99,7 +100,7 @@ def test_fifty_steps_give_the_same_losses(run_train, tiny_model, tmp_path):
     ("perturbation", "activations", "passes"),
     [
         pytest.param("gaussian", "keep", 1, marks=pytest.mark.slow),
-        ("pgd", "keep", 3),
+        pytest.param("pgd", "keep", 3, marks=pytest.mark.slow),
         ("pgd", "recompute", 3),
         pytest.param("a2t", "keep", 3, marks=pytest.mark.slow),
     ],
