@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from curves import RULES, Point
 
 from tests.support.paths import ROOT
 from tests.support.zygote import run_script
@@ -32,6 +33,52 @@ def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
         assert row["ratio_fastest"] <= row["ratio_peft_keep"] + 1e-9
         assert row["ratio_peft_keep_fp32"] > 0
         assert row["share_of_peft_keep_without_regulariser"] > 0
+
+
+@pytest.fixture
+def study(tiny_model, tmp_path):
+    """A file of one task, two methods, two seeds on draws of their own."""
+    for number, draw in enumerate((13, 21)):
+        rows = [{"review": f"a {word} film", "label": label, "idx": place + number}
+                for place, (word, label) in enumerate([("fine", "positive"), ("dull", "negative")] * 4)]  # fmt: skip
+        folder = tmp_path / "data" / "Reviews"
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in (f"few-{draw}", "dev", "val"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    value = {
+        "flags": {"model": str(tiny_model), "max_steps": 4, "eval_every": 2, "prompt_length": 3},
+        "tasks": {"R": {"task": "Reviews", "data_dir": "data", "train_split": "few-{draw}", "select_split": "dev"}},
+        "methods": {"plain": {"perturbation": "none"}, "noise": {"sigma": 1}}, "seeds": [0, 1], "draws": [13, 21],
+    }  # fmt: skip
+    (tmp_path / "study.json").write_text(json.dumps(value), encoding="utf-8")
+    return tmp_path / "study.json"
+
+
+def test_curves_train_what_is_missing(study, tmp_path):
+    done = run_script(BENCH / "curves.py", [study, "--out", "out", "--json", "table"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = {f"R-{method}-{seed}.json" for method in ("plain", "noise") for seed in (0, 1)}
+    records = {file: json.loads((tmp_path / "out" / file).read_text(encoding="utf-8")) for file in files}
+    for file, record in records.items():
+        assert [point[0] for point in record["curve"]] == [2, 4]
+        best = next(point for point in record["curve"] if point[0] == record["result"]["best_step"])
+        assert best[1] == record["result"]["select_metrics"]["accuracy"]
+        assert best[3] == record["result"]["metrics"]["accuracy"], "the rule of a run is the table's first"
+        assert record["settings"]["train_split"] == f"few-{(13, 21)[record['settings']['seed']]}", file
+    assert records["R-plain-0.json"]["curve"] != records["R-plain-1.json"]["curve"]
+    (tmp_path / "out" / "R-noise-1.json").unlink()
+    before = (tmp_path / "out" / "R-plain-0.json").stat().st_mtime_ns
+    told = run_script(BENCH / "curves.py", [study, "--out", "out", "--json", "again"], tmp_path).stdout
+    assert (tmp_path / "out" / "R-plain-0.json").stat().st_mtime_ns == before
+    assert (tmp_path / "again").read_text() == (tmp_path / "table").read_text()
+    assert told.splitlines()[-1].startswith("R           plain")
+
+
+def test_rules_of_selection():
+    curve = [Point(1, 0.5, 0.6, 0.1, 0, 100), Point(2, 0.9, 0.9, 0.2, 0, 100), Point(3, 0.88, 0.5, 0.3, 0, 100),
+             Point(4, 0.8, 0.1, 0.4, 0, 100), Point(5, 0.9, 0.8, 0.5, 0, 100)]  # fmt: skip
+    chosen = {name: rule(curve).step for name, rule in RULES.items()}
+    assert chosen == {"score, ce": 5, "ce": 4, "one error": 3, "last": 5}  # an error of 0.9 on 100 rows is 0.03
 
 
 def test_a_large_step_beside_pefts(tmp_path):
