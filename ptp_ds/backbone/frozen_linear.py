@@ -45,6 +45,17 @@ class FrozenLinear(torch.autograd.Function):
         return ctx.product(grad, weight, None), None, None, None, None
 
 
+def torchs(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] W^T + bias by torch's own product, in two dimensions below F.linear.
+
+    ZeRO-3 puts DeepSpeed's in F.linear's place, an autograd function whose call takes more of the processor's time than
+    a small product, for gradients of weights that are frozen here.
+    """
+    if x.dim() != 2:
+        return F.linear(x, weight, bias)
+    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the product is large enough to be faster than torch's own."""
     return 2 * x.numel() * weight.shape[0] >= _LEAST
@@ -56,7 +67,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Long sums are made of parts of _LONGEST terms, each added to those before as it is written: as exact as short ones.
     """
     if not suits_onednn(x, weight):
-        return F.linear(x, weight, bias)
+        return torchs(x, weight, bias)
     terms = weight.shape[1]
     parts = -(-terms // _LONGEST)
     cuts = [terms * part // parts for part in range(parts + 1)]
@@ -76,11 +87,11 @@ def _columns(weight: Tensor, start: int, stop: int) -> Tensor:
 def product_for(impl: str, device: torch.device, dtype: torch.dtype) -> tuple[Product, str]:
     """(the product of frozen weights, "") or (torch's own, why it isn't oneDNN's). impl: "torch" takes torch's."""
     if impl == "torch":
-        return F.linear, "--kernels torch"
+        return torchs, "--kernels torch"
     if device.type != "cpu" or dtype != torch.float32:
-        return F.linear, "oneDNN's are for fp32 on a CPU"
+        return torchs, "oneDNN's are for fp32 on a CPU"
     reason = _refusal()
-    return (F.linear, reason) if reason else (onednn, "")
+    return (torchs, reason) if reason else (onednn, "")
 
 
 def explain_product(impl: str, device: torch.device, dtype: torch.dtype) -> str:

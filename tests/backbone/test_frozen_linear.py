@@ -17,12 +17,13 @@ from ptp_ds.backbone.frozen_linear import (
     product_for,
     replace_products,
     suits_onednn,
+    torchs,
     trial,
 )
 from tests.support.reference import make_model, relative_error
 
 CPU = torch.device("cpu")
-PRODUCTS = [F.linear, pytest.param(onednn, marks=pytest.mark.skipif(
+PRODUCTS = [torchs, pytest.param(onednn, marks=pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))]  # fmt: skip
 
 
@@ -64,6 +65,17 @@ def test_values_and_gradients_are_torchs(product, shape, kind, every_product):
         assert relative_error(found.detach(), wanted.detach()) < 1e-6
         assert relative_error(to_input, torch.autograd.grad(wanted, wide_x, grad.double())[0]) < 1e-6
     assert (found.shape, to_input.shape) == (wanted.shape, x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_torchs_product_is_f_linear_less_what_deepspeed_puts_there(dtype, biased, monkeypatch):
+    x, weight, bias = numbers(65, 96, dtype=dtype), numbers(40, 96, dtype=dtype), numbers(40, dtype=dtype)
+    bias = bias if biased else None
+    wanted = F.linear(x, weight, bias), F.linear(x, weight.t().contiguous().t(), bias)
+    monkeypatch.setattr(F, "linear", None)
+    for given, expected in zip((weight, weight.t().contiguous().t()), wanted, strict=True):
+        assert torch.equal(torchs(x, given, bias), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -152,8 +164,8 @@ def test_where_onednn_is_taken(monkeypatch):
     monkeypatch.setattr(frozen_linear, "_refusal", lambda: "")
     assert explain_product("auto", CPU, torch.float32) == "oneDNN's, AVX-512"
     assert explain_product("torch", CPU, torch.float32) == "torch's own (--kernels torch)"
-    assert product_for("auto", CPU, torch.bfloat16)[0] is F.linear
-    assert product_for("triton", torch.device("cuda"), torch.float32)[0] is F.linear
+    assert product_for("auto", CPU, torch.bfloat16)[0] is torchs
+    assert product_for("triton", torch.device("cuda"), torch.float32)[0] is torchs
 
 
 def test_an_operation_that_computes_something_else_is_refused():
