@@ -10,6 +10,14 @@
 # a table into $OUT (default: gpu_check/). PYTHON names an interpreter that has everything.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+parts=(tests kernel_tests kernels attention llama8b bench train precision)
+if [ "$#" -eq 0 ]; then set -- "${parts[@]}"; fi
+for name in "$@"; do
+    if [[ " ${parts[*]} " != *" $name "* ]]; then
+        echo "error: '$name' is no part of this check; they are ${parts[*]}." >&2
+        exit 2
+    fi
+done
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=$(command -v "$python" || command -v python3)
 out=${OUT:-gpu_check}
@@ -42,15 +50,9 @@ part() { # what each part runs
         run train "$python" scripts/train.py --max_steps 200 --eval_every 50 --batch_size 16 --output_dir "$out/train"
         ;;
     precision) run precision "$python" scripts/bench/compare_precision.py --json "$out/precision.json" ;;
-    *)
-        echo "error: '$1' is no part of this check; they are ${parts[*]}." >&2
-        exit 2
-        ;;
     esac
 }
-parts=(tests kernel_tests kernels attention llama8b bench train precision)
 rm -f "$out/exit_codes.txt"
-if [ "$#" -eq 0 ]; then set -- "${parts[@]}"; fi
 for name in "$@"; do part "$name"; done
 "$python" scripts/bench/gpu_report.py "$out" || failed=1
 exit "$failed"

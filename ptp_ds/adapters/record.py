@@ -16,18 +16,18 @@ from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.trainer import Progress, median_or_zero
 
-_VERSIONED = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "tensorboard", "safetensors", "ptp_ds")
+_VERSIONED = ("deepspeed", "transformers", "datasets", "sentencepiece", "tensorboard", "safetensors", "ptp_ds")
 
 
 def versions() -> dict[str, str | None]:
     """Versions of python, of the packages a result depends on, and of this project's git revision where it has one."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    # torch by its build, too: +cpu, +cu130
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in _VERSIONED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    found["torch"] = torch.__version__  # with the build: +cpu, +cu130
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -145,6 +145,7 @@ def main() -> int:
     fill_randomly(model)
     activations = Activations("auto", budget_bytes=memory_budget(ranks.device))
     backbone = Backbone(model, activations)
+    backbone.shards.share(ranks)  # as before training
     check_backbone(backbone)
     engine = Engine(SoftPrompt(start), backbone, resolved, ranks)
     unit, table = backbone.mean_embedding_norm(), []

@@ -101,7 +101,7 @@ class Sides:
 
     def open_ours(self, length: int) -> tuple[Ours, Tensor]:
         """Our side, and what is trained (prompt and head) that both start from."""
-        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels)
+        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels, share=True)
         check_backbone(backbone)  # as before training: narrow heads are proven by it
         head = backbone.head
         start = backbone.embed_ids(initial_ids("vocab", length, self.tokenizer, backbone.vocabulary, seed=0))

@@ -15,6 +15,7 @@ seed's draw.
 import argparse
 import fcntl
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -24,16 +25,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 import ptp_ds.commands.train as train_command
+from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import parse_run
 from ptp_ds.errors import UserError
 from ptp_ds.files import read_json, write_json
 from ptp_ds.ranks.distributed import prepare_environment
-from ptp_ds.ranks.faults import OutputGuard
-from ptp_ds.training.evaluate import evaluate
+from ptp_ds.tasks.example import Example
+from ptp_ds.training import trainer
+from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.trainer import Progress, Trainer
 
 
 class Point(NamedTuple):
@@ -87,39 +91,42 @@ def cells_of(study: dict[str, Any]) -> list[Cell]:
 
 
 @contextmanager
-def watched(curve: list[Point]) -> Iterator[None]:
-    """Inside, each evaluation of a run on its selection rows adds a point to `curve`."""
-    prepare, select, prepared = train_command.prepare, Trainer._select, []
+def watched(scored: list[tuple[Evaluation, Evaluation]]) -> Iterator[None]:
+    """Inside, a run that scores its selection rows scores its evaluation rows, too; both go to `scored`."""
+    prepare, score, prepared = train_command.prepare, trainer.evaluate, []
 
     def remembered(*given: Any) -> Prepared:
         prepared.append(prepare(*given))
         return prepared[-1]
 
-    def selecting(self: Trainer, progress: Progress, output: OutputGuard) -> None:
-        prompt, scores = self.engine.prompt(), []
-        for rows in (self.select_examples, prepared[-1].examples.evaluation):
-            found = evaluate(self.engine.backbone, prompt, rows, self.task, self.ranks, self.run.eval_tokens, self.beat)
-            scores += [found.score, found.cross_entropy]
-        curve.append(Point(progress.step, *scores, len(self.select_examples)))
-        select(self, progress, output)
+    def both(backbone: Backbone, prompt: Tensor, rows: Sequence[Example], *how: Any) -> Evaluation:
+        held = prepared[-1].examples.evaluation
+        scored.append((score(backbone, prompt, rows, *how), score(backbone, prompt, held, *how)))
+        return scored[-1][0]
 
-    train_command.prepare, Trainer._select = remembered, selecting  # type: ignore[method-assign]
+    train_command.prepare, trainer.evaluate = remembered, both
     try:
         yield
     finally:
-        train_command.prepare, Trainer._select = prepare, select  # type: ignore[method-assign]
+        train_command.prepare, trainer.evaluate = prepare, score
 
 
 def train(cell: Cell, file: Path) -> None:
     """Runs a cell and writes its record."""
-    curve: list[Point] = []
-    with tempfile.TemporaryDirectory() as folder, watched(curve):
+    scored: list[tuple[Evaluation, Evaluation]] = []
+    with tempfile.TemporaryDirectory() as folder, watched(scored):
         words = [word for name, value in cell.settings.items() for word in (f"--{name}", str(value))]
         run, explicit = parse_run([*words, "--output_dir", f"{folder}/run", "--save_every", "0"])
         code = train_command.train(run, explicit)
         if code:
             raise UserError(f"{cell.file} was stopped with code {code}; run the same command again.")
         result = read_json(f"{folder}/run/result.json", "the result")
+        lines = map(json.loads, (Path(folder) / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        steps = [line["step"] for line in lines if line["kind"] == "select"]
+    curve = [
+        Point(step, select.score, select.cross_entropy, held.score, held.cross_entropy, select.examples)
+        for step, (select, held) in zip(steps, scored, strict=True)
+    ]
     record = {"settings": cell.settings, "curve": curve, "result": result}
     write_json(file, record)
 

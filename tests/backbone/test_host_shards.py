@@ -8,6 +8,7 @@ import torch
 
 from ptp_ds.backbone.host_shards import share_on_host
 from ptp_ds.ranks.distributed import Ranks
+from tests.support.host_shards_worker import facts
 from tests.support.paths import SUPPORT
 from tests.support.zygote import run_script
 
@@ -43,5 +44,13 @@ def test_where_a_rank_cant_all_ranks_gather(reports):
         assert report["two hosts"] == {"shared": False}
 
 
-def test_one_rank_alone_shares_nothing():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_rank_alone_has_the_whole_in_its_shards(precision, tiny_model, ranks):
+    found = facts(tiny_model, precision, ranks)
+    assert found.pop("gathers") > 0
+    assert (found.pop("shared"), found.pop("bytes"), found.pop("descriptors")) == ([False, True], 0, 0)
+    assert all(found.values()), found
+
+
+def test_a_model_without_shards_shares_nothing():
     assert not share_on_host(torch.nn.Linear(2, 2), Ranks(0, 1, 0, torch.device("cpu")))

@@ -36,15 +36,12 @@ def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
 
 
 @pytest.fixture
-def study(tiny_model, tmp_path):
+def study(tiny_model, tmp_path, write_rows):
     """A file of one task, two methods, two seeds on draws of their own."""
-    for number, draw in enumerate((13, 21)):
-        rows = [{"review": f"a {word} film", "label": label, "idx": place + number}
+    for split, thing in (("few-13", "film"), ("few-21", "book"), ("dev", "play"), ("val", "song")):
+        rows = [{"review": f"a {word} {thing}", "label": label, "idx": place}
                 for place, (word, label) in enumerate([("fine", "positive"), ("dull", "negative")] * 4)]  # fmt: skip
-        folder = tmp_path / "data" / "Reviews"
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in (f"few-{draw}", "dev", "val"):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(tmp_path / "data" / "Reviews" / f"{split}.jsonl", rows)
     value = {
         "flags": {"model": str(tiny_model), "max_steps": 4, "eval_every": 2, "prompt_length": 3},
         "tasks": {"R": {"task": "Reviews", "data_dir": "data", "train_split": "few-{draw}", "select_split": "dev"}},
