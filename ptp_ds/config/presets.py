@@ -20,15 +20,16 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smart": {
-        "perturbation": "pgd", "divergence": "sym_kl", "reg_weight": 1.0, "units": "coordinate", "norm": "linf",
-        "epsilon": 1e-5, "alpha": 1e-3, "ascent_steps": 1,
+        "perturbation": "pgd", "divergence": "sym_kl", "divergence_gradient": "both", "reg_weight": 1.0,
+        "units": "coordinate", "norm": "linf", "epsilon": 1e-5, "alpha": 1e-3, "ascent_steps": 1,
     },
     "freelb": {
         "perturbation": "pgd", "divergence": "ce", "reg_weight": 1.0, "units": "l2", "norm": "frobenius",
         "epsilon": 0.3, "alpha": 0.1, "ascent_steps": 3,
     },
     "r3f": {
-        "perturbation": "uniform", "divergence": "sym_kl", "reg_weight": 1.0, "units": "coordinate",
+        "perturbation": "uniform", "divergence": "sym_kl", "divergence_gradient": "both", "reg_weight": 1.0,
+        "units": "coordinate",
         "sigma": 1e-5 / 3**0.5,  # the standard deviation of U(-1e-5, 1e-5)
     },
     "vat": {

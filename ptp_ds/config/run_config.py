@@ -83,8 +83,8 @@ class RunConfig:
     target: str = _flag("input", "what a delta in embedding space moves: the example's own words, the soft prompt in "
                         "front of it, or both", ("input", "prompt", "both"))  # fmt: skip
     divergence: str = _flag("kl", "what pulls the two predictions together", tuple(DIVERGENCES))
-    divergence_gradient: str = _flag("both", "where the divergence's gradient goes: to both predictions, or to the "
-                                     "perturbed one alone, the clean one as a constant", GRADIENTS)  # fmt: skip
+    divergence_gradient: str = _flag("clean_fixed", "where the divergence's gradient goes: to both predictions, or to "
+                                     "the perturbed one alone, the clean one as a constant", GRADIENTS)  # fmt: skip
     reg_weight: float = _flag(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _flag(0, "steps over which lambda rises linearly from 0")
     mask_share: float = _flag(0.15, "mask: share of a row's words that the second stream hides, at least one")
@@ -94,8 +94,8 @@ class RunConfig:
     a2t_share: float = _flag(0.1, "a2t: share of an attacked text's words that may be swapped, at least four; 0: none")
     a2t_neighbours: int = _flag(8, "a2t: near words that are looked at for each word")
     a2t_min_cosine: float = _flag(0.5, "a2t: least cosine of the input embeddings of a word and its neighbour")
-    sigma: float = _flag(0.3, "gaussian, uniform: noise size of a token, in mean embedding norms")
-    epsilon: float = _flag(0.03, "pgd, free: radius of the ball, in mean embedding norms")
+    sigma: float = _flag(1.0, "gaussian, uniform: noise size of a token, in mean embedding norms")
+    epsilon: float = _flag(0.1, "pgd, free: radius of the ball, in mean embedding norms")
     alpha: float | None = _flag(
         None, "pgd, free: length of an ascent step, in mean embedding norms; default 1.5 epsilon / K"
     )
@@ -116,12 +116,12 @@ class RunConfig:
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
     lr_schedule: str = _flag("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _flag(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
-    max_steps: int = _flag(60, "optimizer steps; a resumed run may have more than before")
+    max_steps: int = _flag(150, "optimizer steps; a resumed run may have more than before")
     schedule_steps: int | None = _flag(
         None, "step at which the learning rate's schedule ends, if --max_steps will grow later; default: --max_steps"
     )
-    eval_every: int = _flag(20, "steps between evaluations on the selection rows; 0: only at the end")
-    save_every: int = _flag(20, "steps between checkpoints; 0: only at the end")
+    eval_every: int = _flag(30, "steps between evaluations on the selection rows; 0: only at the end")
+    save_every: int = _flag(30, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _flag(2, "newest checkpoints kept")
     log_every: int = _flag(5, "steps between log lines")
     eval_tokens: int = _flag(4096, "tokens of an evaluation pass on each rank")

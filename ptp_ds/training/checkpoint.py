@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON of the trained part only, written beside and renamed, for any number of ranks."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -144,8 +145,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_best(best: Any) -> bool:
-    """Whether `best` is what Checkpoint says: a step and an Evaluation's fields."""
-    if not isinstance(best, dict) or best.keys() != {"step", "evaluation"} or not _is_count(best["step"]):
+    """Whether `best` is what Checkpoint says: step, an Evaluation's fields, highest score (not in older ones)."""
+    if not isinstance(best, dict) or best.keys() - {"highest"} != {"step", "evaluation"}:
+        return False
+    highest = best.get("highest", 0.0)
+    if not _is_count(best["step"]) or not isinstance(highest, float) or not math.isfinite(highest):
         return False
     scores = best["evaluation"]
     if (

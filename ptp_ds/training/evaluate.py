@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
+from math import log, sqrt
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class Evaluation:
     majority: float
     examples: int
 
-    def better_than(self, other: "Evaluation | None") -> bool:
-        """A higher score, or the same at a lower cross-entropy."""
-        return other is None or (self.score, -self.cross_entropy) > (other.score, -other.cross_entropy)
+    def within_an_error_of(self, highest: float) -> bool:
+        """Whether the score lies at most one standard error below `highest`; see `least_score`."""
+        return self.score >= least_score(highest, self.examples)
 
     @property
     def shown(self) -> str:
@@ -37,6 +37,17 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return dict(vars(self))
+
+
+def least_score(highest: float, rows: int) -> float:
+    """The least score of a prompt that is kept for a later one's sake, where the highest so far is `highest`.
+
+    One standard error below it: that of a share of right answers on `rows` rows, with one right and one wrong answer
+    added so that it isn't 0 where all are right. On few rows the highest of many scores is mostly luck, and the later
+    prompt, trained at a lower learning rate, is the better one on other rows (docs/defaults.md).
+    """
+    share = (min(max(highest, 0.0), 1.0) * rows + 1) / (rows + 2)
+    return highest - sqrt(share * (1 - share) / rows)
 
 
 def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:

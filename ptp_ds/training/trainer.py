@@ -44,12 +44,16 @@ class NonFiniteLossError(UserError):
 
 @dataclass
 class Progress:
-    """What changes while training: optimizer steps done, the best prompt so far, timings of logged steps."""
+    """What changes while training: optimizer steps done, timings of logged steps, and the prompt to keep.
+
+    best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that.
+    """
 
     step: int = 0
     best: Evaluation | None = None
     best_prompt: Tensor | None = None
     best_step: int = 0
+    highest: float = -math.inf
     step_seconds: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
@@ -246,9 +250,10 @@ class Trainer:
             self.beat,
         )  # fmt: skip
         marker = ""
-        if result.better_than(progress.best):
+        progress.highest = max(progress.highest, result.score)
+        if result.within_an_error_of(progress.highest):
             progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
-            marker = "  (best so far)"
+            marker = "  (kept)"
         with output.writing():
             self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
         log.info(
@@ -265,7 +270,9 @@ class Trainer:
             tensors["carried_delta"] = carried
         best = None
         if progress.best is not None:
-            best = {"step": progress.best_step, "evaluation": progress.best.as_dict()}
+            best = {
+                "step": progress.best_step, "evaluation": progress.best.as_dict(), "highest": progress.highest,
+            }  # fmt: skip
         if self.ranks.is_main:
             checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
             with output.writing():
@@ -285,6 +292,7 @@ def progress_from(checkpoint: Checkpoint) -> Progress:
         progress.best = Evaluation(**checkpoint.best["evaluation"])
         progress.best_step = int(checkpoint.best["step"])
         progress.best_prompt = checkpoint.tensors["best_prompt"]
+        progress.highest = float(checkpoint.best.get("highest", progress.best.score))  # before it, best was highest
     return progress
 
 

@@ -16,7 +16,6 @@ import argparse
 import fcntl
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from ptp_ds.files import read_json, write_json
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.tasks.example import Example
 from ptp_ds.training import trainer
-from ptp_ds.training.evaluate import Evaluation
+from ptp_ds.training.evaluate import Evaluation, least_score
 from ptp_ds.training.prepared import Prepared
 
 
@@ -51,17 +50,17 @@ class Point(NamedTuple):
     select_rows: int
 
 
-def one_error(curve: Sequence[Point]) -> Point:
-    """The lowest cross-entropy of those whose score lies within a standard error of the highest (Breiman 1984)."""
-    most = max(point.select for point in curve)
-    band = most - math.sqrt(most * (1 - most) / curve[0].select_rows)
-    return min((point for point in curve if point.select >= band), key=lambda point: point.select_ce)
+def near_the_highest(curve: Sequence[Point]) -> list[Point]:
+    """Those whose score lies within a standard error of the highest (Breiman et al. 1984)."""
+    least = least_score(max(point.select for point in curve), curve[0].select_rows)
+    return [point for point in curve if point.select >= least]
 
 
 RULES: dict[str, Callable[[Sequence[Point]], Point]] = {
+    "near, latest": lambda curve: near_the_highest(curve)[-1],  # what a run does
+    "near, ce": lambda curve: min(near_the_highest(curve), key=lambda point: point.select_ce),
     "score, ce": lambda curve: max(curve, key=lambda point: (point.select, -point.select_ce)),
     "ce": lambda curve: min(curve, key=lambda point: point.select_ce),
-    "one error": one_error,
     "last": lambda curve: curve[-1],
 }
 

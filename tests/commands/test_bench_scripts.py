@@ -73,9 +73,11 @@ def test_curves_train_what_is_missing(study, tmp_path):
 
 def test_rules_of_selection():
     curve = [Point(1, 0.5, 0.6, 0.1, 0, 100), Point(2, 0.9, 0.9, 0.2, 0, 100), Point(3, 0.88, 0.5, 0.3, 0, 100),
-             Point(4, 0.8, 0.1, 0.4, 0, 100), Point(5, 0.9, 0.8, 0.5, 0, 100)]  # fmt: skip
+             Point(4, 0.8, 0.1, 0.4, 0, 100), Point(5, 0.88, 0.8, 0.5, 0, 100),
+             Point(6, 0.86, 0.9, 0.6, 0, 100)]  # fmt: skip
     chosen = {name: rule(curve).step for name, rule in RULES.items()}
-    assert chosen == {"score, ce": 5, "ce": 4, "one error": 3, "last": 5}  # an error of 0.9 on 100 rows is 0.03
+    # an error of 0.9 on 100 rows is 0.03
+    assert chosen == {"near, latest": 5, "near, ce": 3, "score, ce": 2, "ce": 4, "last": 6}
 
 
 def test_a_large_step_beside_pefts(tmp_path):

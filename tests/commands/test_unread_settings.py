@@ -109,7 +109,7 @@ def test_a_file_turned_off_by_a_parameter_of_its_own(tmp_path):
 
 
 def test_settings_beside_the_perturbation():
-    assert describe_unread(RunConfig(divergence="ce", divergence_gradient="clean_fixed"), set()) == [
+    assert describe_unread(RunConfig(divergence="ce", divergence_gradient="both"), set()) == [
         "--divergence_gradient has no effect with --divergence ce"
     ]
     run = RunConfig(lr_schedule="constant", schedule_steps=90, select_split="dev", holdout=0.3, tokens_per_step=64)

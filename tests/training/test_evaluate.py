@@ -1,4 +1,4 @@
-"""How a split is shared out over passes and ranks, and which of two evaluations is better."""
+"""How a split is shared out over passes and ranks, and which prompt is kept."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.evaluate import Evaluation, ensemble_scores, outcome_of, plan_packs, score_examples
+from ptp_ds.training.evaluate import Evaluation, ensemble_scores, least_score, outcome_of, plan_packs, score_examples
 from tests.support.packed import make_prompt
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
@@ -58,30 +58,36 @@ def test_fewer_rows_than_ranks_are_repeated():
     assert plan_packs([7, 8], 100, 5) == [[1], [0], [1], [1], [1]]
 
 
-def evaluation(score: float, cross_entropy: float) -> Evaluation:
-    return Evaluation({"accuracy": score}, score, cross_entropy, 0.5, 10)
+def scored(score: float, rows: int) -> Evaluation:
+    return Evaluation({"accuracy": score}, score, 1.0, 0.5, rows)
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "better"),
+    ("score", "highest", "rows", "kept"),
     [
-        ((0.6, 2.0), (0.5, 1.0), True),
-        ((0.5, 1.0), (0.6, 2.0), False),
-        ((0.5, 0.9), (0.5, 1.0), True),
-        ((0.5, 1.0), (0.5, 1.0), False),
-        ((0.5, 1.1), (0.5, 1.0), False),
+        (0.80, 0.80, 24, True),
+        (0.72, 0.80, 24, True),  # an error of about 0.08
+        (0.71, 0.80, 24, False),
+        (0.79, 0.80, 2400, False),
+        (23 / 24, 1.0, 24, False),  # a row more than an error that isn't 0
+        (99 / 100, 1.0, 100, False),
+        (1 / 2, 1.0, 2, False),
+        (0.0, 0.0, 5, True),
+        (-0.1, 0.0, 400, False),  # a correlation may be below 0
     ],
 )
-def test_better_than(new, old, better):
-    assert evaluation(*new).better_than(evaluation(*old)) is better
+def test_a_later_prompt_is_kept_within_one_standard_error(score, highest, rows, kept):
+    assert scored(score, rows).within_an_error_of(highest) is kept
 
 
-def test_anything_is_better_than_nothing():
-    assert evaluation(0.0, 9.0).better_than(None)
+def test_the_error_is_that_of_a_share_with_one_row_of_each_kind_more():
+    draws = torch.rand(200_000, 48, generator=torch.Generator().manual_seed(0)) < 0.75
+    assert 0.75 - least_score(0.75, 48) == pytest.approx(float(draws.float().mean(1).std()), rel=0.02)
+    assert least_score(1.0, 48) == pytest.approx(1 - (49 / 50 * 1 / 50 / 48) ** 0.5)
 
 
 def test_evaluations_survive_json():
-    assert Evaluation(**evaluation(0.5, 1.0).as_dict()) == evaluation(0.5, 1.0)
+    assert Evaluation(**scored(0.5, 10).as_dict()) == scored(0.5, 10)
 
 
 def test_rows_behind_one_instruction_score_as_they_do_alone():
