@@ -111,7 +111,9 @@ class PeftLoop:
             for _ in range(run.ascent_steps if method == "pgd" else 0):
                 delta = self._ascend(clean, delta, padded["mask"], scores.detach(), run, unit)
             perturbed = self.scores(clean + delta, padded["mask"])
-            loss = loss + run.reg_weight * divergence_sum(run.divergence, scores, perturbed, self.gold)
+            loss = loss + run.reg_weight * divergence_sum(
+                run.divergence, scores, perturbed, self.gold, run.divergence_gradient == "clean_fixed"
+            )
         return loss
 
     def _ascend(

@@ -56,7 +56,14 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
     """The same delta on an example's context wherever its blocks repeat it, and nowhere else."""
     backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
     trained = make_values(backbone).requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
@@ -80,7 +87,14 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
 def test_step_gradient_in_text_space(kind, choice, shape, perturbation):
     backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
     trained = make_values(backbone).requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.5, mask_share=0.4)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        sigma=0.5,
+        mask_share=0.4,
+    )
     settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
     twins = how.twins(examples, settings, noise)
     movable = [twin.movable for twin in twins] if how.find else None
@@ -121,7 +135,7 @@ def test_deep_prompts_train(family, kind, activations):
     backbone, examples = make_backbone(family, kind, "deep"), make_examples("single")
     backbone.activations = replace(backbone.activations, mode=activations)
     trained = make_values(backbone).requires_grad_()
-    run = RunConfig(perturbation="pgd", prompt="deep", divergence="js", epsilon=0.3)
+    run = RunConfig(perturbation="pgd", prompt="deep", divergence="js", divergence_gradient="both", epsilon=0.3)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     ptp_loss(trained, backbone, row, run, settings, Noise(0, 0)).total.backward()
     assert bool(trained.grad.abs().sum(-1).min() > 0)
@@ -200,7 +214,7 @@ def test_rows_of_several_tasks_have_each_its_own_prompt(kind):
     examples = [replace(example, prompt=number % 2) for number, example in enumerate(make_examples("ragged"))]
     trained = 0.3 * torch.randn(2 * PROMPT, 32, generator=torch.Generator().manual_seed(2))
     trained.requires_grad_()
-    run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
+    run = RunConfig(perturbation="pgd", divergence="js", divergence_gradient="both", epsilon=0.5)
     settings = settings_of(run, backbone.mean_embedding_norm())
     row = backbone.rows.pack(examples)
     loss = ptp_loss(trained, backbone, row, run, settings, Noise(1, 2))

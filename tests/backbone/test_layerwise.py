@@ -58,7 +58,7 @@ def test_gradient_of_every_path_in_double_precision(family, path, shape, perturb
     backbone = Backbone(make_double(family), activations)
     prompt = make_prompt(torch.float64).requires_grad_()
     examples = make_examples(shape)
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", epsilon=0.5, sigma=0.5)
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", divergence_gradient="both", epsilon=0.5, sigma=0.5)
     settings, row, noise = settings_of(run, 1.0), pack(examples), Noise(0, 0)
     ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)
@@ -76,7 +76,7 @@ def test_gradient_with_an_instruction_in_the_prefix(path, perturbation):
     activations, max_rows = PATHS[path]
     backbone, examples = Backbone(make_double("llama"), activations), with_instruction(make_examples("ragged"))
     prompt = make_prompt(torch.float64).requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", epsilon=0.5, sigma=0.5)
+    run = RunConfig(perturbation=perturbation, divergence="sym_kl", divergence_gradient="both", epsilon=0.5, sigma=0.5)
     settings, row, noise = settings_of(run, 1.0), pack(examples, 3), Noise(0, 0)
     ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)

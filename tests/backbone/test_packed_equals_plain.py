@@ -47,7 +47,14 @@ def test_step_gradient(family, perturbation):
     examples = make_examples("multi")
     backbone = Backbone(make_model(family))
     prompt = make_prompt().requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, noise = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4)
     row = pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, noise)
@@ -69,7 +76,14 @@ def test_step_gradient_in_text_space(family, perturbation):
     """Two contexts an example, one with hidden words; noise, where there is any, on the words that stay."""
     examples, backbone = make_examples("ragged"), Backbone(make_model(family))
     prompt = make_prompt().requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.5, mask_share=0.4)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        sigma=0.5,
+        mask_share=0.4,
+    )
     settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
     twins = how.twins(examples, settings, noise)
     contexts, movable = [twin.context_ids for twin in twins], [twin.movable for twin in twins]
@@ -96,7 +110,7 @@ def test_divergences(kind, shape):
     examples = make_examples(shape)
     backbone = Backbone(make_model("llama"))
     prompt = make_prompt().requires_grad_()
-    run = RunConfig(perturbation="gaussian", divergence=kind, sigma=1.0)
+    run = RunConfig(perturbation="gaussian", divergence=kind, divergence_gradient="both", sigma=1.0)
     settings, noise, row = settings_of(run, backbone.mean_embedding_norm()), Noise(0, 0), pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, noise)
     loss.total.backward()
@@ -152,7 +166,7 @@ def test_a_shared_step_equals_one_pass_over_both(activations, max_rows):
     model = make_model("llama", torch.float64)
     backbone = Backbone(model, Activations(activations))
     prompt = make_prompt(torch.float64).requires_grad_()
-    run = RunConfig(perturbation="pgd", divergence="js", epsilon=0.5)
+    run = RunConfig(perturbation="pgd", divergence="js", divergence_gradient="both", epsilon=0.5)
     settings, row = settings_of(run, 1.0), pack(make_examples("ragged"))
     ptp_loss(prompt, backbone, row, run, settings, Noise(0, 0), PassOptions(max_rows)).total.backward()
     clean = backbone.embed(row.token_ids)

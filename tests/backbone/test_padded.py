@@ -35,7 +35,14 @@ def make_padded(family, kind, choice=False):
 def test_encoders(family, perturbation, kind, choice, shape):
     backbone, examples = make_padded(family, kind, choice), make_examples(shape)
     trained = head_values(backbone).requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4))
     loss.total.backward()
@@ -63,7 +70,14 @@ def test_causal_families(family, shape, perturbation):
     assert family in reason
     backbone.serve("soft", TreeRows(), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()

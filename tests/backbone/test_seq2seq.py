@@ -35,7 +35,14 @@ def test_step_gradient(family, shape, perturbation):
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind="seq2seq", prompt_length=5, tail=(1,)), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()

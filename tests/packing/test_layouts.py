@@ -49,7 +49,14 @@ def test_step_gradient(family, perturbation, target):
     examples = [replace(e, prompt_at=min(3, len(e.context_ids) - 1)) for e in make_examples("ragged")]
     backbone, prompt = Backbone(make_model(family)), make_prompt().requires_grad_()
     backbone.serve("soft", SeparateRows(kind="causal", prompt_length=5, target=target))
-    run = RunConfig(perturbation=perturbation, target=target, divergence="sym_kl", reg_weight=0.7, epsilon=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        target=target,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+    )
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4))
     loss.total.backward()

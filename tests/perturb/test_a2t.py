@@ -121,7 +121,9 @@ def test_what_all_rows_begin_with_is_in_the_prefix(shared):
 def test_step_gradient_given_the_twins_equals_plain(family, perturbation):
     examples, scorer, how = make_examples("ragged"), scorer_of(family), PERTURBATIONS[perturbation]
     backbone, prompt = scorer.backbone, make_prompt().requires_grad_()
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation, divergence="sym_kl", divergence_gradient="both", reg_weight=0.7, sigma=0.5
+    )
     settings, noise = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4)
     twins = how.attack(scorer, settings).twins
     contexts, movable = [twin.context_ids for twin in twins], [twin.movable for twin in twins]

@@ -35,7 +35,14 @@ def total_of(scores, examples, deltas):
 @pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
 def test_step_gradient(model, target, perturbation):
     examples = make_examples("ragged")
-    run = RunConfig(perturbation=perturbation, target=target, divergence="sym_kl", reg_weight=0.7, epsilon=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        target=target,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        epsilon=0.5,
+    )
     require_valid(run)
     if model == "bert":
         backbone = make_backbone("bert", "masked")

@@ -32,7 +32,14 @@ from tests.support.zygote import run_script
 def test_step_gradient_equals_the_familys_own_cache(family, perturbation, activations):
     examples, backbone = make_examples("ragged"), Backbone(make_model(family), Activations(activations), "deep")
     prompt = deep_prompt(backbone.model).requires_grad_()
-    run = RunConfig(perturbation=perturbation, prompt="deep", divergence="sym_kl", epsilon=0.5, sigma=0.5)
+    run = RunConfig(
+        perturbation=perturbation,
+        prompt="deep",
+        divergence="sym_kl",
+        divergence_gradient="both",
+        epsilon=0.5,
+        sigma=0.5,
+    )
     settings, noise, row = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4), pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, noise, PassOptions(2))
     loss.total.backward()
@@ -57,7 +64,10 @@ def test_step_gradient_equals_the_familys_own_cache(family, perturbation, activa
 def test_text_twins_behind_a_deep_prompt():
     examples, backbone = make_examples("multi"), Backbone(make_model("llama"), prompt="deep")
     contexts = [[(token + 1) % 96 for token in example.context_ids] for example in examples]
-    prompt, run = deep_prompt(backbone.model).requires_grad_(), RunConfig(perturbation="mask", prompt="deep")
+    prompt, run = (
+        deep_prompt(backbone.model).requires_grad_(),
+        RunConfig(perturbation="mask", prompt="deep", divergence_gradient="both"),
+    )
     row = pack_text_twins(examples, contexts)
     ptp_loss(prompt, backbone, row, run, settings_of(run, 1.0), Noise(0, 0)).total.backward()
     plain, total, model = prompt.detach().clone().requires_grad_(), 0.0, make_model("llama")
