@@ -264,7 +264,14 @@ def step_of(
 ) -> tuple[Tensor, list[Tensor]]:
     """(gradient of the project's train step to what is trained, each context's delta)."""
     row = backbone.rows.pack(examples)
-    run = RunConfig(perturbation=perturbation, divergence="sym_kl", reg_weight=0.7, sigma=0.3, epsilon=0.3)
+    run = RunConfig(
+        perturbation=perturbation,
+        divergence="sym_kl",
+        divergence_gradient="both",
+        reg_weight=0.7,
+        sigma=0.3,
+        epsilon=0.3,
+    )
     settings = settings_of(run, backbone.mean_embedding_norm())
     ours = trained.clone().requires_grad_()
     with backbone.shards.outside_layers():
