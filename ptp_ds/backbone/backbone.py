@@ -1,28 +1,26 @@
 """The frozen model: packed scoring through transformers' public interfaces."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptp_ds.attention.flash import try_flash
 from ptp_ds.attention.interface import ATTENTION_NAME
-from ptp_ds.attention.plan import plan_tree
 from ptp_ds.attention.tree import attend_reference
 from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import replace_products
 from ptp_ds.backbone.frozen_ops import replace_frozen
-from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, detached, use_layer_pass
+from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, use_layer_pass
 from ptp_ds.backbone.sharding import Shards
+from ptp_ds.backbone.trunks import SharedPrefix, cut_row, prefix_chunk
 from ptp_ds.kernels import Sources, pack_embed
 from ptp_ds.models.heads import Head
 from ptp_ds.models.positions import first_position, most_counted_tokens
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
-from ptp_ds.packing.row import PackedRow
+from ptp_ds.packing.row import PackedRow, Trunk
 from ptp_ds.prompts.deep import split_deep
 
 
@@ -145,22 +143,11 @@ class Backbone(nn.Module):
         """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
         return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
-    def chunks(self, row: PackedRow, prefix_keys: int, max_rows: int | None = None) -> list[Chunk]:
+    def chunks(self, row: PackedRow, prefix: SharedPrefix, max_rows: int | None = None) -> list[Chunk]:
         """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
-        most = min(
-            self.activations.chunk_tokens, most_counted_tokens(self.model.config) or self.activations.chunk_tokens
-        )
-        cuts, tokens = [0], 0
-        for number, block in enumerate(row.blocks):
-            full = max_rows is not None and number - cuts[-1] >= max_rows
-            if number > cuts[-1] and (full or tokens + block.length > most):
-                cuts.append(number)
-                tokens = 0
-            tokens += block.length
-        return [
-            _chunk(row, first, last, prefix_keys)
-            for first, last in zip(cuts, [*cuts[1:], len(row.blocks)], strict=True)
-        ]
+        most = self.activations.chunk_tokens
+        most = min(most, most_counted_tokens(self.model.config) or most)
+        return cut_row(row, prefix.lengths, most, max_rows)
 
     def run(
         self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
@@ -210,16 +197,15 @@ class Backbone(nn.Module):
         if trained is None and prefix is None:
             raise ValueError("score needs what is trained, a cached prefix, or both.")
         graph = torch.is_grad_enabled()
-        source = SharedPrefix(_prefix_length(prefix or {}))
+        source = SharedPrefix((_prefix_length(prefix or {}),))
         if prefix is None and trained is not None:
-            source = self.prefix(trained, row.shared_ids)
-        length = source.length
-        sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, length, max_rows)]
-        inputs, positions = embeds_TH, row.position_ids + length
+            source = self.prefix(trained, row.shared_ids, row.trunks)
+        sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, source, max_rows)]
+        inputs, positions = embeds_TH, source.behind(row)
         if source.ids is not None:
-            sections.insert(0, Section(prefix_chunk(length, embeds_TH.device), graph))
+            sections.insert(0, Section(prefix_chunk(source.lengths, embeds_TH.device), graph))
             inputs = torch.cat([self.pack(source.ids, trained), embeds_TH])
-            positions = torch.cat([torch.arange(length, device=positions.device), positions])
+            positions = torch.cat([source.positions(positions.device), positions])
         recompute = graph and self.activations.recompute(inputs.shape[0])
         layer_pass = LayerPass(sections, {} if prefix is None else prefix, recompute, given=source.keys_values)
         scores = row.scores(self.run(layer_pass, inputs, positions, trained, row.columns))
@@ -227,22 +213,30 @@ class Backbone(nn.Module):
             watch(layer_pass)
         return scores
 
-    def prefix(self, trained: Tensor, shared_ids: Tensor | None = None) -> "SharedPrefix":
+    def prefix(self, trained: Tensor, shared_ids: Tensor | None = None, trunks: Sequence[Trunk] = ()) -> SharedPrefix:
         """What all rows stand on: a soft prompt and embeddings of `shared_ids` [I], or a deep prompt's keys and values.
 
-        Nothing where the soft prompt stands in every block. Raises ValueError for shared_ids behind a deep prompt:
-        tokens behind it belong to the rows.
+        trunks: the row's, where its blocks stand on several prompts (PackedRow.trunks); their rows of `trained` lie
+        there in the same order. Nothing where the soft prompt stands in every block. Raises ValueError for shared_ids
+        behind a deep prompt: tokens behind it belong to the rows.
         """
         prompt = self.head.split(trained)[0]
         tokens = shared_ids if shared_ids is not None else torch.empty(0, dtype=torch.int64, device=prompt.device)
+        trunks = trunks or (Trunk(0, prompt.shape[0], len(tokens)),)
         if self.prompt == "deep":
             if len(tokens):
                 raise ValueError("A deep prompt's prefix holds no tokens; pack the rows with shared=0.")
-            return SharedPrefix(prompt.shape[0], keys_values=split_deep(prompt.to(self.dtype), self.model.config))
+            keys_values = split_deep(prompt.to(self.dtype), self.model.config)
+            return SharedPrefix(tuple(trunk.prompt for trunk in trunks), keys_values=keys_values)
         if isinstance(self.rows, SeparateRows):
-            return SharedPrefix(0)
-        ids = torch.cat([-1 - torch.arange(prompt.shape[0], device=tokens.device), tokens])
-        return SharedPrefix(ids.shape[0], ids=ids)
+            return SharedPrefix((0,))
+        ids = -1 - torch.arange(prompt.shape[0], device=tokens.device)
+        if len(trunks) > 1:
+            prompts, shared = ids.split([t.prompt for t in trunks]), tokens.split([t.shared for t in trunks])
+            ids = torch.cat([part for pair in zip(prompts, shared, strict=True) for part in pair])
+        else:
+            ids = torch.cat([ids, tokens])
+        return SharedPrefix(tuple(trunk.prompt + trunk.shared for trunk in trunks), ids=ids)
 
     def prefix_length(self, trained: Tensor, row: PackedRow) -> int:
         """Tokens that all rows stand on."""
@@ -263,7 +257,7 @@ class Backbone(nn.Module):
     def keys_of(self, inputs_IH: Tensor, trained: Tensor) -> PrefixCache:
         """Every layer's keys and values of `inputs_IH` as the only row, detached."""
         length, device = inputs_IH.shape[0], inputs_IH.device
-        layer_pass = LayerPass([Section(prefix_chunk(length, device), graph=False)], {})
+        layer_pass = LayerPass([Section(prefix_chunk((length,), device), graph=False)], {})
         with torch.no_grad():
             self.run(layer_pass, inputs_IH.to(self.dtype), torch.arange(length, device=device), trained)
         return layer_pass.prefix
@@ -279,48 +273,10 @@ class Backbone(nn.Module):
         return total / count
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """length: its tokens. ids [length]: tokens that pass through the layers, the prompt's row p as -p - 1; or
-    keys_values: keys and values of every layer, with their graph; neither where they are cached."""
-
-    length: int
-    ids: Tensor | None = None
-    keys_values: PrefixCache | None = None
-
-    def detached(self) -> "SharedPrefix":
-        """The same without its graph."""
-        if self.keys_values is None:
-            return self
-        return SharedPrefix(
-            self.length, self.ids, {layer: detached(pairs) for layer, pairs in self.keys_values.items()}
-        )
-
-
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The model's repeated layers: the members of its longest ModuleList."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
-
-
-def prefix_chunk(length: int, device: torch.device) -> Chunk:
-    """The prompt's tokens and those behind it: scored nowhere, attended to by every row."""
-    nowhere = torch.empty(0, dtype=torch.int64, device=device)
-    return Chunk(length, plan_tree((), length, length, device), None, nowhere, is_prefix=True)
-
-
-def _chunk(row: PackedRow, first: int, last: int, prefix_keys: int) -> Chunk:
-    """Blocks `first` to `last` of the row, with a plan of their own."""
-    blocks, scored = row.blocks[first:last], row.scored[first:last]
-    device = row.token_ids.device
-    starts, places = 0, []
-    for block, asked in zip(blocks, scored, strict=True):
-        places.append(starts + asked)
-        starts += block.length
-    plan = plan_tree(blocks, 0, prefix_keys, device)
-    last_plan = plan_tree(blocks, 0, prefix_keys, device, scored)
-    places_N = torch.from_numpy(np.concatenate(places)).to(device)
-    return Chunk(starts, plan, last_plan, places_N, targets=row.targets[first:last])
 
 
 def _prefix_length(prefix: PrefixCache) -> int:

@@ -64,6 +64,18 @@ class Block:
         return causal & on_path[segment_of][:, segment_of]
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """What consecutive blocks of a row stand on: a prompt of `prompt` rows, and `shared` tokens behind it.
+
+    blocks: how many blocks. The prompts' rows, and the tokens, lie one trunk's behind the other's.
+    """
+
+    blocks: int
+    prompt: int
+    shared: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
     """B examples x S streams as one row of T tokens; plain data, all tensors on one device.
@@ -81,7 +93,8 @@ class PackedRow:
     present [B, C] bool: which candidates exist (ragged counts). gold [B]. example_ids [B]: row numbers of the split;
     numbers [B]: the same on the device (S of each where streams were joined). verbalizers [n], pick_column [M]: where
     every candidate is one token, read at one place a row: the tokens that candidates are, where among them each is.
-    columns [n]: the tokens that logits are wanted of, in order; None for the whole vocabulary.
+    columns [n]: the tokens that logits are wanted of, in order; None for the whole vocabulary. trunks: where blocks
+    stand on several prompts, what each run of them stands on (ptp_ds.packing.forest); shared_ids are then all trunks'.
     """
 
     token_ids: Tensor
@@ -108,6 +121,7 @@ class PackedRow:
     moves_with: Tensor | None = None
     targets: tuple[tuple[tuple[int, ...], ...], ...] = ()
     normalises: bool = True
+    trunks: tuple[Trunk, ...] = ()
 
     @property
     def num_tokens(self) -> int:

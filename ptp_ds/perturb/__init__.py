@@ -14,7 +14,7 @@ from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.noise import Noise
 from ptp_ds.perturb.parameters import Parameter
 from ptp_ds.perturb.perturbation import Perturbation, Twin
-from ptp_ds.perturb.pgd import pgd
+from ptp_ds.perturb.pgd import pgd, pgd_start
 from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.perturb.shared_pass import SharedPass
 from ptp_ds.perturb.uniform import uniform
@@ -28,7 +28,7 @@ PERTURBATIONS: dict[str, Perturbation] = {
     "mask+gaussian": Perturbation(find=gaussian, twins=mask, sizes=("mask_share", "sigma"), reads=("mask_token",)),
     "a2t": Perturbation(attack=a2t, sizes=("a2t_share",), reads=_NEAR),
     "a2t+gaussian": Perturbation(find=gaussian, attack=a2t, sizes=("a2t_share", "sigma"), reads=_NEAR),
-    "pgd": Perturbation(find=pgd, sizes=("epsilon",), reads=_ASCENT),
+    "pgd": Perturbation(find=pgd, start=pgd_start, sizes=("epsilon",), reads=_ASCENT),
     "free": Perturbation(find=free, sizes=("epsilon",), reads=_ASCENT, carries=True),
 }
 

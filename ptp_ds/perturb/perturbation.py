@@ -43,13 +43,15 @@ class Perturbation:
 
     find(shared, row, clean_TH, settings, noise) -> delta_TH. twins(examples, settings, noise) -> each example's context
     in other words; attack(scorer, settings) the same for the scorer's examples, found with its losses and gradients.
-    Beside either, find gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero where
-    they are 0. reads: flags it reads besides. carries: whether a batch is used for K optimizer steps, its delta moved
-    after each (see ascend). parameters: a file's own, by name (see --perturbation_args and PerturbSettings.own); sizes
-    may name them as well.
+    start: where `find` is K times SharedPass.ascend, what it begins at, so that several prompts climb in one pass.
+    Beside twins or attack, find gets no SharedPass and adds to the twins' tokens. sizes: settings that make it zero
+    where they are 0. reads: flags it reads besides. carries: whether a batch is used for K optimizer steps, its delta
+    moved after each (see ascend). parameters: a file's own, by name (see --perturbation_args and PerturbSettings.own);
+    sizes may name them as well.
     """
 
     find: Find | None = None
+    start: Find | None = None
     twins: Twins | None = None
     attack: Attack | None = None
     sizes: tuple[str, ...]

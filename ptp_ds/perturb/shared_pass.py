@@ -1,13 +1,14 @@
 """What a perturbation and the step share: the prompt and the clean rows, computed once for all passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone.backbone import Backbone, SharedPrefix, prefix_chunk
+from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.layerwise import LayerPass, PrefixCache, Section
+from ptp_ds.backbone.trunks import SharedPrefix, prefix_chunk
 from ptp_ds.kernels import dual_divergence
 from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.packing.row import PackedRow
@@ -29,6 +30,14 @@ class PassOptions:
 
 
 DEFAULT_PASS = PassOptions()
+Climbed = Callable[[Tensor, Tensor], Tensor]
+
+
+def climbed_sum(clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, divergence: str, kernels: str) -> Tensor:
+    """The summed divergence that an ascent climbs, the clean scores being constants."""
+    return dual_divergence(
+        clean_BC, perturbed_BC, gold_B, divergence, ce_weight=0.0, reg_weight=1.0, impl=kernels
+    ).total
 
 
 class SharedPass:
@@ -47,14 +56,14 @@ class SharedPass:
         self.carried_TH, self._ascent_scale = options.carried, options.ascent_scale
         self._scored = backbone.narrow(row)
         self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
-        self._source = backbone.prefix(trained, row.shared_ids)
-        self._length = self._source.length
-        self._chunks = backbone.chunks(row, self._length, options.max_rows)
+        self._source = backbone.prefix(trained, row.shared_ids, row.trunks)
+        self._positions = self._source.behind(row)
+        self._chunks = backbone.chunks(row, self._source, options.max_rows)
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:
-            self._shared.insert(0, Section(prefix_chunk(self._length, clean_TH.device), graph=True))
+            self._shared.insert(0, Section(prefix_chunk(self._source.lengths, clean_TH.device), graph=True))
         self._prefix: PrefixCache = {}
-        self._recompute = backbone.activations.recompute(self._length + 2 * row.num_tokens)
+        self._recompute = backbone.activations.recompute(self._source.length + 2 * row.num_tokens)
         self._clean_BC: Tensor | None = None
         self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
 
@@ -64,11 +73,11 @@ class SharedPass:
 
     def gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] fp32 gradient of the summed divergence at `delta_TH` (summed: rows don't depend on each other)."""
-        return at_least_fp32(self._gradient(delta_TH.detach(), divergence)) / self._ascent_scale
+        return at_least_fp32(self.scaled_gradient(delta_TH.detach(), self._climbed(divergence))) / self._ascent_scale
 
     def ascend(self, delta_TH: Tensor, settings: PerturbSettings) -> Tensor:
         """delta after one step of ascent on the divergence; see `ascend`."""
-        gradient = self._gradient(delta_TH, settings.divergence)
+        gradient = self.scaled_gradient(delta_TH, self._climbed(settings.divergence))
         delta, moved = moved_delta(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
         assert moved is not None
         if self._ascent_scale != 1.0:  # under fp16: an overflow leaves its example where it was
@@ -85,8 +94,19 @@ class SharedPass:
         clean_BC, perturbed_BC = self._scored.with_twin(self._scored).scores(logits)
         return clean_BC, perturbed_BC
 
-    def _gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
-        """[T, H] ascent_scale times the gradient, in the backbone's dtype where no token takes another's delta."""
+    def _climbed(self, divergence: str) -> Climbed:
+        """The divergence summed over all rows."""
+
+        def total(clean_BC: Tensor, perturbed_BC: Tensor) -> Tensor:
+            return climbed_sum(clean_BC, perturbed_BC, self.row.gold, divergence, self.backbone.kernels)
+
+        return total
+
+    def scaled_gradient(self, delta_TH: Tensor, climbed: Climbed) -> Tensor:
+        """[T, H] ascent_scale times the gradient, in the backbone's dtype where no token takes another's delta.
+
+        climbed: what is climbed, of clean and perturbed scores [B, C].
+        """
         perturbed = [Section(chunk, graph=True, to_prefix=False) for chunk in self._chunks]
         row, source = self._scored, None if self._clean_BC is not None else self._source.detached()
         inputs = self._inputs(source, delta_TH, prompt=False).detach().requires_grad_()
@@ -96,12 +116,11 @@ class SharedPass:
             self._clean_BC = clean_BC.detach()
         else:
             scores_BC = row.scores(self._run(perturbed, inputs, None, live=perturbed, prompt=False))[0]
-        kernels = self.backbone.kernels
-        loss = dual_divergence(
-            self._clean_BC, scores_BC, row.gold, divergence, ce_weight=0.0, reg_weight=1.0, impl=kernels
-        )
-        gradient = torch.autograd.grad(loss.total * self._ascent_scale, inputs)[0][-row.num_tokens :]
-        return gradient if row.moves_with is None else sum_rows(gradient, row.moves_with, row.num_tokens, impl=kernels)
+        total = climbed(self._clean_BC, scores_BC) * self._ascent_scale
+        gradient = torch.autograd.grad(total, inputs)[0][-row.num_tokens :]
+        if row.moves_with is None:
+            return gradient
+        return sum_rows(gradient, row.moves_with, row.num_tokens, impl=self.backbone.kernels)
 
     def _inputs(self, prefix: SharedPrefix | None, delta_TH: Tensor | None, prompt: bool = True) -> Tensor:
         """[N, H] inputs of a pass: with a prefix its own, if any, and the clean rows; with a delta the perturbed ones.
@@ -119,11 +138,10 @@ class SharedPass:
         live: Sequence[Section] | None, prompt: bool = True,
     ) -> Tensor:  # fmt: skip
         """Logits of one pass over the sections' inputs. prompt: whether gradient goes to a trained head."""
-        behind = self.row.position_ids + self._length
         tokens = sum(section.chunk.length for section in sections if not section.chunk.is_prefix)
-        positions = [behind] * (tokens // self.row.num_tokens)
+        positions = [self._positions] * (tokens // self.row.num_tokens)
         if sections[0].chunk.is_prefix:
-            positions.insert(0, torch.arange(self._length, device=behind.device))
+            positions.insert(0, self._source.positions(inputs_NH.device))
         given = prefix.keys_values if prefix is not None else None
         layer_pass = LayerPass(sections, self._prefix, self._recompute, live, given)
         trained = self._trained if prompt else self._trained.detach()
