@@ -31,10 +31,9 @@ class Engine:
 
         self.ranks, self.stage, self.backbone = ranks, resolved.stage, backbone
         self.shape = tuple(prompt.weight.shape)
-        # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
-        optimizer = torch.optim.AdamW([prompt.weight], lr=0.0, weight_decay=weight_decay)
+        optimizer = self._optimizer(prompt.weight, weight_decay)
         # Micro-batches are sections of one packed row (ptp_ds.backbone.layerwise): for DeepSpeed a step is one batch.
-        config = {**resolved.config, "gradient_accumulation_steps": 1}
+        config = {**resolved.config, "gradient_accumulation_steps": 1, **self._own_config()}
         config["train_micro_batch_size_per_gpu"] = config["train_batch_size"] // ranks.world
         zero = config["zero_optimization"]
         config["zero_optimization"] = {name: value for name, value in zero.items() if name not in BACKBONE_ONLY}
@@ -44,8 +43,16 @@ class Engine:
         self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
         self.prompt_module: SoftPrompt = self.deepspeed.module
 
+    def _optimizer(self, weight: Tensor, weight_decay: float) -> torch.optim.Optimizer:
+        # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
+        return torch.optim.AdamW([weight], lr=0.0, weight_decay=weight_decay)
+
+    def _own_config(self) -> dict[str, Any]:
+        """What DeepSpeed's configuration has to say besides, for `_optimizer`'s sake."""
+        return {}
+
     @property
-    def _adamw(self) -> torch.optim.AdamW:
+    def _adamw(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer.optimizer
 
     @property

@@ -18,7 +18,7 @@ from ptp_ds.perturb.ascent import moved_delta
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import DEFAULT_PASS, PassOptions, climbed_sum
 from ptp_ds.training.schedules import reg_weight_at
-from ptp_ds.training.step import StepLoss
+from ptp_ds.training.step import StepLoss, ptp_loss
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,19 @@ class MemberStep:
 
 @dataclass(frozen=True)
 class PopulationRow:
-    """row: all members' rows as one, each behind its own prompt; members: theirs, in the same order."""
+    """members: what each prompt trains on; prompts: the rows of each among all that is trained, in the same order.
 
-    row: PackedRow
+    row: all members' rows as one, each behind its own prompt; None where every member takes passes of its own.
+    """
+
     members: tuple[MemberStep, ...]
+    prompts: tuple[int, ...]
+    row: PackedRow | None
 
     def to(self, device: torch.device) -> "PopulationRow":
         """The same on `device`."""
         members = tuple(replace(member, row=member.row.to(device)) for member in self.members)
-        return PopulationRow(self.row.to(device), members)
+        return replace(self, members=members, row=self.row.to(device) if self.row is not None else None)
 
     def split(self, tensor_TH: Tensor) -> tuple[Tensor, ...]:
         """Each member's part of a tensor over the row's tokens."""
@@ -50,12 +54,19 @@ class PopulationRow:
 
     def parts(self, scores_BC: Tensor) -> list[Tensor]:
         """Each member's scores."""
+        assert self.row is not None
         return parts(self.row, [member.row for member in self.members], scores_BC)
 
 
-def population_row(members: Sequence[MemberStep], prompts: Sequence[int]) -> PopulationRow:
-    """prompts: rows of each member's prompt among all that is trained, in the members' order."""
-    return PopulationRow(join_rows([member.row for member in members], prompts), tuple(members))
+def shares_passes(backbone: Backbone) -> bool:
+    """Whether members' rows can share a pass: not where each has a head of its own, nor on the generic path."""
+    return backbone.packs and not backbone.head.trained
+
+
+def population_row(members: Sequence[MemberStep], prompts: Sequence[int], joined: bool = True) -> PopulationRow:
+    """prompts: rows of each member's prompt among all that is trained, in the members' order. joined: shares_passes."""
+    row = join_rows([member.row for member in members], prompts) if joined else None
+    return PopulationRow(tuple(members), tuple(prompts), row)
 
 
 class _Alone:
@@ -86,11 +97,17 @@ def population_loss(
     """Each member's summed loss over its own rows, with its gradient to its rows of `trained`: ptp_loss for all.
 
     trained: the members' prompts, one behind the other. All members have the same perturbation; its sizes, lambda and
-    the divergence are each one's own. The passes, their layers and gathers are those of one member.
+    the divergence are each one's own. The passes, their layers and gathers are those of one member where rows share
+    them.
     """
-    perturbation = population.members[0].run.active_perturbation
-    row = population.row
+    perturbation, row = population.members[0].run.active_perturbation, population.row
     with backbone.shards.outside_layers():
+        if row is None:
+            return [
+                ptp_loss(prompt, backbone, member.row, member.run, member.settings, member.noise,
+                         replace(options, carried=member.carried))
+                for prompt, member in zip(trained.split(population.prompts), population.members, strict=True)
+            ]  # fmt: skip
         clean_TH = backbone.inputs(row, trained)
         shared = SharedPass(backbone, trained, row, clean_TH, options) if row.streams == 1 else None
         if perturbation is None:
@@ -124,8 +141,8 @@ def population_loss(
 def _tokens(population: PopulationRow, streams: int) -> list[int]:
     """Tokens that each member's rows take in the last pass, its prefix included."""
     return [
-        trunk.prompt * (member.row.slots is None) + trunk.shared + streams * member.row.num_tokens
-        for trunk, member in zip(population.row.trunks, population.members, strict=True)
+        prompt * (member.row.slots is None) + member.row.shared_ids.shape[0] + streams * member.row.num_tokens
+        for prompt, member in zip(population.prompts, population.members, strict=True)
     ]
 
 
@@ -154,7 +171,7 @@ def _found(
     assert perturbation is not None
     find = perturbation.start or perturbation.find
     assert find is not None
-    prompts = trained.split([trunk.prompt for trunk in population.row.trunks])
+    prompts = trained.split(population.prompts)
     deltas = []
     for member, prompt, clean in zip(population.members, prompts, population.split(clean_TH), strict=True):
         alone = None

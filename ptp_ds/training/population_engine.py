@@ -1,0 +1,112 @@
+"""The DeepSpeed engine around several prompts: one flat weight, and a member's own rate, clipping and failure."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
+from ptp_ds.prompts import SoftPrompt
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.member_adamw import MemberAdamW, MemberRate
+
+
+class PopulationEngine(Engine):
+    """rows: those of each member's prompt, which lie one behind the other in the weight [their sum, W].
+
+    A member whose gradient is not finite sends zeros instead, so that DeepSpeed's step, which would be left out for
+    all, moves the others.
+    """
+
+    def __init__(
+        self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks, rows: Sequence[int]
+    ) -> None:
+        self.rows, self._ranks = tuple(rows), ranks
+        self._now: dict[str, Any] = {}  # what was gathered since the last step
+        log, untested = logging.getLogger("DeepSpeed"), "untested optimizer"  # ours is tested, here
+        log.addFilter(known := lambda record: untested not in record.getMessage())
+        try:
+            super().__init__(prompt, backbone, resolved, ranks)
+        finally:
+            log.removeFilter(known)
+
+    def _optimizer(self, weight: Tensor, weight_decay: float) -> torch.optim.Optimizer:
+        return MemberAdamW([weight], [rows * weight.shape[1] for rows in self.rows], self._ranks)
+
+    def _own_config(self) -> dict[str, Any]:
+        return {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+
+    @property
+    def _members(self) -> MemberAdamW:
+        assert isinstance(self._adamw, MemberAdamW)
+        return self._adamw
+
+    def trained(self) -> Tensor:
+        """[R, W] all members' prompts, with their graph."""
+        trained = super().trained()
+        trained.register_hook(self._finite)
+        return trained
+
+    def _finite(self, grad_RW: Tensor) -> Tensor:
+        """The gradient, zero for members where it is not finite."""
+        parts = grad_RW.split(self.rows)
+        return torch.cat([torch.where(part.isfinite().all(), part, torch.zeros_like(part)) for part in parts])
+
+    def backward_sums(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> None:
+        """backward_sum for each member: its rank's summed loss, and its examples of the step on all ranks."""
+        means = [loss / count for loss, count in zip(loss_sums, global_counts, strict=True)]
+        self.backward_sum(torch.stack(means).sum(), 1)
+
+    def step_members(self, rates: Sequence[MemberRate]) -> None:
+        """Clips and updates each member's prompt; one whose rate is 0 stays as it is."""
+        self._members.rates = rates
+        self.step(0.0)
+        self._now.clear()
+
+    def grad_norms(self) -> Tensor:
+        """[members] l2 norms of the last step's gradients before clipping, on the device."""
+        return self._members.norms
+
+    def prompt(self) -> Tensor:
+        """[R, W] all members' prompts; gathered once between two steps."""
+        if "prompt" not in self._now:
+            self._now["prompt"] = super().prompt()
+        return self._now["prompt"]
+
+    def state(self) -> dict[str, Tensor]:
+        """Engine.state of all members; gathered once between two steps."""
+        if "state" not in self._now:
+            self._now["state"] = super().state()
+        return self._now["state"]
+
+    def set_prompt(self, weight_RH: Tensor) -> None:
+        """See Engine.set_prompt."""
+        super().set_prompt(weight_RH)
+        self._now.clear()
+
+
+class MemberEngine:
+    """What a Trainer asks its engine for, of one member: `number` among the engine's."""
+
+    def __init__(self, engine: PopulationEngine, number: int) -> None:
+        self.population, self.number = engine, number
+        self.backbone = engine.backbone
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.split(self.population.rows)[self.number] if tensor.dim() == 2 else tensor
+
+    def prompt(self) -> Tensor:
+        """See Engine.prompt."""
+        return self._own(self.population.prompt()).clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """See Engine.state: what a lone run's checkpoint holds."""
+        return {name: self._own(tensor).clone() for name, tensor in self.population.state().items()}
+
+    def grad_norm(self) -> float:
+        """See Engine.grad_norm."""
+        return float(self.population.grad_norms()[self.number])
