@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import PRESETS, with_preset
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.run_config import BEFORE, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, nearest, read_json
 from ptp_ds.perturb.custom import choose_perturbation
@@ -107,7 +107,7 @@ def _of_a_run(record: dict[str, Any], file: str) -> Any:
             f"--config {file}: 'run' is {brief(settings)}; expected a run's config.json, or settings alone."
         )
     log.info("settings of the run in %s, without its %s", file, " and ".join(_ITS_OWN))
-    preset = settings.get("preset")
+    settings, preset = {**BEFORE, **settings}, settings.get("preset")
     usual = vars(RunConfig()) | PRESETS.get(preset if isinstance(preset, str) else "", {})
     absent = object()
     return {n: value for n, value in settings.items() if n not in _ITS_OWN and value != usual.get(n, absent)}

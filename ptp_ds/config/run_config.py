@@ -20,6 +20,7 @@ from ptp_ds.perturb.units import UNITS
 from ptp_ds.precision import PRECISIONS
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
+BEFORE = {"divergence_gradient": "both"}  # what versions did that had no such setting, where the default is another now
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

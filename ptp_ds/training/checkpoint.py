@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ptp_ds.config.run_config import BEFORE
 from ptp_ds.errors import UserError
 from ptp_ds.files import (
     brief,
@@ -194,13 +195,10 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
     return tensors
 
 
-_BEFORE = {"divergence_gradient": "both"}  # what versions did that had no such setting
-
-
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs between a checkpoint and this run."""
     for name, value in identity.items():
-        saved = checkpoint.identity.get(name, _BEFORE.get(name))
+        saved = checkpoint.identity.get(name, BEFORE.get(name))
         if saved != value:
             if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
                 name, saved, value = next(

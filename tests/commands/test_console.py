@@ -20,8 +20,8 @@ START = [
     r"  ranks: 2 on cpu, ZeRO-3",
     r"  rows: 82 train, 14 selection, 48 evaluation; none shortened",
     r"  steps: 2 of 4 rows \(2 a rank\), 0\.1 epochs",
-    r"  perturbation: pgd, epsilon 0\.03, alpha 0\.0225, ascent_steps 2, norm frobenius \(in mean embedding norms\); "
-    r"divergence kl, lambda 1",
+    r"  perturbation: pgd, epsilon 0\.1, alpha 0\.075, ascent_steps 2, norm frobenius \(in mean embedding norms\); "
+    r"divergence kl, the clean prediction fixed, lambda 1",
     r"  prompt: soft, 5 tokens, starts as vocabulary rows",
     r"  auto: train_batch_size 4, .*, precision fp32 \(no GPU here; .*\), reduce_bucket_size 1024, .*",
     r"  shards: one memory that the 2 ranks of this host share; nothing is sent",

@@ -114,10 +114,13 @@ def all_settings(**changes) -> dict:
 
 def test_a_heading_names_only_what_differs(run):
     """Beside a run whose settings aren't known at all, and one of a version that had fewer of them."""
-    older = {name: value for name, value in all_settings(seed=1).items() if name != "schedule_steps"}
+    older = all_settings(seed=1, divergence_gradient="both")
+    del older["schedule_steps"], older["divergence_gradient"]
     found = tables(
-        run(seed=0, settings=all_settings()), run(seed=1, settings=older), run(seed=0, folder="bare"),
-        run(seed=2, settings=all_settings(seed=2, schedule_steps=60, output_dir="runs/x", resume="auto")),
+        run(seed=0, settings=all_settings(divergence_gradient="both")), run(seed=1, settings=older),
+        run(seed=0, folder="bare"),
+        run(seed=2, settings=all_settings(seed=2, divergence_gradient="both", schedule_steps=RunConfig().max_steps,
+                                          output_dir="runs/x", resume="auto")),
     )  # fmt: skip
     assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in found] == [
         ({"settings": "told"}, [0, 1, 2]), ({"settings": "not told"}, [0]),

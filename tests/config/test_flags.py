@@ -74,6 +74,15 @@ def test_a_run_s_config_json_is_taken_without_its_folder(tmp_path, capsys):
     assert "run.json, without its output_dir and resume\n" in capsys.readouterr().out
 
 
+def test_an_older_record_keeps_what_its_version_did(tmp_path):
+    """Before --divergence_gradient the gradient flowed to both predictions, which isn't the default any more."""
+    older = dataclasses.asdict(RunConfig(sigma=0.3))
+    del older["divergence_gradient"]
+    found, _ = parse_run(["--config", config_file(tmp_path, {"run": older})])
+    assert found == RunConfig(sigma=0.3, divergence_gradient="both")
+    assert parse_run(["--config", config_file(tmp_path, {"sigma": 0.3})])[0] == RunConfig(sigma=0.3)
+
+
 def test_a_secret_that_a_record_lacks_is_asked_for(tmp_path):
     file = config_file(tmp_path, {"run": {"prompt_init": "text", "init_text": "shown [secret]"}})
     with pytest.raises(ValueError, match=r"'init_text' held a secret, which is not on record; give --init_text\.$"):
