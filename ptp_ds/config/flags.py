@@ -42,6 +42,9 @@ def build_parser(description: str, perturbation: str | None = None) -> argparse.
             text += _own_parameters(perturbation).replace("%", "%%")
             parser.add_argument(f"--{field.name}", nargs="+", action="extend", metavar="NAME=VALUE", help=text)
             continue
+        if field.name == "seeds":
+            parser.add_argument("--seeds", nargs="+", metavar="SEED", help=text)
+            continue
         parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
     parser.add_argument("--config", help="JSON file with any of these settings, or a run's config.json, whose "
                         "output_dir and resume are left out; flags win over it")  # fmt: skip
@@ -81,6 +84,8 @@ def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]
         given.pop(name, None)
     if "perturbation_args" in given:
         given["perturbation_args"] = shlex.join(given["perturbation_args"])
+    if "seeds" in given:
+        given["seeds"] = " ".join(given["seeds"])
     file = given.pop("config", None)
     merged = {**(_read_config(file) if file else {}), **given}
     for name, value in merged.items():
@@ -123,11 +128,17 @@ def _read_config(file: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"--config {file}: unknown key {brief(name)}{nearest(name, list(fields))}.")
-        wanted, choices = _base_type(fields[name]), fields[name].metadata["choices"]
-        fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
-        fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
-        if not fits and not (value is None and fields[name].default is None):
-            raise UserError(f"--config {file}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
-        if choices and value is not None and value not in choices:
-            raise UserError(f"--config {file}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
+        require_type(f"--config {file}", name, value)
     return values
+
+
+def require_type(where: str, name: str, value: Any) -> None:
+    """UserError for a setting from a file that isn't of its flag's type or none of its choices."""
+    field = next(field for field in dataclasses.fields(RunConfig) if field.name == name)
+    wanted, choices = _base_type(field), field.metadata["choices"]
+    fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+    fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
+    if not fits and not (value is None and field.default is None):
+        raise UserError(f"{where}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
+    if choices and value is not None and value not in choices:
+        raise UserError(f"{where}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")

@@ -131,6 +131,12 @@ class RunConfig:
     kernels: str = _flag("auto", "fused kernels around the matrix products: Triton's on a CUDA GPU, torch elsewhere",
                          IMPLS)  # fmt: skip
     seed: int = _flag(0, "seed of initialisation, data order and noise")
+    seeds: str | None = _flag(
+        None, "instead of --seed, 0-9 or 0 1 2: a prompt for each seed, all trained at once in one job"
+    )
+    population: str | None = _flag(
+        None, "JSON file: a list of members, each a name and what differs from the flags; trained at once in one job"
+    )
     output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
     stall_timeout: float = _flag(
         1800.0, "seconds that a step, or a pass of an evaluation, may take before the rank ends itself; 0: any time"

@@ -24,10 +24,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Monitor:
-    """Rank 0's records under output_dir; on other ranks every call does nothing."""
+    """Rank 0's records under output_dir; on other ranks every call does nothing.
 
-    def __init__(self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int) -> None:
-        self.ranks, self.first_step, self.last_step = ranks, first_step, last_step
+    speaks: whether there are lines and a bar on the console. latest: the values of the last logged step.
+    """
+
+    def __init__(self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int, speaks: bool = True) -> None:
+        self.ranks, self.first_step, self.last_step, self.speaks = ranks, first_step, last_step, speaks
+        self.latest: dict[str, float] = {}
         self.started = time.perf_counter()
         self._log: TextIO | None = None
         self._bar: Any = None
@@ -37,7 +41,7 @@ class Monitor:
 
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
         self._log = _open_log(output_dir / "log.jsonl", first_step)
-        if sys.stderr.isatty():
+        if speaks and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
@@ -45,7 +49,8 @@ class Monitor:
     def train(self, step: int, values: dict[str, float]) -> None:
         """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""
         self._record("train", step, values)
-        if not self.ranks.is_main:
+        self.latest = values
+        if not self.ranks.is_main or not self.speaks:
             return
         left = (self.last_step - step) * values["step_seconds"]
         log.info(

@@ -69,6 +69,17 @@ class Carried:
     whole: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """row: this rank's part of a batch, on the host. global_count: the batch's examples on all ranks."""
+
+    row: PackedRow
+    shares: Shares
+    noise: Noise
+    global_count: int
+    carried: Tensor | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """Everything that the loop needs. neighbours: near words, for a perturbation that attacks the text."""
@@ -96,7 +107,7 @@ class Trainer:
                 progress.step += 1
                 self.monitor.tick(progress.step)
                 progress.stopped_by = stop.agreed()
-                self._after_step(progress, meter)
+                self.after_step(progress, meter)
                 if progress.stopped_by:
                     break
         finally:
@@ -114,17 +125,22 @@ class Trainer:
 
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
-        batch, places = self._dealt(step)
-        noise = Noise(self.run.seed, step, self.run.kernels)
         with self.engine.backbone.shards.outside_layers():  # once for an attack and the step
-            packed, shares = self._packed([batch[place] for place in places], noise)
-            row = packed.to(self.ranks.device)
+            drawn = self.drawn(progress)
+            row = drawn.row.to(self.ranks.device)
             loss, delta = optimizer_step(
-                self.engine, row, self.run, self.settings, noise, learning_rate(self.run, step),
-                global_count=len(batch), carried_TH=self._carried(progress),
+                self.engine, row, self.run, self.settings, drawn.noise, learning_rate(self.run, step),
+                global_count=drawn.global_count, carried_TH=drawn.carried,
             )  # fmt: skip
         progress.carried = Carried(mine=delta) if delta is not None else None
-        meter.add(loss, row, step, shares)
+        meter.add(loss, row, step, drawn.shares)
+
+    def drawn(self, progress: Progress) -> "Drawn":
+        """What this rank trains on in the step to come."""
+        batch, places = self._dealt(progress.step)
+        noise = Noise(self.run.seed, progress.step, self.run.kernels)
+        packed, shares = self._packed([batch[place] for place in places], noise)
+        return Drawn(packed, shares, noise, len(batch), self._carried(progress))
 
     def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
         """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
@@ -200,7 +216,11 @@ class Trainer:
             parts[place].copy_(part)
         return self.ranks.sum(whole).cpu()
 
-    def _after_step(self, progress: Progress, meter: "Meter") -> None:
+    def after_step(self, progress: Progress, meter: "Meter") -> None:
+        """Logs, evaluates and saves where step progress.step is one for it; all ranks must call it.
+
+        Raises NonFiniteLossError on every rank where the loss or the gradient isn't finite.
+        """
         step, run = progress.step, self.run
         last = step == run.max_steps or bool(progress.stopped_by)
         evaluates = _due(step, run.eval_every) or (step == run.max_steps)
@@ -256,6 +276,8 @@ class Trainer:
             marker = "  (kept)"
         with output.writing():
             self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
+        if not self.monitor.speaks:
+            return
         log.info(
             "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, result.shown,
             result.cross_entropy, marker,

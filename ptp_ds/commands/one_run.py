@@ -1,0 +1,235 @@
+"""One run from its preparation to its files: what scripts/train.py does for a prompt, alone or in a population.
+
+`prepare` is every check that needs no model; `train_run` is the rest.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from ptp_ds.adapters.read import adapter_folder, read_adapter
+from ptp_ds.adapters.record import card_record, config_record, result_record
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.shapes import shape_of
+from ptp_ds.commands.introduction import introduction
+from ptp_ds.config.checks import describe_unread, unsuited
+from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import write_json, write_jsonl
+from ptp_ds.models.heads import rows_for
+from ptp_ds.models.positions import row_room
+from ptp_ds.models.source import BackboneSource, open_source
+from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.prompts import prompt_width
+from ptp_ds.ranks.distributed import (
+    Ranks,
+    env_host_ranks,
+    env_world,
+)
+from ptp_ds.ranks.faults import OutputGuard
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.signals import ignore_stop_signals
+from ptp_ds.ranks.watchdog import Watchdog
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.predictions import prediction_lines
+from ptp_ds.training.checkpoint import set_aside
+from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.evaluate import Evaluation, evaluate, score_examples
+from ptp_ds.training.examples import load_splits, run_examples
+from ptp_ds.training.monitor import Monitor, peak_memory_bytes
+from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
+from ptp_ds.training.step import settings_of
+from ptp_ds.training.trainer import Progress, Trainer
+
+log = get_logger(__name__)
+
+
+def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
+    """Every check that needs no model: DeepSpeed JSON, output folder, task, data, tokenizer, checkpoint.
+
+    explicit: settings that the user named, for messages that tell them from defaults. Raises ValueError for what is
+    wrong, before anything expensive; warns of settings that have no effect.
+    """
+    raw = read_ds_config(run.ds_config)
+    task = load_task(run.task)
+    output_dir = checked_output_dir(run)
+    continuation = continuation_of(run, output_dir)
+    splits = load_splits(run, task)
+    source = open_source(run.model, run.head, task)
+    resolved = _resolved(raw, run, explicit, source)
+    adapter = None
+    if run.init_adapter:
+        given = adapter_folder(run.init_adapter)
+        adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
+    rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
+    mask_id = mask_token_id(source.tokenizer, run.mask_token)
+    room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
+    examples = run_examples(run, task, splits, source.tokenizer, room)
+    identity = identity_of(run, task, source.config, splits)
+    changes = continuation.require_same(identity)
+    _warn(run, explicit, continuation, changes)
+    return Prepared(
+        run=run, task=task, source=source, rows=rows, resolved=resolved, examples=examples, continuation=continuation,
+        identity=identity, mask_id=mask_id, output_dir=output_dir, adapter=adapter,
+        digests={name: split.digest for name, split in splits.items()},
+    )  # fmt: skip
+
+
+def _resolved(raw: dict, run: RunConfig, explicit: Collection[str], source: BackboneSource) -> ResolvedDeepSpeed:
+    offloads = raw["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+    shape = shape_of(source.config, source.head_plan.kind) if offloads else None
+    return resolve_ds_config(
+        raw, run, set(explicit), env_world(), source.width, host_ranks=env_host_ranks(), shape=shape
+    )
+
+
+def _warn(run: RunConfig, explicit: Collection[str], continuation: Continuation, changes: Sequence[str]) -> None:
+    for sentence in continuation.skipped:
+        assert continuation.folder is not None
+        log.warning("warning: %s; going on from %s, the one before", sentence, continuation.folder.name)
+    for sentence in changes:
+        log.warning("warning: %s", sentence)
+    for sentence in (*describe_unread(run, set(explicit)), *unsuited(run, set(explicit))):
+        log.warning("warning: %s", sentence)
+
+
+def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
+    """runs/<task>-<perturbation>-<seed>-<time>, by rank 0's clock."""
+    run, now = prepared.run, time.localtime(ranks.from_main(int(time.time())))
+    stamp = time.strftime("%Y%m%d-%H%M%S", now)
+    return Path("runs") / f"{prepared.task.name}-{run.chosen_perturbation.name}-{run.seed}-{stamp}"
+
+
+def open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
+    """The run's folder with its config.json; checkpoints that were passed over are set aside."""
+    if ranks.is_main:
+        description, continuation = config_record(prepared, ranks), prepared.continuation
+        with output.writing():
+            output.folder.mkdir(parents=True, exist_ok=True)
+            write_json(output.folder / "config.json", description)
+            if continuation.skipped and continuation.checkpoint is not None:
+                set_aside(output.folder / "checkpoints", continuation.checkpoint.step)
+    output.agree()
+
+
+def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
+    """Trains, evaluates and exports; returns the exit code (0, or 128 + signal where a signal stopped it)."""
+    run, output_dir = prepared.run, prepared.output_dir or default_output_dir(prepared, ranks)
+    for line in introduction(prepared, ranks):
+        log.info("%s", line)
+    output = OutputGuard(ranks, output_dir)
+    open_output(prepared, ranks, output)
+    engine, progress = open_engine(prepared, ranks)
+    log.info("  output: %s", output_dir)
+    if prepared.continuation.checkpoint is not None:
+        log.info("resumed behind step %d", progress.step)
+    unit = perturbation_unit(run, engine.backbone, prepared.resolved.dtype)
+    with output.writing():
+        monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
+    output.agree()
+    trainer = Trainer(
+        run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),
+        train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
+        output_dir=output_dir, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
+    )  # fmt: skip
+    try:
+        watchdog.doing("scoring the untrained prompt")
+        untrained = score_untrained(prepared, trainer, progress)
+        trainer.train(progress)
+        if progress.stopped_by:
+            ignore_stop_signals()
+            log.info(
+                "stopped by signal %d after step %d; saved: --resume auto goes on", progress.stopped_by, progress.step
+            )
+            return 128 + progress.stopped_by
+        watchdog.doing("the last evaluation")
+        result = report_run(prepared, trainer, progress, untrained)
+        predict_rows(prepared, trainer, progress)
+    finally:
+        with output.writing():
+            monitor.close()
+    output.agree()
+    _announce(prepared, result, untrained, progress, output_dir)
+    return 0
+
+
+def score_untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
+    """The prompt as it starts, on --eval_split: what training has to beat. A resumed run scores it again."""
+    engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
+    result = evaluate(
+        engine.backbone, initial_trained(prepared, engine.backbone), prepared.examples.evaluation, prepared.task, ranks,
+        prepared.run.eval_tokens, trainer.beat,
+    )  # fmt: skip
+    if progress.step == 0:
+        with output.writing():
+            trainer.monitor.evaluation(0, "untrained", {**result.metrics, "cross_entropy": result.cross_entropy})
+    output.agree()
+    if trainer.monitor.speaks:
+        log.info("  untrained prompt: %s", result.shown)
+    return result
+
+
+def report_run(prepared: Prepared, trainer: Trainer, progress: Progress, untrained: Evaluation) -> Evaluation:
+    """Scores the best prompt on --eval_split and writes adapter and result.json."""
+    engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
+    trained = progress.best_prompt
+    assert trained is not None, "the last step always evaluates"
+    result = evaluate(
+        engine.backbone, trained, prepared.examples.evaluation, prepared.task, ranks, prepared.run.eval_tokens,
+        trainer.beat,
+    )  # fmt: skip
+    with output.writing():
+        trainer.monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
+    peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
+    peak_bytes = int(ranks.max(peak))
+    if ranks.is_main:
+        summary = result_record(prepared, ranks, progress, result, untrained, peak_bytes)
+        with output.writing():
+            _write_adapter(prepared, engine, progress, summary, output.folder / "adapter")
+            write_json(output.folder / "result.json", summary)
+    output.agree()
+    return result
+
+
+def _write_adapter(prepared: Prepared, engine: Engine, progress: Progress, summary: dict, folder: Path) -> None:
+    source, task = prepared.source, prepared.task
+    assert progress.best_prompt is not None
+    prompt, head = engine.backbone.head.split(progress.best_prompt)
+    card = card_record(prepared, summary)
+    write_adapter(
+        folder, prompt, str(source.folder.resolve()), source.config, card, kind=prepared.run.prompt,
+        plan=source.head_plan, head=head, in_text=task.places_prompt,
+    )  # fmt: skip
+
+
+def predict_rows(prepared: Prepared, trainer: Trainer, progress: Progress) -> None:
+    """predictions/<Task>.jsonl of --predict_split, by the best prompt."""
+    task, split, best = prepared.task, prepared.examples.predict_split, progress.best_prompt
+    if split is None:
+        return
+    assert best is not None, "the last step always evaluates"
+    ranks, output = trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
+    examples, budget = prepared.examples.predict, prepared.run.eval_tokens
+    scores = score_examples(trainer.engine.backbone, best, examples, ranks, budget, trainer.beat)
+    file = output.folder / "predictions" / f"{task.name}.jsonl"
+    if ranks.is_main:
+        with output.writing():
+            write_jsonl(file, prediction_lines(task, split, scores.argmax(-1).tolist()))
+    output.agree()
+    log.info("predictions for %s: %s", prepared.run.predict_split, file)
+
+
+def _announce(
+    prepared: Prepared, result: Evaluation, untrained: Evaluation, progress: Progress, output_dir: Path
+) -> None:
+    log.info(
+        "\n%s %s (%d rows, prompt of step %d): %s  |  untrained prompt: %s  |  majority class: accuracy %.3f",
+        prepared.task.name, prepared.run.eval_split, result.examples, progress.best_step, result.shown,
+        untrained.shown, result.majority,
+    )  # fmt: skip
+    log.info("adapter, result.json and logs: %s", output_dir)
+    log.info("scalars: tensorboard --logdir %s/tensorboard", output_dir)

@@ -1,0 +1,249 @@
+"""scripts/train.py --seeds or --population: several prompts in one job, and the table over them."""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from ptp_ds.adapters.record import versions
+from ptp_ds.commands.introduction import introduction
+from ptp_ds.commands.one_run import open_output, predict_rows, prepare, report_run, score_untrained
+from ptp_ds.config.population import members_of
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.files import write_json
+from ptp_ds.prompts import empty_prompt, prompt_width
+from ptp_ds.ranks.distributed import Ranks, env_rank, is_launched, start_processes, stop_processes
+from ptp_ds.ranks.faults import OutputGuard
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.signals import ignore_stop_signals
+from ptp_ds.ranks.watchdog import Watchdog
+from ptp_ds.training.agreement import fingerprints, require_agreement
+from ptp_ds.training.continuation import Continuation
+from ptp_ds.training.evaluate import Evaluation
+from ptp_ds.training.meter import Meter
+from ptp_ds.training.monitor import Monitor
+from ptp_ds.training.population import Member, PopulationTrainer, member_engine
+from ptp_ds.training.population_engine import PopulationEngine
+from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.start import initial_trained, neighbours_of, open_backbone, perturbation_unit
+from ptp_ds.training.step import settings_of
+from ptp_ds.training.trainer import Progress, Trainer, progress_from
+
+log = get_logger(__name__)
+
+
+def prepare_population(run: RunConfig, explicit: Collection[str]) -> dict[str, Prepared]:
+    """Every member, prepared as a run of its own in members/<name> of --output_dir; see one_run.prepare."""
+    folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
+    members = members_of(run)
+    for name, member in members.items():
+        where = None if folder is None else str(folder / "members" / name)
+        own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
+        try:
+            found[name] = prepare(own, set(explicit) - {"seeds", "population"})
+        except UserError as error:
+            raise UserError(f"Member {name}: {error}") from None
+    return _in_step(found)
+
+
+def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
+    """The members going on from the newest step that all of them have saved: one may have saved a step more."""
+    saved = {name: one.continuation.checkpoint for name, one in members.items()}
+    steps = {name: checkpoint.step if checkpoint is not None else 0 for name, checkpoint in saved.items()}
+    first = min(steps.values())
+    found = {}
+    for name, one in members.items():
+        if steps[name] == first:
+            found[name] = one
+        elif first == 0:
+            found[name] = replace(one, continuation=Continuation())
+        else:
+            assert one.output_dir is not None
+            folder = one.output_dir / "checkpoints" / f"step-{first:06d}"
+            found[name] = prepare(replace(one.run, resume=str(folder)))
+    return found
+
+
+def train_population(run: RunConfig, explicit: Collection[str] = ()) -> int:
+    """All members on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare)."""
+    alone = not is_launched()
+    members = prepare_population(run, explicit)
+    watchdog = Watchdog(run.stall_timeout, env_rank())
+    try:
+        ranks = start_processes()
+        require_agreement(ranks, _seen(members))
+        folder = Path(run.output_dir) if run.output_dir is not None else _named(run, ranks)
+        members = {
+            name: replace(one, output_dir=folder / "members" / name) if one.output_dir is None else one
+            for name, one in members.items()
+        }
+        return _train(members, ranks, watchdog, folder)
+    finally:
+        watchdog.stop()
+        if alone:
+            stop_processes()
+
+
+def _seen(members: Mapping[str, Prepared]) -> dict[str, str]:
+    """What all ranks must see alike, of every member."""
+    return {
+        f"{what} of member {name}": text
+        for name, one in members.items()
+        for what, text in fingerprints(
+            one.digests, one.source.folder, one.continuation.checkpoint, one.identity, one.resolved.dtype
+        ).items()
+    }
+
+
+def _named(run: RunConfig, ranks: Ranks) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.from_main(int(time.time()))))
+    return Path("runs") / f"population-{run.chosen_perturbation.name}-{stamp}"
+
+
+def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, folder: Path) -> int:
+    first = next(iter(members.values()))
+    log.info("%d members, the first of them:", len(members))
+    for line in introduction(first, ranks):
+        log.info("%s", line)
+    for one in members.values():
+        open_output(one, ranks, OutputGuard(ranks, _folder(one)))
+    trainer = _open(members, ranks, watchdog)
+    log.info("  output: %s", folder)
+    if trainer.members[0].progress.step:
+        log.info("resumed behind step %d", trainer.members[0].progress.step)
+    untrained, results = {}, {}
+    try:
+        for member in trainer.members:
+            watchdog.doing(f"scoring the untrained prompt of {member.name}")
+            member.serve()
+            untrained[member.name] = score_untrained(member.prepared, member.trainer, member.progress)
+        stopped = trainer.train()
+        if stopped:
+            ignore_stop_signals()
+            log.info("stopped by signal %d; saved: --resume auto goes on", stopped)
+            return 128 + stopped
+        for member in trainer.members:
+            if member.progress.best_prompt is None:
+                continue
+            watchdog.doing(f"the last evaluation of {member.name}")
+            member.serve()
+            results[member.name] = report_run(member.prepared, member.trainer, member.progress, untrained[member.name])
+            predict_rows(member.prepared, member.trainer, member.progress)
+    finally:
+        for member in trainer.members:
+            member.trainer.monitor.close()
+    _conclude(trainer, untrained, results, ranks, folder)
+    return 0
+
+
+def _folder(prepared: Prepared) -> Path:
+    assert prepared.output_dir is not None
+    return prepared.output_dir
+
+
+def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> PopulationTrainer:
+    """Backbone, engine with every member's start or state, and a Trainer for each."""
+    prepared = list(members.values())
+    longest = max(prepared, key=lambda one: one.run.prompt_length + one.examples.longest)
+    backbone = open_backbone(longest, ranks)
+    rows = [one.run.prompt_length + backbone.head.rows(_width(one)) for one in prepared]
+    weight = empty_prompt(prepared[0].run.prompt, sum(rows), prepared[0].source.config, None)
+    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows)
+    saved = [one.continuation.checkpoint for one in prepared]
+    if any(checkpoint is None for checkpoint in saved):
+        engine.set_prompt(torch.cat([initial_trained(one, backbone).cpu() for one in prepared]))
+    else:
+        parts = [checkpoint.tensors for checkpoint in saved if checkpoint is not None]
+        names = ("prompt", "exp_avg", "exp_avg_sq")
+        whole = {name: torch.cat([part[name] for part in parts]) for name in names}
+        engine.load_state({**whole, "adam_step": parts[0]["adam_step"]})
+    found: list[Member] = []
+    for number, (name, one) in enumerate(members.items()):
+        run, checkpoint = one.run, saved[number]
+        progress = Progress() if checkpoint is None else progress_from(checkpoint)
+        unit = perturbation_unit(run, backbone, one.resolved.dtype) if not found else found[0].trainer.settings.unit
+        guard = OutputGuard(ranks, _folder(one))
+        with guard.writing():
+            monitor = Monitor(_folder(one), ranks, progress.step, run.max_steps, speaks=False)
+        guard.agree()
+        trainer = Trainer(
+            run=run, task=one.task, engine=member_engine(engine, number), ranks=ranks,
+            settings=settings_of(run, unit, one.mask_id), train_examples=one.examples.train,
+            select_examples=one.examples.select, monitor=monitor, output_dir=_folder(one), identity=one.identity,
+            neighbours=neighbours_of(one), watchdog=watchdog,
+        )  # fmt: skip
+        found.append(Member(name, one, trainer, progress, Meter(ranks)))
+    return PopulationTrainer(engine=engine, members=found, ranks=ranks, watchdog=watchdog)
+
+
+def _width(prepared: Prepared) -> int:
+    return prompt_width(prepared.run.prompt, prepared.source.config)
+
+
+def _conclude(
+    trainer: PopulationTrainer, untrained: Mapping[str, Evaluation], results: Mapping[str, Evaluation], ranks: Ranks,
+    folder: Path,
+) -> None:  # fmt: skip
+    """population.json, and its table on the console."""
+    members = {
+        member.name: {
+            "task": member.prepared.task.name, "seed": member.trainer.run.seed, "failed": member.failed or None,
+            "metrics": results[member.name].metrics if member.name in results else None,
+            "untrained": untrained[member.name].metrics, "majority": untrained[member.name].majority,
+            "best_step": member.progress.best_step, "steps": member.progress.step,
+        }
+        for member in trainer.members
+    }  # fmt: skip
+    tasks = _summaries(members)
+    guard = OutputGuard(ranks, folder)
+    if ranks.is_main:
+        with guard.writing():
+            write_json(folder / "population.json", {"members": members, "tasks": tasks, "versions": versions()})
+    guard.agree()
+    for line in table(tasks):
+        log.info("%s", line)
+    failed = [f"{name} ({one['failed']})" for name, one in members.items() if one["failed"]]
+    log.info("failed: %s", "; ".join(failed) if failed else "none")
+    log.info("every member's files: %s", folder / "members")
+    log.info("scalars: tensorboard --logdir %s", folder / "members")
+
+
+def _summaries(members: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By task: each metric's mean, deviation, least and largest over the members that have a result."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in dict.fromkeys(one["task"] for one in members.values()):
+        own = [one for one in members.values() if one["task"] == task]
+        scored = [one for one in own if one["metrics"] is not None]
+        found[task] = {
+            "members": len(own), "failed": sum(one["failed"] is not None for one in own),
+            "majority": own[0]["majority"],
+            "metrics": {
+                name: {**_spread([one["metrics"][name] for one in scored]),
+                       "untrained": mean(one["untrained"][name] for one in own)}
+                for name in (scored[0]["metrics"] if scored else ())
+            },
+        }  # fmt: skip
+    return found
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "least": min(values),
+        "largest": max(values),
+    }  # fmt: skip
+
+
+def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of the table over members: a task and metric each."""
+    columns = ("mean", "std", "least", "largest", "untrained")
+    lines = [f"{'task':16}{'members':>8}  {'metric':16}" + "".join(f"{name:>10}" for name in (*columns, "majority"))]
+    for task, one in tasks.items():
+        for metric, values in one["metrics"].items():
+            numbers = "".join(f"{values[name]:10.3f}" for name in columns)
+            lines.append(f"{task:16}{one['members']:>8}  {metric:16}{numbers}{one['majority']:10.3f}")
+    return lines

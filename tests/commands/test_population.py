@@ -1,0 +1,153 @@
+"""scripts/train.py --seeds and --population: every member is the run that it would be alone, on disk, too."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptp_ds.config.population import VARIED, members_of
+from ptp_ds.config.run_config import RunConfig
+from tests.support.runs import check
+
+QUICK = ["--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--max_steps", "20", "--eval_every", "10",
+         "--save_every", "10", "--lr", "0.01", "--eval_tokens", "600"]  # fmt: skip
+
+
+def prompt_of(folder: Path) -> torch.Tensor:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "state.safetensors")
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def require_same(member: Path, alone: Path) -> None:
+    """Prompt, moments, scores and records of a member and of its run alone."""
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (member, alone))
+    for name in ("metrics", "best_step", "select_metrics", "majority", "steps", "seed", "task"):
+        assert ours[name] == theirs[name], name
+    assert ours["untrained"] == theirs["untrained"], "the very same passes"
+    for step in (10, 20):
+        mine, own = state_of(member, step), state_of(alone, step)
+        assert mine.keys() == own.keys()
+        for name in ("prompt", "exp_avg", "exp_avg_sq", "best_prompt"):
+            assert distance(mine[name], own[name]) < 1e-5, name
+        assert float(mine["adam_step"]) == step
+    assert distance(prompt_of(member), prompt_of(alone)) < 1e-5
+    lines = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (member, alone)
+    ]
+    for mine, own in zip(*lines, strict=True):
+        assert (mine["step"], mine["kind"], mine.keys()) == (own["step"], own["kind"], own.keys())
+        for name in {"loss", "cross_entropy", "divergence", "delta_norm", "grad_norm", "accuracy"} & mine.keys():
+            assert mine[name] == pytest.approx(own[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "perturbation",
+    ["gaussian", *(pytest.param(p, marks=pytest.mark.slow) for p in ("none", "mask", "a2t", "pgd", "free"))],
+)
+def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, tmp_path, perturbation):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", perturbation]
+    done = check(run_train([*args, "--seeds", "0-1", "5", "--output_dir", tmp_path / "all"]))
+    names = ("seed-0", "seed-1", "seed-5")
+    assert sorted(folder.name for folder in (tmp_path / "all" / "members").iterdir()) == sorted(names)
+    for name in names[1:]:
+        check(run_train([*args, "--seed", name[5:], "--output_dir", tmp_path / name]))
+        require_same(tmp_path / "all" / "members" / name, tmp_path / name)
+    record = json.loads((tmp_path / "all" / "population.json").read_text())
+    results = [json.loads((tmp_path / "all" / "members" / name / "result.json").read_text()) for name in names]
+    scores = [result["metrics"]["accuracy"] for result in results]
+    found = record["tasks"]["COPA"]["metrics"]["accuracy"]
+    assert found["mean"] == pytest.approx(sum(scores) / 3)
+    assert (found["least"], found["largest"]) == (min(scores), max(scores))
+    assert "COPA                   3  accuracy" in done.stdout
+    assert "failed: none" in done.stdout
+
+
+MEMBERS = [
+    {"name": "copa", "task": "COPA", "prompt_length": 4, "lr": 0.02, "sigma": 0.5},
+    {"name": "reviews", "task": "Reviews", "seed": 3, "reg_weight": 0.5, "divergence": "js"},
+]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tasks_and_settings_of_their_own(run_train, tiny_model, tmp_path, ranks):
+    (tmp_path / "members.json").write_text(json.dumps(MEMBERS))
+    args = [*QUICK, "--model", tiny_model]
+    check(run_train([*args, "--population", tmp_path / "members.json", "--output_dir", tmp_path / "all"], nproc=ranks))
+    for member in MEMBERS:
+        own = [word for name, value in member.items() if name != "name" for word in (f"--{name}", str(value))]
+        given = [*args, *own, "--output_dir", tmp_path / member["name"]]
+        check(run_train(given, nproc=ranks))
+        require_same(tmp_path / "all" / "members" / member["name"], tmp_path / member["name"])
+
+
+def test_a_stopped_population_goes_on_as_if_it_had_not(run_train, tiny_model, tmp_path):
+    """Also where one member had saved a step that another had not."""
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--seeds", "0", "1"]
+    check(run_train([*args, "--output_dir", tmp_path / "whole"]))
+    half = [*args, "--output_dir", tmp_path / "half", "--schedule_steps", "20"]
+    check(run_train([*half, "--max_steps", "10"]))
+    for name in ("seed-0", "seed-1"):
+        for left in ("adapter", "result.json"):
+            path = tmp_path / "half" / "members" / name / left
+            path.unlink() if path.is_file() else [file.unlink() for file in path.iterdir()]
+    check(run_train([*half, "--max_steps", "20", "--resume", "auto"]))
+    for name in ("seed-0", "seed-1"):
+        ours, theirs = (tmp_path / run / "members" / name for run in ("half", "whole"))
+        for key, tensor in state_of(theirs, 20).items():
+            assert torch.equal(state_of(ours, 20)[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seeds": "0 x"}, "--seeds '0 x': 'x' is no seed; expected numbers and ranges such as 0-9"),
+        ({"seeds": "3-1"}, "'3-1' is no seed"),
+        ({"seeds": "1 0-2"}, "expected 1 to 1000 seeds, each once"),
+        ({"seeds": "0-99999"}, "is no seed"),
+        ({"seeds": "0", "population": "f"}, "--seeds and --population both say who the members are"),
+        ({"seeds": "0", "prompt_mlp": 8}, "--prompt_mlp trains one prompt"),
+        ({"seeds": "0", "precision": "fp16"}, "--precision fp16 scales one run's loss"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        members_of(RunConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({}, "expected a JSON list of 1 to 1000 members"),
+        ([], "expected a JSON list of 1 to 1000 members"),
+        ([{"seed": 1}], r"member 1 is \{'seed': 1\}; expected an object with a name"),
+        ([{"name": "a/b"}], "the name of member 1"),
+        ([{"name": "a"}, {"name": "a"}], "two members are named 'a'"),
+        ([{"name": "a", "sead": 1}], r"unknown key 'sead' \(did you mean 'seed'\?\)"),
+        ([{"name": "a", "model": "x"}], "a: --model is the same for all members"),
+        ([{"name": "a", "lr": "x"}], "a: 'lr' must be float, not 'x'"),
+        ([{"name": "a", "divergence": "x"}], "a: 'divergence' is 'x'; choose from kl"),
+        ([{"name": "a", "lr": 0}], "Member a: --lr is 0; expected a finite number above 0"),
+        ([{"name": "a", "sigma": 0}, {"name": "b"}], "Members a have no perturbation"),
+    ],
+)
+def test_wrong_members(tmp_path, members, message):
+    (tmp_path / "members.json").write_text(json.dumps(members))
+    with pytest.raises(ValueError, match=message):
+        members_of(RunConfig(population=str(tmp_path / "members.json")))
+
+
+def test_members_are_the_flags_and_what_differs(tmp_path):
+    (tmp_path / "members.json").write_text(json.dumps(MEMBERS))
+    found = members_of(RunConfig(population=str(tmp_path / "members.json"), lr=0.5, output_dir="runs/x"))
+    assert found["copa"] == RunConfig(task="COPA", prompt_length=4, lr=0.02, sigma=0.5)
+    assert found["reviews"] == RunConfig(lr=0.5, seed=3, reg_weight=0.5, divergence="js")
+    assert set(VARIED) <= set(vars(RunConfig()))
