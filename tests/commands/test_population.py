@@ -1,6 +1,7 @@
 """scripts/train.py --seeds and --population: every member is the run that it would be alone, on disk, too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,17 +94,37 @@ def test_a_stopped_population_goes_on_as_if_it_had_not(run_train, tiny_model, tm
     """Also where one member had saved a step that another had not."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--seeds", "0", "1"]
     check(run_train([*args, "--output_dir", tmp_path / "whole"]))
-    half = [*args, "--output_dir", tmp_path / "half", "--schedule_steps", "20"]
+    half = [*args, "--output_dir", tmp_path / "half", "--schedule_steps", "20", "--save_every", "5"]
     check(run_train([*half, "--max_steps", "10"]))
+    shutil.rmtree(tmp_path / "half" / "members" / "seed-1" / "checkpoints" / "step-000010")
     for name in ("seed-0", "seed-1"):
         for left in ("adapter", "result.json"):
             path = tmp_path / "half" / "members" / name / left
-            path.unlink() if path.is_file() else [file.unlink() for file in path.iterdir()]
-    check(run_train([*half, "--max_steps", "20", "--resume", "auto"]))
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    done = check(run_train([*half, "--max_steps", "20", "--resume", "auto"]))
+    assert "resumed behind step 5\n" in done.stdout
     for name in ("seed-0", "seed-1"):
         ours, theirs = (tmp_path / run / "members" / name for run in ("half", "whole"))
         for key, tensor in state_of(theirs, 20).items():
             assert torch.equal(state_of(ours, 20)[key], tensor), key
+
+
+def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model, tmp_path):
+    """Its learning rate takes it beyond all numbers; it is reported, and what was kept of it stays."""
+    members = [{"name": "good", "seed": 1}, {"name": "bad", "lr": 1e38, "warmup_steps": 0}, {"name": "fine", "seed": 2}]
+    (tmp_path / "members.json").write_text(json.dumps(members))
+    args = [*QUICK, "--model", tiny_model]
+    done = check(run_train([*args, "--population", tmp_path / "members.json", "--output_dir", tmp_path / "all"]))
+    for name, seed in (("good", "1"), ("fine", "2")):
+        check(run_train([*args, "--seed", seed, "--output_dir", tmp_path / name]))
+        require_same(tmp_path / "all" / "members" / name, tmp_path / name)
+    record = json.loads((tmp_path / "all" / "population.json").read_text())
+    assert "not finite" in record["members"]["bad"]["failed"]
+    assert record["members"]["bad"]["steps"] < 20
+    assert record["tasks"]["COPA"]["failed"] == 1
+    assert (tmp_path / "all" / "members" / "bad" / "config.json").is_file()
+    assert "warning: member bad: The " in done.stderr + done.stdout
+    assert "failed: bad (The " in done.stdout
 
 
 @pytest.mark.parametrize(
