@@ -6,6 +6,14 @@ from typing import Any
 _SETTINGS = ("perturbation", "prompt", "seed", "steps", "best_step", "world_size")
 
 
+def untrained_metrics(result: Any) -> dict[str, float]:
+    """The untrained prompt's metrics on a result.json; {} where it has none. Older ones hold them a level deeper."""
+    held = result.get("untrained") if isinstance(result, dict) else None
+    found = held.get("metrics", held) if isinstance(held, dict) else None
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in numbers if isinstance(value, float)}
+
+
 def model_card(base_model: str, card: Mapping[str, Any]) -> str:
     """Markdown with task, scores, seed and versions; what `card` doesn't say is left out."""
     task, result = card.get("task") or {}, card.get("result") or {}
@@ -21,7 +29,7 @@ def model_card(base_model: str, card: Mapping[str, Any]) -> str:
         split, rows = result.get("eval_split", "?"), result.get("eval_examples", "?")
         lines += [f"| metric, {split} ({rows} rows) | score |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
-        for name, value in ((result.get("untrained") or {}).get("metrics") or {}).items():
+        for name, value in untrained_metrics(result).items():
             lines.append(f"| {name} of the untrained prompt | {value:.4f} |")
         if "majority" in result:
             lines.append(f"| accuracy of the majority class | {result['majority']:.4f} |")

@@ -64,7 +64,7 @@ def result_record(
         "task": prepared.task.name, "model": run.model, "perturbation": run.chosen_perturbation.name,
         "prompt": run.prompt, "seed": run.seed, "world_size": ranks.world, "steps": progress.step,
         "metrics": result.metrics,
-        "untrained": {"metrics": untrained.metrics, "cross_entropy": untrained.cross_entropy},
+        "untrained": untrained.metrics, "untrained_cross_entropy": untrained.cross_entropy,
         "majority": result.majority, "step_seconds_median": median_or_zero(progress.step_seconds),
         "tokens_per_second": median_or_zero(progress.tokens_per_second), "peak_memory_bytes": peak_bytes,
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptp_ds.adapters.card import untrained_metrics
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
@@ -85,7 +86,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         shown += f"  |  majority {result.majority:.4f}"
     log.info("%s", shown if result is not None else f"{shown}no labels, so no metrics")
     record = {**_of_run(args, served, split_name), **(result.as_dict() if result is not None else {})}
-    record |= {"untrained": {"metrics": untrained}} if untrained else {}
+    record |= {"untrained": untrained} if untrained else {}
     _write(args, ranks, record | {"split": split_name}, split, served.task, scores)
 
 
@@ -117,10 +118,7 @@ def _untrained(args: argparse.Namespace, served: Served, split: str, rows: int) 
     same = (task.get("name"), trained.get("eval_split"), trained.get("eval_examples"))
     if same != (served.task.name, split, rows):
         return {}
-    untrained = trained.get("untrained")
-    found = untrained.get("metrics") if isinstance(untrained, dict) else None
-    numbers = found.items() if isinstance(found, dict) else ()
-    return {name: value for name, value in numbers if isinstance(value, float)}
+    return untrained_metrics(trained)
 
 
 def _of_run(args: argparse.Namespace, served: Served, split: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """scripts/train.py --seeds or --population: several prompts in one job, and the table over them."""
 
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -153,7 +153,7 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> 
     backbone = open_backbone(longest, ranks)
     rows = [one.run.prompt_length + backbone.head.rows(_width(one)) for one in prepared]
     weight = empty_prompt(prepared[0].run.prompt, sum(rows), prepared[0].source.config, None)
-    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows)
+    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows, prepared[0].run.weight_decay)
     saved = [one.continuation.checkpoint for one in prepared]
     if any(checkpoint is None for checkpoint in saved):
         engine.set_prompt(torch.cat([initial_trained(one, backbone).cpu() for one in prepared]))
@@ -190,60 +190,58 @@ def _conclude(
     folder: Path,
 ) -> None:  # fmt: skip
     """population.json, and its table on the console."""
-    members = {
-        member.name: {
-            "task": member.prepared.task.name, "seed": member.trainer.run.seed, "failed": member.failed or None,
+    members = [
+        {
+            "name": member.name, "task": member.prepared.task.name, "settings": asdict(member.trainer.run),
             "metrics": results[member.name].metrics if member.name in results else None,
             "untrained": untrained[member.name].metrics, "majority": untrained[member.name].majority,
-            "best_step": member.progress.best_step, "steps": member.progress.step,
+            "best_step": member.progress.best_step, "steps": member.progress.step, "failed": member.failed or None,
         }
         for member in trainer.members
-    }  # fmt: skip
-    tasks = _summaries(members)
+    ]  # fmt: skip
+    summary = summarise(members)
     guard = OutputGuard(ranks, folder)
     if ranks.is_main:
         with guard.writing():
-            write_json(folder / "population.json", {"members": members, "tasks": tasks, "versions": versions()})
+            write_json(folder / "population.json", {"members": members, "summary": summary, "versions": versions()})
     guard.agree()
-    for line in table(tasks):
+    for line in table(summary):
         log.info("%s", line)
-    failed = [f"{name} ({one['failed']})" for name, one in members.items() if one["failed"]]
+    failed = [f"{one['name']} ({one['failed']})" for one in members if one["failed"]]
     log.info("failed: %s", "; ".join(failed) if failed else "none")
     log.info("every member's files: %s", folder / "members")
     log.info("scalars: tensorboard --logdir %s", folder / "members")
 
 
-def _summaries(members: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task: each metric's mean, deviation, least and largest over the members that have a result."""
+def summarise(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By metric, behind its task's name where there are several tasks: mean, std, min and max over the members that
+    have a result, how many members there are and have failed, the untrained prompts' mean, the majority class.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(one["task"] for one in members.values()):
-        own = [one for one in members.values() if one["task"] == task]
-        scored = [one for one in own if one["metrics"] is not None]
-        found[task] = {
-            "members": len(own), "failed": sum(one["failed"] is not None for one in own),
-            "majority": own[0]["majority"],
-            "metrics": {
-                name: {**_spread([one["metrics"][name] for one in scored]),
-                       "untrained": mean(one["untrained"][name] for one in own)}
-                for name in (scored[0]["metrics"] if scored else ())
-            },
-        }  # fmt: skip
+    tasks = dict.fromkeys(one["task"] for one in members)
+    for task in tasks:
+        own = [one for one in members if one["task"] == task]
+        scored = [one["metrics"] for one in own if one["metrics"] is not None]
+        for metric in own[0]["untrained"]:
+            values = [metrics[metric] for metrics in scored]
+            found[metric if len(tasks) == 1 else f"{task} {metric}"] = {
+                "mean": mean(values) if values else None, "std": stdev(values) if len(values) > 1 else None,
+                "min": min(values, default=None), "max": max(values, default=None), "members": len(own),
+                "failed": sum(one["failed"] is not None for one in own),
+                "untrained": mean(one["untrained"][metric] for one in own), "majority": own[0]["majority"],
+            }  # fmt: skip
     return found
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "least": min(values),
-        "largest": max(values),
-    }  # fmt: skip
+_COLUMNS = ("members", "failed", "mean", "std", "min", "max", "untrained", "majority")
 
 
-def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The lines of the table over members: a task and metric each."""
-    columns = ("mean", "std", "least", "largest", "untrained")
-    lines = [f"{'task':16}{'members':>8}  {'metric':16}" + "".join(f"{name:>10}" for name in (*columns, "majority"))]
-    for task, one in tasks.items():
-        for metric, values in one["metrics"].items():
-            numbers = "".join(f"{values[name]:10.3f}" for name in columns)
-            lines.append(f"{task:16}{one['members']:>8}  {metric:16}{numbers}{one['majority']:10.3f}")
+def table(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of the table over members: one a metric."""
+    lines = [f"{'':28}" + "".join(f"{name:>10}" for name in _COLUMNS)]
+    for metric, values in summary.items():
+        shown = (
+            "-" if (x := values[name]) is None else f"{x:.3f}" if isinstance(x, float) else str(x) for name in _COLUMNS
+        )
+        lines.append(f"{metric:28}" + "".join(f"{text:>10}" for text in shown))
     return lines

@@ -19,25 +19,31 @@ class PopulationEngine(Engine):
     """rows: those of each member's prompt, which lie one behind the other in the weight [their sum, W].
 
     A member whose gradient is not finite sends zeros instead, so that DeepSpeed's step, which would be left out for
-    all, moves the others.
+    all, moves the others. A lone member is stepped by Engine's own optimizer, bit for bit; weight_decay and the
+    configuration's clipping are for it.
     """
 
     def __init__(
-        self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks, rows: Sequence[int]
-    ) -> None:
+        self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks, rows: Sequence[int],
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
         self.rows, self._ranks = tuple(rows), ranks
         self._now: dict[str, Any] = {}  # what was gathered since the last step
         log, untested = logging.getLogger("DeepSpeed"), "untested optimizer"  # ours is tested, here
         log.addFilter(known := lambda record: untested not in record.getMessage())
         try:
-            super().__init__(prompt, backbone, resolved, ranks)
+            super().__init__(prompt, backbone, resolved, ranks, weight_decay)
         finally:
             log.removeFilter(known)
 
     def _optimizer(self, weight: Tensor, weight_decay: float) -> torch.optim.Optimizer:
+        if len(self.rows) == 1:
+            return super()._optimizer(weight, weight_decay)
         return MemberAdamW([weight], [rows * weight.shape[1] for rows in self.rows], self._ranks)
 
     def _own_config(self) -> dict[str, Any]:
+        if len(self.rows) == 1:
+            return {}
         return {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
 
     @property
@@ -48,7 +54,8 @@ class PopulationEngine(Engine):
     def trained(self) -> Tensor:
         """[R, W] all members' prompts, with their graph."""
         trained = super().trained()
-        trained.register_hook(self._finite)
+        if len(self.rows) > 1:
+            trained.register_hook(self._finite)
         return trained
 
     def _finite(self, grad_RW: Tensor) -> Tensor:
@@ -58,18 +65,24 @@ class PopulationEngine(Engine):
 
     def backward_sums(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> None:
         """backward_sum for each member: its rank's summed loss, and its examples of the step on all ranks."""
+        if len(self.rows) == 1:
+            self.backward_sum(loss_sums[0], global_counts[0])
+            return
         means = [loss / count for loss, count in zip(loss_sums, global_counts, strict=True)]
         self.backward_sum(torch.stack(means).sum(), 1)
 
     def step_members(self, rates: Sequence[MemberRate]) -> None:
         """Clips and updates each member's prompt; one whose rate is 0 stays as it is."""
-        self._members.rates = rates
-        self.step(0.0)
+        if len(self.rows) == 1:
+            self.step(rates[0].lr)
+        else:
+            self._members.rates = rates
+            self.step(0.0)
         self._now.clear()
 
     def grad_norms(self) -> Tensor:
         """[members] l2 norms of the last step's gradients before clipping, on the device."""
-        return self._members.norms
+        return torch.tensor([self.grad_norm()]) if len(self.rows) == 1 else self._members.norms
 
     def prompt(self) -> Tensor:
         """[R, W] all members' prompts; gathered once between two steps."""

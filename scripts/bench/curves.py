@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import ptp_ds.commands.train as train_command
+from ptp_ds.adapters.card import untrained_metrics
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import parse_run
@@ -152,7 +153,7 @@ def report(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
         if not records:
             continue
         row: dict[str, Any] = {"task": task, "method": method, "seeds": len(records), "rules": {}}
-        row["untrained"] = [statistics.mean(record["result"]["untrained"]["metrics"].values()) for record in records]
+        row["untrained"] = [statistics.mean(untrained_metrics(record["result"]).values()) for record in records]
         for name, rule in RULES.items():
             chosen = [rule([Point(*point) for point in record["curve"]]) for record in records]
             row["rules"][name] = {"val": [point.val for point in chosen], "val_ce": [point.val_ce for point in chosen]}

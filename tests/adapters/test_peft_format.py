@@ -161,12 +161,14 @@ def test_damaged_cards_are_refused(adapter, content, message):
         read_card(adapter)
 
 
-def test_the_model_card_tells_scores_settings_and_versions():
+@pytest.mark.parametrize("untrained", [{"accuracy": 0.25}, {"metrics": {"accuracy": 0.25}, "cross_entropy": 1.0}])
+def test_the_model_card_tells_scores_settings_and_versions(untrained):
+    """untrained: as result.json has it, and as it had it before 2026-11-27."""
     from ptp_ds.adapters.card import model_card
 
     card = {
         "task": {"name": "CB", "text": "{premise}\nAnswer:"}, "versions": {"torch": "2.13.0", "gguf": None},
-        "result": {"metrics": {"accuracy": 0.75}, "untrained": {"metrics": {"accuracy": 0.25}},
+        "result": {"metrics": {"accuracy": 0.75}, "untrained": untrained,
                    "majority": 0.5, "eval_split": "val", "eval_examples": 56, "seed": 3,
                    "perturbation": "pgd"},
     }  # fmt: skip

@@ -75,8 +75,8 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     found, result = json.loads(report.read_text()), json.loads((trained / "run" / "result.json").read_text())
     assert found["metrics"] == result["metrics"]
     assert found["cross_entropy"] == result["eval_cross_entropy"]
-    assert found["untrained"]["metrics"] == result["untrained"]["metrics"]
-    assert f"untrained accuracy {result['untrained']['metrics']['accuracy']:.4f}" in done.stdout
+    assert found["untrained"] == result["untrained"]
+    assert f"untrained accuracy {result['untrained']['accuracy']:.4f}" in done.stdout
     assert (found["examples"], found["split"]) == (7, "dev")
     assert "CB dev (7 rows): " in done.stdout
     assert f"data of the adapter's run: {trained / 'data'}\n" in done.stdout
