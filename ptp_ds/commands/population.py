@@ -1,7 +1,9 @@
 """scripts/train.py --seeds or --population: several prompts in one job, and the table over them."""
 
+import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,7 +17,7 @@ from ptp_ds.commands.one_run import open_output, predict_rows, prepare, report_r
 from ptp_ds.config.population import members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import write_json
+from ptp_ds.files import is_file, read_json, write_json
 from ptp_ds.prompts import empty_prompt, prompt_width
 from ptp_ds.ranks.distributed import Ranks, env_rank, is_launched, start_processes, stop_processes
 from ptp_ds.ranks.faults import OutputGuard
@@ -23,11 +25,13 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.agreement import fingerprints, require_agreement
+from ptp_ds.training.checkpoint import Checkpoint
 from ptp_ds.training.continuation import Continuation
+from ptp_ds.training.engine import MOMENTS
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.monitor import Monitor
-from ptp_ds.training.population import Member, PopulationTrainer, member_engine
+from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, neighbours_of, open_backbone, perturbation_unit
@@ -35,38 +39,68 @@ from ptp_ds.training.step import settings_of
 from ptp_ds.training.trainer import Progress, Trainer, progress_from
 
 log = get_logger(__name__)
+_PREPARES = "ptp_ds.commands.one_run"
+
+
+@contextmanager
+def said_once(logger: str) -> Iterator[None]:
+    """Inside, what the logger says twice is heard once: members share most of their warnings."""
+    heard: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in heard or heard.add(message))  # type: ignore[func-returns-value]
+
+    logging.getLogger(logger).addFilter(is_new)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(is_new)
 
 
 def prepare_population(run: RunConfig, explicit: Collection[str]) -> dict[str, Prepared]:
     """Every member, prepared as a run of its own in members/<name> of --output_dir; see one_run.prepare."""
+    if run.seeds is not None and "seed" in explicit:
+        raise UserError("--seed and --seeds both say which seeds train; give one of them.")
     folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
     members = members_of(run)
-    for name, member in members.items():
-        where = None if folder is None else str(folder / "members" / name)
-        own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
-        try:
-            found[name] = prepare(own, set(explicit) - {"seeds", "population"})
-        except UserError as error:
-            raise UserError(f"Member {name}: {error}") from None
-    return _in_step(found)
+    with said_once(_PREPARES):
+        for name, member in members.items():
+            where = None if folder is None else str(folder / "members" / name)
+            own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
+            try:
+                found[name] = prepare(own, set(explicit) - {"seeds", "population"})
+            except UserError as error:
+                raise UserError(f"Member {name}: {error}") from None
+        return _in_step(found)
 
 
 def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
-    """The members going on from the newest step that all of them have saved: one may have saved a step more."""
+    """The members going on from the newest step that all of them have saved: one may have saved a step more. Those that
+    had failed by then stay where they were.
+    """
     saved = {name: one.continuation.checkpoint for name, one in members.items()}
     steps = {name: checkpoint.step if checkpoint is not None else 0 for name, checkpoint in saved.items()}
-    first = min(steps.values())
-    found = {}
-    for name, one in members.items():
-        if steps[name] == first:
-            found[name] = one
-        elif first == 0:
+    going = [name for name, one in members.items() if not _failed(one)]
+    first = min((steps[name] for name in going), default=0)
+    found = dict(members)
+    for name in going:
+        one = members[name]
+        if steps[name] > first == 0:
             found[name] = replace(one, continuation=Continuation())
-        else:
+        elif steps[name] > first:
             assert one.output_dir is not None
             folder = one.output_dir / "checkpoints" / f"step-{first:06d}"
             found[name] = prepare(replace(one.run, resume=str(folder)))
     return found
+
+
+def _failed(prepared: Prepared) -> str:
+    """The sentence that ended a member before the job was resumed; '' for one that goes on."""
+    if prepared.run.resume is None or prepared.output_dir is None or not is_file(prepared.output_dir / FAILED):
+        return ""
+    record = read_json(prepared.output_dir / FAILED, str(prepared.output_dir / FAILED))
+    return str(record.get("failed", "")) if isinstance(record, dict) else ""
 
 
 def train_population(run: RunConfig, explicit: Collection[str] = ()) -> int:
@@ -112,10 +146,12 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
         log.info("%s", line)
     for one in members.values():
         open_output(one, ranks, OutputGuard(ranks, _folder(one)))
+        if ranks.is_main and one.run.resume is None:
+            (_folder(one) / FAILED).unlink(missing_ok=True)
     trainer = _open(members, ranks, watchdog)
     log.info("  output: %s", folder)
-    if trainer.members[0].progress.step:
-        log.info("resumed behind step %d", trainer.members[0].progress.step)
+    if step := max((member.progress.step for member in trainer.members if not member.failed), default=0):
+        log.info("resumed behind step %d", step)
     untrained, results = {}, {}
     try:
         for member in trainer.members:
@@ -155,13 +191,7 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> 
     weight = empty_prompt(prepared[0].run.prompt, sum(rows), prepared[0].source.config, None)
     engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows, prepared[0].run.weight_decay)
     saved = [one.continuation.checkpoint for one in prepared]
-    if any(checkpoint is None for checkpoint in saved):
-        engine.set_prompt(torch.cat([initial_trained(one, backbone).cpu() for one in prepared]))
-    else:
-        parts = [checkpoint.tensors for checkpoint in saved if checkpoint is not None]
-        names = ("prompt", "exp_avg", "exp_avg_sq")
-        whole = {name: torch.cat([part[name] for part in parts]) for name in names}
-        engine.load_state({**whole, "adam_step": parts[0]["adam_step"]})
+    _load(engine, prepared, saved)
     found: list[Member] = []
     for number, (name, one) in enumerate(members.items()):
         run, checkpoint = one.run, saved[number]
@@ -177,8 +207,23 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> 
             select_examples=one.examples.select, monitor=monitor, output_dir=_folder(one), identity=one.identity,
             neighbours=neighbours_of(one), watchdog=watchdog,
         )  # fmt: skip
-        found.append(Member(name, one, trainer, progress, Meter(ranks)))
+        found.append(Member(name, one, trainer, progress, Meter(ranks), _failed(one)))
     return PopulationTrainer(engine=engine, members=found, ranks=ranks, watchdog=watchdog)
+
+
+def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequence[Checkpoint | None]) -> None:
+    """Each member's state, or where it starts: for the job's start, and for one that failed before it saved any."""
+    parts = []
+    for one, checkpoint in zip(prepared, saved, strict=True):
+        if checkpoint is not None:
+            parts.append(checkpoint.tensors)
+            continue
+        start = initial_trained(one, engine.backbone).float().cpu()
+        moments = {name: torch.zeros_like(start) for name in MOMENTS}
+        parts.append({"prompt": start, **moments, "adam_step": torch.zeros(1)})
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("prompt", *MOMENTS)}
+    steps = [part["adam_step"] for part in parts]
+    engine.load_state({**whole, "adam_step": torch.stack(steps).amax(0)})
 
 
 def _width(prepared: Prepared) -> int:

@@ -34,6 +34,8 @@ def members_of(run: RunConfig) -> dict[str, RunConfig]:
     """
     if run.seeds is not None and run.population is not None:
         raise UserError("--seeds and --population both say who the members are; give one of them.")
+    if run.resume not in (None, "auto"):
+        raise UserError("--resume of several prompts is auto: each goes on from its own folder in --output_dir.")
     if run.prompt_mlp is not None:
         raise UserError("--prompt_mlp trains one prompt; leave it out with --seeds and --population.")
     if run.precision == "fp16":

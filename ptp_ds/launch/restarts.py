@@ -30,9 +30,10 @@ def check_script(script: Sequence[str]) -> None:
 
 
 def newest_checkpoint(script: Sequence[str]) -> str | None:
-    """Name of the newest checkpoint in --output_dir, where this machine sees it."""
-    found = list_checkpoints(Path(given_settings(script[1:])["output_dir"]) / "checkpoints")
-    return found[-1].name if found else None
+    """Name of the newest checkpoint in --output_dir, or of its members, where this machine sees it."""
+    folder = Path(given_settings(script[1:])["output_dir"])
+    found = [path for each in (folder, *folder.glob("members/*")) for path in list_checkpoints(each / "checkpoints")]
+    return max((path.name for path in found), default=None)
 
 
 def with_resume(script: Sequence[str]) -> list[str]:

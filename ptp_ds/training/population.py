@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ptp_ds.files import write_json
 from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
@@ -25,6 +27,9 @@ from ptp_ds.training.step import StepLoss
 from ptp_ds.training.trainer import Carried, Drawn, NonFiniteLossError, Progress, Trainer
 
 log = get_logger(__name__)
+
+
+FAILED = "failed.json"  # in a member's folder: at which step it ended, and the sentence
 
 
 @dataclass
@@ -132,6 +137,11 @@ class PopulationTrainer:
             member.failed = str(error).split(";")[0]
             kept = f"the prompt of step {member.progress.best_step} stays" if member.progress.best else "none is kept"
             log.warning("warning: member %s: %s; %s, the others go on", member.name, member.failed, kept)
+            output = OutputGuard(self.ranks, member.trainer.output_dir)
+            if self.ranks.is_main:
+                with output.writing():
+                    write_json(output.folder / FAILED, {"step": member.progress.step, "failed": member.failed})
+            output.agree()
 
     def _tell(self, step: int, steps: int) -> None:
         """A line on the console where a step was logged, and one where prompts were scored."""

@@ -43,7 +43,12 @@ def require_same(member: Path, alone: Path) -> None:
         assert float(mine["adam_step"]) == step
     assert distance(prompt_of(member), prompt_of(alone)) < 1e-5
     lines = [
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (member, alone)
+        [
+            line
+            for text in (folder / "log.jsonl").read_text().splitlines()
+            if (line := json.loads(text))["kind"] != "eval"
+        ]
+        for folder in (member, alone)  # a run that was stopped has an evaluation more
     ]
     for mine, own in zip(*lines, strict=True):
         assert (mine["step"], mine["kind"], mine.keys()) == (own["step"], own["kind"], own.keys())
@@ -127,11 +132,17 @@ def test_a_stopped_population_goes_on_as_if_it_had_not(run_train, tiny_model, tm
 
 
 def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model, tmp_path):
-    """Its learning rate takes it beyond all numbers; it is reported, and what was kept of it stays."""
+    """Its learning rate takes it beyond all numbers; it is reported, and stays so where the job is resumed."""
     members = [{"name": "good", "seed": 1}, {"name": "bad", "lr": 1e38, "warmup_steps": 0}, {"name": "fine", "seed": 2}]
     (tmp_path / "members.json").write_text(json.dumps(members))
     args = [*QUICK, "--model", tiny_model]
-    done = check(run_train([*args, "--population", tmp_path / "members.json", "--output_dir", tmp_path / "all"]))
+    job = [*args, "--population", tmp_path / "members.json", "--output_dir", tmp_path / "all"]
+    done = check(run_train([*job, "--max_steps", "10", "--schedule_steps", "20"]))
+    assert "warning: member bad: The " in done.stderr + done.stdout
+    assert done.stdout.count("failed: bad (The ") == 1
+    again = check(run_train([*job, "--schedule_steps", "20", "--resume", "auto"]))
+    assert "resumed behind step 10\n" in again.stdout
+    assert again.stdout.count("failed: bad (The ") == 1
     for name, seed in (("good", "1"), ("fine", "2")):
         check(run_train([*args, "--seed", seed, "--output_dir", tmp_path / name]))
         require_same(tmp_path / "all" / "members" / name, tmp_path / name)
@@ -140,8 +151,6 @@ def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model
     assert (bad["name"], "not finite" in bad["failed"], bad["steps"] < 20) == ("bad", True, True)
     assert record["summary"]["accuracy"]["failed"] == 1
     assert (tmp_path / "all" / "members" / "bad" / "config.json").is_file()
-    assert "warning: member bad: The " in done.stderr + done.stdout
-    assert "failed: bad (The " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -152,6 +161,7 @@ def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model
         ({"seeds": "1 0-2"}, "expected 1 to 1000 seeds, each once"),
         ({"seeds": "0-99999"}, "is no seed"),
         ({"seeds": "0", "population": "f"}, "--seeds and --population both say who the members are"),
+        ({"seeds": "0", "resume": "runs/x"}, "--resume of several prompts is auto"),
         ({"seeds": "0", "prompt_mlp": 8}, "--prompt_mlp trains one prompt"),
         ({"seeds": "0", "precision": "fp16"}, "--precision fp16 scales one run's loss"),
     ],
@@ -189,3 +199,15 @@ def test_members_are_the_flags_and_what_differs(tmp_path):
     assert found["copa"] == RunConfig(task="COPA", prompt_length=4, lr=0.02, sigma=0.5)
     assert found["reviews"] == RunConfig(lr=0.5, seed=3, reg_weight=0.5, divergence="js")
     assert set(VARIED) <= set(vars(RunConfig()))
+
+
+def test_a_seed_beside_seeds_is_refused_and_warnings_are_heard_once(run_train, tiny_model, tmp_path):
+    args = [*QUICK, "--model", tiny_model, "--seeds", "0-2"]
+    done = run_train([*args, "--seed", "3", "--output_dir", tmp_path / "run"])
+    assert done.returncode == 2
+    assert "error: --seed and --seeds both say which seeds train; give one of them." in done.stderr
+    assert not (tmp_path / "run").exists()
+    told = run_train(
+        [*args, "--perturbation", "none", "--sigma", "2", "--max_steps", "1", "--output_dir", tmp_path / "run"]
+    )
+    assert (check(told).stdout + told.stderr).count("--sigma has no effect with --perturbation none") == 1

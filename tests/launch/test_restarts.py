@@ -54,6 +54,8 @@ def test_resumed_command_lines(tmp_path):
     assert with_resume(named) == named
     (tmp_path / "checkpoints" / "step-000012").mkdir(parents=True)
     assert newest_checkpoint(named) == "step-000012"
+    (tmp_path / "members" / "seed-0" / "checkpoints" / "step-000020").mkdir(parents=True)
+    assert newest_checkpoint(named) == "step-000020", "a population's members save on their own"
     assert with_resume(named) == [*named, "--resume", "auto"]
 
 
