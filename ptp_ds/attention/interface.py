@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ptp_ds.attention.forest import Plan, attend
-from ptp_ds.attention.tree import KeysValues
+from ptp_ds.attention.plan import Plan
+from ptp_ds.attention.tree import KeysValues, attend_tree
 from ptp_ds.errors import UserError
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def _tree_attention(
     if call.keys is not None:
         k, v = call.keys
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out = attend(q, k, v, call.plan, prefix, scale=scale, softcap=softcap, window=sliding_window, sinks=s_aux)
+    out = attend_tree(q, k, v, call.plan, prefix, scale=scale, softcap=softcap, window=sliding_window, sinks=s_aux)
     return out[None], None
 
 

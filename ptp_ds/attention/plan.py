@@ -234,3 +234,42 @@ def plan_tree(
     key_slots = _slots(key_rows, int(starts[-1]), device)
     query_slots = key_slots if asked is None else _slots(query_rows, int(ask_starts[-1]), device)
     return TreePlan(prefix_length, prefix_keys, buckets, key_slots, query_slots, device, tuple(blocks))
+
+
+@dataclass(frozen=True)
+class ForestPlan:
+    """How runs of consecutive blocks attend, each behind a prefix of its own.
+
+    trees: a plan for each run, in order. prefixes: the number of each run's prefix among all. lengths: tokens of all
+    prefixes, which lie one behind the other.
+    """
+
+    trees: tuple[TreePlan, ...]
+    prefixes: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All runs' blocks, in order."""
+        return tuple(block for tree in self.trees for block in tree.blocks)
+
+
+Plan = TreePlan | ForestPlan
+
+
+def plan_forest(
+    runs: Sequence[tuple[int, Sequence[Block]]], lengths: Sequence[int], device: torch.device | str,
+    asked: Sequence[np.ndarray] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for runs of blocks, each with the number of its prefix. lengths: tokens of every prefix.
+
+    asked: for each block of all runs the places that ask (see plan_tree). One prefix needs no forest.
+    """
+    trees, first = [], 0
+    for number, blocks in runs:
+        places = asked[first : first + len(blocks)] if asked is not None else None
+        trees.append(plan_tree(blocks, 0, lengths[number], device, places))
+        first += len(blocks)
+    if len(lengths) == 1:
+        return trees[0]
+    return ForestPlan(tuple(trees), tuple(number for number, _ in runs), tuple(lengths))

@@ -10,6 +10,7 @@ folded into the query length, so grouped-query keys are never repeated.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ptp_ds.attention.dense import dense_attend, dense_serves
 from ptp_ds.attention.flash import flash_attend, flash_serves
-from ptp_ds.attention.plan import Piece, Slots, TreePlan
+from ptp_ds.attention.plan import ForestPlan, Piece, Plan, Slots, TreePlan
 from ptp_ds.precision import at_least_fp32
 
 KeysValues = tuple[Tensor, Tensor]
@@ -185,8 +186,24 @@ def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
     return split.reshape(rows * length, all_heads, width)
 
 
+def attend_forest(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: ForestPlan, prefix: KeysValues, **how: Any
+) -> Tensor:
+    """attend_tree where runs of blocks stand on several prefixes, one tree after the other. prefix: all prefixes'."""
+    queries = q_THD.split([tree.query_slots.to_packed.shape[0] for tree in plan.trees])
+    tokens = [tree.key_slots.to_packed.shape[0] for tree in plan.trees]
+    # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
+    own = zip(k_TKD.split(tokens), v_TKD.split(tokens), strict=True)
+    behind = list(zip(*(x.split(plan.lengths) for x in prefix), strict=True))
+    outs = [
+        attend_tree(q, k, v, tree, behind[number], **how)
+        for q, (k, v), tree, number in zip(queries, own, plan.trees, plan.prefixes, strict=True)
+    ]
+    return torch.cat(outs)
+
+
 def attend_tree(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: KeysValues | None = None, *,
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: Plan, prefix: KeysValues | None = None, *,
     scale: float, softcap: float | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one layer over the packed row: [P + T, heads, d] -> [P + T, heads, d].
@@ -195,6 +212,10 @@ def attend_tree(
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
     sinks: [heads * g] logits of a key without a value, one for each query head (gpt_oss).
     """
+    if isinstance(plan, ForestPlan):
+        assert prefix is not None
+        how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+        return attend_forest(q_THD, k_TKD, v_TKD, plan, prefix, **how)
     window = None if window is not None and window >= plan.longest_path else window
     simple = softcap is None and window is None and sinks is None
     if simple and dense_serves(plan, q_THD, prefix is not None):

@@ -143,11 +143,15 @@ class Backbone(nn.Module):
         """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
         return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
-    def chunks(self, row: PackedRow, prefix: SharedPrefix, max_rows: int | None = None) -> list[Chunk]:
-        """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks."""
+    def chunks(self, row: PackedRow, prefix_keys: int | Sequence[int], max_rows: int | None = None) -> list[Chunk]:
+        """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks.
+
+        prefix_keys: tokens of the prefix, or of each trunk's.
+        """
+        lengths = (prefix_keys,) if isinstance(prefix_keys, int) else tuple(prefix_keys)
         most = self.activations.chunk_tokens
         most = min(most, most_counted_tokens(self.model.config) or most)
-        return cut_row(row, prefix.lengths, most, max_rows)
+        return cut_row(row, lengths, most, max_rows)
 
     def run(
         self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
@@ -200,7 +204,9 @@ class Backbone(nn.Module):
         source = SharedPrefix((_prefix_length(prefix or {}),))
         if prefix is None and trained is not None:
             source = self.prefix(trained, row.shared_ids, row.trunks)
-        sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, source, max_rows)]
+        sections = [
+            Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, source.lengths, max_rows)
+        ]
         inputs, positions = embeds_TH, source.behind(row)
         if source.ids is not None:
             sections.insert(0, Section(prefix_chunk(source.lengths, embeds_TH.device), graph))

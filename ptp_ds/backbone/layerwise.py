@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ptp_ds.attention.forest import Plan
 from ptp_ds.attention.interface import Call, KeysReady, use_call, use_value
+from ptp_ds.attention.plan import Plan
 from ptp_ds.attention.tree import KeysValues
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.models.heads import HeadInput

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptp_ds.attention.forest import plan_forest
-from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.plan import plan_forest, plan_tree
 from ptp_ds.backbone.layerwise import Chunk, PrefixCache, detached
 from ptp_ds.packing.row import Block, PackedRow
 

@@ -58,7 +58,7 @@ class SharedPass:
         self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
         self._source = backbone.prefix(trained, row.shared_ids, row.trunks)
         self._positions = self._source.behind(row)
-        self._chunks = backbone.chunks(row, self._source, options.max_rows)
+        self._chunks = backbone.chunks(row, self._source.lengths, options.max_rows)
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:
             self._shared.insert(0, Section(prefix_chunk(self._source.lengths, clean_TH.device), graph=True))
