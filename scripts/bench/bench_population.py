@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -146,7 +146,7 @@ def main() -> int:
     rows = []
     for perturbation in args.perturbations:
         sides = [open_side(count, prepared, backbone, ranks) for count in args.members]
-        measure(sides, RunConfig(**{**vars(run), "perturbation": perturbation}), args.rounds, args.tokens, ranks)
+        measure(sides, replace(run, perturbation=perturbation), args.rounds, args.tokens, ranks)
         rows += report(perturbation, sides, ranks)
     if args.json and ranks.is_main:
         write_json(Path(args.json), rows)

@@ -116,6 +116,7 @@ def test_the_other_signals(start, whole, tmp_path, drill_row):
     assert_same(out, whole)
 
 
+@pytest.mark.slow  # each by itself: tests/commands/test_train.py and test_bad_input.py
 def test_a_signal_and_changed_data(start, run_train, tiny_model, tmp_path, drill_row):
     """A run of 60 steps is stopped by a signal, refuses other data, and goes on to the end with its own."""
     out, data, steps = tmp_path / "run", tmp_path / "data", ["--max_steps", "60"]
