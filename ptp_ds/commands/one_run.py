@@ -128,14 +128,7 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
     if prepared.continuation.checkpoint is not None:
         log.info("resumed behind step %d", progress.step)
     unit = perturbation_unit(run, engine.backbone, prepared.resolved.dtype)
-    with output.writing():
-        monitor = Monitor(output_dir, ranks, progress.step, run.max_steps)
-    output.agree()
-    trainer = Trainer(
-        run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),
-        train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
-        output_dir=output_dir, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
-    )  # fmt: skip
+    trainer = open_trainer(prepared, engine, progress, unit, output, watchdog)
     try:
         watchdog.doing("scoring the untrained prompt")
         untrained = score_untrained(prepared, trainer, progress)
@@ -151,10 +144,26 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
         predict_rows(prepared, trainer, progress)
     finally:
         with output.writing():
-            monitor.close()
+            trainer.monitor.close()
     output.agree()
     _announce(prepared, result, untrained, progress, output_dir)
     return 0
+
+
+def open_trainer(
+    prepared: Prepared, engine: Engine, progress: Progress, unit: float, output: OutputGuard, watchdog: Watchdog,
+    speaks: bool = True,
+) -> Trainer:  # fmt: skip
+    """A Trainer whose records lie in the output's folder. unit: see perturbation_unit; speaks: see Monitor."""
+    run, ranks = prepared.run, output.ranks
+    with output.writing():
+        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks)
+    output.agree()
+    return Trainer(
+        run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),
+        train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
+        output_dir=output.folder, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
+    )  # fmt: skip
 
 
 def score_untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:

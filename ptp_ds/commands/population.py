@@ -13,7 +13,7 @@ import torch
 
 from ptp_ds.adapters.record import versions
 from ptp_ds.commands.introduction import introduction
-from ptp_ds.commands.one_run import open_output, predict_rows, prepare, report_run, score_untrained
+from ptp_ds.commands.one_run import open_output, open_trainer, predict_rows, prepare, report_run, score_untrained
 from ptp_ds.config.population import members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -30,13 +30,11 @@ from ptp_ds.training.continuation import Continuation
 from ptp_ds.training.engine import MOMENTS
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
-from ptp_ds.training.monitor import Monitor
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.start import initial_trained, neighbours_of, open_backbone, perturbation_unit
-from ptp_ds.training.step import settings_of
-from ptp_ds.training.trainer import Progress, Trainer, progress_from
+from ptp_ds.training.start import initial_trained, open_backbone, perturbation_unit
+from ptp_ds.training.trainer import Progress, progress_from
 
 log = get_logger(__name__)
 _PREPARES = "ptp_ds.commands.one_run"
@@ -145,9 +143,11 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
     for line in introduction(first, ranks):
         log.info("%s", line)
     for one in members.values():
-        open_output(one, ranks, OutputGuard(ranks, _folder(one)))
+        output = OutputGuard(ranks, _folder(one))
         if ranks.is_main and one.run.resume is None:
-            (_folder(one) / FAILED).unlink(missing_ok=True)
+            with output.writing():
+                (_folder(one) / FAILED).unlink(missing_ok=True)
+        open_output(one, ranks, output)
     trainer = _open(members, ranks, watchdog)
     log.info("  output: %s", folder)
     if step := max((member.progress.step for member in trainer.members if not member.failed), default=0):
@@ -194,19 +194,11 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> 
     _load(engine, prepared, saved)
     found: list[Member] = []
     for number, (name, one) in enumerate(members.items()):
-        run, checkpoint = one.run, saved[number]
+        checkpoint = saved[number]
         progress = Progress() if checkpoint is None else progress_from(checkpoint)
-        unit = perturbation_unit(run, backbone, one.resolved.dtype) if not found else found[0].trainer.settings.unit
-        guard = OutputGuard(ranks, _folder(one))
-        with guard.writing():
-            monitor = Monitor(_folder(one), ranks, progress.step, run.max_steps, speaks=False)
-        guard.agree()
-        trainer = Trainer(
-            run=run, task=one.task, engine=member_engine(engine, number), ranks=ranks,
-            settings=settings_of(run, unit, one.mask_id), train_examples=one.examples.train,
-            select_examples=one.examples.select, monitor=monitor, output_dir=_folder(one), identity=one.identity,
-            neighbours=neighbours_of(one), watchdog=watchdog,
-        )  # fmt: skip
+        unit = found[0].trainer.settings.unit if found else perturbation_unit(one.run, backbone, one.resolved.dtype)
+        output = OutputGuard(ranks, _folder(one))
+        trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
         found.append(Member(name, one, trainer, progress, Meter(ranks), _failed(one)))
     return PopulationTrainer(engine=engine, members=found, ranks=ranks, watchdog=watchdog)
 

@@ -1,7 +1,7 @@
 """The train loop of several prompts: each member's own Trainer says what it trains on and keeps its records."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 from typing import cast
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ptp_ds.files import write_json
-from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.faults import OutputGuard
@@ -23,7 +22,7 @@ from ptp_ds.training.population_engine import MemberEngine, PopulationEngine
 from ptp_ds.training.population_step import MemberStep, population_loss, population_row, shares_passes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.schedules import learning_rate
-from ptp_ds.training.step import StepLoss
+from ptp_ds.training.step import carried_delta
 from ptp_ds.training.trainer import Carried, Drawn, NonFiniteLossError, Progress, Trainer
 
 log = get_logger(__name__)
@@ -100,15 +99,15 @@ class PopulationTrainer:
         self.engine.step_members([self._rate(member) for member in self.members])
         for number, loss, member_step, one in zip(alive, losses, population.members, drawn, strict=True):
             member = self.members[number]
-            member.progress.carried = _carried(loss, member_step)
-            member.meter.add(loss, member_step.row, member.progress.step, one.shares)
+            row, run, settings = member_step.row, member_step.run, member_step.settings
+            delta = carried_delta(loss, row, run, settings, backbone.dtype)
+            member.progress.carried = Carried(mine=delta) if delta is not None else None
+            member.meter.add(loss, row, member.progress.step, one.shares)
             member.progress.step += 1
 
     def _drawn(self, member: Member) -> Drawn:
         member.serve()
-        drawn = member.trainer.drawn(member.progress)
-        carried = drawn.carried.to(self.ranks.device) if drawn.carried is not None else None
-        return replace(drawn, carried=carried)
+        return member.trainer.drawn(member.progress)
 
     def _trained(self, alive: Sequence[int]) -> Tensor:
         trained = self.engine.trained()
@@ -162,11 +161,3 @@ class PopulationTrainer:
                     "step %d  selection rows, prompts that are kept: score %.3f (%.3f to %.3f)",
                     step, mean(scores), min(scores), max(scores),
                 )  # fmt: skip
-
-
-def _carried(loss: StepLoss, member: MemberStep) -> Carried | None:
-    """The deltas that a member carries to its next step, if it carries any."""
-    if loss.delta is None or not member.run.carries:
-        return None
-    assert loss.delta.grad is not None
-    return Carried(mine=ascend(loss.delta, loss.delta.grad, member.row, member.settings))

@@ -102,11 +102,18 @@ def optimizer_step(
         loss = ptp_loss(engine.trained(), engine.backbone, row, run, settings, noise, options)
         engine.backward_sum(loss.total, global_count)
     engine.step(lr)
+    return loss, carried_delta(loss, row, run, settings, engine.backbone.dtype)
+
+
+def carried_delta(
+    loss: StepLoss, row: PackedRow, run: RunConfig, settings: PerturbSettings, dtype: torch.dtype
+) -> Tensor | None:
+    """[T, H] the delta to carry on, moved along the gradient that the step's backward left; None where none is."""
     delta = loss.delta
     if delta is None or not run.carries:
-        return loss, None
+        return None
     assert delta.grad is not None
     carried = ascend(delta, delta.grad, row, settings)
-    if engine.backbone.dtype == torch.float16:  # a step whose scaled gradient overflowed moves nothing
+    if dtype == torch.float16:  # a step whose scaled gradient overflowed moves nothing
         carried = torch.where(carried.isfinite(), carried, delta.detach())
-    return loss, carried
+    return carried

@@ -24,7 +24,7 @@ from tests.support.encoders import (
     plain_scores,
     plain_step,
 )
-from tests.support.packed import divergence
+from tests.support.packed import divergence, symmetric_run
 from tests.support.reference import make_examples, make_model, relative_error
 
 CASES = [("masked", False, "single"), ("masked", False, "ragged"), ("classes", False, "single"),
@@ -56,14 +56,7 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
     """The same delta on an example's context wherever its blocks repeat it, and nowhere else."""
     backbone, examples = make_backbone(family, kind, choice=choice), make_examples(shape)
     trained = make_values(backbone).requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        epsilon=0.5,
-        sigma=0.5,
-    )
+    run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()
@@ -87,14 +80,7 @@ def test_step_gradient(family, kind, choice, shape, perturbation):
 def test_step_gradient_in_text_space(kind, choice, shape, perturbation):
     backbone, examples = make_backbone("bert", kind, choice=choice), make_examples(shape)
     trained = make_values(backbone).requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        sigma=0.5,
-        mask_share=0.4,
-    )
+    run = symmetric_run(perturbation, sigma=0.5, mask_share=0.4)
     settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
     twins = how.twins(examples, settings, noise)
     movable = [twin.movable for twin in twins] if how.find else None

@@ -16,7 +16,7 @@ from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.packed import divergence as plain_divergence
-from tests.support.packed import make_prompt, plain_step, plain_twin_gradient, twin_deltas
+from tests.support.packed import make_prompt, plain_step, plain_twin_gradient, symmetric_run, twin_deltas
 from tests.support.reference import FAMILIES, REFUSED, make_examples, make_model, plain_scores, relative_error
 
 SHAPES = ("single", "multi", "ragged")
@@ -47,14 +47,7 @@ def test_step_gradient(family, perturbation):
     examples = make_examples("multi")
     backbone = Backbone(make_model(family))
     prompt = make_prompt().requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        epsilon=0.5,
-        sigma=0.5,
-    )
+    run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)
     settings, noise = settings_of(run, backbone.mean_embedding_norm()), Noise(3, 4)
     row = pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, noise)
@@ -76,14 +69,7 @@ def test_step_gradient_in_text_space(family, perturbation):
     """Two contexts an example, one with hidden words; noise, where there is any, on the words that stay."""
     examples, backbone = make_examples("ragged"), Backbone(make_model(family))
     prompt = make_prompt().requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        sigma=0.5,
-        mask_share=0.4,
-    )
+    run = symmetric_run(perturbation, sigma=0.5, mask_share=0.4)
     settings, noise, how = settings_of(run, backbone.mean_embedding_norm(), 3), Noise(3, 4), PERTURBATIONS[perturbation]
     twins = how.twins(examples, settings, noise)
     contexts, movable = [twin.context_ids for twin in twins], [twin.movable for twin in twins]

@@ -6,14 +6,13 @@ import torch
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone, checked_backbone
 from ptp_ds.backbone.padded import PaddedBackbone, padding
-from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.encoders import GENERIC, PROMPT, make_encoder, make_head, plain_scores, plain_step
 from tests.support.encoders import make_values as head_values
-from tests.support.packed import make_prompt
+from tests.support.packed import make_prompt, symmetric_run
 from tests.support.packed import plain_step as causal_step
 from tests.support.reference import REFUSED, make_examples, make_model, relative_error
 from tests.support.reference import plain_scores as causal_scores
@@ -35,14 +34,7 @@ def make_padded(family, kind, choice=False):
 def test_encoders(family, perturbation, kind, choice, shape):
     backbone, examples = make_padded(family, kind, choice), make_examples(shape)
     trained = head_values(backbone).requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        epsilon=0.5,
-        sigma=0.5,
-    )
+    run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(trained, backbone, row, run, settings, Noise(3, 4))
     loss.total.backward()
@@ -70,14 +62,7 @@ def test_causal_families(family, shape, perturbation):
     assert family in reason
     backbone.serve("soft", TreeRows(), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        epsilon=0.5,
-        sigma=0.5,
-    )
+    run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()

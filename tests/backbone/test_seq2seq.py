@@ -12,13 +12,12 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.padded import PaddedBackbone
-from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.heads import Head
 from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
-from tests.support.packed import divergence, make_prompt
+from tests.support.packed import divergence, make_prompt, symmetric_run
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
 from tests.support.reference import make_examples, relative_error
@@ -35,14 +34,7 @@ def test_step_gradient(family, shape, perturbation):
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind="seq2seq", prompt_length=5, tail=(1,)), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
-    run = RunConfig(
-        perturbation=perturbation,
-        divergence="sym_kl",
-        divergence_gradient="both",
-        reg_weight=0.7,
-        epsilon=0.5,
-        sigma=0.5,
-    )
+    run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)
     settings, row = settings_of(run, backbone.mean_embedding_norm()), backbone.rows.pack(examples)
     loss = ptp_loss(prompt, backbone, row, run, settings, Noise(3, 4), PassOptions(2))
     loss.total.backward()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from ptp_ds.config.run_config import RunConfig
 from tests.support.reference import make_model, plain_scores
 
 
@@ -22,6 +23,13 @@ def divergence(kind, clean, perturbed, gold):
         "js": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
         "ce": -q[gold].log(),
     }[kind]
+
+
+def symmetric_run(perturbation, **sizes):
+    """The settings of the plain passes here: sym_kl at 0.7, its gradient to both predictions."""
+    return RunConfig(
+        perturbation=perturbation, divergence="sym_kl", divergence_gradient="both", reg_weight=0.7, **sizes
+    )  # fmt: skip
 
 
 def plain_step(family, prompt, examples, deltas, kind, weight):
