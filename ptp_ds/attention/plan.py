@@ -236,7 +236,7 @@ def plan_tree(
     return TreePlan(prefix_length, prefix_keys, buckets, key_slots, query_slots, device, tuple(blocks))
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForestPlan:
     """How runs of consecutive blocks attend, each behind a prefix of its own.
 
@@ -247,6 +247,17 @@ class ForestPlan:
     trees: tuple[TreePlan, ...]
     prefixes: tuple[int, ...]
     lengths: tuple[int, ...]
+    parts: list[Any] | None = None  # see TreePlan
+
+    @property
+    def rows_behind_a_prefix(self) -> bool:
+        """See TreePlan: so in every tree."""
+        return all(tree.rows_behind_a_prefix for tree in self.trees)
+
+    @property
+    def longest_path(self) -> int:
+        """See TreePlan."""
+        return max(tree.longest_path for tree in self.trees)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

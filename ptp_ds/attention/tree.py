@@ -9,7 +9,7 @@ bucket is one call of torch's scaled_dot_product_attention with an additive mask
 folded into the query length, so grouped-query keys are never repeated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -187,16 +187,17 @@ def _unfold(x: Tensor, length: int, all_heads: int) -> Tensor:
 
 
 def attend_forest(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: ForestPlan, prefix: KeysValues, **how: Any
-) -> Tensor:
-    """attend_tree where runs of blocks stand on several prefixes, one tree after the other. prefix: all prefixes'."""
+    attend: Callable[..., Tensor], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: ForestPlan, prefix: KeysValues,
+    **how: Any,
+) -> Tensor:  # fmt: skip
+    """`attend` where runs of blocks stand on several prefixes, one tree after the other. prefix: all prefixes'."""
     queries = q_THD.split([tree.query_slots.to_packed.shape[0] for tree in plan.trees])
     tokens = [tree.key_slots.to_packed.shape[0] for tree in plan.trees]
     # split, not slices: the backward of a slice fills a whole tensor with zeros, that of a split is one cat.
     own = zip(k_TKD.split(tokens), v_TKD.split(tokens), strict=True)
     behind = list(zip(*(x.split(plan.lengths) for x in prefix), strict=True))
     outs = [
-        attend_tree(q, k, v, tree, behind[number], **how)
+        attend(q, k, v, tree, behind[number], **how)
         for q, (k, v), tree, number in zip(queries, own, plan.trees, plan.prefixes, strict=True)
     ]
     return torch.cat(outs)
@@ -212,12 +213,14 @@ def attend_tree(
     holds blocks only. window: keys at a distance of `window` positions or more are not seen.
     sinks: [heads * g] logits of a key without a value, one for each query head (gpt_oss).
     """
-    if isinstance(plan, ForestPlan):
-        assert prefix is not None
-        how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
-        return attend_forest(q_THD, k_TKD, v_TKD, plan, prefix, **how)
     window = None if window is not None and window >= plan.longest_path else window
     simple = softcap is None and window is None and sinks is None
+    if isinstance(plan, ForestPlan):
+        assert prefix is not None
+        if simple and flash_serves(plan, q_THD, v_TKD):
+            return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
+        how = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+        return attend_forest(attend_tree, q_THD, k_TKD, v_TKD, plan, prefix, **how)
     if simple and dense_serves(plan, q_THD, prefix is not None):
         return dense_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
     if prefix is not None and simple:
@@ -288,8 +291,10 @@ def attend_tree_reference(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, prefix: KeysValues, scale: float) -> Tensor:
-    """attend_tree_reference for blocks behind a cached prefix: what other ways are held against."""
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, plan: Plan, prefix: KeysValues, scale: float) -> Tensor:
+    """attend_tree_reference for blocks behind cached prefixes: what other ways are held against."""
+    if isinstance(plan, ForestPlan):
+        return attend_forest(attend_tree_reference, q, k, v, plan, prefix, scale=scale)
     return attend_tree_reference(q, k, v, plan, prefix, scale=scale)
 
 

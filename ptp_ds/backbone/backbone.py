@@ -66,6 +66,11 @@ class Backbone(nn.Module):
         """From now on: prompts of this kind and length, rows of this form."""
         self.prompt, self.rows = prompt, rows
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether rows behind several prompts can share a pass: not where each has a head of its own, nor padded."""
+        return self.packs and not self.head.trained
+
     def release(self) -> None:
         """Gives the model its own layers and attention back."""
         self.stack.release()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
@@ -37,7 +38,7 @@ from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.checkpoint import set_aside
 from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
 from ptp_ds.training.engine import Engine
-from ptp_ds.training.evaluate import Evaluation, evaluate, score_examples
+from ptp_ds.training.evaluate import Evaluation, score_examples
 from ptp_ds.training.examples import load_splits, run_examples
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
@@ -140,8 +141,14 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
             )
             return 128 + progress.stopped_by
         watchdog.doing("the last evaluation")
-        result = report_run(prepared, trainer, progress, untrained)
-        predict_rows(prepared, trainer, progress)
+        best = progress.best_prompt
+        assert best is not None, "the last step always evaluates"
+        result = trainer.evaluate(best, prepared.examples.evaluation)
+        report_run(prepared, trainer, progress, result, untrained)
+        if prepared.examples.predict_split is not None:
+            asked, budget = prepared.examples.predict, run.eval_tokens
+            scores = score_examples(engine.backbone, best, asked, ranks, budget, trainer.beat)
+            write_predictions(prepared, trainer, scores)
     finally:
         with output.writing():
             trainer.monitor.close()
@@ -168,29 +175,27 @@ def open_trainer(
 
 def score_untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
     """The prompt as it starts, on --eval_split: what training has to beat. A resumed run scores it again."""
-    engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
-    result = evaluate(
-        engine.backbone, initial_trained(prepared, engine.backbone), prepared.examples.evaluation, prepared.task, ranks,
-        prepared.run.eval_tokens, trainer.beat,
-    )  # fmt: skip
+    start = initial_trained(prepared, trainer.engine.backbone)
+    result = trainer.evaluate(start, prepared.examples.evaluation)
+    record_untrained(trainer, progress, result)
+    log.info("  untrained prompt: %s", result.shown)
+    return result
+
+
+def record_untrained(trainer: Trainer, progress: Progress, result: Evaluation) -> None:
+    """Puts the untrained prompt's scores on record, once a run."""
+    output = OutputGuard(trainer.ranks, trainer.output_dir)
     if progress.step == 0:
         with output.writing():
             trainer.monitor.evaluation(0, "untrained", {**result.metrics, "cross_entropy": result.cross_entropy})
     output.agree()
-    if trainer.monitor.speaks:
-        log.info("  untrained prompt: %s", result.shown)
-    return result
 
 
-def report_run(prepared: Prepared, trainer: Trainer, progress: Progress, untrained: Evaluation) -> Evaluation:
-    """Scores the best prompt on --eval_split and writes adapter and result.json."""
+def report_run(
+    prepared: Prepared, trainer: Trainer, progress: Progress, result: Evaluation, untrained: Evaluation
+) -> None:
+    """Writes adapter and result.json. result: the best prompt's scores on --eval_split, untrained: the start's."""
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
-    trained = progress.best_prompt
-    assert trained is not None, "the last step always evaluates"
-    result = evaluate(
-        engine.backbone, trained, prepared.examples.evaluation, prepared.task, ranks, prepared.run.eval_tokens,
-        trainer.beat,
-    )  # fmt: skip
     with output.writing():
         trainer.monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
@@ -201,7 +206,6 @@ def report_run(prepared: Prepared, trainer: Trainer, progress: Progress, untrain
             _write_adapter(prepared, engine, progress, summary, output.folder / "adapter")
             write_json(output.folder / "result.json", summary)
     output.agree()
-    return result
 
 
 def _write_adapter(prepared: Prepared, engine: Engine, progress: Progress, summary: dict, folder: Path) -> None:
@@ -215,19 +219,14 @@ def _write_adapter(prepared: Prepared, engine: Engine, progress: Progress, summa
     )  # fmt: skip
 
 
-def predict_rows(prepared: Prepared, trainer: Trainer, progress: Progress) -> None:
-    """predictions/<Task>.jsonl of --predict_split, by the best prompt."""
-    task, split, best = prepared.task, prepared.examples.predict_split, progress.best_prompt
-    if split is None:
-        return
-    assert best is not None, "the last step always evaluates"
-    ranks, output = trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
-    examples, budget = prepared.examples.predict, prepared.run.eval_tokens
-    scores = score_examples(trainer.engine.backbone, best, examples, ranks, budget, trainer.beat)
+def write_predictions(prepared: Prepared, trainer: Trainer, scores_NC: Tensor) -> None:
+    """predictions/<Task>.jsonl of --predict_split. scores_NC: the best prompt's."""
+    task, split, output = prepared.task, prepared.examples.predict_split, OutputGuard(trainer.ranks, trainer.output_dir)
+    assert split is not None
     file = output.folder / "predictions" / f"{task.name}.jsonl"
-    if ranks.is_main:
+    if trainer.ranks.is_main:
         with output.writing():
-            write_jsonl(file, prediction_lines(task, split, scores.argmax(-1).tolist()))
+            write_jsonl(file, prediction_lines(task, split, scores_NC.argmax(-1).tolist()))
     output.agree()
     log.info("predictions for %s: %s", prepared.run.predict_split, file)
 

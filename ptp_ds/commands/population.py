@@ -10,10 +10,18 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ptp_ds.adapters.record import versions
 from ptp_ds.commands.introduction import introduction
-from ptp_ds.commands.one_run import open_output, open_trainer, predict_rows, prepare, report_run, score_untrained
+from ptp_ds.commands.one_run import (
+    open_output,
+    open_trainer,
+    prepare,
+    record_untrained,
+    report_run,
+    write_predictions,
+)
 from ptp_ds.config.population import members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -32,6 +40,7 @@ from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
 from ptp_ds.training.population_engine import PopulationEngine
+from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, open_backbone, perturbation_unit
 from ptp_ds.training.trainer import Progress, progress_from
@@ -75,11 +84,11 @@ def prepare_population(run: RunConfig, explicit: Collection[str]) -> dict[str, P
 
 def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
     """The members going on from the newest step that all of them have saved: one may have saved a step more. Those that
-    had failed by then stay where they were.
+    had failed or ended by then stay where they were.
     """
     saved = {name: one.continuation.checkpoint for name, one in members.items()}
     steps = {name: checkpoint.step if checkpoint is not None else 0 for name, checkpoint in saved.items()}
-    going = [name for name, one in members.items() if not _failed(one)]
+    going = [name for name, one in members.items() if not _failed(one) and not _ended_early(one)]
     first = min((steps[name] for name in going), default=0)
     found = dict(members)
     for name in going:
@@ -91,6 +100,12 @@ def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
             folder = one.output_dir / "checkpoints" / f"step-{first:06d}"
             found[name] = prepare(replace(one.run, resume=str(folder)))
     return found
+
+
+def _ended_early(prepared: Prepared) -> bool:
+    """Whether --patience ended the member before the job was resumed."""
+    checkpoint, patience = prepared.continuation.checkpoint, prepared.run.patience
+    return bool(patience and checkpoint and checkpoint.best and checkpoint.best.get("stale", 0) >= patience)
 
 
 def _failed(prepared: Prepared) -> str:
@@ -148,33 +163,66 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
             with output.writing():
                 (_folder(one) / FAILED).unlink(missing_ok=True)
         open_output(one, ranks, output)
-    trainer = _open(members, ranks, watchdog)
+    trainer = _open(members, ranks, watchdog, folder)
     log.info("  output: %s", folder)
-    if step := max((member.progress.step for member in trainer.members if not member.failed), default=0):
+    if step := max((member.progress.step for member in trainer.members if member.trains), default=0):
         log.info("resumed behind step %d", step)
-    untrained, results = {}, {}
+    results: dict[str, Evaluation] = {}
+    output = OutputGuard(ranks, folder)
     try:
-        for member in trainer.members:
-            watchdog.doing(f"scoring the untrained prompt of {member.name}")
-            member.serve()
-            untrained[member.name] = score_untrained(member.prepared, member.trainer, member.progress)
+        untrained = _score_untrained(trainer)
         stopped = trainer.train()
         if stopped:
             ignore_stop_signals()
             log.info("stopped by signal %d; saved: --resume auto goes on", stopped)
             return 128 + stopped
-        for member in trainer.members:
-            if member.progress.best_prompt is None:
-                continue
-            watchdog.doing(f"the last evaluation of {member.name}")
-            member.serve()
-            results[member.name] = report_run(member.prepared, member.trainer, member.progress, untrained[member.name])
-            predict_rows(member.prepared, member.trainer, member.progress)
+        results = _report(trainer, untrained)
     finally:
-        for member in trainer.members:
-            member.trainer.monitor.close()
+        with output.writing():
+            trainer.monitor.close()
+            for member in trainer.members:
+                member.trainer.monitor.close()
+    output.agree()
     _conclude(trainer, untrained, results, ranks, folder)
     return 0
+
+
+def _score_untrained(trainer: PopulationTrainer) -> dict[str, Evaluation]:
+    """one_run.score_untrained of every member, by name, in shared passes."""
+    trainer.watchdog.doing("scoring the untrained prompts")
+    starts, members = [], trainer.members
+    for member in members:
+        member.serve()
+        starts.append(initial_trained(member.prepared, trainer.engine.backbone))
+    results = trainer.evaluate(members, starts, [member.prepared.examples.evaluation for member in members])
+    for member, result in zip(members, results, strict=True):
+        record_untrained(member.trainer, member.progress, result)
+    log.info("  untrained prompts: score %.3f", mean(result.score for result in results))
+    return {member.name: result for member, result in zip(members, results, strict=True)}
+
+
+def _report(trainer: PopulationTrainer, untrained: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """Every member that keeps a prompt: its scores on --eval_split, its files and predictions."""
+    trainer.watchdog.doing("the last evaluation")
+    members = [member for member in trainer.members if member.progress.best_prompt is not None]
+    if not members:
+        return {}
+    best = [_best(member) for member in members]
+    results = trainer.evaluate(members, best, [member.prepared.examples.evaluation for member in members])
+    for member, result in zip(members, results, strict=True):
+        member.serve()
+        report_run(member.prepared, member.trainer, member.progress, result, untrained[member.name])
+    trainer.monitor.evaluation(max(member.progress.step for member in members), "eval", results)
+    asked = [member for member in members if member.prepared.examples.predict_split is not None]
+    scores = trainer.scores(asked, [_best(m) for m in asked], [m.prepared.examples.predict for m in asked])
+    for member, scores_NC in zip(asked, scores, strict=True):
+        write_predictions(member.prepared, member.trainer, scores_NC)
+    return {member.name: result for member, result in zip(members, results, strict=True)}
+
+
+def _best(member: Member) -> Tensor:
+    assert member.progress.best_prompt is not None
+    return member.progress.best_prompt
 
 
 def _folder(prepared: Prepared) -> Path:
@@ -182,7 +230,7 @@ def _folder(prepared: Prepared) -> Path:
     return prepared.output_dir
 
 
-def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> PopulationTrainer:
+def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, folder: Path) -> PopulationTrainer:
     """Backbone, engine with every member's start or state, and a Trainer for each."""
     prepared = list(members.values())
     longest = max(prepared, key=lambda one: one.run.prompt_length + one.examples.longest)
@@ -200,7 +248,14 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog) -> 
         output = OutputGuard(ranks, _folder(one))
         trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
         found.append(Member(name, one, trainer, progress, Meter(ranks), _failed(one)))
-    return PopulationTrainer(engine=engine, members=found, ranks=ranks, watchdog=watchdog)
+    first = max((member.progress.step for member in found if member.trains), default=0)
+    output = OutputGuard(ranks, folder)
+    with output.writing():
+        monitor = PopulationMonitor(folder, ranks, first, prepared[0].run.max_steps)
+    output.agree()
+    return PopulationTrainer(
+        engine=engine, members=found, ranks=ranks, watchdog=watchdog, monitor=monitor, output=output
+    )
 
 
 def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequence[Checkpoint | None]) -> None:
@@ -247,7 +302,7 @@ def _conclude(
     failed = [f"{one['name']} ({one['failed']})" for one in members if one["failed"]]
     log.info("failed: %s", "; ".join(failed) if failed else "none")
     log.info("every member's files: %s", folder / "members")
-    log.info("scalars: tensorboard --logdir %s", folder / "members")
+    log.info("scalars: tensorboard --logdir %s (means with their band: Custom scalars)", folder)
 
 
 def summarise(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

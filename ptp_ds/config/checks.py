@@ -21,7 +21,7 @@ def _check_ranges(run: RunConfig) -> None:
     for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
                  "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
-    for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "seed"):
+    for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "patience", "seed"):
         _require(getattr(run, name) >= 0, name, getattr(run, name), "a whole number of 0 or more")
     for name in ("mask_share", "a2t_share"):
         _require(0 <= getattr(run, name) <= 1, name, getattr(run, name), "a share between 0 and 1")
@@ -87,6 +87,8 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
         unread.add("holdout")
     if run.lr_schedule == "constant":
         unread.add("schedule_steps")
+    if not run.eval_every:
+        unread.add("patience")
     changed = {field.name for field in fields(run) if getattr(run, field.name) != field.default}
     return sorted(unread & (explicit | changed))
 
@@ -107,7 +109,10 @@ def describe_unread(run: RunConfig, explicit: set[str]) -> list[str]:
 
 def _cause(run: RunConfig, name: str) -> str:
     """What keeps a setting from having an effect."""
-    beside = {"batch_size": "tokens_per_step", "holdout": "select_split", "schedule_steps": "lr_schedule constant"}
+    beside = {
+        "batch_size": "tokens_per_step", "holdout": "select_split", "schedule_steps": "lr_schedule constant",
+        "patience": "eval_every 0",
+    }  # fmt: skip
     if name in beside:
         return f"--{beside[name]}"
     if name == "divergence_gradient" and run.perturbs:

@@ -3,20 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.flags import require_type
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, listed, nearest, plain_name, read_json
+from ptp_ds.files import brief, listed, nearest, plain_name
+from ptp_ds.settings_file import read_settings
 
 VARIED = (
     "seed", "lr", "weight_decay", "max_grad_norm", "warmup_steps", "lr_schedule", "schedule_steps", "reg_weight",
     "reg_warmup_steps", "sigma", "epsilon", "alpha", "divergence", "divergence_gradient", "mask_share", "a2t_share",
     "prompt_init", "init_text", "init_adapter", "prompt_length", "holdout", "max_length", "task", "data_dir", "dataset",
-    "train_split", "eval_split", "select_split", "predict_split",
+    "patience", "train_split", "eval_split", "select_split", "predict_split",
 )  # fmt: skip
 _MOST = 1000  # members
 _RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
@@ -81,11 +81,11 @@ def _is_number(word: str) -> bool:
 
 
 def _read_members(file: str) -> dict[str, dict[str, Any]]:
-    """{name: what differs from the flags} of a JSON list."""
+    """{name: what differs from the flags} of a JSON or YAML list."""
     where = f"--population {file}"
-    given = read_json(Path(file), where)
+    given = read_settings(file, where)
     if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= _MOST:
-        raise UserError(f"{where}: expected a JSON list of 1 to {_MOST} members, each with a name and what differs.")
+        raise UserError(f"{where}: expected a list of 1 to {_MOST} members, each with a name and what differs.")
     found: dict[str, dict[str, Any]] = {}
     for number, member in enumerate(given, start=1):
         if not isinstance(member, Mapping) or "name" not in member:

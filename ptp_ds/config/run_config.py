@@ -122,6 +122,9 @@ class RunConfig:
         None, "step at which the learning rate's schedule ends, if --max_steps will grow later; default: --max_steps"
     )
     eval_every: int = _flag(30, "steps between evaluations on the selection rows; 0: only at the end")
+    patience: int = _flag(
+        0, "evaluations in a row without a higher selection score that end training; 0: it goes on to --max_steps"
+    )
     save_every: int = _flag(30, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _flag(2, "newest checkpoints kept")
     log_every: int = _flag(5, "steps between log lines")
@@ -135,7 +138,8 @@ class RunConfig:
         None, "instead of --seed, 0-9 or 0 1 2: a prompt for each seed, all trained at once in one job"
     )
     population: str | None = _flag(
-        None, "JSON file: a list of members, each a name and what differs from the flags; trained at once in one job"
+        None,
+        "JSON or YAML file: a list of members, each a name and what differs from the flags; trained at once in one job",
     )
     output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
     stall_timeout: float = _flag(

@@ -146,11 +146,16 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_best(best: Any) -> bool:
-    """Whether `best` is what Checkpoint says: step, an Evaluation's fields, highest score (not in older ones)."""
-    if not isinstance(best, dict) or best.keys() - {"highest"} != {"step", "evaluation"}:
+    """Whether `best` is what Checkpoint says: step, an Evaluation's fields; older ones lack highest and stale."""
+    if not isinstance(best, dict) or best.keys() - {"highest", "stale"} != {"step", "evaluation"}:
         return False
     highest = best.get("highest", 0.0)
-    if not _is_count(best["step"]) or not isinstance(highest, float) or not math.isfinite(highest):
+    if (
+        not _is_count(best["step"])
+        or not _is_count(best.get("stale", 0))
+        or not isinstance(highest, float)
+        or not math.isfinite(highest)
+    ):
         return False
     scores = best["evaluation"]
     if (

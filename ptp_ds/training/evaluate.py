@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.objective import cross_entropy_sum, log_probabilities
+from ptp_ds.packing.forest import join_rows, parts
+from ptp_ds.packing.layouts import Rows
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.tasks import Outcome, Task, compute_metrics, majority_accuracy
 from ptp_ds.tasks.example import Example
@@ -50,19 +52,26 @@ def least_score(highest: float, rows: int) -> float:
     return highest - sqrt(share * (1 - share) / rows)
 
 
-def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
-    """Example numbers of each pass: longest first, up to `budget` tokens, a multiple of `ranks` passes.
+def plan_packs(
+    lengths: Sequence[int], budget: int, ranks: int, owners: Sequence[int] = (), prefixes: Sequence[int] = ()
+) -> list[list[int]]:
+    """Numbers of the units of each pass: longest first, up to `budget` tokens, a multiple of `ranks` passes.
 
     Under ZeRO-3 every rank must run as many passes as the others, so the last pack is split or repeated to fill up.
+    owners: each unit's prompt, whose units stay together; prefixes: tokens that each prompt takes of a pass.
     """
+    owners, prefixes = owners or [0] * len(lengths), prefixes or [0] * (max(owners, default=0) + 1)
     packs: list[list[int]] = []
     free = 0
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if not packs or lengths[number] > free:
+    for number in sorted(range(len(lengths)), key=lambda number: (owners[number], -lengths[number])):
+        alone = lengths[number] + prefixes[owners[number]]
+        joins = packs and owners[packs[-1][-1]] == owners[number]
+        needed = lengths[number] if joins else alone
+        if not packs or needed > free:
             packs.append([])
-            free = budget
+            free, needed = budget, alone
         packs[-1].append(number)
-        free -= lengths[number]
+        free -= needed
     while len(packs) % ranks:
         largest = max(packs, key=len)
         if len(largest) > 1:
@@ -71,6 +80,95 @@ def plan_packs(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int
         else:
             packs.append(list(largest))
     return packs
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Examples that one prompt is scored on. trained: it, and its head's rows, if any. rows: how it lays them out."""
+
+    trained: Tensor
+    examples: Sequence[Example]
+    rows: Rows
+
+
+def score_prompts(
+    backbone: Backbone, asked: Sequence[Questions], ranks: Ranks, budget: int, beat: Callable[[], None] | None = None
+) -> list[Tensor]:
+    """score_examples for several prompts, in passes that hold rows of several where they can share one.
+
+    A pass also holds the prompts of its rows, so nothing is cached and nothing computed or gathered for it alone.
+    """
+    if len(asked) > 1 and backbone.shares_passes:
+        with torch.no_grad():
+            return _score_together(backbone, asked, ranks, budget, beat)
+    found = []
+    for one in asked:
+        backbone.serve(backbone.prompt, one.rows, one.trained.shape[0] - backbone.head.rows(one.trained.shape[1]))
+        found.append(score_examples(backbone, one.trained, one.examples, ranks, budget, beat))
+    return found
+
+
+def _score_together(
+    backbone: Backbone, asked: Sequence[Questions], ranks: Ranks, budget: int, beat: Callable[[], None] | None
+) -> list[Tensor]:
+    units, lengths, prefixes = [], [], []
+    prompts, shared = [one.trained.to(ranks.device) for one in asked], []
+    for owner, one in enumerate(asked):
+        shared.append(one.rows.shared_start(one.examples))
+        prefixes.append(one.trained.shape[0] + shared[-1])
+        for group in one.rows.groups(one.examples, budget):
+            units.append((owner, group))
+            lengths.append(one.rows.group_length([one.examples[number] for number in group]))
+    tables = [_Table.of(one.examples) for one in asked]
+    packs = plan_packs(lengths, budget, ranks.world, [owner for owner, _ in units], prefixes)
+    for pack in packs[ranks.rank :: ranks.world]:
+        owned: dict[int, list[list[int]]] = {}
+        for unit in pack:
+            owned.setdefault(units[unit][0], []).append(units[unit][1])
+        rows = [
+            asked[owner].rows.pack_groups([[asked[owner].examples[number] for number in group] for group in groups],
+                                          shared[owner])
+            for owner, groups in owned.items()
+        ]  # fmt: skip
+        trained = torch.cat([prompts[owner] for owner in owned])
+        row = join_rows(rows, [prompts[owner].shape[0] for owner in owned]).to(ranks.device)
+        scores = backbone.score(row, backbone.inputs(row, trained), trained)[0].cpu()
+        for (owner, groups), own, scored in zip(owned.items(), rows, parts(row, rows, scores), strict=True):
+            tables[owner].add([number for group in groups for number in group], scored, own.present)
+        if beat is not None:
+            beat()
+    return _reduced(tables, ranks)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Sums of a rank's scores [N, C], and how often it scored each example [N, 1]; absent: [N, C] no candidates."""
+
+    sums: Tensor
+    counts: Tensor
+    absent: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "_Table":
+        sizes = torch.tensor([len(example.candidate_ids) for example in examples])
+        absent = torch.arange(int(sizes.max())) >= sizes[:, None]
+        return cls(torch.zeros(absent.shape), torch.zeros(len(examples), 1), absent)
+
+    def add(self, numbers: Sequence[int], scores_BC: Tensor, present_BC: Tensor) -> None:
+        """Scores of the examples `numbers`."""
+        self.sums[numbers, : scores_BC.shape[1]] += scores_BC.masked_fill(~present_BC, 0.0)
+        self.counts[numbers] += 1
+
+
+def _reduced(tables: Sequence[_Table], ranks: Ranks) -> list[Tensor]:
+    """Each table's mean scores over all ranks, -inf where a candidate is absent: one collective for all."""
+    flat = torch.cat([torch.cat([table.sums, table.counts], dim=1).flatten() for table in tables])
+    whole = ranks.sum(flat.to(ranks.device)).cpu().split([table.sums.numel() + len(table.counts) for table in tables])
+    found = []
+    for table, values in zip(tables, whole, strict=True):
+        sums, counts = values.view(len(table.counts), -1).split([table.sums.shape[1], 1], dim=1)
+        found.append((sums / counts).masked_fill(table.absent, float("-inf")))
+    return found
 
 
 def score_examples(
@@ -82,10 +180,7 @@ def score_examples(
     The keys and values of the prompt, and of what all rows begin with, are computed once. All ranks must call it.
     beat: called after each pass (see Watchdog).
     """
-    width = max(len(example.candidate_ids) for example in examples)
-    table = torch.zeros(len(examples), width)
-    counts = torch.zeros(len(examples), 1)
-    rows = backbone.rows
+    table, rows = _Table.of(examples), backbone.rows
     with torch.no_grad():
         trained, shared = trained.to(ranks.device), rows.shared_start(examples)
         shared_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=ranks.device)
@@ -95,16 +190,12 @@ def score_examples(
         for units in plan_packs(lengths, budget, ranks.world)[ranks.rank :: ranks.world]:
             numbers = [number for unit in units for number in groups[unit]]
             row = rows.pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
-            row = row.to(ranks.device)
+            present, row = row.present, row.to(ranks.device)
             scores = backbone.score(row, backbone.inputs(row, trained), trained, prefix=prefix)[0].cpu()
-            table[numbers, : scores.shape[1]] += scores.masked_fill(~row.present.cpu(), 0.0)
-            counts[numbers] += 1
+            table.add(numbers, scores, present)
             if beat is not None:
                 beat()
-    table = ranks.sum(table.to(ranks.device)).cpu() / ranks.sum(counts.to(ranks.device)).cpu()
-    for number, example in enumerate(examples):
-        table[number, len(example.candidate_ids) :] = float("-inf")
-    return table
+    return _reduced([table], ranks)[0]
 
 
 def ensemble_scores(scores: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,7 @@
 """The train loop of several prompts: each member's own Trainer says what it trains on and keeps its records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import cast
 
 import torch
@@ -15,11 +14,14 @@ from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
+from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
+from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
 from ptp_ds.training.member_adamw import MemberRate
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.population_engine import MemberEngine, PopulationEngine
-from ptp_ds.training.population_step import MemberStep, population_loss, population_row, shares_passes
+from ptp_ds.training.population_monitor import PopulationMonitor
+from ptp_ds.training.population_step import MemberStep, population_loss, population_row
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.schedules import learning_rate
 from ptp_ds.training.step import carried_delta
@@ -42,6 +44,11 @@ class Member:
     meter: Meter
     failed: str = ""
 
+    @property
+    def trains(self) -> bool:
+        """Whether it has steps left."""
+        return not self.failed and self.trainer.goes_on(self.progress)
+
     def serve(self) -> None:
         """Rows are this member's from now on: where prompts stand in every row, each has its own length."""
         run = self.prepared.run
@@ -55,29 +62,50 @@ def member_engine(engine: PopulationEngine, number: int) -> Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class PopulationTrainer:
-    """members: in the order of their prompts in the engine."""
+    """members: in the order of their prompts in the engine. output: of what is written about all of them."""
 
     engine: PopulationEngine
     members: Sequence[Member]
     ranks: Ranks
     watchdog: Watchdog
+    monitor: PopulationMonitor
+    output: OutputGuard
 
     @property
     def alive(self) -> list[int]:
         """Numbers of the members that train."""
-        return [number for number, member in enumerate(self.members) if not member.failed]
+        return [number for number, member in enumerate(self.members) if member.trains]
+
+    def scores(
+        self, members: Sequence[Member], prompts: Sequence[Tensor], examples: Sequence[Sequence[Example]]
+    ) -> list[Tensor]:
+        """Scores of each member's examples with a prompt of its own, in shared passes; all ranks must call it."""
+        asked = [
+            Questions(prompt, rows, member.prepared.rows)
+            for member, prompt, rows in zip(members, prompts, examples, strict=True)
+        ]
+        budget = self.members[0].trainer.run.eval_tokens
+        return score_prompts(self.engine.backbone, asked, self.ranks, budget, self.watchdog.beat)
+
+    def evaluate(
+        self, members: Sequence[Member], prompts: Sequence[Tensor], examples: Sequence[Sequence[Example]]
+    ) -> list[Evaluation]:
+        """The metrics of `scores`."""
+        scores = self.scores(members, prompts, examples)
+        return [
+            evaluation_of(scores_NC, rows, member.prepared.task)
+            for scores_NC, rows, member in zip(scores, examples, members, strict=True)
+        ]
 
     def train(self) -> int:
-        """Steps all members until the last, or until a signal, whose number it returns; all ranks call it."""
-        stop, steps = StopRequest(self.ranks), self.members[0].trainer.run.max_steps
+        """Steps all members while any has steps left, or until a signal, whose number it returns. All ranks call it."""
+        stop = StopRequest(self.ranks)
         try:
-            while self.alive and (step := self.members[self.alive[0]].progress.step) < steps:
-                self.watchdog.doing(f"optimizer step {step + 1}")
+            while alive := self.alive:
+                self.watchdog.doing(f"optimizer step {self.members[alive[0]].progress.step + 1}")
                 self._step()
                 stopped = stop.agreed()
-                for number in self.alive:
-                    self._after_step(self.members[number], stopped)
-                self._tell(step + 1, steps)
+                self._after_step([self.members[number] for number in alive], stopped)
                 if stopped:
                     return stopped
         finally:
@@ -93,7 +121,7 @@ class PopulationTrainer:
                 for one, trainer in zip(drawn, (self.members[number].trainer for number in alive), strict=True)
             ]
             rows = [self.engine.rows[number] for number in alive]
-            population = population_row(steps, rows, shares_passes(backbone)).to(self.ranks.device)
+            population = population_row(steps, rows, backbone.shares_passes).to(self.ranks.device)
             losses = population_loss(self._trained(alive), backbone, population, self._options(steps))
             self.engine.backward_sums([loss.total for loss in losses], [one.global_count for one in drawn])
         self.engine.step_members([self._rate(member) for member in self.members])
@@ -127,37 +155,53 @@ class PopulationTrainer:
             return MemberRate(0.0)
         return MemberRate(learning_rate(run, member.progress.step), run.weight_decay, run.max_grad_norm)
 
-    def _after_step(self, member: Member, stopped: int) -> None:
-        member.progress.stopped_by = stopped
-        member.serve()
+    def _after_step(self, members: Sequence[Member], stopped: int) -> None:
+        """Logs, scores and saves the members that made this step, where it is one for it; see Trainer.after_step."""
+        step = members[0].progress.step
+        for member in members:
+            member.progress.stopped_by = stopped
+        due = members[0].trainer.due(members[0].progress)  # the same for all: none of its settings is a member's own
+        self.monitor.tick(step, len(members))
+        if not due.logs:
+            return
+        guards = {member.name: OutputGuard(self.ranks, member.trainer.output_dir) for member in members}
+        whole = [member for member in members if self._logged(member, guards[member.name])]
+        with self.output.writing():
+            self.monitor.train(step, [member.trainer.monitor.latest for member in whole])
+        if due.evaluates and whole:
+            self._select(whole, guards)
+        for member in whole:
+            if due.saves or not member.trains:
+                self.watchdog.doing(f"saving step {step} of {member.name}")
+                member.serve()
+                member.trainer.save(member.progress, guards[member.name])
+        for guard in (*guards.values(), self.output):
+            guard.agree()
+        for member in whole:
+            member.meter.restart_clock()
+
+    def _logged(self, member: Member, output: OutputGuard) -> bool:
+        """Whether the member's step was a whole one; one whose loss or gradient is not finite ends here."""
         try:
-            member.trainer.after_step(member.progress, member.meter)
+            member.trainer.log(member.progress, member.meter, output)
         except NonFiniteLossError as error:
             member.failed = str(error).split(";")[0]
             kept = f"the prompt of step {member.progress.best_step} stays" if member.progress.best else "none is kept"
             log.warning("warning: member %s: %s; %s, the others go on", member.name, member.failed, kept)
-            output = OutputGuard(self.ranks, member.trainer.output_dir)
             if self.ranks.is_main:
                 with output.writing():
                     write_json(output.folder / FAILED, {"step": member.progress.step, "failed": member.failed})
-            output.agree()
+            return False
+        return True
 
-    def _tell(self, step: int, steps: int) -> None:
-        """A line on the console where a step was logged, and one where prompts were scored."""
-        run = self.members[0].trainer.run
-        latest = [self.members[number].trainer.monitor.latest for number in self.alive]
-        scored = step == steps or (run.eval_every and step % run.eval_every == 0)
-        if not latest or not (scored or step % run.log_every == 0):
-            return
-        losses, seconds = [values.get("loss", 0.0) for values in latest], latest[0].get("step_seconds", 0.0)
-        log.info(
-            "step %d/%d  %d members  loss %.4f (%.4f to %.4f)  %.2f s/step  %.0f s left",
-            step, steps, len(latest), mean(losses), min(losses), max(losses), seconds, (steps - step) * seconds,
-        )  # fmt: skip
-        if scored:
-            scores = [held.score for number in self.alive if (held := self.members[number].progress.best) is not None]
-            if scores:
-                log.info(
-                    "step %d  selection rows, prompts that are kept: score %.3f (%.3f to %.3f)",
-                    step, mean(scores), min(scores), max(scores),
-                )  # fmt: skip
+    def _select(self, members: Sequence[Member], guards: Mapping[str, OutputGuard]) -> None:
+        step = members[0].progress.step
+        self.watchdog.doing(f"the evaluation behind step {step}")
+        prompts = [member.trainer.engine.prompt() for member in members]
+        results = self.evaluate(members, prompts, [member.trainer.select_examples for member in members])
+        for member, prompt, result in zip(members, prompts, results, strict=True):
+            member.trainer.select(member.progress, prompt, result, guards[member.name])
+        with self.output.writing():
+            self.monitor.evaluation(step, "select", results)
+        kept = [held.score for member in members if (held := member.progress.best) is not None]
+        self.monitor.selected(step, kept, [member.name for member in members if not member.trains])

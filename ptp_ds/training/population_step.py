@@ -58,13 +58,8 @@ class PopulationRow:
         return parts(self.row, [member.row for member in self.members], scores_BC)
 
 
-def shares_passes(backbone: Backbone) -> bool:
-    """Whether members' rows can share a pass: not where each has a head of its own, nor on the generic path."""
-    return backbone.packs and not backbone.head.trained
-
-
 def population_row(members: Sequence[MemberStep], prompts: Sequence[int], joined: bool = True) -> PopulationRow:
-    """prompts: rows of each member's prompt among all that is trained, in the members' order. joined: shares_passes."""
+    """prompts: rows of each member's prompt among all that is trained, in order. joined: Backbone.shares_passes."""
     row = join_rows([member.row for member in members], prompts) if joined else None
     return PopulationRow(tuple(members), tuple(prompts), row)
 

@@ -46,7 +46,8 @@ class NonFiniteLossError(UserError):
 class Progress:
     """What changes while training: optimizer steps done, timings of logged steps, and the prompt to keep.
 
-    best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that.
+    best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that;
+    stale: evaluations since it rose.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class Progress:
     best_prompt: Tensor | None = None
     best_step: int = 0
     highest: float = -math.inf
+    stale: int = 0
     step_seconds: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
@@ -67,6 +69,15 @@ class Carried:
 
     mine: Tensor | None = None
     whole: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is done behind a step: its values are logged, the prompt is scored on the selection rows, it is saved."""
+
+    logs: bool
+    evaluates: bool
+    saves: bool
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,10 @@ class Trainer:
     watchdog: Watchdog | None = None
 
     def train(self, progress: Progress) -> Progress:
-        """Runs from progress.step to run.max_steps, or until a signal; all ranks call it."""
+        """Runs from progress.step to the last step, or until a signal; all ranks call it."""
         stop, meter = StopRequest(self.ranks), Meter(self.ranks)
         try:
-            while progress.step < self.run.max_steps:
+            while self.goes_on(progress):
                 self._doing(f"optimizer step {progress.step + 1}")
                 self._optimizer_step(progress, meter)
                 progress.step += 1
@@ -118,6 +129,11 @@ class Trainer:
         """Something has moved: one pass of an evaluation (see Watchdog)."""
         if self.watchdog is not None:
             self.watchdog.beat()
+
+    def evaluate(self, trained: Tensor, examples: Sequence[Example]) -> Evaluation:
+        """The examples scored with a prompt; all ranks must call it."""
+        budget = self.run.eval_tokens
+        return evaluate(self.engine.backbone, trained, examples, self.task, self.ranks, budget, self.beat)
 
     def _doing(self, what: str) -> None:
         if self.watchdog is not None:
@@ -216,29 +232,41 @@ class Trainer:
             parts[place].copy_(part)
         return self.ranks.sum(whole).cpu()
 
+    def goes_on(self, progress: Progress) -> bool:
+        """Whether there are steps left: neither --max_steps nor --patience has ended the run."""
+        patient = not self.run.patience or progress.stale < self.run.patience
+        return patient and progress.step < self.run.max_steps
+
+    def due(self, progress: Progress) -> Due:
+        """What is done behind step progress.step."""
+        step, run = progress.step, self.run
+        ends = step == run.max_steps
+        evaluates = _due(step, run.eval_every) or ends
+        saves = _due(step, run.save_every) or ends or bool(progress.stopped_by)
+        return Due(_due(step, run.log_every) or evaluates or saves, evaluates, saves)
+
     def after_step(self, progress: Progress, meter: "Meter") -> None:
         """Logs, evaluates and saves where step progress.step is one for it; all ranks must call it.
 
         Raises NonFiniteLossError on every rank where the loss or the gradient isn't finite.
         """
-        step, run = progress.step, self.run
-        last = step == run.max_steps or bool(progress.stopped_by)
-        evaluates = _due(step, run.eval_every) or (step == run.max_steps)
-        saves = _due(step, run.save_every) or last
-        if not (_due(step, run.log_every) or evaluates or saves):
+        due = self.due(progress)
+        if not due.logs:
             return
         output = OutputGuard(self.ranks, self.output_dir)
-        self._log(progress, meter, output)
-        if evaluates:
-            self._doing(f"the evaluation behind step {step}")
-            self._select(progress, output)
-        if saves:
-            self._doing(f"saving step {step}")
-            self._save(progress, output)
+        self.log(progress, meter, output)
+        if due.evaluates:
+            self._doing(f"the evaluation behind step {progress.step}")
+            prompt = self.engine.prompt()
+            self.select(progress, prompt, self.evaluate(prompt, self.select_examples), output)
+        if due.saves or not self.goes_on(progress):
+            self._doing(f"saving step {progress.step}")
+            self.save(progress, output)
         output.agree()
         meter.restart_clock()
 
-    def _log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
+    def log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
+        """The values since the last logged step, to the monitor; NonFiniteLossError: see after_step."""
         window = meter.reduce(self.run.reg_weight)
         if window.bad_step >= 0:
             raise NonFiniteLossError(
@@ -263,13 +291,10 @@ class Trainer:
         with output.writing():
             self.monitor.train(progress.step, values)
 
-    def _select(self, progress: Progress, output: OutputGuard) -> None:
-        prompt = self.engine.prompt()
-        result = evaluate(
-            self.engine.backbone, prompt, self.select_examples, self.task, self.ranks, self.run.eval_tokens,
-            self.beat,
-        )  # fmt: skip
+    def select(self, progress: Progress, prompt: Tensor, result: Evaluation, output: OutputGuard) -> None:
+        """Keeps the prompt where its scores on the selection rows are good enough; see Evaluation."""
         marker = ""
+        progress.stale = 0 if result.score > progress.highest else progress.stale + 1
         progress.highest = max(progress.highest, result.score)
         if result.within_an_error_of(progress.highest):
             progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
@@ -282,8 +307,13 @@ class Trainer:
             "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, result.shown,
             result.cross_entropy, marker,
         )  # fmt: skip
+        if not self.goes_on(progress) and progress.step < self.run.max_steps:
+            log.info(
+                "step %d  %d evaluations without a higher score: training ends here", progress.step, progress.stale
+            )
 
-    def _save(self, progress: Progress, output: OutputGuard) -> None:
+    def save(self, progress: Progress, output: OutputGuard) -> None:
+        """A checkpoint of step progress.step; all ranks must call it."""
         tensors = self.engine.state()
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
@@ -294,6 +324,7 @@ class Trainer:
         if progress.best is not None:
             best = {
                 "step": progress.best_step, "evaluation": progress.best.as_dict(), "highest": progress.highest,
+                "stale": progress.stale,
             }  # fmt: skip
         if self.ranks.is_main:
             checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
@@ -315,6 +346,7 @@ def progress_from(checkpoint: Checkpoint) -> Progress:
         progress.best_step = int(checkpoint.best["step"])
         progress.best_prompt = checkpoint.tensors["best_prompt"]
         progress.highest = float(checkpoint.best.get("highest", progress.best.score))  # before it, best was highest
+        progress.stale = int(checkpoint.best.get("stale", 0))
     return progress
 
 

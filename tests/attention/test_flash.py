@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ptp_ds.attention import flash as flash_attention
 from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
-from ptp_ds.attention.plan import plan_tree
+from ptp_ds.attention.plan import plan_forest
 from ptp_ds.attention.tree import attend_reference
 from tests.support.trees import packed_rows
 
@@ -65,10 +65,17 @@ def played(monkeypatch):
 
 
 @given(
-    rows=packed_rows, prefix=st.integers(1, 4), groups=st.sampled_from([1, 3]),
+    trees=st.lists(packed_rows, min_size=1, max_size=3), prefix=st.integers(1, 4), groups=st.sampled_from([1, 3]),
     run=st.sampled_from([3, 1024]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_joined_parts_equal_the_reference(rows, prefix, groups, run, seed):
+def test_joined_parts_equal_the_reference(trees, prefix, groups, run, seed):
+    """One prefix under all rows; or a forest, its prefixes in any order, some twice, one under none."""
+    lengths = [prefix] if len(trees) == 1 else [prefix, 5, 1 + seed % 3]
+    numbers = [0] if len(trees) == 1 else torch.randint(3, (len(trees),), generator=torch.manual_seed(seed)).tolist()
+    rows = [block for tree in trees for block in tree]
+    assume(len({block.causal for block in rows}) == 1)
+    runs = list(zip(numbers, trees, strict=True))
+    prefix = sum(lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_attention, "flash_forward", play_forward)
         patch.setattr(flash_attention, "flash_backward", play_backward)
@@ -80,7 +87,7 @@ def test_joined_parts_equal_the_reference(rows, prefix, groups, run, seed):
         weight = torch.randn(shapes[0], dtype=torch.float64, generator=generator)
         sides = []
         for attend in (flash_attend, attend_reference):
-            out = attend(*leaves[:3], plan_tree(rows, 0, prefix, "cpu"), (leaves[3], leaves[4]), 0.5)
+            out = attend(*leaves[:3], plan_forest(runs, lengths, "cpu"), (leaves[3], leaves[4]), 0.5)
             sides.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
         for ours, wanted in zip(*sides, strict=True):
             torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
@@ -104,7 +111,7 @@ def test_the_kernels_take_the_arguments_they_are_given():
     rows, meta = [flash_attention.Block(6, (0, 3, 5), (-1, 0, 0))], torch.device("meta")
     shapes = [(6, 4, 64), (6, 2, 64), (6, 2, 64), (5, 2, 64), (5, 2, 64)]
     leaves = [torch.empty(shape, dtype=torch.bfloat16, device=meta).requires_grad_() for shape in shapes]
-    out = FlashTreeAttention.apply(*leaves, [prefix_part(6, 5, meta), *parts_of(rows, meta)], 0.125)
+    out = FlashTreeAttention.apply(*leaves, [prefix_part([6], [0], [5], meta), *parts_of(rows, meta)], 0.125)
     found = torch.autograd.grad(out.sum(), leaves)
     assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
     assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}

@@ -174,8 +174,8 @@ def test_wrong_settings(settings, message):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({}, "expected a JSON list of 1 to 1000 members"),
-        ([], "expected a JSON list of 1 to 1000 members"),
+        ({}, "expected a list of 1 to 1000 members"),
+        ([], "expected a list of 1 to 1000 members"),
         ([{"seed": 1}], r"member 1 is \{'seed': 1\}; expected an object with a name"),
         ([{"name": "a/b"}], "the name of member 1"),
         ([{"name": "a"}, {"name": "a"}], "two members are named 'a'"),

@@ -11,12 +11,26 @@ from hypothesis import strategies as st
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
+from ptp_ds.prompts.deep import deep_width
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.evaluate import Evaluation, ensemble_scores, least_score, outcome_of, plan_packs, score_examples
+from ptp_ds.training.evaluate import (
+    Evaluation,
+    Questions,
+    ensemble_scores,
+    least_score,
+    outcome_of,
+    plan_packs,
+    score_examples,
+    score_prompts,
+)
+from tests.support.encoders import make_encoder, make_head
 from tests.support.packed import make_prompt
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
 from tests.support.reference import make_examples, make_model, plain_scores, with_instruction
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 @settings(deadline=None)
@@ -176,3 +190,80 @@ def test_an_ensemble_from_the_command_line(tiny_model, tmp_path):
     one, other, both = scores("0"), scores("1"), scores("0", "1")
     torch.testing.assert_close(both.exp(), (one.softmax(-1) + other.softmax(-1)) / 2, atol=1e-5, rtol=1e-4)
     assert float((one - other).abs().max()) > 1e-2
+
+
+def questions(kind):
+    """A backbone and three prompts' examples: ragged answers, an instruction before some, passages that are shared."""
+    examples = [with_instruction(make_examples("ragged")), with_passages(make_examples("multi", seed=1)),
+                make_examples("single", seed=2)[:3]]  # fmt: skip
+    if kind in ("soft", "deep"):
+        backbone = Backbone(make_model("gemma2" if kind == "soft" else "llama"), prompt=kind, rows=TreeRows(kind))
+        layouts = [TreeRows(kind)] * 3
+    else:
+        layouts = [SeparateRows(kind=kind, prompt_length=length, mask_id=4, tail=(2,)) for length in (5, 3, 8)]
+        model = make_model("llama") if kind == "causal" else make_encoder("bert", kind)
+        backbone = Backbone(model, head=make_head(model, kind) if kind != "causal" else None, rows=layouts[0])
+    if kind == "classes":  # answers that are classes: the same number in every row
+        examples = [make_examples("single", seed=number) for number in range(3)]
+    generator = torch.Generator().manual_seed(5)
+    width = deep_width(backbone.model.config) if kind == "deep" else 32
+    asked = []
+    for length, own, rows in zip((5, 3, 8), examples, layouts, strict=True):
+        prompt = 0.3 * torch.randn(length, width, generator=generator)
+        shapes = backbone.head.trained.items()
+        head = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes}
+        asked.append(Questions(backbone.head.join(prompt, head), own, rows))
+    return backbone, asked
+
+
+@pytest.mark.parametrize("budget", [30, 4096])
+@pytest.mark.parametrize("kind", ["soft", "deep", "causal", "masked", "classes"])
+def test_several_prompts_score_in_shared_passes_as_each_does_alone(kind, budget):
+    """Prompts of three lengths, three kinds of rows; heads of their own take passes of their own."""
+    backbone, asked = questions(kind)
+    beats = []
+    found = score_prompts(backbone, asked, ALONE, budget, lambda: beats.append(1))
+    alone = []
+    for one, scores in zip(asked, found, strict=True):
+        backbone.serve(backbone.prompt, one.rows)
+        expected = score_examples(backbone, one.trained, one.examples, ALONE, budget, lambda: alone.append(1))
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
+    assert len(beats) == (3 if kind == "classes" else 1) if budget == 4096 else len(beats) > 3
+    assert len(alone) == 3 or budget == 30
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_share_out_the_passes_of_several_prompts(world):
+    """Every rank runs as many passes; together they score as one does."""
+    backbone, asked = questions("soft")
+    expected = score_prompts(backbone, asked, ALONE, 4096)
+    sums, passes = {}, []
+
+    class Played(Ranks):
+        def sum(self, tensor):
+            sums[self.rank] = tensor
+            return torch.stack(list(sums.values())).sum(0)
+
+    for rank in range(world):
+        beats = []
+        found = score_prompts(backbone, asked, Played(rank, world, rank, ALONE.device), 60, lambda b=beats: b.append(1))
+        passes.append(len(beats))
+    assert len(set(passes)) == 1
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=2e-5)
+
+
+@given(
+    units=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), min_size=1, max_size=40),
+    budget=st.integers(1, 200),
+)
+def test_a_pass_holds_its_prompts_too(units, budget):
+    owners, lengths = zip(*units, strict=True)
+    prefixes = [7, 0, 20, 3]
+    packs = plan_packs(lengths, budget, 1, owners, prefixes)
+    assert sorted(number for pack in packs for number in pack) == list(range(len(units)))
+    flat = [owners[number] for pack in packs for number in pack]
+    assert flat == sorted(flat), "a prompt's rows lie together"
+    for pack in packs:
+        used = sum(lengths[number] for number in pack) + sum(prefixes[owner] for owner in {owners[n] for n in pack})
+        assert used <= budget or len(pack) == 1

@@ -1,0 +1,105 @@
+"""What a population tells as a whole: lines and a progress bar on the console, means with their band in TensorBoard."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.training.evaluate import Evaluation
+
+log = get_logger(__name__)
+_BANDS = {
+    "train": ("loss", "cross_entropy", "divergence", "grad_norm"),
+    "select": ("score", "cross_entropy"),
+    "eval": ("score", "cross_entropy"),
+}
+
+
+class PopulationMonitor:
+    """Rank 0's records of all members; on other ranks every call does nothing.
+
+    TensorBoard, under folder/tensorboard: `members/<group>/<value>/mean`, `low` and `high`, one standard deviation
+    apart, which the custom scalars' page shows as a band; members/alive. Each member's own scalars lie in its folder.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, first_step: int, last_step: int) -> None:
+        self._board: Any = None
+        self._bar: Any = None
+        self.last_step, self._loss = last_step, math.nan
+        if not ranks.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board.add_custom_scalars(_layout())
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def tick(self, step: int, alive: int) -> None:
+        """Moves the progress bar to `step`; it shows how many members train and their latest mean loss."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{alive} members, loss {self._loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def train(self, step: int, values: Sequence[Mapping[str, float]]) -> None:
+        """A logged train step: each training member's values by scalar name (see Monitor.train)."""
+        if self._board is None or not values:
+            return
+        losses, seconds = [one["loss"] for one in values], values[0]["step_seconds"]
+        self._loss = mean(losses)
+        log.info(
+            "step %d/%d  %d members  loss %.4f (%.4f to %.4f)  %.2f s/step  %.0f s left", step, self.last_step,
+            len(values), self._loss, min(losses), max(losses), seconds, (self.last_step - step) * seconds,
+        )  # fmt: skip
+        for name in _BANDS["train"]:
+            self._band(f"members/train/{name}", step, [one[name] for one in values])
+        self._board.add_scalar("members/alive", len(values), step)
+        self._board.flush()
+
+    def evaluation(self, step: int, split: str, results: Sequence[Evaluation]) -> None:
+        """Each member's scores on `split` behind `step` optimizer steps."""
+        if self._board is None or not results:
+            return
+        self._band(f"members/{split}/score", step, [one.score for one in results])
+        self._band(f"members/{split}/cross_entropy", step, [one.cross_entropy for one in results])
+        self._board.flush()
+
+    def selected(self, step: int, kept: Sequence[float], ended: Sequence[str]) -> None:
+        """kept: selection scores of the prompts that members keep. ended: members that train no more."""
+        if kept:
+            log.info(
+                "step %d  selection rows, prompts that are kept: score %.3f (%.3f to %.3f)", step, mean(kept),
+                min(kept), max(kept),
+            )  # fmt: skip
+        if ended and step < self.last_step:
+            log.info("step %d  without a higher score for --patience evaluations, ended: %s", step, ", ".join(ended))
+
+    def close(self) -> None:
+        """Flushes and closes everything; safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _band(self, tag: str, step: int, values: Sequence[float]) -> None:
+        middle, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
+        for name, value in (("mean", middle), ("low", middle - spread), ("high", middle + spread)):
+            self._board.add_scalar(f"{tag}/{name}", value, step)
+
+
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """The custom scalars' page: a chart with a band for each value."""
+    return {
+        "all members: mean and standard deviation": {
+            f"{group} {name}": ["Margin", [f"members/{group}/{name}/{part}" for part in ("mean", "low", "high")]]
+            for group, names in _BANDS.items()
+            for name in names
+        }
+    }
