@@ -47,8 +47,10 @@ def start(tiny_model):
     """start(out, *args, launch=(), logs=None): a Run; whatever is left of it is killed at the end."""
     runs: list[Run] = []
 
-    def begin(out: Path, *args: object, launch: Sequence[str] = (), logs: Path | None = None) -> Run:
-        runs.append(Run(out, [*ARGS, "--model", tiny_model, *args], launch, logs or out.parent))
+    def begin(
+        out: Path, *args: object, launch: Sequence[str] = (), logs: Path | None = None, member: str = ""
+    ) -> Run:  # fmt: skip
+        runs.append(Run(out, [*ARGS, "--model", tiny_model, *args], launch, logs or out.parent, member))
         return runs[-1]
 
     yield begin
@@ -334,3 +336,30 @@ def test_two_hosts(hosts, whole, tmp_path, drill_row):
     assert json.loads((out / "result.json").read_text())["world_size"] == 1
     lost = "nothing saved; steps since the last checkpoint are done again, on one rank, equal to 1e-5"
     drill_row("a host vanishes", "ip link set eth0 down, --max_restarts 2", told, lost)
+
+
+@pytest.mark.slow
+def test_a_population_is_killed_stopped_and_started_again(start, tmp_path, drill_row):
+    """Three prompts on two ranks: a rank is killed and the launcher starts all anew; then a stop, and a resume."""
+    members = [{"name": "a", "seed": 1}, {"name": "b", "seed": 2, "prompt_length": 30},
+               {"name": "c", "seed": 3, "lr": 1e-9, "patience": 1}]  # fmt: skip
+    (tmp_path / "members.json").write_text(json.dumps(members))
+    given = ["--population", tmp_path / "members.json", "--max_steps", 80, "--save_every", 10, "--eval_every", 10]
+    whole, out, watched = tmp_path / "whole" / "run", tmp_path / "hit" / "run", "members/a"
+    assert start(whole, *given, member=watched).finish() == 0
+    run = start(out, *given, "--resume", "auto", launch=["--max_restarts", "1"], member=watched)
+    wait_until("a checkpoint of the last member", lambda: saved(out / "members" / "b"))
+    run.rank(1).kill()
+    wait_until("training goes on", lambda: run.step() >= 45)
+    run.remember()
+    run.launcher.terminate()
+    assert run.finish() == 128 + signal.SIGTERM, run.stderr[-3000:]
+    assert "stopped by signal 15; saved: --resume auto goes on" in run.stdout
+    again = start(out, *given, "--resume", "auto", member=watched, logs=tmp_path / "again")
+    assert again.finish() == 0, again.stderr[-3000:]
+    for name, step in (("a", 80), ("b", 80), ("c", 20)):
+        assert_same(out / "members" / name, whole / "members" / name, step)
+    summaries = [json.loads((folder / "population.json").read_text())["summary"] for folder in (out, whole)]
+    assert summaries[0] == summaries[1]
+    told = line_with(again.stdout, "resumed behind step")
+    drill_row("SIGKILL to a rank of a population, then SIGTERM", "kill, two ranks", told, "nothing behind a checkpoint")

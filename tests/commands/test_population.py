@@ -3,58 +3,14 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ptp_ds.config.population import VARIED, members_of
 from ptp_ds.config.run_config import RunConfig
+from tests.support.populations import QUICK, distance, require_same, state_of
 from tests.support.runs import check
-
-QUICK = ["--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--max_steps", "20", "--eval_every", "10",
-         "--save_every", "10", "--lr", "0.01", "--eval_tokens", "600"]  # fmt: skip
-
-
-def prompt_of(folder: Path) -> torch.Tensor:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
-
-
-def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "state.safetensors")
-
-
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def require_same(member: Path, alone: Path) -> None:
-    """Prompt, moments, scores and records of a member and of its run alone."""
-    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (member, alone))
-    for name in ("metrics", "best_step", "select_metrics", "majority", "steps", "seed", "task"):
-        assert ours[name] == theirs[name], name
-    assert ours["untrained"] == theirs["untrained"], "the very same passes"
-    for step in (10, 20):
-        mine, own = state_of(member, step), state_of(alone, step)
-        assert mine.keys() == own.keys()
-        for name in ("prompt", "exp_avg", "exp_avg_sq", "best_prompt"):
-            assert distance(mine[name], own[name]) < 1e-5, name
-        assert float(mine["adam_step"]) == step
-    assert distance(prompt_of(member), prompt_of(alone)) < 1e-5
-    lines = [
-        [
-            line
-            for text in (folder / "log.jsonl").read_text().splitlines()
-            if (line := json.loads(text))["kind"] != "eval"
-        ]
-        for folder in (member, alone)  # a run that was stopped has an evaluation more
-    ]
-    for mine, own in zip(*lines, strict=True):
-        assert (mine["step"], mine["kind"], mine.keys()) == (own["step"], own["kind"], own.keys())
-        for name in {"loss", "cross_entropy", "divergence", "delta_norm", "grad_norm", "accuracy"} & mine.keys():
-            assert mine[name] == pytest.approx(own[name], rel=1e-4, abs=1e-6), name
-
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "mask", "a2t", "free")]
 
@@ -129,6 +85,29 @@ def test_a_stopped_population_goes_on_as_if_it_had_not(run_train, tiny_model, tm
         ours, theirs = (tmp_path / run / "members" / name for run in ("half", "whole"))
         for key, tensor in state_of(theirs, 20).items():
             assert torch.equal(state_of(ours, 20)[key], tensor), key
+
+
+def test_patience_ends_a_member_and_the_others_go_on(run_train, tiny_model, tmp_path):
+    """One that learns nothing ends behind two evaluations; it stays so where the job is resumed, the other goes on."""
+    members = [{"name": "still", "lr": 1e-9, "patience": 1, "weight_decay": 0.0}, {"name": "long", "seed": 2}]
+    (tmp_path / "members.yaml").write_text(json.dumps(members))
+    args = [*QUICK, "--model", tiny_model, "--eval_every", "4", "--schedule_steps", "20"]
+    job = [*args, "--population", tmp_path / "members.yaml", "--output_dir", tmp_path / "all"]
+    done = check(run_train([*job, "--max_steps", "10"]))
+    assert "step 8  without a higher score for --patience evaluations, ended: still" in done.stdout
+    again = check(run_train([*job, "--resume", "auto"]))
+    assert "resumed behind step 10\n" in again.stdout
+    check(run_train([*args, "--seed", "2", "--output_dir", tmp_path / "long"]))
+    ours, theirs = (state_of(folder, 20) for folder in (tmp_path / "all" / "members" / "long", tmp_path / "long"))
+    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
+    lone = [*args, "--lr", "1e-9", "--output_dir", tmp_path / "still"]
+    told = check(run_train([*lone, "--patience", "1"])).stdout
+    assert "step 8  1 evaluations without a higher score: training ends here" in told
+    ours, theirs = (json.loads((folder / "result.json").read_text())
+                    for folder in (tmp_path / "all" / "members" / "still", tmp_path / "still"))  # fmt: skip
+    assert (ours["steps"], ours["best_step"], ours["metrics"]) == (8, 8, theirs["metrics"])
+    more = check(run_train([*lone, "--patience", "2", "--resume", "auto"])).stdout
+    assert "step 12  2 evaluations without a higher score: training ends here" in more
 
 
 def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model, tmp_path):

@@ -14,7 +14,10 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise
 from tests.support.encoders import ENCODERS
 from tests.support.paths import ROOT
-from tests.support.tiny import demo_texts
+from tests.support.populations import QUICK, require_same
+from tests.support.reference import REFUSED
+from tests.support.runs import check
+from tests.support.tiny import demo_texts, make_tokenizer
 from tests.support.zygote import run_script
 
 
@@ -26,6 +29,15 @@ def make_wordpiece():
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(demo_texts(), vocab_size=700, show_progress=False)
     return BertTokenizerFast(tokenizer_object=trained._tokenizer)
+
+
+def far_from_uniform(model):
+    """Weights so large that a gradient is no rounding; see tests.support.reference.make_model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def encoders(tmp_path_factory):
     for name, kind in (("bare", BertModel), ("masked", BertForMaskedLM)):
         torch.manual_seed(0)
         folders[name] = tmp_path_factory.mktemp("encoders") / name
-        kind(config).save_pretrained(folders[name])
+        far_from_uniform(kind(config)).save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
 
@@ -101,6 +113,44 @@ def test_answers_that_differ_from_row_to_row(run_train, encoders, tmp_path, mode
     assert done.returncode == 0, done.stderr[-2000:]
     assert again["metrics"] == result["metrics"]
     assert again["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def generic(tmp_path_factory):
+    """Folder of a causal model that takes no attention function from outside: rows are padded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("generic"), make_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("falcon", **{**REFUSED["falcon"], "vocab_size": len(tokenizer)})
+    far_from_uniform(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "prompt", "perturbation", "ranks"),
+    [
+        ("bare", "CB", "soft", "gaussian", 1),
+        pytest.param("bare", "CB", "soft", "pgd", 2, marks=pytest.mark.slow),
+        pytest.param("bare", "CB", "deep", "mask", 1, marks=pytest.mark.slow),
+        pytest.param("masked", "COPA", "soft", "pgd", 2, marks=pytest.mark.slow),
+        pytest.param("masked", "CB", "deep", "gaussian", 1, marks=pytest.mark.slow),
+        pytest.param("generic", "COPA", "soft", "pgd", 1, marks=pytest.mark.slow),
+        pytest.param("causal", "COPA", "deep", "pgd", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_members_of_every_kind_equal_lone_runs(
+    run_train, encoders, generic, tiny_model, tmp_path, model, task, prompt, perturbation, ranks
+):
+    """Where each has a head of its own, or rows are padded, members take passes of their own, in the same job."""
+    folder = {**encoders, "generic": generic, "causal": tiny_model}[model]
+    stage = "zero2" if model == "generic" else "zero3"
+    args = [*QUICK, "--model", folder, "--task", task, "--prompt", prompt, "--perturbation", perturbation,
+            "--ds_config", ROOT / "ds_configs" / f"{stage}.json"]  # fmt: skip
+    check(run_train([*args, "--seeds", "0", "7", "--output_dir", tmp_path / "all"], nproc=ranks))
+    check(run_train([*args, "--seed", "7", "--output_dir", tmp_path / "alone"], nproc=ranks))
+    require_same(tmp_path / "all" / "members" / "seed-7", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -25,10 +25,13 @@ def wait_until(what: str, holds: Callable[[], bool], seconds: float = _SECONDS) 
 
 
 class Run:
-    """scripts/train.py on two ranks by ptp_ds.launch.launcher, in a process group of its own, its output in files."""
+    """scripts/train.py on two ranks by ptp_ds.launch.launcher, in a process group of its own, its output in files.
 
-    def __init__(self, out: Path, args: Sequence[object], launch: Sequence[str], logs: Path) -> None:
-        self.out, self.logs = out, logs
+    member: of a population, the folder below --output_dir whose log is watched.
+    """
+
+    def __init__(self, out: Path, args: Sequence[object], launch: Sequence[str], logs: Path, member: str = "") -> None:
+        self.out, self.logs, self.member = out, logs, member
         self.logs.mkdir(parents=True, exist_ok=True)
         self.first = self.step()
         command = [sys.executable, "-m", "ptp_ds.launch", *launch, "--hostfile", str(ROOT / "hostfiles" / "local"),
@@ -52,7 +55,7 @@ class Run:
 
     def step(self) -> int:
         """The last logged step, 0 before there is one."""
-        log = self.out / "log.jsonl"
+        log = self.out / self.member / "log.jsonl"
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.is_file() else []
         return max((json.loads(line)["step"] for line in lines), default=0)
 

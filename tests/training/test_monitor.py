@@ -1,11 +1,16 @@
 """log.jsonl after an interruption, and the learning rate's file of record."""
 
+import io
 import json
+import sys
 
+import pytest
 import torch
 
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
+from ptp_ds.training.population_monitor import PopulationMonitor
 
 RANK0 = Ranks(0, 1, 0, torch.device("cpu"))
 VALUES = {"loss": 1.0, "cross_entropy": 1.0, "divergence": 0.0, "grad_norm": 1.0, "learning_rate": 0.1,
@@ -42,3 +47,47 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_peak_memory_is_that_of_a_process_with_torch():
     assert 1e8 < peak_memory_bytes(torch.device("cpu")) < 1e11
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {tag: [event.value for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}, board
+
+
+def test_a_population_has_means_with_their_band(tmp_path, capsys):
+    monitor = PopulationMonitor(tmp_path, RANK0, 0, 6)
+    monitor.train(2, [{**VALUES, "loss": loss} for loss in (1.0, 2.0, 6.0)])
+    monitor.train(4, [{**VALUES, "loss": 5.0}])  # two have ended
+    monitor.evaluation(4, "select", [Evaluation({}, score, 0.5, 0.5, 9) for score in (0.25, 0.75)])
+    monitor.selected(4, [0.25, 0.75], ["b"])
+    monitor.train(6, [])
+    monitor.close()
+    monitor.close()
+    found, board = scalars(tmp_path)
+    spread = 7**0.5  # of 1, 2, 6 around 3
+    assert found["members/train/loss/mean"] == [3.0, 5.0]
+    assert found["members/train/loss/low"] == pytest.approx([3 - spread, 5.0])
+    assert found["members/train/loss/high"] == pytest.approx([3 + spread, 5.0])
+    assert found["members/alive"] == [3, 1]
+    assert found["members/select/score/high"] == pytest.approx([0.5 + 0.125**0.5])
+    assert "custom_scalars__config__" in board.Tags()["tensors"]
+    told = capsys.readouterr().out
+    assert "step 2/6  3 members  loss 3.0000 (1.0000 to 6.0000)  0.50 s/step  2 s left" in told
+    assert "step 4  selection rows, prompts that are kept: score 0.500 (0.250 to 0.750)" in told
+    assert "step 4  without a higher score for --patience evaluations, ended: b" in told
+
+
+def test_the_bar_of_a_population_shows_who_trains(tmp_path, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    monitor = PopulationMonitor(tmp_path, RANK0, 0, 6)
+    monitor.train(1, [VALUES, {**VALUES, "loss": 2.0}])
+    monitor.tick(1, 2)
+    monitor.close()
+    assert "2 members, loss 1.5000" in shown.getvalue()
+    assert not PopulationMonitor(tmp_path / "none", Ranks(1, 2, 1, torch.device("cpu")), 0, 6).close()
+    assert not (tmp_path / "none").exists()
