@@ -8,6 +8,7 @@ from pathlib import Path
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.checks import describe_unread
 from ptp_ds.config.flags import StrictParser, parse_run
+from ptp_ds.config.population import is_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
@@ -31,8 +32,8 @@ _CLUSTER: dict[str, tuple[float | None, str, str]] = {
 }  # fmt: skip
 
 
-def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, RunConfig, set[str], str | None]:
-    """(cluster, run, the run's flags that were given, --json's file). Raises ValueError."""
+def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, RunConfig, set[str], str | None, int]:
+    """(cluster, run, the run's flags that were given, --json's file, --members). Raises ValueError."""
     parser = StrictParser(
         description=description, allow_abbrev=False, epilog="All flags of scripts/train.py are read as well."
     )
@@ -40,6 +41,8 @@ def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, Run
         shown = f"{text}{f', {unit}' if unit else ''}" + ("" if default is None else f" (default: {default:g})")
         kind = int if name in ("hosts", "gpus") else float
         parser.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=shown)
+    parser.add_argument("--members", type=int, default=1, help="prompts that train at once, as the flags say; or "
+                        "--seeds or --population as for scripts/train.py (default: 1)")  # fmt: skip
     parser.add_argument("--json", help="write the plans to this file")
     values, rest = parser.parse_known_args(argv)
     for name in _CLUSTER:
@@ -47,14 +50,18 @@ def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, Run
             raise UserError(f"--{name} is {getattr(values, name)}; expected a number above 0.")
     if values.usable > 1:
         raise UserError(f"--usable is {values.usable}; expected a share of at most 1.")
+    if values.members < 1:
+        raise UserError(f"--members is {values.members}; expected a whole number of 1 or more.")
     run, explicit = parse_run(rest)
+    if values.members > 1 and is_population(run):
+        raise UserError("--members and --seeds or --population both say how many prompts train; give one of them.")
     cluster = Cluster(
         hosts=values.hosts, gpus=values.gpus, gpu_memory=values.gpu_memory * _GIB * values.usable,
         interconnect=values.interconnect * _GB, local=values.local_interconnect * _GB,
         memory=values.memory_bandwidth * _GB, link=values.host_link * _GB, disk=values.disk * _GB,
         operations=values.tflops * 1e12,
     )  # fmt: skip
-    return cluster, run, explicit, values.json
+    return cluster, run, explicit, values.json, values.members
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
@@ -64,10 +71,10 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def _plan(argv: Sequence[str], description: str) -> None:
-    cluster, run, explicit, file = parse_plan(argv, description)
+    cluster, run, explicit, file, members = parse_plan(argv, description)
     for sentence in describe_unread(run, explicit):
         log.warning("warning: %s", sentence)
-    text, data = report(cluster, run, explicit)
+    text, data = report(cluster, run, explicit, members)
     print(text)
     if file is not None:
         write_json(Path(file), json.loads(json.dumps(data)))

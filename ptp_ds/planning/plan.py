@@ -6,7 +6,7 @@ those that ptp_ds.backbone.sharding counts, exactly. Seconds are a roofline: the
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,6 +155,14 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
         size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
         prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
         chunk_tokens=run.chunk_tokens, kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
+    )  # fmt: skip
+
+
+def population_load(loads: Sequence[Load]) -> Load:
+    """A step of several prompts, from each one's own: they share its gathers, and every rank holds all prompts."""
+    return replace(
+        loads[0], tokens=sum(load.tokens for load in loads), prefix=sum(load.prefix for load in loads),
+        prompt_elements=sum(load.prompt_elements for load in loads),
     )  # fmt: skip
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
 from ptp_ds.config.ds_config import read_ds_config
+from ptp_ds.config.population import is_population, members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import head_kind
 from ptp_ds.models.source import load_tokenizer
-from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, recommended
+from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, population_load, recommended
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 
@@ -42,8 +43,13 @@ def tokens_of(run: RunConfig, explicit: set[str], cluster: Cluster, config: Any)
     return round(run.batch_size * run.streams * mean), f"--batch_size {run.batch_size} rows of {mean:.0f} tokens"
 
 
-def plans(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[ModelShape, Load, str, list[Estimate]]:
-    """(the model's shapes, the step, where its tokens come from, a plan for each ds_config). Raises ValueError."""
+def plans(
+    cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 1
+) -> tuple[ModelShape, Load, str, list[Estimate]]:
+    """(the model's shapes, the step, where its tokens come from, a plan for each ds_config). Raises ValueError.
+
+    members: prompts that train at once, each as the run says; a run's own --seeds or --population say so themselves.
+    """
     config = config_of(run.model)
     kind = head_kind(config, run.head)
     if kind == "seq2seq":
@@ -51,7 +57,9 @@ def plans(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[ModelSh
     shape = shape_of(config, kind)
     tokens, source = tokens_of(run, explicit, cluster, config)
     size = 4 if run.precision == "fp32" else 2
-    load = load_of(run, shape, size, tokens, in_rows=kind != "causal" or run.target != "input")
+    runs = list(members_of(run).values()) if is_population(run) else [run] * members
+    in_rows = kind != "causal" or run.target != "input"
+    load = population_load([load_of(one, shape, size, tokens, in_rows) for one in runs])
     found = []
     for name in CONFIGS:
         layout = layout_of(name, read_ds_config(f"ds_configs/{name}.json"), cluster)
@@ -76,16 +84,17 @@ def _table(found: list[Estimate]) -> list[str]:
     return lines
 
 
-def report(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[str, dict[str, Any]]:
-    """(the text, the same as plain data)."""
-    shape, load, source, found = plans(cluster, run, explicit)
+def report(cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 1) -> tuple[str, dict[str, Any]]:
+    """(the text, the same as plain data). members: see plans."""
+    shape, load, source, found = plans(cluster, run, explicit, members)
+    members = len(members_of(run)) if is_population(run) else members
     best = recommended(found)
     lines = [
         f"{run.model}: {shape.elements / 1e9:.2f} billion weights, {shape.count} layers, "
         f"{'fp32' if load.size == 4 else 'half precision'}; {cluster.hosts} host(s) x {cluster.gpus} GPU(s), "
         f"{cluster.gpu_memory / _GIB:.0f} GiB usable each",
         f"{run.perturbation}, prompt {run.prompt} {run.prompt_length}; {load.tokens} tokens a step, {load.streams} "
-        f"stream(s) ({source})",
+        f"stream(s) ({source}{f', for each of {members} prompts' if members > 1 else ''})",
         "",
         *_table(found),
     ]
@@ -101,14 +110,17 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str]) -> tuple[str, d
     else:
         name = f"ds_configs/{best.layout.name}.json"
         lines.append(f"recommended: {name} ({best.bound} bound)")
-        ways = ", ".join(f"{best.most_tokens[way]} with --activations {way}" for way in ("keep", "recompute"))
-        lines.append(f"largest --tokens_per_step that fits: {ways}")
+        most = {way: tokens // members for way, tokens in best.most_tokens.items()}
+        ways = ", ".join(f"{most[way]} with --activations {way}" for way in ("keep", "recompute"))
+        each = " for each prompt" if members > 1 else ""
+        lines.append(f"largest --tokens_per_step{each} that fits: {ways}")
         lines += [
             f"{one.layout.name} would take {one.step_seconds:.2f} s, with weights rounded to int8: not the same model"
             for one in found if one.layout.int8 and one.fits and one.step_seconds < 0.95 * best.step_seconds
         ]  # fmt: skip
     data = {
-        "model": run.model, "elements": shape.elements, "cluster": asdict(cluster), "load": asdict(load),
+        "model": run.model, "members": members, "elements": shape.elements, "cluster": asdict(cluster),
+        "load": asdict(load),
         "recommended": best.layout.name if best else None,
         "plans": [asdict(one) | {"step_seconds": one.step_seconds, "bound": one.bound} for one in found],
     }  # fmt: skip

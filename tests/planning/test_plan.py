@@ -205,10 +205,10 @@ def test_the_script_plans_every_ready_config(capsys, tmp_path):
 
 def test_rows_of_a_task_are_counted_where_there_is_a_tokenizer(tiny_model):
     argv = ["--hosts", "1", "--gpus", "2", "--gpu_memory", "1", "--task", "COPA", "--batch_size", "6"]
-    cluster, run, explicit, _ = parse_plan([*argv, "--model", str(tiny_model), "--perturbation", "none"])
+    cluster, run, explicit, *_ = parse_plan([*argv, "--model", str(tiny_model), "--perturbation", "none"])
     _, load, source, _ = plans(cluster, run, explicit)
     assert source.startswith("--batch_size 6 rows of ")
-    cluster, run, explicit, _ = parse_plan([*argv, "--model", "llama-8b"])
+    cluster, run, explicit, *_ = parse_plan([*argv, "--model", "llama-8b"])
     _, other, source, _ = plans(cluster, run, explicit)
     assert "llama-8b has no tokenizer here" in source
     assert load.tokens < other.tokens == 2 * 4096
@@ -220,6 +220,11 @@ def test_rows_of_a_task_are_counted_where_there_is_a_tokenizer(tiny_model):
         (["--gpus", "8", "--gpu_memory", "80"], "The following arguments are required: --hosts"),
         (["--hosts", "0", "--gpus", "8", "--gpu_memory", "80"], "--hosts is 0; expected a number above 0"),
         (["--hosts", "1", "--gpus", "8", "--gpu_memory", "80", "--usable", "2"], "--usable is 2.0; expected a share"),
+        (["--hosts", "1", "--gpus", "8", "--gpu_memory", "80", "--members", "0"], "--members is 0; expected a whole"),
+        (
+            ["--hosts", "1", "--gpus", "8", "--gpu_memory", "80", "--members", "2", "--seeds", "0-3"],
+            "--members and --seeds or --population both say how many prompts train",
+        ),
         (["--hosts", "1", "--gpus", "8", "--gpu_memory", "80", "--modle", "x"], "did you mean '--model'"),
         (
             ["--hosts", "1", "--gpus", "8", "--gpu_memory", "80", "--model", "no/such"],
@@ -230,6 +235,25 @@ def test_rows_of_a_task_are_counted_where_there_is_a_tokenizer(tiny_model):
 def test_user_errors_are_one_sentence(capsys, argv, message):
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_population_shares_the_gathers(tmp_path):
+    """N prompts take N times the tokens, prefixes and optimizer, and the gathers of one."""
+    (tmp_path / "members.yaml").write_text("- {name: a, prompt_length: 10}\n- {name: b, prompt_length: 30}\n")
+    argv = ["--hosts", "2", "--gpus", "8", "--gpu_memory", "80", "--model", "llama-8b", "--tokens_per_step", "8000"]
+
+    def planned(*more):
+        cluster, run, explicit, _, members = parse_plan([*argv, *more])
+        _, load, _, found = plans(cluster, run, explicit, members)
+        return load, [one.gathered_bytes for one in found]
+
+    one, gathered = planned()
+    for number, flags in ((8, ["--members", "8"]), (32, ["--seeds", "0-31"])):
+        load, same = planned(*flags)
+        assert (load.tokens, load.prefix, load.gathers) == (8000 * number, one.prefix * number, one.gathers)
+        assert load.prompt_elements == one.prompt_elements * number
+        assert same == gathered
+    assert planned("--population", str(tmp_path / "members.yaml"))[0].prefix == 40
 
 
 def test_a_perturbation_of_ones_own_is_refused(tmp_path):
@@ -245,7 +269,7 @@ def test_every_named_model_is_planned():
     assert set(NAMED) >= {"llama-8b", "llama-70b", "llama-405b"}
     for name in NAMED:
         argv = ["--hosts", "2", "--gpus", "4", "--gpu_memory", "80", "--model", name]
-        cluster, run, explicit, _ = parse_plan(argv)
+        cluster, run, explicit, *_ = parse_plan(argv)
         assert len(plans(cluster, run, explicit)[3]) == 6
 
 
