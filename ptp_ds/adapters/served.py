@@ -32,7 +32,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, tokenise
 from ptp_ds.tasks.example import Example
-from ptp_ds.training.evaluate import ensemble_scores, score_examples
+from ptp_ds.training.evaluate import Questions, ensemble_scores, score_prompts
 
 log = get_logger(__name__)
 
@@ -91,11 +91,16 @@ class Served:
 
         budget: tokens of a pass on each rank. Every rank must call it. Raises ValueError where a head doesn't fit.
         """
-        head, found = backbone.head, []
-        for folder, prompt in zip(self.folders, self.prompts, strict=True):
-            trained = head.join(prompt, read_head(folder, head.trained))
-            found.append(score_examples(backbone, trained, examples, ranks, budget))
-        return ensemble_scores(found)
+        asked = [Questions(trained, examples, self.rows) for trained in self.trained(backbone)]
+        return ensemble_scores(score_prompts(backbone, asked, ranks, budget))
+
+    def trained(self, backbone: Backbone) -> list[Tensor]:
+        """All that is trained of each adapter: the prompt's rows, then those of its head. ValueError: see score."""
+        head = backbone.head
+        return [
+            head.join(prompt, read_head(folder, head.trained))
+            for folder, prompt in zip(self.folders, self.prompts, strict=True)
+        ]
 
 
 def serve(

@@ -65,12 +65,20 @@ def said_once(logger: str) -> Iterator[None]:
         logging.getLogger(logger).removeFilter(is_new)
 
 
-def prepare_population(run: RunConfig, explicit: Collection[str]) -> dict[str, Prepared]:
-    """Every member, prepared as a run of its own in members/<name> of --output_dir; see one_run.prepare."""
+Changes = Mapping[str, Mapping[str, Any]]  # by a member's name, what differs from the run
+
+
+def prepare_population(
+    run: RunConfig, explicit: Collection[str], changes: Changes | None = None
+) -> dict[str, Prepared]:
+    """Every member, prepared as a run of its own in members/<name> of --output_dir; see one_run.prepare.
+
+    changes: see members_of.
+    """
     if run.seeds is not None and "seed" in explicit:
         raise UserError("--seed and --seeds both say which seeds train; give one of them.")
     folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
-    members = members_of(run)
+    members = members_of(run, changes)
     with said_once(_PREPARES):
         for name, member in members.items():
             where = None if folder is None else str(folder / "members" / name)
@@ -116,10 +124,13 @@ def _failed(prepared: Prepared) -> str:
     return str(record.get("failed", "")) if isinstance(record, dict) else ""
 
 
-def train_population(run: RunConfig, explicit: Collection[str] = ()) -> int:
-    """All members on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare)."""
+def train_population(run: RunConfig, explicit: Collection[str] = (), changes: Changes | None = None) -> int:
+    """All members on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare).
+
+    changes: see members_of.
+    """
     alone = not is_launched()
-    members = prepare_population(run, explicit)
+    members = prepare_population(run, explicit, changes)
     watchdog = Watchdog(run.stall_timeout, env_rank())
     try:
         ranks = start_processes()

@@ -27,10 +27,11 @@ def is_population(run: RunConfig) -> bool:
     return run.seeds is not None or run.population is not None
 
 
-def members_of(run: RunConfig) -> dict[str, RunConfig]:
+def members_of(run: RunConfig, changes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, RunConfig]:
     """Each member's own run, by its name, in order; output_dir and resume are left to the caller.
 
-    Raises UserError for what is no list of seeds or members, and for settings that a member can't have of its own.
+    changes: what differs by member, where neither --seeds nor --population says it. Raises UserError for
+    what is no list of seeds or members, and for settings that a member can't have of its own.
     """
     if run.seeds is not None and run.population is not None:
         raise UserError("--seeds and --population both say who the members are; give one of them.")
@@ -42,10 +43,10 @@ def members_of(run: RunConfig) -> dict[str, RunConfig]:
         raise UserError("--precision fp16 scales one run's loss; use bf16 or fp32 with --seeds and --population.")
     alone = replace(run, seeds=None, population=None, output_dir=None, resume=None)
     if run.seeds is not None:
-        changes: dict[str, dict[str, Any]] = {f"seed-{seed}": {"seed": seed} for seed in _seeds(run.seeds)}
-    else:
-        assert run.population is not None
+        changes = {f"seed-{seed}": {"seed": seed} for seed in seeds_of(run.seeds, "--seeds")}
+    elif run.population is not None:
         changes = _read_members(run.population)
+    assert changes is not None
     found = {}
     for name, own in changes.items():
         try:
@@ -62,17 +63,17 @@ def members_of(run: RunConfig) -> dict[str, RunConfig]:
     return found
 
 
-def _seeds(text: str) -> list[int]:
-    """Numbers and ranges, such as 0-9 or 0 1 2."""
+def seeds_of(text: str, where: str) -> list[int]:
+    """Numbers and ranges, such as 0-9 or 0 1 2; UserError, which begins with `where`, for anything else."""
     found: list[int] = []
     for word in text.split():
         both = _RANGE.fullmatch(word)
         first, last = (int(both[1]), int(both[2])) if both else (int(word), int(word)) if _is_number(word) else (1, 0)
         if not first <= last < first + _MOST:
-            raise UserError(f"--seeds {brief(text)}: {word!r} is no seed; expected numbers and ranges such as 0-9.")
+            raise UserError(f"{where} {brief(text)}: {word!r} is no seed; expected numbers and ranges such as 0-9.")
         found += range(first, last + 1)
     if not found or len(set(found)) < len(found) or len(found) > _MOST:
-        raise UserError(f"--seeds {brief(text)}: expected 1 to {_MOST} seeds, each once.")
+        raise UserError(f"{where} {brief(text)}: expected 1 to {_MOST} seeds, each once.")
     return found
 
 

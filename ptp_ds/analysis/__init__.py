@@ -1,0 +1,1 @@
+"""What trained prompts show: studies over methods, tasks and seeds, landscapes, robustness; tables and pictures."""

@@ -1,0 +1,139 @@
+"""A study's rows as tables: scores over seeds by method, comparisons with the baseline, csv and Markdown."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+from ptp_ds.analysis.statistics import Comparison, Spread, compare, holm, spread_of
+from ptp_ds.analysis.study import Row
+
+ALL = "all tasks"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A study's outcome. tasks, methods: in the study's order. baseline: what methods are compared with."""
+
+    rows: Sequence[Row]
+    tasks: Sequence[str]
+    methods: Sequence[str]
+    baseline: str
+
+    def of(self, task: str, method: str) -> list[Row]:
+        """The rows of one cell, by seed."""
+        return sorted((r for r in self.rows if (r.task, r.method) == (task, method)), key=lambda row: row.seed)
+
+    def scores(self, task: str, method: str) -> dict[int, float]:
+        """Scores by seed, of those that have one."""
+        return {row.seed: row.score for row in self.of(task, method) if row.score is not None}
+
+    def spread(self, task: str, method: str) -> Spread | None:
+        """None where no seed has a score."""
+        scores = list(self.scores(task, method).values())
+        return spread_of(scores) if scores else None
+
+    def comparison(self, task: str, method: str) -> Comparison | None:
+        """The method against the baseline, over the seeds that both have; over pairs of task and seed for ALL."""
+        sides: list[dict[object, float]] = []
+        for name in (method, self.baseline):
+            tasks = self.tasks if task == ALL else [task]
+            sides.append({(one, seed): score for one in tasks for seed, score in self.scores(one, name).items()})
+        return compare(sides[0], sides[1])
+
+
+def markdown(cells: Cells, title: str, pictures: Sequence[str] = ()) -> str:
+    """report.md: a table of scores, then of comparisons. pictures: files beside it."""
+    lines = [f"# {title}", "", *_scores(cells), ""]
+    others = [method for method in cells.methods if method != cells.baseline]
+    if others and cells.baseline in cells.methods:
+        lines += [*_comparisons(cells, others), ""]
+    lines += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _scores(cells: Cells) -> list[str]:
+    """Mean, spread and worst seed of every cell; the last lines are means over the tasks that all methods have."""
+    lines = [
+        "Scores of the kept prompts on the reported rows (mean of the task's metrics) over seeds: mean, standard "
+        "deviation, worst seed and how far it lies below the mean.", "",
+        "| task | method | seeds | mean | std | worst | gap | failed | untrained | majority |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for task in cells.tasks:
+        for method in cells.methods:
+            rows, spread = cells.of(task, method), cells.spread(task, method)
+            if not rows:
+                continue
+            failed = sum(row.failed is not None for row in rows)
+            shown = ["-"] * 4 if spread is None else [_shown(x) for x in _of(spread)]
+            lines.append(
+                f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {failed} | "
+                f"{mean(row.untrained for row in rows):.3f} | {rows[0].majority:.3f} |"
+            )
+    if len(cells.tasks) > 1:
+        for method in cells.methods:
+            spreads = [cells.spread(task, method) for task in cells.tasks]
+            if all(spread is not None for spread in spreads):
+                means = zip(*(_of(spread) for spread in spreads if spread is not None), strict=True)
+                shown = [_shown(mean(column) if None not in column else None) for column in means]  # type: ignore[arg-type]
+                lines.append(f"| {ALL} | {method} | | {' | '.join(shown)} | | | |")
+    return lines
+
+
+def _of(spread: Spread) -> tuple[float, float | None, float, float]:
+    return spread.mean, spread.std, spread.least, spread.gap
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
+    lines = [
+        f"Against {cells.baseline} on the same seeds: mean gain and ratio of standard deviations with 95 % bootstrap "
+        "intervals over pairs; p by sign flips, two-sided, then with Holm's correction over the tasks of a method; the "
+        "worst seed's gain.", "",
+        "| task | method | pairs | gain | interval | std ratio | interval | p | p (Holm) | worst seed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for method in methods:
+        found = {task: cells.comparison(task, method) for task in cells.tasks}
+        corrected = holm({task: one.p for task, one in found.items() if one is not None})
+        if len(cells.tasks) > 1:
+            found[ALL] = cells.comparison(ALL, method)
+        for task, one in found.items():
+            if one is None:
+                continue
+            p_holm = corrected.get(task)
+            lines.append(
+                f"| {task} | {method} | {one.pairs} | {one.gain:+.3f} | {_interval(one.gain_interval, '+.3f')} | "
+                f"{_ratio(one.spread_ratio)} | {_interval(one.spread_interval, '.2f')} | {_p(one.p)} | {_p(p_holm)} | "
+                f"{one.worst_gain:+.3f} |"
+            )
+    return lines
+
+
+def _interval(bounds: tuple[float, float] | None, form: str) -> str:
+    return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
+    """A line a prompt; a metric that a task hasn't is left empty."""
+    metrics = sorted({name for row in rows for name in row.metrics or ()})
+    plain = [name for name in Row.__dataclass_fields__ if name != "metrics"]
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*plain, *metrics])
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            writer.writerow({**(values.pop("metrics") or {}), **values})

@@ -1,0 +1,124 @@
+"""Scores over seeds: their spread, and how a method compares with another on the same seeds.
+
+Tests and intervals are SciPy's; Holm's correction (Scandinavian Journal of Statistics 6, 1979) is a few lines here,
+since SciPy has none.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+_RESAMPLES = 9999  # of an interval; more sign flips than these are drawn, fewer are all looked at
+_SHARE = 0.95  # that an interval covers
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores of several seeds: mean, standard deviation with n - 1 (None of one score), least, largest, how many."""
+
+    mean: float
+    std: float | None
+    least: float
+    largest: float
+    count: int
+
+    @property
+    def gap(self) -> float:
+        """How far the worst seed lies below the mean."""
+        return self.mean - self.least
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against another on the same seeds.
+
+    gain: mean difference of scores; gain_interval: its 95 % bootstrap interval over pairs. spread_ratio: the method's
+    standard deviation over the other's, with an interval over the same resampled pairs; None where the other has none.
+    p: of the hypothesis that differences are as likely below as above 0, by exact sign flips, two-sided.
+    worst_gain: difference of the worst seeds. pairs: seeds that both have.
+    """
+
+    gain: float
+    gain_interval: tuple[float, float] | None
+    spread_ratio: float | None
+    spread_interval: tuple[float, float] | None
+    p: float | None
+    worst_gain: float
+    pairs: int
+
+
+def spread_of(scores: Sequence[float]) -> Spread:
+    """The scores' Spread; ValueError for none."""
+    if not len(scores):
+        raise ValueError("no scores")
+    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    return Spread(float(np.mean(scores)), std, min(scores), max(scores), len(scores))
+
+
+def compare(ours: Mapping[object, float], theirs: Mapping[object, float], seed: int = 0) -> Comparison | None:
+    """Scores by seed (or by task and seed) of a method and of what it is held against; None without a common one."""
+    common = [key for key in ours if key in theirs]
+    if not common:
+        return None
+    left, right = (np.array([side[key] for key in common]) for side in (ours, theirs))
+    differences = left - right
+    several = len(common) > 1
+    intervals = _intervals(left, right, seed) if several else (None, None)
+    base = float(np.std(right, ddof=1)) if several else 0.0
+    return Comparison(
+        gain=float(differences.mean()), gain_interval=intervals[0],
+        spread_ratio=float(np.std(left, ddof=1)) / base if base > 0 else None,
+        spread_interval=intervals[1] if base > 0 else None, p=sign_flip_p(differences, seed) if several else None,
+        worst_gain=float(left.min() - right.min()), pairs=len(common),
+    )  # fmt: skip
+
+
+def sign_flip_p(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of the mean difference under random signs: exact up to 13 pairs, else 9,999 draws of signs."""
+    values = np.asarray(differences, dtype=float)
+    found = stats.permutation_test(
+        (values,), lambda x, axis=-1: x.mean(axis=axis), permutation_type="samples", vectorized=True,
+        n_resamples=_RESAMPLES, alternative="two-sided", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Each p with Holm's correction for how many were tested; None stays None."""
+    tested = sorted((p, name) for name, p in p_values.items() if p is not None)
+    corrected: dict[str, float | None] = dict.fromkeys(p_values)
+    highest = 0.0
+    for rank, (p, name) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        corrected[name] = highest
+    return corrected
+
+
+def _intervals(
+    left: np.ndarray, right: np.ndarray, seed: int
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """95 % percentile intervals of the mean difference and of the ratio of standard deviations, pairs resampled."""
+
+    def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+        spread = theirs.std(axis=axis, ddof=1)
+        return np.divide(ours.std(axis=axis, ddof=1), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+
+    def gain(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (ours - theirs).mean(axis=axis)
+
+    found = []
+    for statistic in (gain, ratio):
+        # Resamples that drew one pair over and over have no spread, and no ratio: they are left out.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            resampled = stats.bootstrap(
+                (left, right), statistic, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
+                confidence_level=_SHARE, rng=np.random.default_rng(seed),
+            ).bootstrap_distribution  # fmt: skip
+        resampled = resampled[np.isfinite(resampled)]
+        bounds = np.percentile(resampled, [50 * (1 - _SHARE), 50 * (1 + _SHARE)]) if len(resampled) else None
+        found.append((float(bounds[0]), float(bounds[1])) if bounds is not None else None)
+    return found[0], found[1]

@@ -1,0 +1,200 @@
+"""What a study file says: methods x tasks x seeds, each (method, task) a cell whose seeds train as one population."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ptp_ds.config.checks import require_valid
+from ptp_ds.config.flags import require_type
+from ptp_ds.config.population import VARIED, seeds_of
+from ptp_ds.config.presets import with_preset
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.files import brief, is_file, nearest, plain_name, read_json
+from ptp_ds.settings_file import read_settings
+
+_KEYS = ("settings", "seeds", "draws", "tasks", "methods", "baseline")
+_OF_A_JOB = ("output_dir", "resume", "seed", "seeds", "population", "config")
+_DRAW = "{draw}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task. run: what its members share; members: by name, what differs; explicit: named settings."""
+
+    method: str
+    task: str
+    run: RunConfig
+    members: dict[str, dict[str, Any]]
+    explicit: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.method}"
+
+    def folder(self, out: Path) -> Path:
+        """Where the cell's population lies below the study's folder."""
+        return out / "cells" / self.task / self.method
+
+
+@dataclass(frozen=True)
+class Study:
+    """cells: in the file's order, task by task. baseline: the method that the others are compared with."""
+
+    cells: tuple[Cell, ...]
+    baseline: str
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    def part(self, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> "Study":
+        """The cells of these methods and tasks alone; UserError for one that the study hasn't."""
+        for flag, asked, known in (("--methods", methods, self.methods), ("--tasks", tasks, self.tasks)):
+            for name in asked or ():
+                if name not in known:
+                    raise UserError(f"{flag} {name}: the study has {', '.join(known)}{nearest(name, known)}.")
+        cells = [c for c in self.cells if (not methods or c.method in methods) and (not tasks or c.task in tasks)]
+        return replace(self, cells=tuple(cells))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt's outcome. score: mean of its metrics, None for one that failed before it kept a prompt; seconds: of
+    a step of its whole cell."""
+
+    task: str
+    method: str
+    seed: int
+    score: float | None
+    metrics: Mapping[str, float] | None
+    untrained: float
+    majority: float
+    best_step: int
+    steps: int
+    failed: str | None
+
+
+def read_study(file: str) -> Study:
+    """The study of a JSON or YAML file. Raises UserError for what it can't be."""
+    where = f"--study {file}"
+    given = read_settings(file, where)
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: expected {', '.join(_KEYS)}; see docs/studies.md.")
+    if unknown := next((key for key in given if key not in _KEYS), None):
+        raise UserError(f"{where}: unknown key {brief(unknown)}{nearest(unknown, list(_KEYS))}.")
+    tasks, methods = (_named(given.get(name), f"{where}: {name}") for name in ("tasks", "methods"))
+    common = _settings(given.get("settings", {}), f"{where}: settings")
+    seeds = seeds_of(_words(given.get("seeds", "0-9"), f"{where}: seeds"), f"{where}: seeds")
+    draws = given.get("draws", [])
+    if not isinstance(draws, Sequence) or isinstance(draws, str) or any(isinstance(d, list | dict) for d in draws):
+        raise UserError(f"{where}: draws is {brief(draws)}; expected a list of names or numbers.")
+    baseline = given.get("baseline", next(iter(methods)))
+    if baseline not in methods:
+        raise UserError(f"{where}: baseline is {brief(baseline)}; expected one of {', '.join(methods)}.")
+    cells = [
+        _cell(method, task, {**common, **own, **of_task}, seeds, draws, where)
+        for task, of_task in tasks.items()
+        for method, own in methods.items()
+    ]
+    return Study(tuple(cells), baseline)
+
+
+def _words(value: Any, where: str) -> str:
+    """Seeds as --seeds takes them: a text, a number, or a list of these."""
+    values = value if isinstance(value, list) else [value]
+    if not values or any(not isinstance(one, int | str) or isinstance(one, bool) for one in values):
+        raise UserError(f"{where} is {brief(value)}; expected seeds such as 0-9 or [0, 1, 2].")
+    return " ".join(map(str, values))
+
+
+def _named(value: Any, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(f"{where} is {brief(value)}; expected names, each with its settings.")
+    found = {}
+    for name, own in value.items():
+        found[plain_name(name, f"{where}: a name")] = _settings(own or {}, f"{where}: {name}")
+    return found
+
+
+def _settings(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {brief(value)}; expected settings of scripts/train.py.")
+    for name, one in value.items():
+        known = [field for field in RunConfig.__dataclass_fields__ if field not in _OF_A_JOB]
+        if name not in known:
+            raise UserError(f"{where}: unknown setting {brief(name)}{nearest(name, known)}.")
+        require_type(where, name, one)
+    return dict(value)
+
+
+def _cell(
+    method: str, task: str, settings: dict[str, Any], seeds: Sequence[int], draws: Sequence[Any], where: str
+) -> Cell:
+    """The cell whose members are the seeds, each with its draw in the place of {draw}."""
+    drawn = [name for name, value in settings.items() if isinstance(value, str) and _DRAW in value]
+    if drawn and not draws:
+        raise UserError(f"{where}: {task}: {drawn[0]} has {_DRAW}, and there are no draws; list them under draws.")
+    if fixed := next((name for name in drawn if name not in VARIED), None):
+        raise UserError(f"{where}: {task}: {fixed} is the same for all seeds; it can't have {_DRAW}.")
+    members = {}
+    for place, seed in enumerate(seeds):
+        draw = {name: settings[name].replace(_DRAW, str(draws[place % len(draws)])) for name in drawn}
+        members[f"seed-{seed}"] = {"seed": seed, **draw}
+    first = {**settings, **next(iter(members.values()))}
+    try:
+        run = RunConfig(**with_preset(first))
+        require_valid(run)
+    except UserError as error:
+        raise UserError(f"{where}: {method} on {task}: {error}") from None
+    return Cell(method, task, run, members, frozenset(settings))
+
+
+def finished(cell: Cell, out: Path) -> bool:
+    """Whether the cell has its result; UserError where that is one of other settings than the study file's."""
+    record = cell.folder(out) / "population.json"
+    if not is_file(record):
+        return False
+    found = {one["name"]: one["settings"] for one in _members(record)}
+    for name, own in cell.members.items():
+        if name not in found:
+            raise UserError(f"{record} has no member {name}: it is of another study; give another --output_dir.")
+        wanted = asdict(replace(cell.run, **own))
+        for setting, value in wanted.items():
+            if setting not in _OF_A_JOB and found[name].get(setting, value) != value:
+                raise UserError(
+                    f"{record} was run with {setting} {brief(found[name][setting])}, the study says {brief(value)}; "
+                    "give another --output_dir, or remove that cell's folder."
+                )
+    return True
+
+
+def rows_of(cell: Cell, out: Path) -> list[Row]:
+    """The outcome of a finished cell's seeds."""
+    found = []
+    for one in _members(cell.folder(out) / "population.json"):
+        if one["name"] not in cell.members:
+            continue
+        metrics, settings = one["metrics"], one["settings"]
+        found.append(
+            Row(
+                task=cell.task, method=cell.method, seed=settings["seed"], metrics=metrics,
+                score=mean(metrics.values()) if metrics else None, untrained=mean(one["untrained"].values()),
+                majority=one["majority"], best_step=one["best_step"], steps=one["steps"], failed=one["failed"],
+            )
+        )  # fmt: skip
+    return found
+
+
+def _members(record: Path) -> list[dict[str, Any]]:
+    value = read_json(record, str(record))
+    members = value.get("members") if isinstance(value, dict) else None
+    if not isinstance(members, list) or not all(isinstance(one, dict) and "settings" in one for one in members):
+        raise UserError(f"{record} can't be read: no record of a population; remove it to run its cell again.")
+    return members

@@ -1,0 +1,224 @@
+"""scripts/landscape.py: cross-entropy around trained prompts, as pictures on one scale and as numbers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ptp_ds.adapters.origin import adapter_rows, adapter_split
+from ptp_ds.adapters.read import adapter_folder
+from ptp_ds.adapters.served import Served, alone, serve, whole
+from ptp_ds.adapters.task import adapter_task
+from ptp_ds.analysis.landscape import (
+    InputLoss,
+    Plane,
+    Subject,
+    input_axes,
+    input_plane,
+    prompt_plane,
+)
+from ptp_ds.analysis.pictures import figure, landscapes
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.commands.exits import run_command
+from ptp_ds.config.flags import StrictParser
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.files import write_json
+from ptp_ds.precision import PRECISIONS
+from ptp_ds.ranks.distributed import env_world, prepare_environment
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.tasks.example import Example
+
+log = get_logger(__name__)
+SPACES = ("input", "prompt")
+_LABELS = {"input": ("gradient direction", "random orthogonal direction"),
+           "prompt": ("first random direction", "second random direction")}  # fmt: skip
+
+
+def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
+    )
+    parser.add_argument("--output_dir", required=True, help="landscape-<space>.png and .npz, landscape.json and "
+                        "tensorboard/ go here")  # fmt: skip
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=SPACES,
+                        help="a delta on the rows' embeddings, or the prompt itself (default: both)")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=16, help="rows of the split (default: 16)")
+    parser.add_argument("--split", help="default: the one that the first adapter's run reported")
+    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
+    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
+    parser.add_argument("--grid", type=int, default=41, help="points of an axis, odd (default: 41)")
+    parser.add_argument("--radius", type=float, default=1.0, help="input: half an axis, in mean embedding norms, of a "
+                        "whole row as in pgd's epsilon (default: 1)")  # fmt: skip
+    parser.add_argument("--prompt_radius", type=float, default=1.0, help="prompt: half an axis, in norms of the "
+                        "prompt's own tokens (default: 1)")  # fmt: skip
+    parser.add_argument("--radii", type=float, nargs="+", help="radii whose rises are told (default: a tenth, a "
+                        "quarter, half and all of the axis)")  # fmt: skip
+    parser.add_argument("--model", help="default: where the first adapter says")
+    parser.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--eval_tokens", type=int, default=RunConfig().eval_tokens, help="tokens of a pass")
+    args = parser.parse_args(argv)
+    for name in ("rows", "eval_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    if args.grid < 3 or args.grid % 2 == 0:
+        raise UserError(f"--grid is {args.grid}; expected an odd number of 3 or more, so that 0 is a point.")
+    for name in ("radius", "prompt_radius"):
+        if not 0 < getattr(args, name) < 1e6:
+            raise UserError(f"--{name} is {getattr(args, name)}; expected a number above 0.")
+    if env_world() > 1:
+        raise UserError("scripts/landscape.py is one process; start it with plain python, not with a launcher.")
+    return args
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the planes are of: prompts on one backbone, and the rows that all are scored on."""
+
+    backbone: Backbone
+    subjects: list[Subject]
+    examples: list[Example]
+
+
+def open_adapters(
+    adapters: Sequence[str], rows: int, split: str | None, data_dir: str | None, dataset: str | None,
+    model: str | None, precision: str,
+) -> tuple[Served, Opened]:  # fmt: skip
+    """The adapters on their backbone, loaded once, and the first `rows` labelled rows of a split.
+
+    Raises UserError for adapters of different models, tasks or kinds of prompt, before the model is loaded.
+    """
+    folders = [adapter_folder(given) for given in adapters]
+    task = adapter_task(folders[0], None)
+    each = [serve([folder], model=model) for folder in folders]
+    first = each[0]
+    for given, one in zip(adapters, each, strict=True):
+        what = {"model": (first.source.folder, one.source.folder), "task": (first.task.spec(), one.task.spec()),
+                "kind of prompt": (first.kind, one.kind)}  # fmt: skip
+        for name, (wanted, found) in what.items():
+            if wanted != found:
+                raise UserError(
+                    f"--adapters {given}: its {name} isn't that of {adapters[0]}; give adapters of one model, task and "
+                    "kind of prompt."
+                )
+    split = split or adapter_split(folders[0], task)
+    found = first.examples(adapter_rows(folders[0], task, split, data_dir, dataset), labelled=True)
+    examples = [example for example in found if example.trainable][:rows]
+    backbone = first.load(whole(precision), alone(), examples)
+    subjects = [
+        Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)
+    ]
+    return first, Opened(backbone, subjects, examples)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of those above them as tell them apart."""
+    paths = [folder.resolve().parent if folder.name == "adapter" else folder.resolve() for folder in folders]
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}: {path}" for number, path in enumerate(paths, start=1)]
+
+
+def _planes(args: argparse.Namespace, space: str, opened: Opened) -> tuple[dict[str, Plane], dict[str, Any]]:
+    """Each prompt's plane, and what else is told of it."""
+    backbone, planes, extra = opened.backbone, {}, {}
+    if space == "prompt":
+        for subject in opened.subjects:
+            beat = _beat(f"{space} {subject.name}", args.grid**2)
+            planes[subject.name] = prompt_plane(
+                backbone, subject, opened.examples, alone(), args.eval_tokens, args.prompt_radius, args.grid, args.seed,
+                beat,
+            )  # fmt: skip
+        return planes, {}
+    axes = _axes(args, opened)
+    for subject in opened.subjects:
+        loss = InputLoss(backbone, subject, opened.examples, args.eval_tokens)
+        planes[subject.name] = input_plane(
+            loss, axes, args.radius, args.grid, _beat(f"{space} {subject.name}", args.grid**2)
+        )
+        curvature = loss.curvature(args.seed)
+        extra[subject.name] = {"curvature_mean": float(curvature.mean()), "curvature_largest": float(curvature.max())}
+    return planes, extra
+
+
+def _axes(args: argparse.Namespace, opened: Opened) -> tuple[Tensor, Tensor]:
+    losses = [InputLoss(opened.backbone, one, opened.examples, args.eval_tokens) for one in opened.subjects]
+    return input_axes(losses, args.seed)
+
+
+def _beat(what: str, points: int) -> Callable[[int], None]:
+    """A line a tenth of the plane."""
+    told = {0}
+
+    def beat(done: int) -> None:
+        tenth = 10 * done // points
+        if tenth not in told:
+            told.add(tenth)
+            log.info("  %s: %d of %d points", what, done, points)
+
+    return beat
+
+
+def _landscape(args: argparse.Namespace) -> None:
+    figure(1)  # no matplotlib: said before anything is computed
+    served, opened = open_adapters(
+        args.adapters, args.rows, args.split, args.data_dir, args.dataset, args.model, args.precision
+    )
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"task": served.task.name, "rows": len(opened.examples), "adapters": args.adapters}
+    for space in args.spaces:
+        radius = args.radius if space == "input" else args.prompt_radius
+        radii = args.radii or [share * radius for share in (0.1, 0.25, 0.5, 1.0)]
+        planes, extra = _planes(args, space, opened)
+        record[space] = {name: {**plane.summary(radii), **extra.get(name, {})} for name, plane in planes.items()}
+        first = next(iter(planes.values()))
+        values = np.stack([plane.values for plane in planes.values()])  # [adapters, Y, X]
+        np.savez(out / f"landscape-{space}.npz", xs=first.xs, ys=first.ys, names=np.array(list(planes)), values=values)
+        title = f"{served.task.name}, {len(opened.examples)} rows: cross-entropy, {space} space"
+        landscapes(out / f"landscape-{space}.png", title, planes, _LABELS[space])
+        for line in _table(space, record[space]):
+            log.info("%s", line)
+    write_json(out / "landscape.json", record)
+    _to_tensorboard(out, args.spaces)
+    log.info("pictures, arrays and numbers: %s", out)
+
+
+def _table(space: str, record: dict[str, Any]) -> list[str]:
+    radii = list(next(iter(record.values()))["largest_rise"])
+    heads = ["centre", *(f"max<={r}" for r in radii), *(f"mean<={r}" for r in radii), "slope"]
+    heads += ["curvature"] if space == "input" else []
+    width = max(24, *(len(name) + 1 for name in record))
+    lines = [f"{space + ' space':{width}}" + "".join(f"{head:>11}" for head in heads)]
+    for name, one in record.items():
+        values = [one["centre"], *one["largest_rise"].values(), *one["mean_rise"].values(), one["largest_slope"]]
+        values += [one["curvature_mean"]] if space == "input" else []
+        lines.append(f"{name:{width}}" + "".join(f"{value:11.4f}" for value in values))
+    return lines
+
+
+def _to_tensorboard(out: Path, spaces: Sequence[str]) -> None:
+    from matplotlib import image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / "tensorboard")) as board:
+        for space in spaces:
+            picture = image.imread(out / f"landscape-{space}.png")
+            board.add_image(f"landscape/{space}", picture[..., :3], dataformats="HWC")
+        board.add_text("landscape", json.dumps({"spaces": list(spaces)}))
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence."""
+    prepare_environment()
+    return run_command(lambda: _landscape(_parse(sys.argv[1:] if argv is None else argv, description)))

@@ -1,0 +1,177 @@
+"""scripts/robustness.py: trained prompts under noise, masks, typos and attacks, as a table, curves and numbers."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from ptp_ds.adapters.origin import adapter_rows, adapter_split
+from ptp_ds.adapters.read import adapter_folder
+from ptp_ds.adapters.served import Served
+from ptp_ds.analysis.landscape import Subject
+from ptp_ds.analysis.pictures import curves, figure
+from ptp_ds.analysis.robustness import Bench, attacked, scored, typo_fields, with_masks, with_noise, with_typos
+from ptp_ds.commands.exits import run_command
+from ptp_ds.commands.landscape import Opened, open_adapters
+from ptp_ds.config.flags import StrictParser
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.files import write_json
+from ptp_ds.perturb import PerturbSettings
+from ptp_ds.perturb.mask import mask_token_id
+from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
+from ptp_ds.precision import PRECISIONS
+from ptp_ds.ranks.distributed import env_world, prepare_environment
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.tasks.data import Split
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.evaluate import evaluation_of
+
+log = get_logger(__name__)
+LEVELS: dict[str, tuple[list[float], str]] = {
+    "noise": ([0.0, 0.5, 1.0, 2.0, 4.0], "sigma of normal noise on embeddings, in mean embedding norms"),
+    "masks": ([0.0, 0.1, 0.2, 0.4], "share of words that are hidden"),
+    "typos": ([0.0, 0.1, 0.2, 0.4], "share of words that are misspelt: two letters swapped or one dropped"),
+    "attack": ([0.0, 0.1, 0.2], "share of words that A2T may swap, at least four"),
+}
+_OF_FIELDS = ("flat", "pairs")  # readers whose rows are fields of text and nothing else
+Scores = Callable[[Subject, float, int], tuple[Tensor, Sequence[Example], dict[str, float]]]
+
+
+def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
+    defaults = RunConfig()
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
+    )
+    parser.add_argument("--output_dir", required=True, help="robustness.json and robustness.png go here")
+    parser.add_argument("--kinds", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+    for kind, (levels, text) in LEVELS.items():
+        parser.add_argument(f"--{kind}", type=float, nargs="+", default=levels,
+                            help=f"{text} (default: {' '.join(f'{level:g}' for level in levels)})")  # fmt: skip
+    parser.add_argument("--draws", type=int, default=3, help="of each level but the attack's (default: 3)")
+    parser.add_argument("--rows", type=int, default=200, help="rows of the split, at most (default: 200)")
+    parser.add_argument("--split", help="default: the one that the first adapter's run reported; AdvGLUE's rows are a "
+                        "split as any other")  # fmt: skip
+    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
+    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
+    parser.add_argument("--model", help="default: where the first adapter says")
+    parser.add_argument("--seed", type=int, default=0, help="of noise, masks and typos (default: 0)")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens, help="tokens of a pass")
+    args = parser.parse_args(argv)
+    for name in ("rows", "draws", "eval_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    for kind in LEVELS:
+        most = 1.0 if kind != "noise" else 1e6
+        for level in getattr(args, kind):
+            if not 0 <= level <= most:
+                raise UserError(f"--{kind} {level:g}: expected numbers from 0 to {most:g}.")
+    if env_world() > 1:
+        raise UserError("scripts/robustness.py is one process; start it with plain python, not with a launcher.")
+    return args
+
+
+def _bench(args: argparse.Namespace, served: Served, opened: Opened) -> Bench:
+    defaults = RunConfig()
+    settings = PerturbSettings(
+        unit=opened.backbone.mean_embedding_norm(), sigma=0.0, epsilon=0.0, alpha=0.0, steps=0, norm=defaults.norm,
+        divergence=defaults.divergence, mask_id=mask_token_id(served.source.tokenizer, None), kernels=defaults.kernels,
+    )  # fmt: skip
+    return Bench(opened.backbone, served.task, opened.examples, settings, args.eval_tokens, args.seed)
+
+
+class _Changes:
+    """Each kind of change: scores of the changed rows, those rows, and what else is told."""
+
+    def __init__(self, args: argparse.Namespace, served: Served, bench: Bench, split: Split) -> None:
+        self.args, self.served, self.bench, self.split = args, served, bench, split
+        self._neighbours: Neighbours | None = None
+
+    def noise(self, subject: Subject, level: float, draw: int) -> tuple[Tensor, Sequence[Example], dict[str, float]]:
+        return with_noise(self.bench, subject, level, draw), self.bench.examples, {}
+
+    def masks(self, subject: Subject, level: float, draw: int) -> tuple[Tensor, Sequence[Example], dict[str, float]]:
+        return with_masks(self.bench, subject, level, draw), self.bench.examples, {}
+
+    def typos(self, subject: Subject, level: float, draw: int) -> tuple[Tensor, Sequence[Example], dict[str, float]]:
+        fields = typo_fields(self.bench.task)
+        rows = with_typos(self.split.rows, fields, level, self.args.seed + draw)
+        found = self.served.examples(Split(rows, self.split.where, self.split.digest), labelled=True)
+        examples = [example for example in found if example.trainable][: self.args.rows]
+        return scored(self.bench, subject, examples), examples, {}
+
+    def attack(self, subject: Subject, level: float, draw: int) -> tuple[Tensor, Sequence[Example], dict[str, float]]:
+        if self._neighbours is None:
+            defaults = RunConfig()
+            self._neighbours = Neighbours(
+                vocabulary_of(self.served.source.tokenizer), defaults.a2t_neighbours, defaults.a2t_min_cosine
+            )
+        found = attacked(self.bench, subject, level, self._neighbours)
+        told = {"success_rate": found.success_rate, "changed_share": found.changed_share, "right": float(found.right),
+                "fooled": float(found.fooled)}  # fmt: skip
+        return found.scores, self.bench.examples, told
+
+
+def _rows(args: argparse.Namespace, changes: _Changes, subjects: Sequence[Subject]) -> Iterator[dict[str, Any]]:
+    """One line a prompt, kind and level: its score, mean over draws."""
+    for subject in subjects:
+        for kind in args.kinds:
+            if kind == "typos" and changes.bench.task.reader not in _OF_FIELDS:
+                continue
+            of_kind: Scores = getattr(changes, kind)
+            for level in getattr(args, kind):
+                draws = 1 if kind == "attack" or level == 0 else args.draws
+                scores: list[float] = []
+                told: dict[str, float] = {}
+                for draw in range(draws):
+                    scores_NC, examples, told = of_kind(subject, level, draw)
+                    scores.append(evaluation_of(scores_NC, examples, changes.bench.task).score)
+                line = {"adapter": subject.name, "kind": kind, "level": level, "score": mean(scores), **told}
+                log.info("  %s", _shown(line))
+                yield line
+
+
+def _shown(line: dict[str, Any]) -> str:
+    more = f"  success rate {line['success_rate']:.3f}, words changed {line['changed_share']:.3f}"
+    told = f"{line['adapter']:24} {line['kind']:7} {line['level']:5.2f}  score {line['score']:.3f}"
+    return told + (more if "success_rate" in line and line["level"] > 0 else "")
+
+
+def _robustness(args: argparse.Namespace) -> None:
+    figure(1)  # no matplotlib: said before anything is computed
+    served, opened = open_adapters(
+        args.adapters, args.rows, args.split, args.data_dir, args.dataset, args.model, args.precision
+    )
+    folder = adapter_folder(args.adapters[0])
+    split = adapter_rows(
+        folder, served.task, args.split or adapter_split(folder, served.task), args.data_dir, args.dataset
+    )
+    if "typos" in args.kinds and served.task.reader not in _OF_FIELDS:
+        log.warning("warning: rows of task %s are more than fields of text; typos are left out", served.task.name)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    log.info("%s, %d rows, %d prompts", served.task.name, len(opened.examples), len(opened.subjects))
+    lines = list(_rows(args, _Changes(args, served, _bench(args, served, opened), split), opened.subjects))
+    write_json(out / "robustness.json", {"task": served.task.name, "rows": len(opened.examples), "lines": lines})
+    panels = {
+        kind: {
+            subject.name: [(line["level"], line["score"]) for line in lines
+                           if (line["kind"], line["adapter"]) == (kind, subject.name)]
+            for subject in opened.subjects
+        }
+        for kind in dict.fromkeys(line["kind"] for line in lines)
+    }  # fmt: skip
+    curves(out / "robustness.png", panels, {kind: text for kind, (_, text) in LEVELS.items()})
+    log.info("table, curves: %s", out)
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence."""
+    prepare_environment()
+    return run_command(lambda: _robustness(_parse(sys.argv[1:] if argv is None else argv, description)))

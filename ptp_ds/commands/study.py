@@ -1,0 +1,122 @@
+"""scripts/study.py: methods x tasks x seeds, a population each cell, then tables, pictures and comparisons."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ptp_ds.adapters.record import versions
+from ptp_ds.analysis.pictures import strip_plot
+from ptp_ds.analysis.report import Cells, markdown, write_csv
+from ptp_ds.analysis.study import Cell, Row, Study, finished, read_study, rows_of
+from ptp_ds.commands.exits import run_command
+from ptp_ds.commands.population import train_population
+from ptp_ds.config.flags import StrictParser
+from ptp_ds.errors import UserError
+from ptp_ds.files import write_json
+from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.signals import end_at_once
+
+log = get_logger(__name__)
+
+
+def run_study(study: Study, out: Path) -> int:
+    """Trains the cells that have no result yet, on the ranks that this process is one of; the exit code of the first
+    that was stopped, else 0. Raises UserError for a cell that can't run.
+    """
+    waiting = [cell for cell in study.cells if not finished(cell, out)]
+    if is_launched():
+        start_processes().barrier()  # nobody writes a cell before all have seen what is finished
+    for number, cell in enumerate(waiting, start=1):
+        log.info("\ncell %d of %d: %s, %d seeds", number, len(waiting), cell.name, len(cell.members))
+        if code := train_cell(cell, out):
+            return code
+    return 0
+
+
+def train_cell(cell: Cell, out: Path) -> int:
+    """One cell as a population that goes on where it was left; returns the exit code. All ranks call it."""
+    folder = cell.folder(out)
+    run = replace(cell.run, output_dir=str(folder), resume="auto")
+    try:
+        return train_population(run, cell.explicit, cell.members)
+    except UserError as error:
+        raise UserError(f"Cell {cell.name}: {error}") from None
+
+
+def write_report(study: Study, out: Path, title: str) -> Cells | None:
+    """rows.csv, rows.json, report.md and a picture a task of the cells that are finished; None where none is."""
+    done = [cell for cell in study.cells if finished(cell, out)]
+    rows = [row for cell in done for row in rows_of(cell, out)]
+    if not rows:
+        return None
+    part = replace(study, cells=tuple(done))
+    cells = Cells(rows, part.tasks, part.methods, study.baseline)
+    write_csv(out / "rows.csv", rows)
+    write_json(out / "rows.json", {"rows": [asdict(row) for row in rows], "versions": versions()})
+    pictures = [_picture(cells, task, out) for task in cells.tasks]
+    (out / "report.md").write_text(markdown(cells, title, pictures), encoding="utf-8")
+    _write_hparams(done, rows, out)
+    return cells
+
+
+def _picture(cells: Cells, task: str, out: Path) -> str:
+    """The strip plot of a task; its file's name."""
+    rows = [row for row in cells.rows if row.task == task]
+    lines = {"untrained": sum(row.untrained for row in rows) / len(rows), "majority": rows[0].majority}
+    scores = {method: list(cells.scores(task, method).values()) for method in cells.methods}
+    strip_plot(out / f"{task}.png", task, scores, lines)
+    return f"{task}.png"
+
+
+def _write_hparams(cells: Sequence[Cell], rows: Sequence[Row], out: Path) -> None:
+    """Every prompt as a run of TensorBoard's hparams page: what differs between cells, and its score."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    settings = {(cell.task, cell.method): asdict(cell.run) for cell in cells}
+    differing = [
+        name
+        for name in next(iter(settings.values()))
+        if len({str(one[name]) for one in settings.values()}) > 1 and name not in ("seed", "output_dir")
+    ]
+    for row in rows:
+        if row.score is None:
+            continue
+        own = {name: str(settings[row.task, row.method][name]) for name in differing}
+        folder = out / "tensorboard" / row.task / row.method / f"seed-{row.seed}"
+        if folder.exists():
+            continue  # on record since an earlier report
+        with SummaryWriter(str(folder)) as board:
+            hparams = {"task": row.task, "method": row.method, "seed": row.seed, **own}
+            board.add_hparams(hparams, {"hparam/score": row.score, "hparam/steps": float(row.steps)}, run_name=".")
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence on rank 0."""
+    end_at_once()
+    prepare_environment()
+    return run_command(lambda: _study(sys.argv[1:] if argv is None else argv, description))
+
+
+def _study(argv: Sequence[str], description: str) -> int:
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument("--study", required=True, help="JSON or YAML file: settings, seeds, tasks, methods")
+    parser.add_argument("--output_dir", required=True, help="cells/<task>/<method>, rows.csv, rows.json, report.md and "
+                        "pictures go here; what is finished there is not run again")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", help="only these of the study's methods")
+    parser.add_argument("--tasks", nargs="+", help="only these of the study's tasks")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is finished")
+    parser.add_argument("--local_rank", type=int, help="DeepSpeed's launcher adds it")
+    args = parser.parse_args(argv)
+    study, out = read_study(args.study), Path(args.output_dir)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--output_dir {out} is a file; give a folder.")
+    part = study.part(args.methods, args.tasks)
+    code = 0 if args.report else run_study(part, out)
+    if env_rank() == 0 and not code:
+        cells = write_report(study, out, Path(args.study).stem)
+        if cells is None:
+            raise UserError(f"--report: no cell of {args.study} is finished in {out}.")
+        log.info("\n%s\n\nrows, report and pictures: %s", markdown(cells, Path(args.study).stem), out)
+    return code
