@@ -148,9 +148,8 @@ def _misspelt(text: str, share: float, generator: torch.Generator) -> str:
 
 
 def typo_fields(task: Task) -> list[str]:
-    """Fields whose words may be misspelt: those of the text that are no answers, values or fixed."""
-    answers = " ".join(task.answers.values())
-    return [name for name in task.fields if name not in task.fixed_fields and f"{{{name}}}" not in answers]
+    """Fields whose words may be misspelt: of the text, in no answer, neither values nor fixed."""
+    return [name for name in task.fields if name not in task.fixed_fields | task.answer_fields]
 
 
 def attacked(bench: Bench, subject: Subject, share: float, neighbours: Neighbours) -> Attacks:

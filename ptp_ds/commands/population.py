@@ -35,7 +35,7 @@ from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.agreement import fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
 from ptp_ds.training.continuation import Continuation
-from ptp_ds.training.engine import MOMENTS
+from ptp_ds.training.engine import AVERAGE, MOMENTS
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
@@ -248,7 +248,8 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     backbone = open_backbone(longest, ranks)
     rows = [one.run.prompt_length + backbone.head.rows(_width(one)) for one in prepared]
     weight = empty_prompt(prepared[0].run.prompt, sum(rows), prepared[0].source.config, None)
-    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows, prepared[0].run.weight_decay)
+    run = prepared[0].run
+    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows, run.weight_decay, run.average)
     saved = [one.continuation.checkpoint for one in prepared]
     _load(engine, prepared, saved)
     found: list[Member] = []
@@ -278,8 +279,9 @@ def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequenc
             continue
         start = initial_trained(one, engine.backbone).float().cpu()
         moments = {name: torch.zeros_like(start) for name in MOMENTS}
-        parts.append({"prompt": start, **moments, "adam_step": torch.zeros(1)})
-    whole = {name: torch.cat([part[name] for part in parts]) for name in ("prompt", *MOMENTS)}
+        parts.append({"prompt": start, AVERAGE: start, **moments, "adam_step": torch.zeros(1)})
+    names = ("prompt", *MOMENTS, *([AVERAGE] if prepared[0].run.average else []))
+    whole = {name: torch.cat([part[name] for part in parts]) for name in names}
     steps = [part["adam_step"] for part in parts]
     engine.load_state({**whole, "adam_step": torch.stack(steps).amax(0)})
 

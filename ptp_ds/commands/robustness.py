@@ -138,9 +138,10 @@ def _rows(args: argparse.Namespace, changes: _Changes, subjects: Sequence[Subjec
 
 
 def _shown(line: dict[str, Any]) -> str:
-    more = f"  success rate {line['success_rate']:.3f}, words changed {line['changed_share']:.3f}"
     told = f"{line['adapter']:24} {line['kind']:7} {line['level']:5.2f}  score {line['score']:.3f}"
-    return told + (more if "success_rate" in line and line["level"] > 0 else "")
+    if "success_rate" not in line:
+        return told
+    return f"{told}  success rate {line['success_rate']:.3f}, words changed {line['changed_share']:.3f}"
 
 
 def _robustness(args: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ def _check_ranges(run: RunConfig) -> None:
         _require(0 <= getattr(run, name) < math.inf, name, getattr(run, name), "a finite number of 0 or more")
     _require(0 < run.lr < math.inf, "lr", run.lr, "a finite number above 0")
     _require(run.alpha is None or 0 < run.alpha < math.inf, "alpha", run.alpha, "a finite number above 0")
+    _require(0 <= run.average < 1, "average", run.average, "a decay from 0 up to below 1")
     _require(0 < run.holdout < 1, "holdout", run.holdout, "a share between 0 and 1")
     _require(run.max_length is None or run.max_length > run.prompt_length, "max_length", run.max_length,
              f"more than the prompt's {run.prompt_length} tokens")  # fmt: skip

@@ -20,7 +20,8 @@ from ptp_ds.perturb.units import UNITS
 from ptp_ds.precision import PRECISIONS
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
-BEFORE = {"divergence_gradient": "both"}  # what versions did that had no such setting, where the default is another now
+# What versions did that had no such setting: where the default is another now, and where a checkpoint must share it.
+BEFORE = {"divergence_gradient": "both", "average": 0.0}
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -117,6 +118,9 @@ class RunConfig:
     warmup_steps: int = _flag(5, "steps over which the learning rate rises linearly from 0")
     lr_schedule: str = _flag("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _flag(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
+    average: float = _flag(
+        0.0, "decay of a running mean of the prompt, such as 0.95, which is then scored and saved; 0: the prompt itself"
+    )
     max_steps: int = _flag(150, "optimizer steps; a resumed run may have more than before")
     schedule_steps: int | None = _flag(
         None, "step at which the learning rate's schedule ends, if --max_steps will grow later; default: --max_steps"

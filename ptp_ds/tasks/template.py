@@ -92,6 +92,11 @@ class Task:
         return tuple(dict.fromkeys(slot[1] for text in texts for slot in _SLOT.finditer(text)))
 
     @property
+    def answer_fields(self) -> frozenset[str]:
+        """Fields that stand in answers."""
+        return frozenset(slot[1] for text in self.answers.values() for slot in _SLOT.finditer(text))
+
+    @property
     def fixed_fields(self) -> frozenset[str]:
         """Fields whose tokens count as template words: never perturbed."""
         return self.fixed | frozenset(self.values)

@@ -94,7 +94,7 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         "reg_weight",
         "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
         "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
-        "max_grad_norm", "max_steps", "seed", "holdout", "max_length",
+        "max_grad_norm", "average", "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()

@@ -16,16 +16,20 @@ from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 _SCALER = "loss_scaler"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
-    """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state."""
+    """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state.
+
+    average: decay of a running mean of the master (see _keep_average), which is then what `kept` gives; 0 for none.
+    """
 
     def __init__(
         self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, average: float = 0.0,
     ) -> None:  # fmt: skip
         import deepspeed
 
@@ -42,6 +46,8 @@ class Engine:
         )
         self._adamw.state.clear()  # that first step also counted as one in Adam's bias correction
         self.prompt_module: SoftPrompt = self.deepspeed.module
+        self.average = average
+        self._averaged = self._master.detach().clone() if average else None
 
     def _optimizer(self, weight: Tensor, weight_decay: float) -> torch.optim.Optimizer:
         # lr 0 until the first step: ZeRO-3 runs a step on zero gradients while it starts, which would apply decay.
@@ -83,6 +89,16 @@ class Engine:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
+        self._keep_average()
+
+    def _keep_average(self) -> None:
+        """Takes the master into its running mean: an exponential one whose decay rises to `average`, so that the first
+        steps don't hold on to the start (as timm's and TensorFlow's do: at most (1 + t) / (10 + t) behind t steps).
+        """
+        if self._averaged is not None:
+            step = float(self._adamw.state.get(self._master, {}).get("step", 0.0))
+            decay = min(self.average, (1 + step) / (10 + step))
+            self._averaged.lerp_(self._master.detach().float().view_as(self._averaged), 1 - decay)
 
     def skipped(self) -> bool:
         """Whether the last step's scaled gradient overflowed fp16: DeepSpeed then left the prompt as it was."""
@@ -116,10 +132,18 @@ class Engine:
         with torch.no_grad():
             return self.prompt_module.trained_of(self._gather(self._master))
 
+    def kept(self) -> Tensor:
+        """What is scored and saved: the prompt, or its running mean; see prompt."""
+        if self._averaged is None:
+            return self.prompt()
+        with torch.no_grad():
+            return self.prompt_module.trained_of(self._gather(self._averaged))
+
     def state(self) -> dict[str, Tensor]:
         """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
 
-        Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has come to.
+        With a running mean also average [R, H]. Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has
+        come to.
 
         The weight is the prompt itself, or what it is computed from (SoftPrompt.trained_of). All ranks must call it.
         """
@@ -128,26 +152,35 @@ class Engine:
         tensors = {"prompt": self._gather(self._master), "adam_step": torch.tensor([count])}
         for name in MOMENTS:
             tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
+        if self._averaged is not None:
+            tensors[AVERAGE] = self._gather(self._averaged)
         if self.deepspeed.fp16_enabled():
             scaler = self.deepspeed.optimizer.loss_scaler
             tensors[_SCALER] = torch.tensor([getattr(scaler, name) for name in _SCALER_FIELDS], dtype=torch.float64)
         return tensors
 
     def set_prompt(self, weight_RH: Tensor) -> None:
-        """Sets the weight, its fp32 master and the working copy in the backbone's dtype; all ranks must call it."""
+        """Sets the weight, its fp32 master and mean and the copy in the backbone's dtype; all ranks must call it."""
         import deepspeed
 
         self._master.data.copy_(self._part(weight_RH).view_as(self._master))
+        self._set_average(weight_RH)
         weight = self.prompt_module.weight
         sharded = [weight] if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0), torch.no_grad():
             weight.copy_(weight_RH.view(self.shape))
+
+    def _set_average(self, weight_RH: Tensor) -> None:
+        if self._averaged is not None:
+            self._averaged.copy_(self._part(weight_RH).view_as(self._averaged))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Puts `state()` of a run on any number of ranks back; all ranks must call it. ValueError for another shape."""
         if (found := tuple(tensors["prompt"].shape)) != self.shape:
             raise UserError(f"The checkpoint's prompt has shape {found}, this run's {self.shape}; resume another one.")
         self.set_prompt(tensors["prompt"])
+        if AVERAGE in tensors:
+            self._set_average(tensors[AVERAGE])
         if float(tensors["adam_step"]) > 0:
             held: dict[str, Tensor] = {"step": tensors["adam_step"].reshape(()).clone()}
             for name in MOMENTS:

@@ -197,7 +197,7 @@ class PopulationTrainer:
     def _select(self, members: Sequence[Member], guards: Mapping[str, OutputGuard]) -> None:
         step = members[0].progress.step
         self.watchdog.doing(f"the evaluation behind step {step}")
-        prompts = [member.trainer.engine.prompt() for member in members]
+        prompts = [member.trainer.engine.kept() for member in members]
         results = self.evaluate(members, prompts, [member.trainer.select_examples for member in members])
         for member, prompt, result in zip(members, prompts, results, strict=True):
             member.trainer.select(member.progress, prompt, result, guards[member.name])

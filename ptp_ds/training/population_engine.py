@@ -25,14 +25,14 @@ class PopulationEngine(Engine):
 
     def __init__(
         self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks, rows: Sequence[int],
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, average: float = 0.0,
     ) -> None:  # fmt: skip
         self.rows, self._ranks = tuple(rows), ranks
         self._now: dict[str, Any] = {}  # what was gathered since the last step
         log, untested = logging.getLogger("DeepSpeed"), "untested optimizer"  # ours is tested, here
         log.addFilter(known := lambda record: untested not in record.getMessage())
         try:
-            super().__init__(prompt, backbone, resolved, ranks, weight_decay)
+            super().__init__(prompt, backbone, resolved, ranks, weight_decay, average)
         finally:
             log.removeFilter(known)
 
@@ -90,6 +90,12 @@ class PopulationEngine(Engine):
             self._now["prompt"] = super().prompt()
         return self._now["prompt"]
 
+    def kept(self) -> Tensor:
+        """Engine.kept of all members; gathered once between two steps."""
+        if "kept" not in self._now:
+            self._now["kept"] = super().kept()
+        return self._now["kept"]
+
     def state(self) -> dict[str, Tensor]:
         """Engine.state of all members; gathered once between two steps."""
         if "state" not in self._now:
@@ -115,6 +121,10 @@ class MemberEngine:
     def prompt(self) -> Tensor:
         """See Engine.prompt."""
         return self._own(self.population.prompt()).clone()
+
+    def kept(self) -> Tensor:
+        """See Engine.kept."""
+        return self._own(self.population.kept()).clone()
 
     def state(self) -> dict[str, Tensor]:
         """See Engine.state: what a lone run's checkpoint holds."""

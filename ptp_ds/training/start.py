@@ -78,7 +78,7 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)
     beside = backbone.head.rows(prompt_width(run.prompt, config))
     prompt = empty_prompt(run.prompt, run.prompt_length, config, mlp, beside)
-    engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay)
+    engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay, run.average)
     checkpoint = prepared.continuation.checkpoint
     if checkpoint is None:
         start = initial_trained(prepared, backbone)

@@ -257,7 +257,7 @@ class Trainer:
         self.log(progress, meter, output)
         if due.evaluates:
             self._doing(f"the evaluation behind step {progress.step}")
-            prompt = self.engine.prompt()
+            prompt = self.engine.kept()
             self.select(progress, prompt, self.evaluate(prompt, self.select_examples), output)
         if due.saves or not self.goes_on(progress):
             self._doing(f"saving step {progress.step}")

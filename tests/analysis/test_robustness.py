@@ -1,0 +1,106 @@
+"""Changed rows: what is drawn, that all prompts meet the same, and scores against plain forwards."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptp_ds.analysis.landscape import Subject
+from ptp_ds.analysis.robustness import Bench, attacked, scored, typo, typo_fields, with_masks, with_noise, with_typos
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.packing.layouts import TreeRows
+from ptp_ds.perturb import Noise, PerturbSettings
+from ptp_ds.perturb.mask import mask
+from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
+from ptp_ds.seeding import make_generator
+from ptp_ds.tasks import load_task
+from tests.support.packed import make_prompt
+from tests.support.reference import VOCABULARY, make_examples, make_model, plain_scores
+from tests.support.words import letters
+
+
+@pytest.fixture
+def bench():
+    settings = PerturbSettings(
+        unit=2.0, sigma=0.0, epsilon=0.0, alpha=0.0, steps=0, norm="frobenius", divergence="kl", mask_id=7
+    )
+    return Bench(Backbone(make_model("llama")), load_task("Reviews"), make_examples("ragged"), settings, 60, seed=3)
+
+
+def plain(examples, prompt, deltas=None):
+    model = make_model("llama")
+    deltas = deltas or [None] * len(examples)
+    return [plain_scores(model, prompt, e, delta) for e, delta in zip(examples, deltas, strict=True)]
+
+
+def require_close(found, expected):
+    for row, scores in zip(found, expected, strict=True):
+        torch.testing.assert_close(row[: len(scores)], scores, atol=2e-5, rtol=2e-5)
+        assert (row[len(scores) :] == float("-inf")).all()
+
+
+def test_clean_scores_and_masked_ones_equal_plain_forwards(bench):
+    subject = Subject("p", make_prompt(), TreeRows())
+    require_close(scored(bench, subject, bench.examples), plain(bench.examples, subject.trained))
+    found = with_masks(bench, subject, 0.5, 1)
+    twins = mask(bench.examples, replace(bench.settings, mask_share=0.5), Noise(3, 1))
+    assert any(list(t.context_ids) != list(e.context_ids) for t, e in zip(twins, bench.examples, strict=True))
+    hidden = [replace(e, context_ids=t.context_ids) for t, e in zip(twins, bench.examples, strict=True)]
+    require_close(found, plain(hidden, subject.trained))
+    require_close(with_masks(bench, subject, 0.0, 1), plain(bench.examples, subject.trained))
+
+
+def test_noise_is_of_its_size_and_the_same_for_every_prompt(bench):
+    """Passes of any size draw the same noise for a row; two draws differ."""
+    subject = Subject("p", make_prompt(), TreeRows())
+    whole = Bench(bench.backbone, bench.task, bench.examples, bench.settings, 4096, seed=3)
+    one, two = with_noise(bench, subject, 1.0, 0), with_noise(whole, subject, 1.0, 0)
+    torch.testing.assert_close(one, two, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(one, with_noise(bench, subject, 1.0, 1))
+    require_close(with_noise(bench, subject, 0.0, 0), plain(bench.examples, subject.trained))
+    row = TreeRows().pack(bench.examples)
+    noise = Noise(3, 0).normal(row, 32, scale=2.0 * 0.5 / 32**0.5)
+    deltas, start = [], 0
+    for example, length in zip(bench.examples, row.lengths, strict=True):
+        deltas.append(noise[start : start + len(example.context_ids)])
+        start += length
+    require_close(with_noise(bench, subject, 0.5, 0), plain(bench.examples, subject.trained, deltas))
+
+
+def test_typos():
+    generator = make_generator(0, "t")
+    words = [typo("wonderful,", generator) for _ in range(50)]
+    for word in words:
+        assert word[0] == "w"
+        assert word.endswith("l,")
+        assert len(word) == 9 or sorted(word) == sorted("wonderful,")
+    assert len({len(word) for word in words}) == 2, "both kinds"
+    assert typo("fun", generator) == "fun"
+    assert typo("a1b2", generator) == "a1b2"
+    rows = [{"text": "a truly wonderful little film", "label": "wonderful"}] * 2
+    some = with_typos(rows, ["text"], 1.0, 0)
+    assert some[0]["label"] == "wonderful"
+    assert some[0]["text"] != some[1]["text"], "drawn by the row's place"
+    assert some == with_typos(rows, ["text"], 1.0, 0)
+    assert with_typos(rows, ["text"], 0.0, 0) == rows
+    assert [len(row["text"].split(" ")) for row in some] == [5, 5]
+
+
+def test_answers_and_fixed_fields_keep_their_spelling():
+    assert typo_fields(load_task("COPA")) == ["premise"]
+    assert typo_fields(load_task("Reviews")) == ["review"]
+
+
+def test_an_attack_counts_what_predictions_say(bench):
+    """right and fooled by the scores of clean and attacked texts; a share of 0 changes nothing."""
+    words = Vocabulary([WORD] * VOCABULARY, [" " + letters(number) for number in range(VOCABULARY)])
+    subject, neighbours = Subject("p", make_prompt(), TreeRows()), Neighbours(words, 4, 0.0)
+    found = attacked(bench, subject, 0.5, neighbours)
+    clean = torch.tensor([int(scores.argmax()) for scores in plain(bench.examples, subject.trained)])
+    gold = torch.tensor([example.gold for example in bench.examples])
+    assert found.right == int((clean == gold).sum())
+    assert found.fooled == int(((clean == gold) & (found.scores.argmax(-1) != gold)).sum())
+    changed = [sum(a != b for a, b in zip(text, e.context_ids, strict=True))
+               for text, e in zip(found.texts, bench.examples, strict=True)]  # fmt: skip
+    assert found.changed == sum(changed) > 0
+    assert attacked(bench, subject, 0.0, neighbours).changed == 0

@@ -1,0 +1,139 @@
+"""What a study file may say, and the tables over its rows."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from ptp_ds.analysis.report import ALL, Cells, markdown, write_csv
+from ptp_ds.analysis.study import Row, finished, read_study, rows_of
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+
+STUDY = """
+settings: {model: MODEL, max_steps: 3, lr: 1e-2}
+seeds: 0-2
+draws: [13, 21]
+tasks:
+  SST2: {task: Reviews, data_dir: D, train_split: "few-{draw}", select_split: "dev-{draw}"}
+  COPA: {task: COPA, max_steps: 4}
+methods:
+  plain: {perturbation: none}
+  noise: {perturbation: gaussian, sigma: 0.5, max_steps: 2}
+  smart: {preset: smart}
+"""
+
+
+def written(tmp_path, text):
+    (tmp_path / "study.yaml").write_text(text)
+    return str(tmp_path / "study.yaml")
+
+
+def test_a_study_is_its_cells(tmp_path):
+    study = read_study(written(tmp_path, STUDY))
+    assert (study.tasks, study.methods, study.baseline) == (["SST2", "COPA"], ["plain", "noise", "smart"], "plain")
+    cells = {cell.name: cell for cell in study.cells}
+    noise = cells["SST2/noise"]
+    assert (noise.run.lr, noise.run.max_steps, noise.run.sigma, noise.run.data_dir) == (0.01, 2, 0.5, "D")
+    assert noise.members == {
+        "seed-0": {"seed": 0, "train_split": "few-13", "select_split": "dev-13"},
+        "seed-1": {"seed": 1, "train_split": "few-21", "select_split": "dev-21"},
+        "seed-2": {"seed": 2, "train_split": "few-13", "select_split": "dev-13"},
+    }
+    assert cells["COPA/noise"].run.max_steps == 4, "a task's settings win"
+    assert cells["COPA/smart"].run.divergence == "sym_kl"
+    assert study.part(["noise"], None).tasks == ["SST2", "COPA"]
+    with pytest.raises(
+        UserError, match=r"--methods nose: the study has plain, noise, smart \(did you mean 'noise'\?\)"
+    ):
+        study.part(["nose"], None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("settings:", "setings:", r"unknown key 'setings' \(did you mean 'settings'\?\)"),
+        ("lr: 1e-2", "lr: fast", "settings: 'lr' must be float, not 'fast'"),
+        ("lr: 1e-2", "seed: 3", "settings: unknown setting 'seed'"),
+        ("lr: 1e-2", "lr: -1", "plain on SST2: --lr is -1; expected a finite number above 0"),
+        ("seeds: 0-2", "seeds: 2-0", "seeds '2-0': '2-0' is no seed"),
+        ("seeds: 0-2", "seeds: [0, 0]", "seeds '0 0': expected 1 to 1000 seeds, each once"),
+        ("seeds: 0-2", "seeds: {a: 1}", "expected seeds such as 0-9"),
+        ("draws: [13, 21]", "", r"SST2: train_split has \{draw\}, and there are no draws"),
+        ("draws: [13, 21]", "draws: few", "draws is 'few'; expected a list"),
+        ("data_dir: D", 'prompt: "{draw}"', "'prompt' is '{draw}'; choose from soft, deep"),
+        ("plain: {perturbation: none}", "a/b: {}", "methods: a name"),
+        ("methods:", "baseline: best\nmethods:", "baseline is 'best'; expected one of plain, noise, smart"),
+    ],
+)
+def test_wrong_studies_are_one_sentence(tmp_path, old, new, message):
+    assert old in STUDY
+    with pytest.raises(UserError, match=f"^--study .*{message}"):
+        read_study(written(tmp_path, STUDY.replace(old, new)))
+
+
+def test_a_study_needs_tasks_and_methods(tmp_path):
+    for text in ("[]", "{}", "tasks: {a: {}}", "methods: {a: }\ntasks: {}"):
+        with pytest.raises(UserError, match=r"^--study "):
+            read_study(written(tmp_path, text))
+
+
+def record(cell, tmp_path, **changes):
+    """population.json of a cell, as its population would have written it."""
+    members = [
+        {"name": name, "task": "t", "settings": {**asdict(replace(cell.run, **own)), **changes},
+         "metrics": {"accuracy": 0.5 + 0.1 * own["seed"], "f1": 0.5}, "untrained": {"accuracy": 0.25}, "majority": 0.5,
+         "best_step": 2, "steps": 3, "failed": None}
+        for name, own in cell.members.items()
+    ]  # fmt: skip
+    members[-1] |= {"metrics": None, "failed": "The loss is not finite at step 2"}
+    folder = cell.folder(tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "population.json").write_text(json.dumps({"members": members}))
+
+
+def test_finished_cells_are_known_by_their_settings(tmp_path):
+    cell = read_study(written(tmp_path, STUDY)).cells[1]
+    assert not finished(cell, tmp_path)
+    record(cell, tmp_path, output_dir="elsewhere", resume="auto")
+    assert finished(cell, tmp_path)
+    rows = rows_of(cell, tmp_path)
+    assert [(row.seed, row.score) for row in rows] == [(0, 0.5), (1, pytest.approx(0.55)), (2, None)]
+    assert rows[2].failed.startswith("The loss")
+    record(cell, tmp_path, sigma=2.0)
+    with pytest.raises(UserError, match=r"was run with sigma 2\.0, the study says 0\.5; give another --output_dir"):
+        finished(cell, tmp_path)
+    (cell.folder(tmp_path) / "population.json").write_text('{"members": 3}')
+    with pytest.raises(UserError, match="no record of a population"):
+        finished(cell, tmp_path)
+    assert isinstance(cell.run, RunConfig)
+
+
+def row(task, method, seed, score, failed=None):
+    metrics = None if score is None else {"accuracy": score}
+    return Row(task, method, seed, score, metrics, 0.25, 0.5, 2, 3, failed)
+
+
+def test_tables_of_a_small_study(tmp_path):
+    rows = [
+        *(row("A", "plain", seed, score) for seed, score in enumerate((0.5, 0.6, 0.7))),
+        *(row("A", "noise", seed, score) for seed, score in enumerate((0.6, 0.65, 0.7))),
+        *(row("B", "plain", seed, score) for seed, score in enumerate((0.4, 0.5, 0.6))),
+        row("B", "noise", 0, 0.5), row("B", "noise", 1, None, "The loss is not finite at step 2"),
+        row("B", "noise", 2, 0.7),
+    ]  # fmt: skip
+    cells = Cells(rows, ["A", "B"], ["plain", "noise"], "plain")
+    text = markdown(cells, "study", ["A.png"])
+    assert "| A | plain | 3 | 0.600 | 0.100 | 0.500 | 0.100 | 0 | 0.250 | 0.500 |" in text
+    assert "| B | noise | 3 | 0.600 | 0.141 | 0.500 | 0.100 | 1 | 0.250 | 0.500 |" in text
+    assert f"| {ALL} | noise | | 0.625 | 0.096 | 0.550 | 0.075 | | | |" in text
+    found = cells.comparison("A", "noise")
+    assert (found.pairs, found.gain) == (3, pytest.approx(0.05))
+    assert "| A | noise | 3 | +0.050 |" in text
+    assert "| B | noise | 2 | +0.100 |" in text, "the seed that failed has no pair"
+    assert cells.comparison(ALL, "noise").pairs == 5
+    assert "![A](A.png)" in text
+    write_csv(tmp_path / "rows.csv", rows)
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,failed,accuracy"
+    assert lines[11] == "B,noise,1,,0.25,0.5,2,3,The loss is not finite at step 2,"

@@ -1,0 +1,139 @@
+"""scripts/study.py, landscape.py and robustness.py on a tiny model: what they train, write, draw and refuse."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.runs import check
+from tests.support.zygote import run_script
+
+STUDY = """
+settings: {model: MODEL, prompt_length: 5, batch_size: 4, max_steps: 3, eval_tokens: 600, lr: 1e-2, log_every: 1}
+seeds: 0-1
+tasks:
+  COPA: {task: COPA}
+methods:
+  plain: {perturbation: none}
+  noise: {perturbation: gaussian}
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model, tmp_path_factory):
+    """A finished study of two methods and two seeds, and what it printed."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.yaml").write_text(STUDY.replace("MODEL", str(tiny_model)))
+    first = run_script("study.py", ["--study", "study.yaml", "--output_dir", "out", "--methods", "plain"], folder)
+    assert "cell 1 of 1: COPA/plain, 2 seeds" in check(first).stdout
+    done = run_script("study.py", ["--study", "study.yaml", "--output_dir", "out"], folder)
+    return folder, check(done).stdout
+
+
+def member(study, method, seed=0):
+    return study[0] / "out" / "cells" / "COPA" / method / "members" / f"seed-{seed}"
+
+
+def test_cells_are_trained_once_and_their_rows_are_told(study, run_train, tiny_model, tmp_path):
+    folder, told = study
+    out = folder / "out"
+    assert "cell 1 of 1: COPA/noise, 2 seeds" in told, "plain was finished"
+    assert "| COPA | noise | 2 |" in told
+    assert "| COPA | noise | 2 |" in (out / "report.md").read_text()
+    with (out / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("plain", "0"), ("plain", "1"), ("noise", "0"), ("noise", "1"),
+    ]  # fmt: skip
+    results = [json.loads((member(study, row["method"], row["seed"]) / "result.json").read_text()) for row in rows]
+    assert [float(row["score"]) for row in rows] == [result["metrics"]["accuracy"] for result in results]
+    assert (out / "COPA.png").stat().st_size > 5000
+    assert len(list((out / "tensorboard").rglob("events*"))) >= 4
+    args = ["--model", tiny_model, "--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--max_steps", "3",
+            "--eval_tokens", "600", "--lr", "0.01", "--log_every", "1", "--perturbation", "gaussian", "--seed",
+            "1"]  # fmt: skip
+    check(run_train([*args, "--output_dir", tmp_path / "alone"]))
+    ours, theirs = (
+        load_file(run / "checkpoints" / "step-000003" / "state.safetensors")["prompt"]
+        for run in (member(study, "noise", 1), tmp_path / "alone")
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_a_report_of_what_is_there_and_refusals(study):
+    folder, _ = study
+    again = check(run_script("study.py", ["--study", "study.yaml", "--output_dir", "out", "--report"], folder))
+    assert "cell " not in again.stdout
+    (folder / "other.yaml").write_text((folder / "study.yaml").read_text().replace("1e-2", "2e-2"))
+    wrong = [
+        (["--study", "other.yaml", "--output_dir", "out"], "was run with lr 0.01, the study says 0.02"),
+        (["--study", "study.yaml", "--output_dir", "new", "--report"], "no cell of study.yaml is finished in new"),
+        (["--study", "none.yaml", "--output_dir", "out"], "--study none.yaml"),
+        (["--study", "study.yaml", "--output_dir", "out", "--tasks", "CB"], "--tasks CB: the study has COPA"),
+    ]
+    for argv, message in wrong:
+        done = run_script("study.py", argv, folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+
+
+def test_a_landscape_of_two_adapters(study):
+    folder, _ = study
+    given = ["--adapters", member(study, "plain"), member(study, "noise"), "--output_dir", "landscape", "--grid", "5",
+             "--rows", "4", "--radius", "0.5", "--radii", "0.25", "0.5"]  # fmt: skip
+    told = check(run_script("landscape.py", given, folder)).stdout
+    out = folder / "landscape"
+    record = json.loads((out / "landscape.json").read_text())
+    for space in ("input", "prompt"):
+        with np.load(out / f"landscape-{space}.npz") as arrays:
+            assert arrays["values"].shape == (2, 5, 5)
+            names, centres = list(arrays["names"]), arrays["values"][:, 2, 2]
+        assert names == ["plain/members/seed-0", "noise/members/seed-0"]
+        assert [record[space][name]["centre"] for name in names] == pytest.approx(centres.tolist())
+        assert (out / f"landscape-{space}.png").stat().st_size > 20000
+    both = [[record[space][name]["centre"] for name in names] for space in ("input", "prompt")]
+    assert both[0] == pytest.approx(both[1], rel=1e-4), "the centre of both spaces is the prompt as it is"
+    assert "curvature" in told
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_robustness_counts_what_evaluations_count(study):
+    folder, _ = study
+    given = ["--adapters", member(study, "plain"), member(study, "noise", 1), "--output_dir", "robust", "--noise", "0",
+             "1", "--masks", "0.2", "--typos", "0", "0.5", "--attack", "0.5", "--draws", "2"]  # fmt: skip
+    check(run_script("robustness.py", given, folder))
+    lines = json.loads((folder / "robust" / "robustness.json").read_text())["lines"]
+    assert len(lines) == 2 * 6
+    for adapter, method, seed in (("seed-0", "plain", 0), ("seed-1", "noise", 1)):
+        result = json.loads((member(study, method, seed) / "result.json").read_text())
+        clean = [x["score"] for x in lines if x["adapter"] == adapter and x["level"] == 0]
+        assert clean == [result["metrics"]["accuracy"]] * 2
+        (attack,) = [x for x in lines if x["adapter"] == adapter and x["kind"] == "attack"]
+        assert attack["score"] == pytest.approx((attack["right"] - attack["fooled"]) / result["eval_examples"])
+    assert (folder / "robust" / "robustness.png").stat().st_size > 10000
+
+
+def test_what_the_pictures_scripts_refuse(study, tmp_path):
+    folder, plain = study[0], member(study, "plain")
+    other = tmp_path / "other"
+    shutil.copytree(plain / "adapter", other)
+    card = json.loads((other / "ptp_ds.json").read_text())
+    card["task"]["text"] = "{premise} {question}"
+    (other / "ptp_ds.json").write_text(json.dumps(card))
+    wrong = [
+        ("landscape.py", ["--adapters", plain, other], "its task isn't that of"),
+        ("landscape.py", ["--adapters", tmp_path / "none"], str(tmp_path / "none")),
+        ("landscape.py", ["--adapters", plain, "--grid", "4"], "--grid is 4; expected an odd number"),
+        ("landscape.py", ["--adapters", plain, "--radius", "0"], "--radius is 0.0; expected a number above 0"),
+        ("robustness.py", ["--adapters", plain, "--masks", "1.5"], "--masks 1.5: expected numbers from 0 to 1"),
+        ("robustness.py", ["--adapters", plain, "--rows", "0"], "--rows is 0; expected a whole number"),
+    ]
+    for script, argv, message in wrong:
+        done = run_script(script, [*argv, "--output_dir", "wrong"], folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+    assert not (folder / "wrong").exists()
