@@ -3,6 +3,7 @@
 The frozen backbone is no part of the engine's module: DeepSpeed shards it (zero.Init) and backbone.sharding gathers it.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ _SCALER = "loss_scaler"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+def import_muon() -> None:
+    """DeepSpeed imports its Muon to tell our optimizer from it, and with Muon all of torch's compiler: three seconds of
+    every start. Here its functions stay as they are written, and the compiler where it is.
+    """
+    from deepspeed.runtime import compiler
+
+    own, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = own
+
+
 class Engine:
     """A thin owner of the DeepSpeed engine: forward, backward, step, and the prompt's fp32 master and AdamW state.
 
@@ -33,6 +48,7 @@ class Engine:
     ) -> None:  # fmt: skip
         import deepspeed
 
+        import_muon()
         self.ranks, self.stage, self.backbone = ranks, resolved.stage, backbone
         self.shape = tuple(prompt.weight.shape)
         optimizer = self._optimizer(prompt.weight, weight_decay)

@@ -91,6 +91,9 @@ def _warm() -> None:
     import ptp_ds.commands.evaluate
     import ptp_ds.commands.predict
     import ptp_ds.commands.train  # noqa: F401
+    from ptp_ds.training.engine import import_muon
+
+    import_muon()
 
 
 def _serve() -> None:
