@@ -5,13 +5,15 @@ direction, Y a random one orthogonal to it, each of norm 1 in every example, as 
 random directions, each virtual token's scaled to that token's norm (filter normalisation, Li et al. 2018).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.interpolate import BarycentricInterpolator
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
@@ -25,8 +27,12 @@ from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import Questions, score_prompts
 
 _AT_ONCE = 64  # prompts of the prompt's plane that are scored together
+_NODES = (9, 17, 33)  # of an axis; each one's points are among the next one's
+_CHECKS = 12  # points at which an interpolation is tried
 _ROUNDS = 10  # of power iteration
 _STEP = 0.02  # mean embedding norms, half of the distance between two gradients
+
+Means = Callable[[Sequence[tuple[float, float]]], list[float]]  # mean cross-entropies at points (x, y)
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plane:
-    """values [Y, X]: mean cross-entropy in nats at (xs, ys)."""
+    """values [Y, X]: mean cross-entropy in nats at (xs, ys).
+
+    computed: points at which it was computed. error: where the others are interpolated, the largest distance of the
+    interpolation from computed values at points that it had not seen, in nats; 0 where all are computed.
+    """
 
     xs: np.ndarray
     ys: np.ndarray
     values: np.ndarray
+    computed: int = 0
+    error: float = 0.0
 
     @property
     def centre(self) -> float:
@@ -66,7 +78,8 @@ class Plane:
         """Numbers for a table: rises by radius, the largest slope, the centre."""
         rises = {f"{radius:g}": self.rise(radius) for radius in radii}
         return {
-            "centre": self.centre, "largest_rise": {name: rise[0] for name, rise in rises.items()},
+            "centre": self.centre, "computed": self.computed, "error": self.error,
+            "largest_rise": {name: rise[0] for name, rise in rises.items()},
             "mean_rise": {name: rise[1] for name, rise in rises.items()}, "largest_slope": self.slope(),
         }  # fmt: skip
 
@@ -81,6 +94,53 @@ def _batched(values: Iterable[Any], most: int) -> Iterator[list[Any]]:
 def axis(radius: float, points: int) -> np.ndarray:
     """`points` values from -radius to radius, 0 among them (an odd number)."""
     return np.linspace(-radius, radius, points)
+
+
+def plane_of(means: Means, radius: float, points: int, tolerance: float, seed: int = 0) -> Plane:
+    """The plane of a function of (x, y), given as `means` of many of them.
+
+    tolerance 0 computes every point. Else a polynomial goes through the values at 9 x 9 Chebyshev points, at 17 x 17
+    where it is further than `tolerance`, a share of the values' range, from the function at random points, and then
+    at 33 x 33; where that is too far off as well, every point is computed.
+    """
+    grid, checks = axis(radius, points), _checks(radius, seed)
+    known: dict[tuple[float, float], float] = {}
+
+    def values(wanted: Sequence[tuple[float, float]]) -> list[float]:
+        new = [point for point in dict.fromkeys(wanted) if point not in known]
+        known.update(zip(new, means(new), strict=True))
+        return [known[point] for point in wanted]
+
+    seen = np.array(values(checks)) if tolerance > 0 else np.zeros(0)
+    for nodes in _NODES if tolerance > 0 else ():
+        if nodes >= points:
+            break
+        at = chebyshev(radius, nodes)
+        table = np.array(values([(x, y) for y in at for x in at])).reshape(nodes, nodes)
+        through = _interpolated(at, table, [x for x, _ in checks], [y for _, y in checks]).diagonal()
+        error = float(np.abs(through - seen).max())
+        if error <= tolerance * float(np.ptp(table)):
+            return Plane(grid, grid, _interpolated(at, table, grid, grid), len(known), error)
+    found = values([(float(x), float(y)) for y in grid for x in grid])
+    return Plane(grid, grid, np.array(found).reshape(points, points), points**2)
+
+
+def chebyshev(radius: float, nodes: int) -> list[float]:
+    """Chebyshev points of the second kind from -radius to radius; those of 9 are among those of 17, of 33."""
+    found = [-radius * math.cos(math.pi * number / (nodes - 1)) for number in range(nodes)]
+    found[nodes // 2] = 0.0
+    return [round(value / radius, 12) * radius for value in found]
+
+
+def _checks(radius: float, seed: int) -> list[tuple[float, float]]:
+    drawn = torch.rand(_CHECKS, 2, generator=make_generator(seed, "plane checks"), dtype=torch.float64)
+    return [(float(x), float(y)) for x, y in (2 * drawn - 1) * radius]
+
+
+def _interpolated(at: Sequence[float], table: np.ndarray, xs: Any, ys: Any) -> np.ndarray:
+    """[Y, X] the polynomial through `table` [ys, xs] of the points `at`, at ys and xs."""
+    along = BarycentricInterpolator(at, table.T)(xs)  # [X, nodes of y]
+    return BarycentricInterpolator(at, along.T)(ys)
 
 
 class InputLoss:
@@ -179,21 +239,14 @@ def input_axes(losses: Sequence[InputLoss], seed: int = 0) -> tuple[Tensor, Tens
 
 
 def input_plane(
-    loss: InputLoss, axes: tuple[Tensor, Tensor], radius: float, points: int, beat: Callable[[int], None] | None = None
+    loss: InputLoss, axes: tuple[Tensor, Tensor], radius: float, points: int, tolerance: float = 0.0, seed: int = 0
 ) -> Plane:
-    """Mean cross-entropy over the plane of two directions of deltas. radius in mean embedding norms.
+    """Mean cross-entropy over the plane of two directions of deltas; see plane_of. radius in mean embedding norms."""
 
-    beat: told how many points are done.
-    """
-    grid = axis(radius, points)
+    def means(at: Sequence[tuple[float, float]]) -> list[float]:
+        return loss.means(x * axes[0] + y * axes[1] for x, y in at)
 
-    def deltas() -> Iterable[Tensor]:
-        for number, (y, x) in enumerate(product(grid, grid)):
-            if beat is not None:
-                beat(number)
-            yield float(x) * axes[0] + float(y) * axes[1]
-
-    return Plane(grid, grid, np.array(loss.means(deltas())).reshape(points, points))
+    return plane_of(means, radius, points, tolerance, seed)
 
 
 def prompt_axes(prompt_PW: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -205,21 +258,23 @@ def prompt_axes(prompt_PW: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def prompt_plane(
     backbone: Backbone, subject: Subject, examples: Sequence[Example], ranks: Ranks, budget: int, radius: float,
-    points: int, seed: int = 0, beat: Callable[[int], None] | None = None,
+    points: int, tolerance: float = 0.0, seed: int = 0,
 ) -> Plane:  # fmt: skip
-    """Mean cross-entropy over a plane of prompts, many of them in a pass. radius: in norms of the prompt's rows."""
+    """Mean cross-entropy over a plane of prompts, many in a pass; see plane_of. radius: in norms of the prompt's rows."""
     prompt, head = backbone.head.split(subject.trained)
     across, along = prompt_axes(prompt, seed)
-    grid, found = axis(radius, points), []
     gold = torch.tensor([example.gold for example in examples])
-    for number, some in enumerate(_batched(product(grid, grid), _AT_ONCE)):
-        moved = [backbone.head.join(prompt + float(x) * across + float(y) * along, head) for y, x in some]
-        asked = [Questions(trained, examples, subject.rows) for trained in moved]
-        scores = score_prompts(backbone, asked, ranks, budget)
-        found += [float(cross_entropy_sum(scores_NC, gold)) / len(examples) for scores_NC in scores]
-        if beat is not None:
-            beat(number * _AT_ONCE)
-    return Plane(grid, grid, np.array(found).reshape(points, points))
+
+    def means(at: Sequence[tuple[float, float]]) -> list[float]:
+        found = []
+        for some in _batched(at, _AT_ONCE):
+            moved = [backbone.head.join(prompt + x * across + y * along, head) for x, y in some]
+            asked = [Questions(trained, examples, subject.rows) for trained in moved]
+            scores = score_prompts(backbone, asked, ranks, budget)
+            found += [float(cross_entropy_sum(scores_NC, gold)) / len(examples) for scores_NC in scores]
+        return found
+
+    return plane_of(means, radius, points, tolerance, seed)
 
 
 def serve(backbone: Backbone, subject: Subject) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
     parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
     parser.add_argument("--grid", type=int, default=41, help="points of an axis, odd (default: 41)")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="values are interpolated from fewer points where "
+                        "that is this near, a share of their range, at points it had not seen; 0: all are computed "
+                        "(default: 0.01)")  # fmt: skip
     parser.add_argument("--radius", type=float, default=1.0, help="input: half an axis, in mean embedding norms, of a "
                         "whole row as in pgd's epsilon (default: 1)")  # fmt: skip
     parser.add_argument("--prompt_radius", type=float, default=1.0, help="prompt: half an axis, in norms of the "
@@ -69,6 +72,8 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     for name in ("rows", "eval_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    if not 0 <= args.tolerance < 1:
+        raise UserError(f"--tolerance is {args.tolerance}; expected a share from 0 up to below 1.")
     if args.grid < 3 or args.grid % 2 == 0:
         raise UserError(f"--grid is {args.grid}; expected an odd number of 3 or more, so that 0 is a point.")
     for name in ("radius", "prompt_radius"):
@@ -134,39 +139,32 @@ def _planes(args: argparse.Namespace, space: str, opened: Opened) -> tuple[dict[
     backbone, planes, extra = opened.backbone, {}, {}
     if space == "prompt":
         for subject in opened.subjects:
-            beat = _beat(f"{space} {subject.name}", args.grid**2)
             planes[subject.name] = prompt_plane(
-                backbone, subject, opened.examples, alone(), args.eval_tokens, args.prompt_radius, args.grid, args.seed,
-                beat,
+                backbone, subject, opened.examples, alone(), args.eval_tokens, args.prompt_radius, args.grid,
+                args.tolerance, args.seed,
             )  # fmt: skip
+            _tell(space, subject, planes[subject.name])
         return planes, {}
     axes = _axes(args, opened)
     for subject in opened.subjects:
         loss = InputLoss(backbone, subject, opened.examples, args.eval_tokens)
-        planes[subject.name] = input_plane(
-            loss, axes, args.radius, args.grid, _beat(f"{space} {subject.name}", args.grid**2)
-        )
+        planes[subject.name] = input_plane(loss, axes, args.radius, args.grid, args.tolerance, args.seed)
+        _tell(space, subject, planes[subject.name])
         curvature = loss.curvature(args.seed)
         extra[subject.name] = {"curvature_mean": float(curvature.mean()), "curvature_largest": float(curvature.max())}
     return planes, extra
 
 
+def _tell(space: str, subject: Subject, plane: Plane) -> None:
+    """How many points were computed, and how far the others may be off."""
+    whole = plane.computed == plane.values.size
+    rest = "all" if whole else f"the others interpolated, at most {plane.error:.2g} nats off where that was tried"
+    log.info("  %s space, %s: %d points computed, %s", space, subject.name, plane.computed, rest)
+
+
 def _axes(args: argparse.Namespace, opened: Opened) -> tuple[Tensor, Tensor]:
     losses = [InputLoss(opened.backbone, one, opened.examples, args.eval_tokens) for one in opened.subjects]
     return input_axes(losses, args.seed)
-
-
-def _beat(what: str, points: int) -> Callable[[int], None]:
-    """A line a tenth of the plane."""
-    told = {0}
-
-    def beat(done: int) -> None:
-        tenth = 10 * done // points
-        if tenth not in told:
-            told.add(tenth)
-            log.info("  %s: %d of %d points", what, done, points)
-
-    return beat
 
 
 def _landscape(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from ptp_ds.analysis.landscape import (
     axis,
     input_axes,
     input_plane,
+    plane_of,
     prompt_axes,
     prompt_plane,
     top_curvature,
@@ -61,6 +62,37 @@ def test_the_largest_curvature_of_quadratics_is_found_with_its_sign():
         rounds=30,
     )
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-2, rtol=1e-2)
+
+
+def bowl(x, y):
+    return 1 + np.cos(2 * x) * np.exp(y) + 0.3 * x
+
+
+@pytest.mark.parametrize(
+    ("function", "tolerance", "most"),
+    [
+        (bowl, 0.01, 9 * 9 + 12),
+        (lambda x, y: np.cos(6 * x + 2 * y), 0.01, 17 * 17 + 12),
+        (bowl, 0.0, 41 * 41),
+        (lambda x, y: abs(x) + abs(y), 1e-6, 41 * 41),  # a kink that no polynomial follows
+    ],
+)
+def test_an_interpolation_is_as_near_as_it_says(function, tolerance, most):
+    asked = []
+
+    def means(points):
+        asked.extend(points)
+        return [float(function(x, y)) for x, y in points]
+
+    plane = plane_of(means, 1.5, 41, tolerance)
+    xs, ys = np.meshgrid(plane.xs, plane.ys)
+    expected = function(xs, ys)
+    whole = plane.computed == 41 * 41
+    assert len(asked) == len(set(asked)), "no point twice"
+    assert plane.computed == most
+    assert np.abs(plane.values - expected).max() <= (1e-12 if whole else 3 * tolerance * np.ptp(expected))
+    assert plane.error <= tolerance * np.ptp(expected)
+    assert plane.values[20, 20] == pytest.approx(function(0.0, 0.0), abs=1e-9), "the centre is computed"
 
 
 def opened(kind="tree", shape="ragged"):
@@ -146,8 +178,18 @@ def test_a_plane_of_prompts_equals_plain_forwards():
     across, along = prompt_axes(subject.trained, 4)
     for direction in (across, along):
         torch.testing.assert_close(direction.norm(dim=-1), subject.trained.norm(dim=-1))
-    plane = prompt_plane(backbone, subject, examples, ALONE, 4096, 0.5, 3, 4)
+    plane = prompt_plane(backbone, subject, examples, ALONE, 4096, 0.5, 3, seed=4)
     still = [torch.zeros(len(example.context_ids), 32) for example in examples]
     for row, column in ((0, 2), (1, 1)):
         prompt = subject.trained + plane.xs[column] * across + plane.ys[row] * along
         assert plane.values[row, column] == pytest.approx(plain_mean(prompt.float(), examples, still), rel=1e-4)
+
+
+def test_an_interpolated_plane_of_a_model_is_the_computed_one():
+    backbone, subject, examples = opened()
+    loss = InputLoss(backbone, subject, examples, 4096)
+    axes = input_axes([loss])
+    whole, fast = (input_plane(loss, axes, 0.5, 21, tolerance) for tolerance in (0.0, 0.01))
+    assert fast.computed < whole.computed == 441
+    assert np.abs(fast.values - whole.values).max() < 0.03 * np.ptp(whole.values)
+    assert fast.rise(0.25)[0] == pytest.approx(whole.rise(0.25)[0], rel=0.05)

@@ -9,6 +9,7 @@ from ptp_ds.analysis.report import ALL, Cells, markdown, write_csv
 from ptp_ds.analysis.study import Row, finished, read_study, rows_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from tests.support.paths import ROOT
 
 STUDY = """
 settings: {model: MODEL, max_steps: 3, lr: 1e-2}
@@ -137,3 +138,13 @@ def test_tables_of_a_small_study(tmp_path):
     lines = (tmp_path / "rows.csv").read_text().splitlines()
     assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,failed,accuracy"
     assert lines[11] == "B,noise,1,,0.25,0.5,2,3,The loss is not finite at step 2,"
+
+
+def test_the_docs_study_is_the_file_that_they_name():
+    file = ROOT / "docs" / "small_study.yaml"
+    study = read_study(str(file))
+    assert [cell.name for cell in study.cells] == ["Reviews/plain", "Reviews/noise"]
+    shown = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    text = (ROOT / "docs" / "studies.md").read_text().splitlines()
+    start = text.index(f"    {shown[0]}")
+    assert [line[4:] for line in text[start : start + len(shown)]] == shown
