@@ -260,7 +260,7 @@ def prompt_plane(
     backbone: Backbone, subject: Subject, examples: Sequence[Example], ranks: Ranks, budget: int, radius: float,
     points: int, tolerance: float = 0.0, seed: int = 0,
 ) -> Plane:  # fmt: skip
-    """Mean cross-entropy over a plane of prompts, many in a pass; see plane_of. radius: in norms of the prompt's rows."""
+    """Mean cross-entropy over a plane of prompts, many in a pass; see plane_of. radius: in norms of its rows."""
     prompt, head = backbone.head.split(subject.trained)
     across, along = prompt_axes(prompt, seed)
     gold = torch.tensor([example.gold for example in examples])

@@ -11,6 +11,8 @@ smart   Jiang et al. 2020, mt-dnn        noise 1e-5 and step 1e-3 are mt-dnn's; 
 freelb  Zhu et al. 2020, RTE (ALBERT)    the clean cross-entropy stays beside the perturbed one, which is taken at the
                                          last delta, not averaged over the K; the start is random, half of the radius,
                                          not 0; the radius K alpha is as far as its unprojected steps can go
+ptp-rn, Chen et al. 2023, noise and      the published sizes aren't known to us: these are what docs/defaults.md found
+ptp-adv pgd                              on development tasks
 vat     Miyato et al. 2018               the power iteration is an ascent step so long that projection leaves little of
                                          the random start; xi is epsilon / 2
 """
@@ -19,6 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "ptp-rn": {
+        "perturbation": "gaussian", "divergence": "kl", "divergence_gradient": "clean_fixed", "reg_weight": 1.0,
+        "units": "relative", "sigma": 1.0,
+    },
+    "ptp-adv": {
+        "perturbation": "pgd", "divergence": "kl", "divergence_gradient": "clean_fixed", "reg_weight": 1.0,
+        "units": "relative", "norm": "frobenius", "epsilon": 0.1, "alpha": 0.075, "ascent_steps": 2,
+    },
     "smart": {
         "perturbation": "pgd", "divergence": "sym_kl", "divergence_gradient": "both", "reg_weight": 1.0,
         "units": "coordinate", "norm": "linf", "epsilon": 1e-5, "alpha": 1e-3, "ascent_steps": 1,

@@ -199,7 +199,5 @@ def _together(shared: SharedPass, population: PopulationRow, deltas: Sequence[Te
     gradients = population.split(shared.scaled_gradient(torch.cat(list(deltas)), climbed))
     moved = []
     for member, delta, gradient in zip(population.members, deltas, gradients, strict=True):
-        after, _ = moved_delta(delta, gradient, member.row, member.settings)
-        overflowed = shared.backbone.dtype == torch.float16
-        moved.append(torch.where(after.isfinite(), after, delta) if overflowed else after)
+        moved.append(moved_delta(delta, gradient, member.row, member.settings)[0])
     return moved
