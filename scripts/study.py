@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains methods x tasks x seeds, the seeds of each cell at once, and writes tables, comparisons and pictures.
 
-python scripts/study.py --study study.yaml --output_dir runs/study
-deepspeed --hostfile hostfiles/local scripts/study.py --study study.yaml --output_dir runs/study
+python scripts/study.py study.yaml --output_dir runs/study
+deepspeed --hostfile hostfiles/local scripts/study.py study.yaml --output_dir runs/study
 """
 
 from ptp_ds.commands.study import main

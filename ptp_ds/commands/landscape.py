@@ -13,17 +13,9 @@ from torch import Tensor
 
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder
+from ptp_ds.adapters.record import versions
 from ptp_ds.adapters.served import Served, alone, serve, whole
 from ptp_ds.adapters.task import adapter_task
-from ptp_ds.analysis.landscape import (
-    InputLoss,
-    Plane,
-    Subject,
-    input_axes,
-    input_plane,
-    prompt_plane,
-)
-from ptp_ds.analysis.pictures import figure, landscapes
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import StrictParser
@@ -33,6 +25,15 @@ from ptp_ds.files import write_json
 from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import env_world, prepare_environment
 from ptp_ds.ranks.log import get_logger
+from ptp_ds.studies.landscape import (
+    InputLoss,
+    Plane,
+    Subject,
+    input_axes,
+    input_plane,
+    prompt_plane,
+)
+from ptp_ds.studies.pictures import figure, landscapes
 from ptp_ds.tasks.example import Example
 
 log = get_logger(__name__)
@@ -46,7 +47,7 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument(
         "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
     )
-    parser.add_argument("--output_dir", required=True, help="landscape-<space>.png and .npz, landscape.json and "
+    parser.add_argument("--output_dir", required=True, help="landscape-<space>.png, landscape.npz, landscape.json and "
                         "tensorboard/ go here")  # fmt: skip
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=SPACES,
                         help="a delta on the rows' embeddings, or the prompt itself (default: both)")  # fmt: skip
@@ -174,22 +175,32 @@ def _landscape(args: argparse.Namespace) -> None:
     )
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"task": served.task.name, "rows": len(opened.examples), "adapters": args.adapters}
+    found: dict[str, dict[str, Any]] = {given: {} for given in args.adapters}
+    arrays: dict[str, np.ndarray] = {"adapters": np.array(args.adapters)}
     for space in args.spaces:
         radius = args.radius if space == "input" else args.prompt_radius
         radii = args.radii or [share * radius for share in (0.1, 0.25, 0.5, 1.0)]
         planes, extra = _planes(args, space, opened)
-        record[space] = {name: {**plane.summary(radii), **extra.get(name, {})} for name, plane in planes.items()}
-        first = next(iter(planes.values()))
-        values = np.stack([plane.values for plane in planes.values()])  # [adapters, Y, X]
-        np.savez(out / f"landscape-{space}.npz", xs=first.xs, ys=first.ys, names=np.array(list(planes)), values=values)
+        numbers = {name: {**plane.summary(radii), **extra.get(name, {})} for name, plane in planes.items()}
+        for given, one in zip(args.adapters, numbers.values(), strict=True):
+            found[given][space] = one
+        arrays[f"{space}_axis"] = next(iter(planes.values())).xs
+        arrays[f"{space}_values"] = np.stack([plane.values for plane in planes.values()])
         title = f"{served.task.name}, {len(opened.examples)} rows: cross-entropy, {space} space"
         landscapes(out / f"landscape-{space}.png", title, planes, _LABELS[space])
-        for line in _table(space, record[space]):
+        for line in _table(space, numbers):
             log.info("%s", line)
+    write_npz(out / "landscape.npz", arrays)
+    record = {"task": served.task.name, "rows": len(opened.examples), "adapters": found, "versions": versions()}
     write_json(out / "landscape.json", record)
     _to_tensorboard(out, args.spaces)
     log.info("pictures, arrays and numbers: %s", out)
+
+
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """adapters [A]; of each space its axis, for X and for Y, and values [A, Y, X] in nats."""
+    with file.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _table(space: str, record: dict[str, Any]) -> list[str]:

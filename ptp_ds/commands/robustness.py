@@ -12,9 +12,6 @@ from torch import Tensor
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import Served
-from ptp_ds.analysis.landscape import Subject
-from ptp_ds.analysis.pictures import curves, figure
-from ptp_ds.analysis.robustness import Bench, attacked, scored, typo_fields, with_masks, with_noise, with_typos
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.landscape import Opened, open_adapters
 from ptp_ds.config.flags import StrictParser
@@ -27,6 +24,9 @@ from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import env_world, prepare_environment
 from ptp_ds.ranks.log import get_logger
+from ptp_ds.studies.landscape import Subject
+from ptp_ds.studies.pictures import curves, figure
+from ptp_ds.studies.robustness import Bench, attacked, scored, typo_fields, with_masks, with_noise, with_typos
 from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import evaluation_of

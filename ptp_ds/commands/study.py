@@ -6,17 +6,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ptp_ds.adapters.record import versions
-from ptp_ds.analysis.pictures import strip_plot
-from ptp_ds.analysis.report import Cells, markdown, write_csv
-from ptp_ds.analysis.study import Cell, Row, Study, finished, read_study, rows_of
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.population import train_population
 from ptp_ds.config.flags import StrictParser
 from ptp_ds.errors import UserError
-from ptp_ds.files import write_json
+from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once
+from ptp_ds.studies.pictures import strip_plot
+from ptp_ds.studies.report import Cells, markdown, write_csv
+from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of
 
 log = get_logger(__name__)
 
@@ -46,7 +46,7 @@ def train_cell(cell: Cell, out: Path) -> int:
 
 
 def write_report(study: Study, out: Path, title: str) -> Cells | None:
-    """rows.csv, rows.json, report.md and a picture a task of the cells that are finished; None where none is."""
+    """rows.jsonl, rows.csv, report.md and a picture a task of the cells that are finished; None where none is."""
     done = [cell for cell in study.cells if finished(cell, out)]
     rows = [row for cell in done for row in rows_of(cell, out)]
     if not rows:
@@ -54,7 +54,8 @@ def write_report(study: Study, out: Path, title: str) -> Cells | None:
     part = replace(study, cells=tuple(done))
     cells = Cells(rows, part.tasks, part.methods, study.baseline)
     write_csv(out / "rows.csv", rows)
-    write_json(out / "rows.json", {"rows": [asdict(row) for row in rows], "versions": versions()})
+    write_jsonl(out / "rows.jsonl", [asdict(row) for row in rows])
+    write_json(out / "versions.json", versions())
     pictures = [_picture(cells, task, out) for task in cells.tasks]
     (out / "report.md").write_text(markdown(cells, title, pictures), encoding="utf-8")
     _write_hparams(done, rows, out)
@@ -64,7 +65,7 @@ def write_report(study: Study, out: Path, title: str) -> Cells | None:
 def _picture(cells: Cells, task: str, out: Path) -> str:
     """The strip plot of a task; its file's name."""
     rows = [row for row in cells.rows if row.task == task]
-    lines = {"untrained": sum(row.untrained for row in rows) / len(rows), "majority": rows[0].majority}
+    lines = {"untrained": sum(row.untrained_score for row in rows) / len(rows), "majority": rows[0].majority}
     scores = {method: list(cells.scores(task, method).values()) for method in cells.methods}
     strip_plot(out / f"{task}.png", task, scores, lines)
     return f"{task}.png"
@@ -101,9 +102,9 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def _study(argv: Sequence[str], description: str) -> int:
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--study", required=True, help="JSON or YAML file: settings, seeds, tasks, methods")
-    parser.add_argument("--output_dir", required=True, help="cells/<task>/<method>, rows.csv, rows.json, report.md and "
-                        "pictures go here; what is finished there is not run again")  # fmt: skip
+    parser.add_argument("study", help="JSON or YAML file: settings, seeds, tasks, methods")
+    parser.add_argument("--output_dir", required=True, help="cells/<task>/<method>, rows.jsonl, rows.csv, report.md "
+                        "and pictures go here; what is finished there is not run again")  # fmt: skip
     parser.add_argument("--methods", nargs="+", help="only these of the study's methods")
     parser.add_argument("--tasks", nargs="+", help="only these of the study's tasks")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is finished")
@@ -117,6 +118,6 @@ def _study(argv: Sequence[str], description: str) -> int:
     if env_rank() == 0 and not code:
         cells = write_report(study, out, Path(args.study).stem)
         if cells is None:
-            raise UserError(f"--report: no cell of {args.study} is finished in {out}.")
+            raise UserError(f"No cell of {args.study} is finished in {out}.")
         log.info("\n%s\n\nrows, report and pictures: %s", markdown(cells, Path(args.study).stem), out)
     return code

@@ -28,9 +28,9 @@ def study(tiny_model, tmp_path_factory):
     """A finished study of two methods and two seeds, and what it printed."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "study.yaml").write_text(STUDY.replace("MODEL", str(tiny_model)))
-    first = run_script("study.py", ["--study", "study.yaml", "--output_dir", "out", "--methods", "plain"], folder)
+    first = run_script("study.py", ["study.yaml", "--output_dir", "out", "--methods", "plain"], folder)
     assert "cell 1 of 1: COPA/plain, 2 seeds" in check(first).stdout
-    done = run_script("study.py", ["--study", "study.yaml", "--output_dir", "out"], folder)
+    done = run_script("study.py", ["study.yaml", "--output_dir", "out"], folder)
     return folder, check(done).stdout
 
 
@@ -51,6 +51,11 @@ def test_cells_are_trained_once_and_their_rows_are_told(study, run_train, tiny_m
     ]  # fmt: skip
     results = [json.loads((member(study, row["method"], row["seed"]) / "result.json").read_text()) for row in rows]
     assert [float(row["score"]) for row in rows] == [result["metrics"]["accuracy"] for result in results]
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    for line, result in zip(lines, results, strict=True):
+        assert (line["task"], line["metrics"], line["untrained"]) == ("COPA", result["metrics"], result["untrained"])
+        assert (line["majority"], line["failed"], line["settings"]["lr"]) == (result["majority"], None, 0.01)
+        assert line["seconds"] == pytest.approx(3 * result["step_seconds_median"])
     assert (out / "COPA.png").stat().st_size > 5000
     assert len(list((out / "tensorboard").rglob("events*"))) >= 4
     args = ["--model", tiny_model, "--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--max_steps", "3",
@@ -66,14 +71,14 @@ def test_cells_are_trained_once_and_their_rows_are_told(study, run_train, tiny_m
 
 def test_a_report_of_what_is_there_and_refusals(study):
     folder, _ = study
-    again = check(run_script("study.py", ["--study", "study.yaml", "--output_dir", "out", "--report"], folder))
+    again = check(run_script("study.py", ["study.yaml", "--output_dir", "out", "--report"], folder))
     assert "cell " not in again.stdout
     (folder / "other.yaml").write_text((folder / "study.yaml").read_text().replace("1e-2", "2e-2"))
     wrong = [
-        (["--study", "other.yaml", "--output_dir", "out"], "was run with lr 0.01, the study says 0.02"),
-        (["--study", "study.yaml", "--output_dir", "new", "--report"], "no cell of study.yaml is finished in new"),
-        (["--study", "none.yaml", "--output_dir", "out"], "--study none.yaml"),
-        (["--study", "study.yaml", "--output_dir", "out", "--tasks", "CB"], "--tasks CB: the study has COPA"),
+        (["other.yaml", "--output_dir", "out"], "was run with lr 0.01, the study says 0.02"),
+        (["study.yaml", "--output_dir", "new", "--report"], "No cell of study.yaml is finished in new"),
+        (["none.yaml", "--output_dir", "out"], "Study none.yaml"),
+        (["study.yaml", "--output_dir", "out", "--tasks", "CB"], "--tasks CB: the study has COPA"),
     ]
     for argv, message in wrong:
         done = run_script("study.py", argv, folder)
@@ -87,15 +92,15 @@ def test_a_landscape_of_two_adapters(study):
              "--rows", "4", "--radius", "0.5", "--radii", "0.25", "0.5"]  # fmt: skip
     told = check(run_script("landscape.py", given, folder)).stdout
     out = folder / "landscape"
-    record = json.loads((out / "landscape.json").read_text())
+    record = json.loads((out / "landscape.json").read_text())["adapters"]
     for space in ("input", "prompt"):
-        with np.load(out / f"landscape-{space}.npz") as arrays:
-            assert arrays["values"].shape == (2, 5, 5)
-            names, centres = list(arrays["names"]), arrays["values"][:, 2, 2]
-        assert names == ["plain/members/seed-0", "noise/members/seed-0"]
-        assert [record[space][name]["centre"] for name in names] == pytest.approx(centres.tolist())
+        with np.load(out / "landscape.npz") as arrays:
+            assert arrays[f"{space}_values"].shape == (2, 5, 5)
+            names, centres = list(arrays["adapters"]), arrays[f"{space}_values"][:, 2, 2]
+        assert names == [str(member(study, "plain")), str(member(study, "noise"))]
+        assert [record[name][space]["centre"] for name in names] == pytest.approx(centres.tolist())
         assert (out / f"landscape-{space}.png").stat().st_size > 20000
-    both = [[record[space][name]["centre"] for name in names] for space in ("input", "prompt")]
+    both = [[record[name][space]["centre"] for name in names] for space in ("input", "prompt")]
     assert both[0] == pytest.approx(both[1], rel=1e-4), "the centre of both spaces is the prompt as it is"
     assert "curvature" in told
     assert list((out / "tensorboard").iterdir())

@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ptp_ds.analysis.report import ALL, Cells, markdown, write_csv
-from ptp_ds.analysis.study import Row, finished, read_study, rows_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.studies.report import ALL, Cells, markdown, write_csv
+from ptp_ds.studies.study import Row, finished, read_study, rows_of
 from tests.support.paths import ROOT
 
 STUDY = """
@@ -69,13 +69,13 @@ def test_a_study_is_its_cells(tmp_path):
 )
 def test_wrong_studies_are_one_sentence(tmp_path, old, new, message):
     assert old in STUDY
-    with pytest.raises(UserError, match=f"^--study .*{message}"):
+    with pytest.raises(UserError, match=f"^Study .*{message}"):
         read_study(written(tmp_path, STUDY.replace(old, new)))
 
 
 def test_a_study_needs_tasks_and_methods(tmp_path):
     for text in ("[]", "{}", "tasks: {a: {}}", "methods: {a: }\ntasks: {}"):
-        with pytest.raises(UserError, match=r"^--study "):
+        with pytest.raises(UserError, match=r"^Study "):
             read_study(written(tmp_path, text))
 
 
@@ -112,7 +112,7 @@ def test_finished_cells_are_known_by_their_settings(tmp_path):
 
 def row(task, method, seed, score, failed=None):
     metrics = None if score is None else {"accuracy": score}
-    return Row(task, method, seed, score, metrics, 0.25, 0.5, 2, 3, failed)
+    return Row(task, method, seed, metrics, {"accuracy": 0.25}, 0.5, failed, {"lr": 0.1}, None, 2, 3)
 
 
 def test_tables_of_a_small_study(tmp_path):
@@ -136,8 +136,8 @@ def test_tables_of_a_small_study(tmp_path):
     assert "![A](A.png)" in text
     write_csv(tmp_path / "rows.csv", rows)
     lines = (tmp_path / "rows.csv").read_text().splitlines()
-    assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,failed,accuracy"
-    assert lines[11] == "B,noise,1,,0.25,0.5,2,3,The loss is not finite at step 2,"
+    assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,seconds,failed,accuracy"
+    assert lines[11] == "B,noise,1,,0.25,0.5,2,3,,The loss is not finite at step 2,"
 
 
 def test_the_docs_study_is_the_file_that_they_name():

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptp_ds.analysis.landscape import Subject
-from ptp_ds.analysis.robustness import Bench, attacked, scored, typo, typo_fields, with_masks, with_noise, with_typos
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
 from ptp_ds.seeding import make_generator
+from ptp_ds.studies.landscape import Subject
+from ptp_ds.studies.robustness import Bench, attacked, scored, typo, typo_fields, with_masks, with_noise, with_typos
 from ptp_ds.tasks import load_task
 from tests.support.packed import make_prompt
 from tests.support.reference import VOCABULARY, make_examples, make_model, plain_scores

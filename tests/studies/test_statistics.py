@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ptp_ds.analysis.statistics import compare, holm, sign_flip_p, spread_of
+from ptp_ds.studies.statistics import compare, holm, sign_flip_p, spread_of
 
 
 def test_a_spread():

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptp_ds.analysis.landscape import Subject, serve
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings
@@ -20,6 +19,7 @@ from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import Neighbours
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.seeding import make_generator
+from ptp_ds.studies.landscape import Subject, serve
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import plan_packs

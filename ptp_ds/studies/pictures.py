@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ptp_ds.analysis.statistics import spread_of
 from ptp_ds.errors import UserError
+from ptp_ds.studies.statistics import spread_of
 
 _SIZE, _DPI = 4.0, 120  # inches a panel, dots an inch
 
@@ -63,7 +63,7 @@ def strip_plot(
 
 
 def landscapes(file: Path, title: str, planes: Mapping[str, Any], labels: tuple[str, str]) -> None:
-    """A surface above a contour for each plane (ptp_ds.analysis.landscape.Plane), all on one scale."""
+    """A surface above a contour for each plane (ptp_ds.studies.landscape.Plane), all on one scale."""
     picture, _ = figure(len(planes), 2)
     low, high = (
         pick(float(pick_all(plane.values)) for plane in planes.values())

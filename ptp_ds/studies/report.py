@@ -2,14 +2,15 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ptp_ds.analysis.statistics import Comparison, Spread, compare, holm, spread_of
-from ptp_ds.analysis.study import Row
+from ptp_ds.studies.statistics import Comparison, Spread, compare, holm, spread_of
+from ptp_ds.studies.study import Row
 
 ALL = "all tasks"
+_CSV = ("task", "method", "seed", "score", "untrained", "majority", "best_step", "steps", "seconds", "failed")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _scores(cells: Cells) -> list[str]:
             shown = ["-"] * 4 if spread is None else [_shown(x) for x in _of(spread)]
             lines.append(
                 f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {failed} | "
-                f"{mean(row.untrained for row in rows):.3f} | {rows[0].majority:.3f} |"
+                f"{mean(row.untrained_score for row in rows):.3f} | {rows[0].majority:.3f} |"
             )
     if len(cells.tasks) > 1:
         for method in cells.methods:
@@ -128,12 +129,11 @@ def _p(value: float | None) -> str:
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """A line a prompt; a metric that a task hasn't is left empty."""
+    """A line a prompt; a metric that a task hasn't is left empty. untrained: the mean of the start's metrics."""
     metrics = sorted({name for row in rows for name in row.metrics or ()})
-    plain = [name for name in Row.__dataclass_fields__ if name != "metrics"]
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*plain, *metrics])
+        writer = csv.DictWriter(stream, [*_CSV, *metrics])
         writer.writeheader()
         for row in rows:
-            values = asdict(row)
-            writer.writerow({**(values.pop("metrics") or {}), **values})
+            values = {name: getattr(row, name) for name in _CSV}
+            writer.writerow({**(row.metrics or {}), **values, "untrained": row.untrained_score})

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ptp_ds.analysis.landscape import (
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.studies.landscape import (
     InputLoss,
     Plane,
     Subject,
@@ -16,9 +19,6 @@ from ptp_ds.analysis.landscape import (
     prompt_plane,
     top_curvature,
 )
-from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.packing.layouts import SeparateRows, TreeRows
-from ptp_ds.ranks.distributed import Ranks
 from tests.support.packed import make_prompt
 from tests.support.reference import make_examples, make_model, plain_scores, with_instruction
 

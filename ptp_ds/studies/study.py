@@ -66,24 +66,36 @@ class Study:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt's outcome. score: mean of its metrics, None for one that failed before it kept a prompt; seconds: of
-    a step of its whole cell."""
+    """One prompt's outcome. metrics: of the kept prompt, None for one that failed before it kept any; untrained: those
+    of its start. seconds: of its cell's training, steps times their median time; None where there is no result.
+    """
 
     task: str
     method: str
     seed: int
-    score: float | None
     metrics: Mapping[str, float] | None
-    untrained: float
+    untrained: Mapping[str, float]
     majority: float
+    failed: str | None
+    settings: Mapping[str, Any]
+    seconds: float | None
     best_step: int
     steps: int
-    failed: str | None
+
+    @property
+    def score(self) -> float | None:
+        """The mean of its metrics."""
+        return mean(self.metrics.values()) if self.metrics else None
+
+    @property
+    def untrained_score(self) -> float:
+        """The mean of the start's metrics."""
+        return mean(self.untrained.values())
 
 
 def read_study(file: str) -> Study:
     """The study of a JSON or YAML file. Raises UserError for what it can't be."""
-    where = f"--study {file}"
+    where = f"Study {file}"
     given = read_settings(file, where)
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: expected {', '.join(_KEYS)}; see docs/studies.md.")
@@ -181,15 +193,24 @@ def rows_of(cell: Cell, out: Path) -> list[Row]:
     for one in _members(cell.folder(out) / "population.json"):
         if one["name"] not in cell.members:
             continue
-        metrics, settings = one["metrics"], one["settings"]
         found.append(
             Row(
-                task=cell.task, method=cell.method, seed=settings["seed"], metrics=metrics,
-                score=mean(metrics.values()) if metrics else None, untrained=mean(one["untrained"].values()),
-                majority=one["majority"], best_step=one["best_step"], steps=one["steps"], failed=one["failed"],
+                task=cell.task, method=cell.method, seed=one["settings"]["seed"], metrics=one["metrics"],
+                untrained=one["untrained"], majority=one["majority"], failed=one["failed"], settings=one["settings"],
+                seconds=_seconds(cell.folder(out) / "members" / one["name"]), best_step=one["best_step"],
+                steps=one["steps"],
             )
         )  # fmt: skip
     return found
+
+
+def _seconds(member: Path) -> float | None:
+    """Steps times their median time, as the member's result.json has them."""
+    file = member / "result.json"
+    if not is_file(file):
+        return None
+    result = read_json(file, str(file))
+    return result["steps"] * result["step_seconds_median"]
 
 
 def _members(record: Path) -> list[dict[str, Any]]:
