@@ -28,16 +28,15 @@ from torch import Tensor
 
 import ptp_ds.commands.train as train_command
 from ptp_ds.adapters.card import untrained_metrics
-from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.flags import parse_run
 from ptp_ds.errors import UserError
 from ptp_ds.files import read_json, write_json
 from ptp_ds.ranks.distributed import prepare_environment
-from ptp_ds.tasks.example import Example
-from ptp_ds.training import trainer
+from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.training.evaluate import Evaluation, least_score
 from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.trainer import Progress, Trainer
 
 
 class Point(NamedTuple):
@@ -93,22 +92,21 @@ def cells_of(study: dict[str, Any]) -> list[Cell]:
 @contextmanager
 def watched(scored: list[tuple[Evaluation, Evaluation]]) -> Iterator[None]:
     """Inside, a run that scores its selection rows scores its evaluation rows, too; both go to `scored`."""
-    prepare, score, prepared = train_command.prepare, trainer.evaluate, []
+    prepare, select, prepared = train_command.prepare, Trainer.select, []
 
     def remembered(*given: Any) -> Prepared:
         prepared.append(prepare(*given))
         return prepared[-1]
 
-    def both(backbone: Backbone, prompt: Tensor, rows: Sequence[Example], *how: Any) -> Evaluation:
-        held = prepared[-1].examples.evaluation
-        scored.append((score(backbone, prompt, rows, *how), score(backbone, prompt, held, *how)))
-        return scored[-1][0]
+    def both(self: Trainer, progress: Progress, prompt: Tensor, result: Evaluation, output: OutputGuard) -> None:
+        scored.append((result, self.evaluate(prompt, prepared[-1].examples.evaluation)))
+        select(self, progress, prompt, result, output)
 
-    train_command.prepare, trainer.evaluate = remembered, both
+    train_command.prepare, Trainer.select = remembered, both  # type: ignore[method-assign]
     try:
         yield
     finally:
-        train_command.prepare, trainer.evaluate = prepare, score
+        train_command.prepare, Trainer.select = prepare, select  # type: ignore[method-assign]
 
 
 def train(cell: Cell, file: Path) -> None:
