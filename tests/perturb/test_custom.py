@@ -284,6 +284,7 @@ def launch_failing(tmp_path, tiny_model, where: str) -> subprocess.CompletedProc
                           timeout=170, check=False)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ranks_that_fail_in_the_file_say_so_once(tmp_path, tiny_model):
     done = launch_failing(tmp_path, tiny_model, "True")
     assert done.returncode == 2
