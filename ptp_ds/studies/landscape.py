@@ -27,7 +27,7 @@ from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import Questions, score_prompts
 
 _AT_ONCE = 64  # prompts of the prompt's plane that are scored together
-_NODES = (9, 17, 33)  # of an axis; each one's points are among the next one's
+_NODES = (9, 17)  # of an axis; the first one's points are among the second one's
 _CHECKS = 12  # points at which an interpolation is tried
 _ROUNDS = 10  # of power iteration
 _STEP = 0.02  # mean embedding norms, half of the distance between two gradients
@@ -100,8 +100,8 @@ def plane_of(means: Means, radius: float, points: int, tolerance: float, seed: i
     """The plane of a function of (x, y), given as `means` of many of them.
 
     tolerance 0 computes every point. Else a polynomial goes through the values at 9 x 9 Chebyshev points, at 17 x 17
-    where it is further than `tolerance`, a share of the values' range, from the function at random points, and then
-    at 33 x 33; where that is too far off as well, every point is computed.
+    where it is further than `tolerance`, a share of the values' range, from the function at random points; where that
+    is too far off as well, every point is computed.
     """
     grid, checks = axis(radius, points), _checks(radius, seed)
     known: dict[tuple[float, float], float] = {}
@@ -126,7 +126,7 @@ def plane_of(means: Means, radius: float, points: int, tolerance: float, seed: i
 
 
 def chebyshev(radius: float, nodes: int) -> list[float]:
-    """Chebyshev points of the second kind from -radius to radius; those of 9 are among those of 17, of 33."""
+    """Chebyshev points of the second kind from -radius to radius; those of 9 are among those of 17."""
     found = [-radius * math.cos(math.pi * number / (nodes - 1)) for number in range(nodes)]
     found[nodes // 2] = 0.0
     return [round(value / radius, 12) * radius for value in found]
