@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ptp_ds.adapters.origin import adapter_rows, adapter_split
+from ptp_ds.adapters.origin import adapter_rows
 from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.record import versions
 from ptp_ds.adapters.served import Served, alone, serve, whole
@@ -34,6 +34,7 @@ from ptp_ds.studies.landscape import (
     prompt_plane,
 )
 from ptp_ds.studies.pictures import figure, landscapes
+from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 
 log = get_logger(__name__)
@@ -87,11 +88,12 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Opened:
-    """What the planes are of: prompts on one backbone, and the rows that all are scored on."""
+    """Prompts on one backbone, and the rows that all are scored on. split: where the rows are from, whole."""
 
     backbone: Backbone
     subjects: list[Subject]
     examples: list[Example]
+    split: Split
 
 
 def open_adapters(
@@ -115,14 +117,13 @@ def open_adapters(
                     f"--adapters {given}: its {name} isn't that of {adapters[0]}; give adapters of one model, task and "
                     "kind of prompt."
                 )
-    split = split or adapter_split(folders[0], task)
-    found = first.examples(adapter_rows(folders[0], task, split, data_dir, dataset), labelled=True)
-    examples = [example for example in found if example.trainable][:rows]
+    read = adapter_rows(folders[0], task, split, data_dir, dataset)
+    examples = [example for example in first.examples(read, labelled=True) if example.trainable][:rows]
     backbone = first.load(whole(precision), alone(), examples)
     subjects = [
         Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)
     ]
-    return first, Opened(backbone, subjects, examples)
+    return first, Opened(backbone, subjects, examples, read)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -26,7 +26,6 @@ from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, load_rows
 from ptp_ds.tasks.example import Example
 
-_OF_FIELDS = ("flat", "pairs")  # readers whose rows are fields of text and nothing else
 _OF_SEVERAL = ("multirc", "record")  # readers whose rows hold several questions
 _NAMED = re.compile(r"([^\W\d]\w*)=(?!=)")  # NAME=value, as for a field; not "2+2=4", "a = b" or "a==b"
 
@@ -70,7 +69,7 @@ def row_of_text(task: Task, words: Sequence[str]) -> dict[str, str]:
 
     ValueError for anything else, and for a text that begins as a field's value would, with a name that is no field's.
     """
-    if task.reader not in _OF_FIELDS:
+    if not task.of_fields:
         raise UserError(f"--text can't hold a row of task {task.name}, which is more than fields; give --input.")
     fields = task.fields
     if len(fields) == len(words) == 1 and not words[0].startswith(f"{fields[0]}="):

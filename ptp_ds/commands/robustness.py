@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ptp_ds.adapters.origin import adapter_rows, adapter_split
-from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import Served
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.landscape import Opened, open_adapters
@@ -38,7 +36,6 @@ LEVELS: dict[str, tuple[list[float], str]] = {
     "typos": ([0.0, 0.1, 0.2, 0.4], "share of words that are misspelt: two letters swapped or one dropped"),
     "attack": ([0.0, 0.1, 0.2], "share of words that A2T may swap, at least four"),
 }
-_OF_FIELDS = ("flat", "pairs")  # readers whose rows are fields of text and nothing else
 Scores = Callable[[Subject, float, int], tuple[Tensor, Sequence[Example], dict[str, float]]]
 
 
@@ -122,7 +119,7 @@ def _rows(args: argparse.Namespace, changes: _Changes, subjects: Sequence[Subjec
     """One line a prompt, kind and level: its score, mean over draws."""
     for subject in subjects:
         for kind in args.kinds:
-            if kind == "typos" and changes.bench.task.reader not in _OF_FIELDS:
+            if kind == "typos" and not changes.bench.task.of_fields:
                 continue
             of_kind: Scores = getattr(changes, kind)
             for level in getattr(args, kind):
@@ -149,16 +146,12 @@ def _robustness(args: argparse.Namespace) -> None:
     served, opened = open_adapters(
         args.adapters, args.rows, args.split, args.data_dir, args.dataset, args.model, args.precision
     )
-    folder = adapter_folder(args.adapters[0])
-    split = adapter_rows(
-        folder, served.task, args.split or adapter_split(folder, served.task), args.data_dir, args.dataset
-    )
-    if "typos" in args.kinds and served.task.reader not in _OF_FIELDS:
+    if "typos" in args.kinds and not served.task.of_fields:
         log.warning("warning: rows of task %s are more than fields of text; typos are left out", served.task.name)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     log.info("%s, %d rows, %d prompts", served.task.name, len(opened.examples), len(opened.subjects))
-    lines = list(_rows(args, _Changes(args, served, _bench(args, served, opened), split), opened.subjects))
+    lines = list(_rows(args, _Changes(args, served, _bench(args, served, opened), opened.split), opened.subjects))
     write_json(out / "robustness.json", {"task": served.task.name, "rows": len(opened.examples), "lines": lines})
     panels = {
         kind: {

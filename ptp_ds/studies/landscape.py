@@ -24,7 +24,7 @@ from ptp_ds.packing.row import PackedRow
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
-from ptp_ds.training.evaluate import Questions, score_prompts
+from ptp_ds.training.evaluate import Questions, score_prompts, serve_rows
 
 _AT_ONCE = 64  # prompts of the prompt's plane that are scored together
 _NODES = (9, 17)  # of an axis; the first one's points are among the second one's
@@ -152,7 +152,7 @@ class InputLoss:
 
     def __init__(self, backbone: Backbone, subject: Subject, examples: Sequence[Example], budget: int) -> None:
         self.backbone, self.examples, self.rows = backbone, examples, subject.rows
-        serve(backbone, subject)
+        serve_rows(backbone, subject.trained, subject.rows)
         self.trained, self.shared = subject.trained.to(backbone.device), subject.rows.shared_start(examples)
         self.row = self._packed(1)
         with torch.no_grad():
@@ -275,10 +275,3 @@ def prompt_plane(
         return found
 
     return plane_of(means, radius, points, tolerance, seed)
-
-
-def serve(backbone: Backbone, subject: Subject) -> None:
-    """The backbone's rows are this prompt's from now on."""
-    backbone.serve(
-        backbone.prompt, subject.rows, subject.trained.shape[0] - backbone.head.rows(subject.trained.shape[1])
-    )

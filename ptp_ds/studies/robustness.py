@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.adapters.served import alone
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings
@@ -19,10 +20,10 @@ from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import Neighbours
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.seeding import make_generator
-from ptp_ds.studies.landscape import Subject, serve
+from ptp_ds.studies.landscape import Subject
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.example import Example
-from ptp_ds.training.evaluate import plan_packs
+from ptp_ds.training.evaluate import Questions, plan_packs, score_prompts, serve_rows
 
 _LEAST_LETTERS = 4  # of a word that a typo may hit: its first and last letter stay
 _BATCH = 16  # rows that are attacked together
@@ -67,7 +68,9 @@ def scored(
 ) -> Tensor:
     """[N, C] scores of the examples with a prompt, on the CPU; delta_of: [T, H] that the rows' embeddings move by."""
     backbone, rows = bench.backbone, subject.rows
-    serve(backbone, subject)
+    if delta_of is None:
+        return score_prompts(backbone, [Questions(subject.trained, examples, rows)], alone(), bench.budget)[0]
+    serve_rows(backbone, subject.trained, rows)
     trained, shared = subject.trained.to(backbone.device), rows.shared_start(examples)
     shared_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=backbone.device)
     width = max(len(example.candidate_ids) for example in examples)
@@ -76,9 +79,7 @@ def scored(
         prefix = backbone.cache_prefix(trained, shared_ids)
         for numbers in plan_packs([rows.length(example) for example in examples], bench.budget, 1):
             row = rows.pack([examples[number] for number in numbers], shared).to(backbone.device)
-            inputs = backbone.inputs(row, trained)
-            if delta_of is not None:
-                inputs = row.moved(inputs, delta_of(row))
+            inputs = row.moved(backbone.inputs(row, trained), delta_of(row))
             scores = backbone.score(row, inputs, trained, prefix=prefix)[0].cpu()
             table[numbers, : scores.shape[1]] = scores
     return table
@@ -155,7 +156,7 @@ def typo_fields(task: Task) -> list[str]:
 def attacked(bench: Bench, subject: Subject, share: float, neighbours: Neighbours) -> Attacks:
     """Every row attacked by a2t under the prompt, with a share of its words; 0 changes nothing."""
     backbone, settings = bench.backbone, replace(bench.settings, a2t_share=share)
-    serve(backbone, subject)
+    serve_rows(backbone, subject.trained, subject.rows)
     texts: list[Sequence[int]] = []
     sums = dict.fromkeys(("a2t/changed_share", "a2t/success_rate"), (0.0, 0.0))
     with backbone.shards.outside_layers():

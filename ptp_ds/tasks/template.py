@@ -92,6 +92,11 @@ class Task:
         return tuple(dict.fromkeys(slot[1] for text in texts for slot in _SLOT.finditer(text)))
 
     @property
+    def of_fields(self) -> bool:
+        """Whether rows are fields of text and nothing else."""
+        return self.reader in ("flat", "pairs")
+
+    @property
     def answer_fields(self) -> frozenset[str]:
         """Fields that stand in answers."""
         return frozenset(slot[1] for text in self.answers.values() for slot in _SLOT.finditer(text))

@@ -91,6 +91,11 @@ class Questions:
     rows: Rows
 
 
+def serve_rows(backbone: Backbone, trained: Tensor, rows: Rows) -> None:
+    """From now on the backbone's rows are those of this prompt. trained: it and its head's rows, if any."""
+    backbone.serve(backbone.prompt, rows, trained.shape[0] - backbone.head.rows(trained.shape[1]))
+
+
 def score_prompts(
     backbone: Backbone, asked: Sequence[Questions], ranks: Ranks, budget: int, beat: Callable[[], None] | None = None
 ) -> list[Tensor]:
@@ -103,7 +108,7 @@ def score_prompts(
             return _score_together(backbone, asked, ranks, budget, beat)
     found = []
     for one in asked:
-        backbone.serve(backbone.prompt, one.rows, one.trained.shape[0] - backbone.head.rows(one.trained.shape[1]))
+        serve_rows(backbone, one.trained, one.rows)
         found.append(score_examples(backbone, one.trained, one.examples, ranks, budget, beat))
     return found
 

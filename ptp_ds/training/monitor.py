@@ -23,6 +23,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def step_bar(first_step: int, last_step: int) -> Any:
+    """A progress bar over optimizer steps on standard error, None where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+
 class Monitor:
     """Rank 0's records under output_dir; on other ranks every call does nothing.
 
@@ -41,10 +50,8 @@ class Monitor:
 
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
         self._log = _open_log(output_dir / "log.jsonl", first_step)
-        if speaks and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+        if speaks:
+            self._bar = step_bar(first_step, last_step)
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""

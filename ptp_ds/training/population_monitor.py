@@ -1,7 +1,6 @@
 """What a population tells as a whole: lines and a progress bar on the console, means with their band in TensorBoard."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +9,7 @@ from typing import Any
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.evaluate import Evaluation
+from ptp_ds.training.monitor import step_bar
 
 log = get_logger(__name__)
 _BANDS = {
@@ -36,10 +36,7 @@ class PopulationMonitor:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._board.add_custom_scalars(_layout())
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+        self._bar = step_bar(first_step, last_step)
 
     def tick(self, step: int, alive: int) -> None:
         """Moves the progress bar to `step`; it shows how many members train and their latest mean loss."""
