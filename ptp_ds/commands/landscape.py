@@ -43,19 +43,42 @@ _LABELS = {"input": ("gradient direction", "random orthogonal direction"),
            "prompt": ("first random direction", "second random direction")}  # fmt: skip
 
 
-def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
+def adapters_parser(description: str, rows: int, seed: str) -> StrictParser:
+    """The flags of a script that looks at several adapters' prompts on the same rows. rows: how many by default; seed:
+    what --seed is for.
+    """
     parser = StrictParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
     )
+    parser.add_argument("--rows", type=int, default=rows, help=f"rows of the split, at most (default: {rows})")
+    parser.add_argument("--split", help="default: the one that the first adapter's run reported; AdvGLUE's rows are a "
+                        "split as any other")  # fmt: skip
+    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
+    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
+    parser.add_argument("--model", help="default: where the first adapter says")
+    parser.add_argument("--seed", type=int, default=0, help=f"of {seed} (default: 0)")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--eval_tokens", type=int, default=RunConfig().eval_tokens, help="tokens of a pass")
+    return parser
+
+
+def require_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """UserError for a number below 1 in one of these flags, and where a launcher started several processes."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    if env_world() > 1:
+        script = Path(sys.argv[0]).name
+        raise UserError(f"scripts/{script} is one process; start it with plain python, not with a launcher.")
+
+
+def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
+    parser = adapters_parser(description, 16, "the random directions")
     parser.add_argument("--output_dir", required=True, help="landscape-<space>.png, landscape.npz, landscape.json and "
                         "tensorboard/ go here")  # fmt: skip
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=SPACES,
                         help="a delta on the rows' embeddings, or the prompt itself (default: both)")  # fmt: skip
-    parser.add_argument("--rows", type=int, default=16, help="rows of the split (default: 16)")
-    parser.add_argument("--split", help="default: the one that the first adapter's run reported")
-    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
-    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
     parser.add_argument("--grid", type=int, default=41, help="points of an axis, odd (default: 41)")
     parser.add_argument("--tolerance", type=float, default=0.01, help="values are interpolated from fewer points where "
                         "that is this near, a share of their range, at points it had not seen; 0: all are computed "
@@ -66,14 +89,8 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
                         "prompt's own tokens (default: 1)")  # fmt: skip
     parser.add_argument("--radii", type=float, nargs="+", help="radii whose rises are told (default: a tenth, a "
                         "quarter, half and all of the axis)")  # fmt: skip
-    parser.add_argument("--model", help="default: where the first adapter says")
-    parser.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--eval_tokens", type=int, default=RunConfig().eval_tokens, help="tokens of a pass")
     args = parser.parse_args(argv)
-    for name in ("rows", "eval_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    require_counts(args, ("rows", "eval_tokens"))
     if not 0 <= args.tolerance < 1:
         raise UserError(f"--tolerance is {args.tolerance}; expected a share from 0 up to below 1.")
     if args.grid < 3 or args.grid % 2 == 0:
@@ -81,8 +98,6 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     for name in ("radius", "prompt_radius"):
         if not 0 < getattr(args, name) < 1e6:
             raise UserError(f"--{name} is {getattr(args, name)}; expected a number above 0.")
-    if env_world() > 1:
-        raise UserError("scripts/landscape.py is one process; start it with plain python, not with a launcher.")
     return args
 
 
@@ -96,30 +111,28 @@ class Opened:
     split: Split
 
 
-def open_adapters(
-    adapters: Sequence[str], rows: int, split: str | None, data_dir: str | None, dataset: str | None,
-    model: str | None, precision: str,
-) -> tuple[Served, Opened]:  # fmt: skip
-    """The adapters on their backbone, loaded once, and the first `rows` labelled rows of a split.
+def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
+    """The adapters on their backbone, loaded once, and the first --rows labelled rows of --split; see
+    adapters_parser.
 
     Raises UserError for adapters of different models, tasks or kinds of prompt, before the model is loaded.
     """
-    folders = [adapter_folder(given) for given in adapters]
+    folders = [adapter_folder(given) for given in args.adapters]
     task = adapter_task(folders[0], None)
-    each = [serve([folder], model=model) for folder in folders]
+    each = [serve([folder], model=args.model) for folder in folders]
     first = each[0]
-    for given, one in zip(adapters, each, strict=True):
+    for given, one in zip(args.adapters, each, strict=True):
         what = {"model": (first.source.folder, one.source.folder), "task": (first.task.spec(), one.task.spec()),
                 "kind of prompt": (first.kind, one.kind)}  # fmt: skip
         for name, (wanted, found) in what.items():
             if wanted != found:
                 raise UserError(
-                    f"--adapters {given}: its {name} isn't that of {adapters[0]}; give adapters of one model, task and "
-                    "kind of prompt."
+                    f"--adapters {given}: its {name} isn't that of {args.adapters[0]}; give adapters of one model, "
+                    "task and kind of prompt."
                 )
-    read = adapter_rows(folders[0], task, split, data_dir, dataset)
-    examples = [example for example in first.examples(read, labelled=True) if example.trainable][:rows]
-    backbone = first.load(whole(precision), alone(), examples)
+    read = adapter_rows(folders[0], task, args.split, args.data_dir, args.dataset)
+    examples = [example for example in first.examples(read, labelled=True) if example.trainable][: args.rows]
+    backbone = first.load(whole(args.precision), alone(), examples)
     subjects = [
         Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)
     ]
@@ -171,9 +184,7 @@ def _axes(args: argparse.Namespace, opened: Opened) -> tuple[Tensor, Tensor]:
 
 def _landscape(args: argparse.Namespace) -> None:
     figure(1)  # no matplotlib: said before anything is computed
-    served, opened = open_adapters(
-        args.adapters, args.rows, args.split, args.data_dir, args.dataset, args.model, args.precision
-    )
+    served, opened = open_adapters(args)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {given: {} for given in args.adapters}

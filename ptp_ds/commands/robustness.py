@@ -11,16 +11,14 @@ from torch import Tensor
 
 from ptp_ds.adapters.served import Served
 from ptp_ds.commands.exits import run_command
-from ptp_ds.commands.landscape import Opened, open_adapters
-from ptp_ds.config.flags import StrictParser
+from ptp_ds.commands.landscape import Opened, adapters_parser, open_adapters, require_counts
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
 from ptp_ds.perturb import PerturbSettings
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
-from ptp_ds.precision import PRECISIONS
-from ptp_ds.ranks.distributed import env_world, prepare_environment
+from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.studies.landscape import Subject
 from ptp_ds.studies.pictures import curves, figure
@@ -40,37 +38,20 @@ Scores = Callable[[Subject, float, int], tuple[Tensor, Sequence[Example], dict[s
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    defaults = RunConfig()
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
-    )
+    parser = adapters_parser(description, 200, "noise, masks and typos")
     parser.add_argument("--output_dir", required=True, help="robustness.json and robustness.png go here")
     parser.add_argument("--kinds", nargs="+", default=list(LEVELS), choices=list(LEVELS))
     for kind, (levels, text) in LEVELS.items():
         parser.add_argument(f"--{kind}", type=float, nargs="+", default=levels,
                             help=f"{text} (default: {' '.join(f'{level:g}' for level in levels)})")  # fmt: skip
     parser.add_argument("--draws", type=int, default=3, help="of each level but the attack's (default: 3)")
-    parser.add_argument("--rows", type=int, default=200, help="rows of the split, at most (default: 200)")
-    parser.add_argument("--split", help="default: the one that the first adapter's run reported; AdvGLUE's rows are a "
-                        "split as any other")  # fmt: skip
-    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
-    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
-    parser.add_argument("--model", help="default: where the first adapter says")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, masks and typos (default: 0)")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens, help="tokens of a pass")
     args = parser.parse_args(argv)
-    for name in ("rows", "draws", "eval_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; expected a whole number of 1 or more.")
+    require_counts(args, ("rows", "draws", "eval_tokens"))
     for kind in LEVELS:
         most = 1.0 if kind != "noise" else 1e6
         for level in getattr(args, kind):
             if not 0 <= level <= most:
                 raise UserError(f"--{kind} {level:g}: expected numbers from 0 to {most:g}.")
-    if env_world() > 1:
-        raise UserError("scripts/robustness.py is one process; start it with plain python, not with a launcher.")
     return args
 
 
@@ -143,9 +124,7 @@ def _shown(line: dict[str, Any]) -> str:
 
 def _robustness(args: argparse.Namespace) -> None:
     figure(1)  # no matplotlib: said before anything is computed
-    served, opened = open_adapters(
-        args.adapters, args.rows, args.split, args.data_dir, args.dataset, args.model, args.precision
-    )
+    served, opened = open_adapters(args)
     if "typos" in args.kinds and not served.task.of_fields:
         log.warning("warning: rows of task %s are more than fields of text; typos are left out", served.task.name)
     out = Path(args.output_dir)
