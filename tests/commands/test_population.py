@@ -39,6 +39,15 @@ def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, tmp_path, perturba
     assert "failed: none" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("perturbation", ["mask", "a2t"])
+def test_seeds_at_once_equal_lone_runs_on_two_ranks(run_train, tiny_model, tmp_path, perturbation):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", perturbation]
+    check(run_train([*args, "--seeds", "0", "5", "--output_dir", tmp_path / "all"], nproc=2))
+    check(run_train([*args, "--seed", "5", "--output_dir", tmp_path / "alone"], nproc=2))
+    require_same(tmp_path / "all" / "members" / "seed-5", tmp_path / "alone")
+
+
 MEMBERS = [
     {"name": "copa", "task": "COPA", "prompt_length": 4, "lr": 0.02, "sigma": 0.5},
     {"name": "reviews", "task": "Reviews", "seed": 3, "reg_weight": 0.5, "divergence": "js"},
