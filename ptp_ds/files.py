@@ -208,6 +208,25 @@ def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUM
     return shape
 
 
+def shipped(folder: str, name: str) -> Path | None:
+    """A file of one of the project's folders beside the package (ds_configs, hostfiles, scripts), in a checkout or in
+    an installation; None where there is none of that name.
+    """
+    for root in (Path(__file__).parent, Path(__file__).parent.parent):
+        found = root / folder / name
+        if Path(name).name == name and is_file(found):
+            return found
+    return None
+
+
+def shipped_names(folder: str, ending: str) -> list[str]:
+    """The names of such files."""
+    for root in (Path(__file__).parent, Path(__file__).parent.parent):
+        if is_folder(root / folder):
+            return sorted(path.name for path in (root / folder).glob(f"*{ending}"))
+    return []
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with open(path, "rb") as handle:

@@ -58,7 +58,6 @@ def ce_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     return F.nll_loss(perturbed, gold, reduction="sum")
 
 
-GRADIENTS = ("both", "clean_fixed")  # where the divergence's gradient goes
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "kl": kl_sum, "sym_kl": sym_kl_sum, "js": js_sum, "ce": ce_sum,
 }  # fmt: skip

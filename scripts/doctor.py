@@ -8,7 +8,7 @@ Exit code 0: no fault; 1: faults, each in a sentence; 2: a wrong command line.
 
 import sys
 
-from ptp_ds.commands.doctor import main
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script_main(__file__))

@@ -10,7 +10,7 @@ Starts like train.py: plain python, torchrun or deepspeed.
 
 import sys
 
-from ptp_ds.commands.evaluate import main
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

@@ -8,7 +8,7 @@ A folder's result.json is one that train.py wrote, or evaluate.py --json FOLDER/
 
 import sys
 
-from ptp_ds.commands.overall import main
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

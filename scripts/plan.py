@@ -9,7 +9,7 @@ dimensions.
 
 import sys
 
-from ptp_ds.commands.plan import main
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

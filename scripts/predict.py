@@ -10,7 +10,7 @@ One plain process; rows need the fields of the task's template and no label.
 
 import sys
 
-from ptp_ds.commands.predict import main
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

@@ -4,8 +4,9 @@
 python scripts/robustness.py --adapters runs/plain runs/ptp --output_dir runs/robustness
 """
 
-from ptp_ds.commands.robustness import main
-from ptp_ds.ranks.distributed import exit_process
+import sys
+
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    exit_process(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

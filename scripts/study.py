@@ -5,8 +5,9 @@ python scripts/study.py study.yaml --output_dir runs/study
 deepspeed --hostfile hostfiles/local scripts/study.py study.yaml --output_dir runs/study
 """
 
-from ptp_ds.commands.study import main
-from ptp_ds.ranks.distributed import exit_process
+import sys
+
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    exit_process(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

@@ -7,8 +7,9 @@
 deepspeed, torchrun and plain python (one process) start the same run.
 """
 
-from ptp_ds.commands.train import main
-from ptp_ds.ranks.distributed import exit_process
+import sys
+
+from ptp_ds.commands.ptp import script_main
 
 if __name__ == "__main__":
-    exit_process(main(description=__doc__.split("\n")[0]))
+    sys.exit(script_main(__file__))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PROMPT_KEY, PROMPT_OF_TYPE, WEIGHTS_FILE
+from ptp_ds.choices import HEADS
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, listed, open_tensors, read_json, tensor_shape
-from ptp_ds.models.heads import HEADS
 
 
 def adapter_folder(given: str | Path) -> Path:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("auto", "keep", "recompute")
 _SHARE = 0.5  # of the memory that is free at the start: kept activations may fill so much
 
 

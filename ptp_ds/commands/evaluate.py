@@ -16,11 +16,10 @@ from ptp_ds.adapters.task import adapter_task
 from ptp_ds.backbone.loading import ResolvedDeepSpeed
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
-from ptp_ds.config.flags import StrictParser
+from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
-from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import Ranks, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
@@ -32,24 +31,7 @@ log = get_logger(__name__)
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    defaults = RunConfig()
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, nargs="+", help="a run's folder, or an adapter's, ours or peft's; "
-                        "several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
-    parser.add_argument("--model", help="where the model of the adapter's run lies: hub id, folder or the embedded "
-                        "model; default: where the adapter says")  # fmt: skip
-    parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")
-    parser.add_argument("--data_dir", help="folder with <Task>/<split>.jsonl, .csv or .tsv; default: the data that the "
-                        "adapter was trained on")  # fmt: skip
-    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
-    parser.add_argument("--split", help=f"default: the one that the run reported, else {defaults.eval_split}")
-    parser.add_argument("--ds_config", default=defaults.ds_config)
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--max_length", type=int, help="longest row in tokens, prompt included; default: the run's")
-    parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens)
-    parser.add_argument("--json", help="write metrics and every row's candidate log-probabilities to this file")
-    parser.add_argument("--predictions", help="write SuperGLUE's prediction file here; the split may have no labels")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser = evaluate_parser(description)
     values, rest = parser.parse_known_args(argv)
     if rest:
         known = [word for action in parser._actions for word in action.option_strings]

@@ -18,11 +18,9 @@ from ptp_ds.adapters.served import Served, alone, serve, whole
 from ptp_ds.adapters.task import adapter_task
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.flags import StrictParser
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.parsers import landscape_parser
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
-from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import env_world, prepare_environment
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.studies.landscape import (
@@ -38,29 +36,8 @@ from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 
 log = get_logger(__name__)
-SPACES = ("input", "prompt")
 _LABELS = {"input": ("gradient direction", "random orthogonal direction"),
            "prompt": ("first random direction", "second random direction")}  # fmt: skip
-
-
-def adapters_parser(description: str, rows: int, seed: str) -> StrictParser:
-    """The flags of a script that looks at several adapters' prompts on the same rows. rows: how many by default; seed:
-    what --seed is for.
-    """
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--adapters", required=True, nargs="+", help="runs' folders, or adapters', of one model and task"
-    )
-    parser.add_argument("--rows", type=int, default=rows, help=f"rows of the split, at most (default: {rows})")
-    parser.add_argument("--split", help="default: the one that the first adapter's run reported; AdvGLUE's rows are a "
-                        "split as any other")  # fmt: skip
-    parser.add_argument("--data_dir", help="default: the data that the first adapter was trained on")
-    parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
-    parser.add_argument("--model", help="default: where the first adapter says")
-    parser.add_argument("--seed", type=int, default=0, help=f"of {seed} (default: 0)")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--eval_tokens", type=int, default=RunConfig().eval_tokens, help="tokens of a pass")
-    return parser
 
 
 def require_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -74,22 +51,7 @@ def require_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    parser = adapters_parser(description, 16, "the random directions")
-    parser.add_argument("--output_dir", required=True, help="landscape-<space>.png, landscape.npz, landscape.json and "
-                        "tensorboard/ go here")  # fmt: skip
-    parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=SPACES,
-                        help="a delta on the rows' embeddings, or the prompt itself (default: both)")  # fmt: skip
-    parser.add_argument("--grid", type=int, default=41, help="points of an axis, odd (default: 41)")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="values are interpolated from fewer points where "
-                        "that is this near, a share of their range, at points it had not seen; 0: all are computed "
-                        "(default: 0.01)")  # fmt: skip
-    parser.add_argument("--radius", type=float, default=1.0, help="input: half an axis, in mean embedding norms, of a "
-                        "whole row as in pgd's epsilon (default: 1)")  # fmt: skip
-    parser.add_argument("--prompt_radius", type=float, default=1.0, help="prompt: half an axis, in norms of the "
-                        "prompt's own tokens (default: 1)")  # fmt: skip
-    parser.add_argument("--radii", type=float, nargs="+", help="radii whose rises are told (default: a tenth, a "
-                        "quarter, half and all of the axis)")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = landscape_parser(description).parse_args(argv)
     require_counts(args, ("rows", "eval_tokens"))
     if not 0 <= args.tolerance < 1:
         raise UserError(f"--tolerance is {args.tolerance}; expected a share from 0 up to below 1.")

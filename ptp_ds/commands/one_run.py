@@ -164,7 +164,7 @@ def open_trainer(
     """A Trainer whose records lie in the output's folder. unit: see perturbation_unit; speaks: see Monitor."""
     run, ranks = prepared.run, output.ranks
     with output.writing():
-        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks)
+        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners)
     output.agree()
     return Trainer(
         run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),

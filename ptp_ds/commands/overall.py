@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.flags import StrictParser
+from ptp_ds.config.parsers import overall_parser
 from ptp_ds.config.run_config import BEFORE, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
@@ -232,10 +232,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def _overall(argv: Sequence[str], description: str) -> None:
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders with result.json, in any order")
-    parser.add_argument("--json", help="write the tables to this file as well")
-    args = parser.parse_args(argv)
+    args = overall_parser(description).parse_args(argv)
     file = require_writable("--json", args.json) if args.json else None
     tables = [table_of(*found) for found in group_results(map(read_result, args.runs))]
     print("\n\n".join(map(table_text, tables)))

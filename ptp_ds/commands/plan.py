@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.checks import describe_unread
-from ptp_ds.config.flags import StrictParser, parse_run
+from ptp_ds.config.flags import parse_run
+from ptp_ds.config.parsers import CLUSTER, plan_parser
 from ptp_ds.config.population import is_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -19,33 +20,12 @@ from ptp_ds.ranks.log import get_logger
 
 log = get_logger(__name__)
 _GB, _GIB = 1e9, 2.0**30
-# flag -> (default, unit, help); rates are what is reached, not what is printed on the box
-_CLUSTER: dict[str, tuple[float | None, str, str]] = {
-    "hosts": (None, "", "hosts"), "gpus": (None, "", "GPUs of a host, a rank each"),
-    "gpu_memory": (None, "GiB", "memory of a GPU"),
-    "usable": (0.9, "", "share of it that tensors may fill; the rest is the CUDA context's and fragmentation's"),
-    "interconnect": (50.0, "GB/s", "into a host from the others"),
-    "local_interconnect": (200.0, "GB/s", "into a GPU from its own host's"),
-    "tflops": (400.0, "TFLOP/s", "of a GPU's matrix products, reached"),
-    "memory_bandwidth": (2500.0, "GB/s", "of a GPU's memory"),
-    "host_link": (25.0, "GB/s", "from a host's memory to a GPU"), "disk": (5.0, "GB/s", "read by a host's NVMe disk"),
-}  # fmt: skip
 
 
 def parse_plan(argv: Sequence[str], description: str = "") -> tuple[Cluster, RunConfig, set[str], str | None, int]:
     """(cluster, run, the run's flags that were given, --json's file, --members). Raises ValueError."""
-    parser = StrictParser(
-        description=description, allow_abbrev=False, epilog="All flags of scripts/train.py are read as well."
-    )
-    for name, (default, unit, text) in _CLUSTER.items():
-        shown = f"{text}{f', {unit}' if unit else ''}" + ("" if default is None else f" (default: {default:g})")
-        kind = int if name in ("hosts", "gpus") else float
-        parser.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=shown)
-    parser.add_argument("--members", type=int, default=1, help="prompts that train at once, as the flags say; or "
-                        "--seeds or --population as for scripts/train.py (default: 1)")  # fmt: skip
-    parser.add_argument("--json", help="write the plans to this file")
-    values, rest = parser.parse_known_args(argv)
-    for name in _CLUSTER:
+    values, rest = plan_parser(description).parse_known_args(argv)
+    for name in CLUSTER:
         if not getattr(values, name) > 0:
             raise UserError(f"--{name} is {getattr(values, name)}; expected a number above 0.")
     if values.usable > 1:

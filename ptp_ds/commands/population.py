@@ -38,6 +38,7 @@ from ptp_ds.training.continuation import Continuation
 from ptp_ds.training.engine import AVERAGE, MOMENTS
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
+from ptp_ds.training.monitor import Listener
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
@@ -124,13 +125,18 @@ def _failed(prepared: Prepared) -> str:
     return str(record.get("failed", "")) if isinstance(record, dict) else ""
 
 
-def train_population(run: RunConfig, explicit: Collection[str] = (), changes: Changes | None = None) -> int:
+def train_population(
+    run: RunConfig, explicit: Collection[str] = (), changes: Changes | None = None, listeners: Sequence[Listener] = ()
+) -> int:
     """All members on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare).
 
-    changes: see members_of.
+    changes: see members_of. listeners: see ptp_ds.commands.train; a line names its `member`, and StopRun ends that one.
     """
     alone = not is_launched()
-    members = prepare_population(run, explicit, changes)
+    members = {
+        name: replace(one, listeners=tuple(_of_member(name, listener) for listener in listeners))
+        for name, one in prepare_population(run, explicit, changes).items()
+    }
     watchdog = Watchdog(run.stall_timeout, env_rank())
     try:
         ranks = start_processes()
@@ -145,6 +151,10 @@ def train_population(run: RunConfig, explicit: Collection[str] = (), changes: Ch
         watchdog.stop()
         if alone:
             stop_processes()
+
+
+def _of_member(name: str, listener: Listener) -> Listener:
+    return lambda line: listener({"member": name, **line})
 
 
 def _seen(members: Mapping[str, Prepared]) -> dict[str, str]:

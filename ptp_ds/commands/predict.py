@@ -8,47 +8,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ptp_ds.adapters.answers import answer_lines
 from ptp_ds.adapters.generate import generate, stop_tokens
 from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import Served, alone, serve, whole
 from ptp_ds.adapters.task import adapter_task
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.flags import StrictParser
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.parsers import predict_parser
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_jsonl
-from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import env_world, prepare_environment
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, load_rows
 from ptp_ds.tasks.example import Example
 
-_OF_SEVERAL = ("multirc", "record")  # readers whose rows hold several questions
 _NAMED = re.compile(r"([^\W\d]\w*)=(?!=)")  # NAME=value, as for a field; not "2+2=4", "a = b" or "a==b"
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    defaults = RunConfig()
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, help="a run's folder, or an adapter's, ours or peft's")
-    parser.add_argument("--model", help="where the model of the adapter's run lies: hub id, folder or the embedded "
-                        "model; default: where the adapter says")  # fmt: skip
-    parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")
-    parser.add_argument("--input", help="file of rows with the fields that the task's template needs, no labels: "
-                        ".csv or .tsv with a header, else JSON lines; - for JSON lines on standard input")  # fmt: skip
-    parser.add_argument("--output", help="write a JSON object a context here; default: standard output")
-    parser.add_argument("--text", nargs="+", metavar="FIELD=VALUE", help="one row instead of --input; the text alone "
-                        "where the template has a single field")  # fmt: skip
-    parser.add_argument(
-        "--generate", type=int, metavar="N", help="also generate N tokens behind each context, greedily"
-    )
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
-    parser.add_argument("--max_length", type=int, help="longest row in tokens, prompt included; default: the run's")
-    parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens, help="tokens of a pass")
-    args = parser.parse_args(argv)
+    args = predict_parser(description).parse_args(argv)
     if (args.input is None) == (args.text is None):
         raise UserError("Give either --input or --text, one of the two.")
     if args.output is not None and args.text is not None:
@@ -88,26 +68,6 @@ def row_of_text(task: Task, words: Sequence[str]) -> dict[str, str]:
     return row
 
 
-def answer_lines(task: Task, split: Split, scores_NC: Tensor) -> list[dict[str, Any]]:
-    """A line a context: its row (from 0) and idx, the likeliest answer, every answer's probability.
-
-    scores_NC: candidate log-probabilities in tokenise's order. Answers are the template's labels, or the row's own
-    names; their probabilities are a softmax over the row's answers. entry counts the contexts of a row with several.
-    """
-    lines: list[dict[str, Any]] = []
-    scores = iter(scores_NC)
-    for number, (row, where) in enumerate(zip(split.rows, split.where, strict=True)):
-        for place, entry in enumerate(task.entries(row, where, labelled=False)):
-            names = entry.names or task.labels
-            shares = next(scores)[: len(names)].softmax(-1)
-            line: dict[str, Any] = {"row": number, **({"idx": row["idx"]} if "idx" in row else {})}
-            line |= {"entry": place} if task.reader in _OF_SEVERAL else {}
-            line |= {"answer": names[int(shares.argmax())]}
-            line |= {"probabilities": dict(zip(names, shares.tolist(), strict=True))}
-            lines.append(line)
-    return lines
-
-
 def _generate(served: Served, precision: str, examples: Sequence[Example], count: int) -> list[str]:
     """Each context's continuation. The model is loaded anew: a Backbone's is bound to packed rows."""
     tokenizer, (prompt,) = served.source.tokenizer, served.prompts
@@ -117,7 +77,7 @@ def _generate(served: Served, precision: str, examples: Sequence[Example], count
     )  # fmt: skip
     model = model.to(alone().device).eval()
     stops = stop_tokens(model, tokenizer)
-    found = [generate(model, prompt, served.kind, e.context_ids, count, stops) for e in examples]
+    found = [generate(model, prompt, served.kind, e.context_ids, count, stops, e.prompt_at) for e in examples]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ptp_ds.adapters.served import Served
 from ptp_ds.commands.exits import run_command
-from ptp_ds.commands.landscape import Opened, adapters_parser, open_adapters, require_counts
+from ptp_ds.commands.landscape import Opened, open_adapters, require_counts
+from ptp_ds.config.parsers import LEVELS, robustness_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
@@ -28,24 +29,11 @@ from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import evaluation_of
 
 log = get_logger(__name__)
-LEVELS: dict[str, tuple[list[float], str]] = {
-    "noise": ([0.0, 0.5, 1.0, 2.0, 4.0], "sigma of normal noise on embeddings, in mean embedding norms"),
-    "masks": ([0.0, 0.1, 0.2, 0.4], "share of words that are hidden"),
-    "typos": ([0.0, 0.1, 0.2, 0.4], "share of words that are misspelt: two letters swapped or one dropped"),
-    "attack": ([0.0, 0.1, 0.2], "share of words that A2T may swap, at least four"),
-}
 Scores = Callable[[Subject, float, int], tuple[Tensor, Sequence[Example], dict[str, float]]]
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    parser = adapters_parser(description, 200, "noise, masks and typos")
-    parser.add_argument("--output_dir", required=True, help="robustness.json and robustness.png go here")
-    parser.add_argument("--kinds", nargs="+", default=list(LEVELS), choices=list(LEVELS))
-    for kind, (levels, text) in LEVELS.items():
-        parser.add_argument(f"--{kind}", type=float, nargs="+", default=levels,
-                            help=f"{text} (default: {' '.join(f'{level:g}' for level in levels)})")  # fmt: skip
-    parser.add_argument("--draws", type=int, default=3, help="of each level but the attack's (default: 3)")
-    args = parser.parse_args(argv)
+    args = robustness_parser(description).parse_args(argv)
     require_counts(args, ("rows", "draws", "eval_tokens"))
     for kind in LEVELS:
         most = 1.0 if kind != "noise" else 1e6

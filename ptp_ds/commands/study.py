@@ -8,7 +8,7 @@ from pathlib import Path
 from ptp_ds.adapters.record import versions
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.population import train_population
-from ptp_ds.config.flags import StrictParser
+from ptp_ds.config.parsers import study_parser
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes
@@ -101,15 +101,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def _study(argv: Sequence[str], description: str) -> int:
-    parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("study", help="JSON or YAML file: settings, seeds, tasks, methods")
-    parser.add_argument("--output_dir", required=True, help="cells/<task>/<method>, rows.jsonl, rows.csv, report.md "
-                        "and pictures go here; what is finished there is not run again")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", help="only these of the study's methods")
-    parser.add_argument("--tasks", nargs="+", help="only these of the study's tasks")
-    parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is finished")
-    parser.add_argument("--local_rank", type=int, help="DeepSpeed's launcher adds it")
-    args = parser.parse_args(argv)
+    args = study_parser(description).parse_args(argv)
     study, out = read_study(args.study), Path(args.output_dir)
     if out.exists() and not out.is_dir():
         raise UserError(f"--output_dir {out} is a file; give a folder.")

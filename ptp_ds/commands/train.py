@@ -2,32 +2,35 @@
 
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ptp_ds.backbone.families import describe_families
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.one_run import prepare, train_run
 from ptp_ds.commands.population import train_population
-from ptp_ds.config.flags import parse_run
+from ptp_ds.config.flags import dump_config, dumped_to, parse_run
 from ptp_ds.config.population import is_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes, stop_processes
 from ptp_ds.ranks.signals import end_at_once
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.agreement import fingerprints, require_agreement
+from ptp_ds.training.monitor import Listener
 
 
-def train(run: RunConfig, explicit: Collection[str] = ()) -> int:
+def train(run: RunConfig, explicit: Collection[str] = (), listeners: Sequence[Listener] = ()) -> int:
     """One run on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare).
 
     A program may call it again, with the same model or another: each run gives what it would in a process of its own.
     One at a time, in any thread; in one that isn't the main thread, stop signals (Ctrl-C, SIGTERM, SIGUSR1) are not
-    taken, and the run goes on to its end.
+    taken, and the run goes on to its end. listeners: called on rank 0 with every line of the log; every rank must be
+    given as many. One that raises StopRun ends the run as its last step would.
     """
     prepare_environment()
     if is_population(run):
-        return train_population(run, explicit)
+        return train_population(run, explicit, listeners=listeners)
     alone = not is_launched()
-    prepared = prepare(run, explicit)
+    prepared = replace(prepare(run, explicit), listeners=tuple(listeners))
     watchdog = Watchdog(run.stall_timeout, env_rank())
     try:
         ranks = start_processes()
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     if "--list_families" in argv:
         print(describe_families())
         return 0
+    if (file := dumped_to(argv)) is not None:
+        return run_command(lambda: dump_config(parse_run(argv, description)[0], file) if env_rank() == 0 else None)
     end_at_once()
     prepare_environment()
     return run_command(lambda: train(*parse_run(argv, description)))

@@ -7,7 +7,6 @@ from typing import Any
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.perturb import PERTURBATIONS
 
 
 def require_valid(run: RunConfig) -> None:
@@ -71,6 +70,8 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
 
     explicit: those that the user named; what differs from its default was given as well, by a preset or a program.
     """
+    from ptp_ds.perturb import PERTURBATIONS
+
     perturbation, chosen = run.active_perturbation, run.chosen_perturbation.perturbation
     unread = {name for known in PERTURBATIONS.values() for name in (*known.sizes, *known.reads)}
     unread -= {*perturbation.sizes, *perturbation.reads} if perturbation is not None else set()

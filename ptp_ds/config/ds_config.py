@@ -12,9 +12,10 @@ from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_file, nearest, read_json
+from ptp_ds.files import brief, is_file, nearest, read_json, shipped, shipped_names
 from ptp_ds.precision import enabled, resolve_precision
 
+_FOLDER = "ds_configs"
 # Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
 _KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -41,10 +42,10 @@ _OWNED = {
 def read_ds_config(file: str) -> dict[str, Any]:
     """The JSON as written. Raises ValueError for a missing file, bad JSON, unknown keys or an unsupported stage."""
     path = Path(file)
-    if not is_file(path) and not path.is_absolute():
-        packaged = Path(__file__).parent.parent.parent / file  # the checkout's own ds_configs, from any working folder
-        path = packaged if is_file(packaged) else path
-    raw = read_json(path, f"--ds_config {file}", "; see ds_configs/ for ready ones")
+    if not is_file(path) and str(path.parent) in (".", _FOLDER):  # by name, or as in a checkout, from any folder
+        path = shipped(_FOLDER, path.name) or shipped(_FOLDER, f"{path.name}.json") or path
+    ready = ", ".join(one.removesuffix(".json") for one in shipped_names(_FOLDER, ".json"))
+    raw = read_json(path, f"--ds_config {file}", f"; give a file, or one of {ready}")
     if not isinstance(raw, dict):
         raise UserError(f"--ds_config {file}: expected one JSON object.")
     for key in raw:

@@ -3,18 +3,20 @@
 import argparse
 import dataclasses
 import shlex
+import sys
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import PRESETS, with_preset
-from ptp_ds.config.run_config import BEFORE, RunConfig
+from ptp_ds.config.run_config import BEFORE, GROUPS, RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, nearest, read_json
-from ptp_ds.perturb.custom import choose_perturbation
-from ptp_ds.perturb.parameters import describe_parameters
+from ptp_ds.files import brief, nearest, require_writable
 from ptp_ds.ranks.log import get_logger
-from ptp_ds.redact import HIDDEN
+from ptp_ds.redact import HIDDEN, redacted
+from ptp_ds.settings_file import read_settings
 
 log = get_logger(__name__)
 _ITS_OWN = ("output_dir", "resume")  # settings of one run that another one mustn't take over
@@ -27,27 +29,36 @@ class StrictParser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
 
-def _base_type(field: dataclasses.Field) -> type:
+def base_type(field: dataclasses.Field) -> type:
+    """int, float or str: what a setting's value is, where it has one."""
     names = str(field.type).replace("None", "").strip(" |")
     return {"int": int, "float": float, "str": str}[names if not isinstance(field.type, type) else field.type.__name__]
 
 
 def build_parser(description: str, perturbation: str | None = None) -> argparse.ArgumentParser:
     """The parser of scripts/train.py, made from RunConfig's fields. perturbation: whose own parameters --help tells."""
-    parser = StrictParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = StrictParser(
+        usage="%(prog)s [flags]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    groups = {name: parser.add_argument_group(name, said) for name, said in GROUPS.items()}
     for field in dataclasses.fields(RunConfig):
+        group = groups[field.metadata["group"]]
         shown = "" if field.default is None else f" (default: {field.default})"
         text = (field.metadata["help"] + shown).replace("%", "%%")
         if field.name == "perturbation_args":
             text += _own_parameters(perturbation).replace("%", "%%")
-            parser.add_argument(f"--{field.name}", nargs="+", action="extend", metavar="NAME=VALUE", help=text)
+            group.add_argument(f"--{field.name}", nargs="+", action="extend", metavar="NAME=VALUE", help=text)
             continue
         if field.name == "seeds":
-            parser.add_argument("--seeds", nargs="+", metavar="SEED", help=text)
+            group.add_argument("--seeds", nargs="+", metavar="SEED", help=text)
             continue
-        parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
-    parser.add_argument("--config", help="JSON file with any of these settings, or a run's config.json, whose "
-                        "output_dir and resume are left out; flags win over it")  # fmt: skip
+        kind, choices = base_type(field), field.metadata["choices"]
+        shape = {"metavar": {int: "N", float: "X"}.get(kind, "NAME")} if choices is None else {"choices": choices}
+        group.add_argument(f"--{field.name}", type=kind, help=text, **shape)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings, or a run's "
+                        "config.json, whose output_dir and resume are left out; flags win over it")  # fmt: skip
+    parser.add_argument("--dump_config", metavar="FILE", help="write the settings as a file for --config, those that "
+                        "are as usual as comments, and train nothing; - for standard output")  # fmt: skip
     parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
@@ -57,11 +68,14 @@ def _own_parameters(perturbation: str | None) -> str:
     """For --help: the parameters of a perturbation file; '' without one."""
     if perturbation is None:
         return ""
+    from ptp_ds.perturb.custom import choose_perturbation
+    from ptp_ds.perturb.parameters import describe_parameters
+
     chosen = choose_perturbation(perturbation).perturbation
     return f". {perturbation}: {describe_parameters(chosen.parameters if chosen is not None else {})}"
 
 
-def _named_file(argv: Sequence[str]) -> str | None:
+def named_file(argv: Sequence[str]) -> str | None:
     """The .py file that --perturbation names on a command line that asks for --help; only then is it run this early."""
     if not {"-h", "--help"} & set(argv):
         return None
@@ -73,21 +87,21 @@ def _named_file(argv: Sequence[str]) -> str | None:
 
 def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]:
     """What flags and --config FILE say, flags first, before any check across settings. Raises ValueError."""
-    parser = build_parser(description, _named_file(argv))
-    known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config"]
+    parser = build_parser(description, named_file(argv))
+    known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config", "--dump_config"]
     values, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
         raise UserError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
     given = vars(values)
-    for name in ("local_rank", "list_families"):
+    for name in ("local_rank", "list_families", "dump_config"):
         given.pop(name, None)
     if "perturbation_args" in given:
         given["perturbation_args"] = shlex.join(given["perturbation_args"])
     if "seeds" in given:
         given["seeds"] = " ".join(given["seeds"])
     file = given.pop("config", None)
-    merged = {**(_read_config(file) if file else {}), **given}
+    merged = {**(read_config(file) if file else {}), **given}
     for name, value in merged.items():
         if file and name not in given and isinstance(value, str) and HIDDEN in value:
             raise UserError(f"--config {file}: {name!r} held a secret, which is not on record; give --{name}.")
@@ -118,11 +132,12 @@ def _of_a_run(record: dict[str, Any], file: str) -> Any:
     return {n: value for n, value in settings.items() if n not in _ITS_OWN and value != usual.get(n, absent)}
 
 
-def _read_config(file: str) -> dict[str, Any]:
+def read_config(file: str) -> dict[str, Any]:
+    """The settings that --config FILE gives. Raises UserError for what is no setting, or not of its type."""
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-    values = read_json(file, f"--config {file}")
+    values = read_settings(file, f"--config {file}") or {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {file}: expected one JSON object of settings.")
+        raise UserError(f"--config {file}: expected settings, a name and a value each, in YAML or JSON.")
     if "run" in values:
         values = _of_a_run(values, file)
     for name, value in values.items():
@@ -135,10 +150,46 @@ def _read_config(file: str) -> dict[str, Any]:
 def require_type(where: str, name: str, value: Any) -> None:
     """UserError for a setting from a file that isn't of its flag's type or none of its choices."""
     field = next(field for field in dataclasses.fields(RunConfig) if field.name == name)
-    wanted, choices = _base_type(field), field.metadata["choices"]
+    wanted, choices = base_type(field), field.metadata["choices"]
     fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
     fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
     if not fits and not (value is None and field.default is None):
         raise UserError(f"{where}: {name!r} must be {wanted.__name__}, not {brief(value)}.")
     if choices and value is not None and value not in choices:
         raise UserError(f"{where}: {name!r} is {brief(value)}; choose from {', '.join(choices)}.")
+
+
+def dumped_to(argv: Sequence[str]) -> str | None:
+    """The file that --dump_config names, None without it."""
+    parser = StrictParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dump_config")
+    found: str | None = parser.parse_known_args(argv)[0].dump_config
+    return found
+
+
+def settings_text(run: RunConfig) -> str:
+    """The run's settings as YAML, group by group; those that are as usual stand in comments, secrets are hidden."""
+    import yaml
+
+    usual = vars(RunConfig()) | PRESETS.get(run.preset or "", {})
+    lines = ["# Settings of a run, for --config; what is a comment is as usual."]
+    for group, said in GROUPS.items():
+        lines += ["", f"# {group}: {said}"]
+        for field in dataclasses.fields(RunConfig):
+            if field.metadata["group"] != group or field.name in _ITS_OWN:
+                continue
+            value = redacted({field.name: getattr(run, field.name)})
+            line = yaml.safe_dump(value, default_flow_style=False, allow_unicode=True, width=1 << 20).rstrip("\n")
+            same = getattr(run, field.name) == usual[field.name]
+            lines.append(textwrap.indent(line, "# ") if same else line)
+    return "\n".join(lines) + "\n"
+
+
+def dump_config(run: RunConfig, file: str) -> None:
+    """Writes settings_text to a file, or, for -, to standard output."""
+    if file == "-":
+        sys.stdout.write(settings_text(run))
+        return
+    path = require_writable("--dump_config", file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(settings_text(run), encoding="utf-8")

@@ -8,7 +8,7 @@ dual_divergence  cross-entropy and divergence of both streams, with their gradie
 impl="auto" | "triton" | "torch" chooses; see ptp_ds.kernels.choice.
 """
 
-from ptp_ds.kernels.choice import IMPLS, explain
+from ptp_ds.kernels.choice import explain
 from ptp_ds.kernels.dual_divergence import DualLoss, dual_divergence
 from ptp_ds.kernels.noise import noise
 from ptp_ds.kernels.pack_embed import Sources, pack_embed
@@ -16,6 +16,6 @@ from ptp_ds.kernels.perturb_step import perturb_step
 from ptp_ds.kernels.places import Places, places_of
 
 __all__ = [
-    "IMPLS", "DualLoss", "Places", "Sources", "dual_divergence", "explain", "noise", "pack_embed", "perturb_step",
+    "DualLoss", "Places", "Sources", "dual_divergence", "explain", "noise", "pack_embed", "perturb_step",
     "places_of",
 ]  # fmt: skip

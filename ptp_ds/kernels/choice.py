@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.choices import IMPLS
 from ptp_ds.errors import UserError
 
 triton: Any = None
@@ -24,7 +25,6 @@ try:
 except ImportError:
     pass
 
-IMPLS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -13,10 +13,10 @@ Only movable tokens move; the rest of delta is zero. Sources: Madry et al. 2018 
 import torch
 from torch import Tensor
 
+from ptp_ds.choices import NORMS
 from ptp_ds.kernels.choice import block_of, jit, tl, use_triton
 from ptp_ds.kernels.places import Places
 
-NORMS = ("frobenius", "token_l2", "linf")
 INSIDE = 1 - 4e-6  # of the radius: rounding, of the kernel's norms too, never leaves a delta outside its ball
 _TINY = 1e-30
 _SPLIT = 16  # programs that share an example's sums

@@ -27,7 +27,6 @@ from ptp_ds.tasks.data import tail_ids
 # What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
 # "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
 HeadInput = Literal["row", "scored", "columns"]
-HEADS = ("causal", "masked", "classes", "seq2seq")
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,

@@ -9,11 +9,10 @@ linf        per coordinate: absolute value                          epsilon * m 
 import torch
 from torch import Tensor
 
-from ptp_ds.kernels.perturb_step import NORMS
 from ptp_ds.kernels.perturb_step import example_norm as norm_of_places
 from ptp_ds.packing.row import PackedRow
 
-__all__ = ["NORMS", "example_norm", "movable_only", "radius_of"]
+__all__ = ["example_norm", "movable_only", "radius_of"]
 
 
 def example_norm(delta_TH: Tensor, row: PackedRow) -> Tensor:

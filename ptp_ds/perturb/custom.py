@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.choices import PERTURBATIONS as BUILT_IN
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
 from ptp_ds.packing.row import PackedRow
@@ -30,7 +31,6 @@ from ptp_ds.perturb.perturbation import Find, Twin, Twins
 from ptp_ds.ranks.faults import is_lost_rank
 from ptp_ds.tasks.example import Example
 
-BUILT_IN = ("none", *PERTURBATIONS)
 _VARIABLE = "PERTURBATION"
 
 

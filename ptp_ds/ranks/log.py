@@ -6,7 +6,8 @@ A program that imports the package decides itself what it sees, as with any libr
 import logging
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from ptp_ds.redact import redacted
 
@@ -73,3 +74,19 @@ def log_to_console() -> None:
             logger.addHandler(_Console(errors))
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+@contextmanager
+def console_lines(spoken: bool) -> Iterator[None]:
+    """For calls from a program: inside, the package's lines are printed if `spoken`; behind it all is the program's.
+
+    A program whose own handlers are on the package's logger hears it by them.
+    """
+    logger = logging.getLogger(_ROOT)
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    if spoken and not logger.handlers:
+        log_to_console()
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before[0], before[1], before[2]

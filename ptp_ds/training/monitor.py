@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,11 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 
 log = get_logger(__name__)
+Listener = Callable[[dict[str, Any]], Any]  # a log line: step, kind (train, select, untrained, eval), values by name
+
+
+class StopRun(Exception):  # noqa: N818 - it is a request
+    """Raised by a listener: the run ends behind this step as at its last one, with a prompt that is kept and scored."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -24,22 +30,34 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_bar(first_step: int, last_step: int) -> Any:
-    """A progress bar over optimizer steps on standard error, None where that is no terminal."""
-    if not sys.stderr.isatty():
+    """A progress bar over optimizer steps on standard error, or in a notebook; None where that is no terminal."""
+    if not sys.stderr.isatty() and not in_notebook():
         return None
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     return tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    interactive = sys.modules.get("IPython")
+    shell = interactive.get_ipython() if interactive is not None else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 class Monitor:
     """Rank 0's records under output_dir; on other ranks every call does nothing.
 
-    speaks: whether there are lines and a bar on the console. latest: the values of the last logged step.
+    speaks: whether there are lines and a bar on the console. listeners: called with every line of log.jsonl. latest:
+    the values of the last logged step. stop_asked: whether a listener has raised StopRun.
     """
 
-    def __init__(self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int, speaks: bool = True) -> None:
+    def __init__(
+        self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int, speaks: bool = True,
+        listeners: Sequence[Listener] = (),
+    ) -> None:  # fmt: skip
         self.ranks, self.first_step, self.last_step, self.speaks = ranks, first_step, last_step, speaks
+        self.listeners, self.stop_asked = tuple(listeners), False
         self.latest: dict[str, float] = {}
         self.started = time.perf_counter()
         self._log: TextIO | None = None
@@ -73,8 +91,14 @@ class Monitor:
     def _record(self, group: str, step: int, values: dict[str, float]) -> None:
         if self._log is None:
             return
-        self._log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
+        line = {"step": step, "kind": group, **values}
+        self._log.write(json.dumps(line) + "\n")
         self._log.flush()
+        for listener in self.listeners:
+            try:
+                listener(dict(line))
+            except StopRun:
+                self.stop_asked = True
         for name, value in values.items():
             tag = name if "/" in name else f"{group}/{name}"  # a2t/... has a group of its own
             self._board.add_scalar(tag, value, step)

@@ -168,8 +168,11 @@ class PopulationTrainer:
         whole = [member for member in members if self._logged(member, guards[member.name])]
         with self.output.writing():
             self.monitor.train(step, [member.trainer.monitor.latest for member in whole])
-        if due.evaluates and whole:
-            self._select(whole, guards)
+        ending = [member for member in whole if member.trainer.ends_here(member.progress)]
+        if chosen := whole if due.evaluates else ending:
+            self._select(chosen, guards)
+            for member in chosen:
+                member.trainer.ends_here(member.progress)
         for member in whole:
             if due.saves or not member.trains:
                 self.watchdog.doing(f"saving step {step} of {member.name}")

@@ -13,13 +13,14 @@ from ptp_ds.packing.layouts import Rows
 from ptp_ds.tasks import Task
 from ptp_ds.training.continuation import Continuation
 from ptp_ds.training.examples import RunExamples
+from ptp_ds.training.monitor import Listener
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """rows: how examples become rows. identity: what a checkpoint must share with the run. adapter: the prompt that
     --prompt_init adapter starts from. mask_id: the token that masks. digests: of each split's rows, by what it is for.
-    output_dir: None where rank 0 names it by the time.
+    output_dir: None where rank 0 names it by the time. listeners: called with every line of the log.
     """
 
     run: RunConfig
@@ -34,3 +35,4 @@ class Prepared:
     output_dir: Path | None = None
     adapter: Tensor | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    listeners: tuple[Listener, ...] = ()

@@ -47,7 +47,7 @@ class Progress:
     """What changes while training: optimizer steps done, timings of logged steps, and the prompt to keep.
 
     best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that;
-    stale: evaluations since it rose.
+    stale: evaluations since it rose. ended: whether a listener has ended the run.
     """
 
     step: int = 0
@@ -59,6 +59,7 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
+    ended: bool = False
     carried: "Carried | None" = None
 
 
@@ -233,9 +234,15 @@ class Trainer:
         return self.ranks.sum(whole).cpu()
 
     def goes_on(self, progress: Progress) -> bool:
-        """Whether there are steps left: neither --max_steps nor --patience has ended the run."""
+        """Whether there are steps left: neither --max_steps nor --patience nor a listener has ended the run."""
         patient = not self.run.patience or progress.stale < self.run.patience
-        return patient and progress.step < self.run.max_steps
+        return patient and not progress.ended and progress.step < self.run.max_steps
+
+    def ends_here(self, progress: Progress) -> bool:
+        """Whether a listener has ended the run, on rank 0; all ranks must call it."""
+        if self.monitor.listeners and not progress.ended:
+            progress.ended = bool(self.ranks.host_max(int(self.monitor.stop_asked)))
+        return progress.ended
 
     def due(self, progress: Progress) -> Due:
         """What is done behind step progress.step."""
@@ -255,10 +262,11 @@ class Trainer:
             return
         output = OutputGuard(self.ranks, self.output_dir)
         self.log(progress, meter, output)
-        if due.evaluates:
+        if self.ends_here(progress) or due.evaluates:
             self._doing(f"the evaluation behind step {progress.step}")
             prompt = self.engine.kept()
             self.select(progress, prompt, self.evaluate(prompt, self.select_examples), output)
+            self.ends_here(progress)
         if due.saves or not self.goes_on(progress):
             self._doing(f"saving step {progress.step}")
             self.save(progress, output)
@@ -307,7 +315,7 @@ class Trainer:
             "step %d  selection rows (%d): %s  ce %.4f%s", progress.step, result.examples, result.shown,
             result.cross_entropy, marker,
         )  # fmt: skip
-        if not self.goes_on(progress) and progress.step < self.run.max_steps:
+        if not self.goes_on(progress) and not progress.ended and progress.step < self.run.max_steps:
             log.info(
                 "step %d  %d evaluations without a higher score: training ends here", progress.step, progress.stale
             )

@@ -35,12 +35,11 @@ from torch import Tensor
 from ptp_ds.adapters.record import versions
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import explain_product
+from ptp_ds.choices import IMPLS, PRECISIONS
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
-from ptp_ds.kernels import IMPLS
 from ptp_ds.models.positions import row_room
-from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import prepare_environment, start_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import load_task

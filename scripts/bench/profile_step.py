@@ -17,10 +17,10 @@ from bench_sides import Ours, Sides
 from bench_step import METHODS, default_data, draw_batches, timed
 from torch.profiler import ProfilerActivity, profile
 
+from ptp_ds.choices import PRECISIONS
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
-from ptp_ds.precision import PRECISIONS
 from ptp_ds.ranks.distributed import prepare_environment, start_processes
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise

@@ -82,7 +82,10 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder."),
         (["--eval_split", "dev"], "No file "),
         (["--predict_split", "test"], "No file "),
-        (["--ds_config", "none.json"], "--ds_config none.json: No such file or directory; see ds_configs/ "),
+        (
+            ["--ds_config", "none.json"],
+            "--ds_config none.json: No such file or directory; give a file, or one of zero2",
+        ),
         (["--config", "none.json"], "--config none.json: No such file or directory."),
         (
             ["--resume", "nowhere"],

@@ -158,7 +158,7 @@ def test_harmless_blocks_are_accepted(tmp_path):
 
 
 def test_missing_file():
-    with pytest.raises(ValueError, match=r"--ds_config none\.json: No such file or directory; see ds_configs/"):
+    with pytest.raises(ValueError, match=r"--ds_config none\.json: No such file or directory; give a file, or one of"):
         read_ds_config("none.json")
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ptp_ds.config.checks import require_valid, unsuited, without_effect
-from ptp_ds.config.flags import build_parser, parse_run
+from ptp_ds.config.flags import build_parser, dump_config, dumped_to, parse_run
 from ptp_ds.config.presets import with_preset
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.run_config import GROUPS, RunConfig
 from ptp_ds.files import nearest
 
 AT_LEAST_ONE = (
@@ -103,7 +103,7 @@ def test_a_secret_that_a_record_lacks_is_asked_for(tmp_path):
         ({"lr": "fast"}, r"'lr' must be float, not 'fast'\."),
         ({"task": None}, r"'task' must be str, not None\."),
         ({"norm": "l7"}, r"'norm' is 'l7'; choose from frobenius, token_l2, linf"),
-        ([1], "expected one JSON object of settings"),
+        ([1], "expected settings, a name and a value each, in YAML or JSON"),
         ("{", r"not valid JSON \("),
         ({"lr": 0}, "--lr is 0; expected a finite number above 0"),
     ],
@@ -252,3 +252,44 @@ def test_perturbs(settings, perturbs):
 def test_nearest():
     assert nearest("stagee", ["stage", "other"]) == " (did you mean 'stage'?)"
     assert nearest("qqq", ["stage"]) == ""
+
+
+def test_a_yaml_file_is_read_as_json_is(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("# a comment\ntask: CB\nlr: 1e-3\nseeds: 0-2\nmax_length: null\n", encoding="utf-8")
+    run, explicit = parse_run(["--config", str(file), "--lr", "0.5"])
+    assert (run.task, run.lr, run.seeds, run.max_length) == ("CB", 0.5, "0-2", None)
+    assert explicit == {"task", "lr", "seeds", "max_length"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--task", "CB", "--lr", "1e-7", "--seeds", "0-4", "--init_text", "no", "--prompt_init", "text"],
+        ["--preset", "smart", "--reg_weight", "2", "--divergence", "kl"],
+        ["--mask_token", '\'#: "x"\n', "--data_dir", "a: b", "--alpha", "0.1", "--perturbation", "pgd"],
+    ],
+)
+def test_dumped_settings_are_read_back_as_they_were(tmp_path, argv):
+    """Nothing that is as usual counts as given: it would be warned of where it has no effect."""
+    run, explicit = parse_run(argv)
+    file = tmp_path / "deep" / "run.yaml"
+    dump_config(run, str(file))
+    again, given = parse_run(["--config", str(file)])
+    assert again == run
+    assert given <= explicit
+    text = file.read_text()
+    assert all(f"# {group}: " in text for group in GROUPS)
+
+
+def test_dump_config_names_a_file_and_writes_no_secret(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_12345678")
+    assert dumped_to(["--task", "CB", "--dump_config", "a.yaml"]) == "a.yaml"
+    assert dumped_to(["--task", "CB"]) is None
+    run, _ = parse_run(["--dataset", "owner/hf_12345678", "--dump_config", "-"])
+    dump_config(run, "-")
+    out = capsys.readouterr().out
+    assert "dataset: owner/[secret]" in out
+    with pytest.raises(ValueError, match="--dump_config"):
+        dump_config(run, str(tmp_path))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ptp_ds.choices import NORMS
 from ptp_ds.kernels import Places, perturb_step
-from ptp_ds.kernels.perturb_step import NORMS
 from tests.support.kernel_cases import DTYPES, IMPLS, LENGTHS, WIDTHS, assert_close, every_second, make_places, randn
 
 RADIUS, LENGTH = 0.5, 0.4

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.choices import PERTURBATIONS as BUILT_IN
 from ptp_ds.config.checks import without_effect
 from ptp_ds.config.flags import build_parser, parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
-from ptp_ds.perturb.custom import BUILT_IN, choose_perturbation
+from ptp_ds.perturb.custom import choose_perturbation
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.paths import ROOT
 from tests.support.processes import worker_environment

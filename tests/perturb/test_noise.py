@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ptp_ds.choices import NORMS
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels.perturb_step import project, steepest
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise
 from ptp_ds.perturb.ascent import start_delta
-from ptp_ds.perturb.ball import NORMS, example_norm, radius_of
+from ptp_ds.perturb.ball import example_norm, radius_of
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.step import settings_of

@@ -1,0 +1,132 @@
+"""Rows and templates that a program holds in memory, as the files that a run reads: beside the run, so that it can be
+resumed and its adapter evaluated like any other.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptp_ds.errors import UserError
+from ptp_ds.files import brief, plain_name, write_json, write_jsonl
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.once import first_of_host
+from ptp_ds.tasks import Task, load_task
+from ptp_ds.tasks.readers import OWN_ANSWERS
+from ptp_ds.tasks.rows import ENDINGS, rows_of_file
+from ptp_ds.tasks.template import parse_task
+
+log = get_logger(__name__)
+_REPORTED = 0.2  # share of the rows of a single list that is reported
+Rows = list[dict[str, Any]]
+
+
+def read_task(task: Any) -> Task:
+    """A task by its name or its template's path, a template as a dict, or a Task. Raises UserError."""
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str | Path):
+        return load_task(str(task))
+    if not isinstance(task, Mapping):
+        raise UserError(f"task is {brief(task)}; expected a task's name, the path of a template, or a template.")
+    return parse_task(dict(task), "task")
+
+
+def task_file(task: Any, folder: Path) -> str:
+    """What --task names: a name or path as it is; a template as a dict, or a Task, as a file in `folder`."""
+    if isinstance(task, str | Path):
+        return str(task)
+    file = folder / "task.json"
+    with first_of_host(str(file.absolute())) as first:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, template_of(task) if isinstance(task, Task) else dict(task))
+    return str(file)
+
+
+def template_of(task: Task) -> dict[str, Any]:
+    """The template file's keys of a Task."""
+    found: dict[str, Any] = {name: value for name, value in task.spec().items() if value and name != "answers"}
+    if task.reader not in OWN_ANSWERS:
+        found["candidates"] = dict(task.answers)
+    return found
+
+
+def rows_by_split(data: Any, task: Task, splits: tuple[str, str], seed: int) -> dict[str, Rows]:
+    """The rows of each split. A fifth of a single list, drawn by `seed`, is reported. Raises UserError.
+
+    data: a file of rows; a list of dicts or a datasets.Dataset; or any of these by split. splits: the ones that train
+    and that are reported.
+    """
+    train, reported = splits
+    if isinstance(data, Mapping):  # a DatasetDict, too
+        found = {plain_name(name, "data: a split"): _rows(one, task, f"data[{name!r}]") for name, one in data.items()}
+        if missing := [name for name in splits if name not in found]:
+            raise UserError(f"data has the splits {', '.join(found) or 'of none'}; expected {missing[0]!r}, too.")
+        return found
+    whole = _rows(data, task, "data")
+    if len(whole) < 3:
+        raise UserError(f"data has {len(whole)} rows; give three or more, or a dict of {train!r} and {reported!r}.")
+    held = set(random.Random(seed).sample(range(len(whole)), max(1, round(_REPORTED * len(whole)))))
+    log.info("data: %d rows train, %d of split %r are reported", len(whole) - len(held), len(held), reported)
+    return {
+        train: [row for number, row in enumerate(whole) if number not in held],
+        reported: [row for number, row in enumerate(whole) if number in held],
+    }
+
+
+def write_rows(by_split: Mapping[str, Rows], task: Task, folder: Path) -> str:
+    """The rows as <folder>/<Task>/<split>.jsonl, by one process of a host; what --data_dir names."""
+    with first_of_host(str(folder.absolute())) as first:
+        if first:
+            for name, rows in by_split.items():
+                write_jsonl(folder / task.name / f"{name}.jsonl", rows)
+    return str(folder)
+
+
+def _rows(data: Any, task: Task, where: str) -> Rows:
+    """A split's rows as plain dicts."""
+    if isinstance(data, str | Path):
+        path = Path(data)
+        if path.suffix.lower() not in ENDINGS:
+            raise UserError(
+                f"{where} is {brief(str(data))}; expected a folder, a file in {', '.join(ENDINGS)}, or rows."
+            )
+        return rows_of_file(path)[0]
+    features = getattr(data, "features", None)
+    rows = []
+    try:
+        for number, row in enumerate(data):
+            if not isinstance(row, Mapping):
+                raise UserError(f"{where}: row {number} is {brief(row)}; expected a dict of the task's fields.")
+            rows.append(_named_label(dict(row), task, features))
+    except TypeError:
+        raise UserError(
+            f"{where} is {brief(data)}; expected a path, a list of dicts, a datasets.Dataset, or a dict of these by "
+            "split."
+        ) from None
+    return rows
+
+
+def _named_label(row: dict[str, Any], task: Task, features: Any) -> dict[str, Any]:
+    """The row with its label by the name that its datasets.ClassLabel has, where the template knows that one."""
+    kind = features.get(task.label) if isinstance(features, Mapping) and task.label is not None else None
+    value = row.get(task.label or "")
+    if kind is not None and hasattr(kind, "int2str") and isinstance(value, int) and str(value) not in task.answers:
+        row[task.label or ""] = kind.int2str(value) if value >= 0 else value
+    return row
+
+
+def rows_of(given: Any, task: Task) -> Rows:
+    """Rows to answer: one or several, dicts or texts for a task with a single field. Raises UserError."""
+    if isinstance(given, str):
+        if len(task.fields) != 1 or not task.of_fields:
+            raise UserError(
+                f"Task {task.name} has the fields {', '.join(task.fields)}; give a dict of them, not a text."
+            )
+        return [{task.fields[0]: given}]
+    if isinstance(given, Mapping):
+        return [dict(given)]
+    if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
+        return [row for one in given for row in rows_of(one, task)]
+    return _rows(given, task, "rows")

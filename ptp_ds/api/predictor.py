@@ -1,0 +1,144 @@
+"""ptp_ds.Predictor: a saved adapter on its model, ready for rows; text by transformers' own generate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ptp_ds.adapters.answers import answer_lines
+from ptp_ds.adapters.generate import Inputs, generation_inputs, token_embeddings
+from ptp_ds.adapters.read import adapter_folder
+from ptp_ds.adapters.served import Served, alone, serve, whole
+from ptp_ds.api.data import read_task, rows_of
+from ptp_ds.api.manners import as_it_was
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.tasks import Task
+from ptp_ds.tasks.data import Split
+from ptp_ds.tasks.example import Example
+
+Row = Mapping[str, Any] | str
+
+
+@dataclass
+class Predictor:
+    """An adapter's answers. The model is loaded when it is needed: once for predict, once for generate and embeds.
+
+    served: the adapter with its model's configuration, tokenizer and task. precision: of the model, see --precision.
+    """
+
+    served: Served
+    precision: str = "auto"
+    _backbone: Backbone | None = field(default=None, repr=False)
+    _model: Any = field(default=None, repr=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, adapter: str | Path, *, model: str | None = None,
+        task: Task | str | Path | Mapping[str, Any] | None = None,
+        precision: str = "auto", max_length: int | None = None,
+    ) -> "Predictor":  # fmt: skip
+        """The adapter in a run's folder, in a folder of ours or peft's, or on the hub, by its id.
+
+        model, task, max_length: None for those of the adapter's run. Raises UserError for what doesn't fit together.
+        """
+        with as_it_was(verbose=False):
+            prepare_environment()
+            whole(precision)
+            named = None if task is None else read_task(task)
+            found = serve([adapter_folder(adapter)], model=model, task=named, max_length=max_length)
+        return cls(found, precision)
+
+    @property
+    def task(self) -> Task:
+        """What the adapter answers."""
+        return self.served.task
+
+    def predict(self, rows: Row | Sequence[Row], eval_tokens: int = RunConfig.eval_tokens) -> list[dict[str, Any]]:
+        """For each row `answer`, the likeliest label, and `probabilities` of all, by label.
+
+        rows: dicts with the fields of the task's template, or texts where it has a single field; one, or several, or a
+        datasets.Dataset. Rows that hold several questions give a line each, as predict.py does. eval_tokens: tokens
+        of a pass. Raises UserError for a row without a field.
+        """
+        split = _split(rows_of(rows, self.task))
+        with as_it_was(verbose=False):
+            prepare_environment()
+            examples = self.served.examples(split)
+            if self._backbone is None:
+                self._backbone = self.served.load(whole(self.precision), alone(), examples)
+            scores_NC = self.served.score(self._backbone, examples, alone(), eval_tokens)
+        return answer_lines(self.task, split, scores_NC)
+
+    def generate(self, rows: Row | Sequence[Row], *, max_new_tokens: int = 20, **kwargs: Any) -> Any:
+        """The text that the model writes behind a row's context: a text for one row, a list for several.
+
+        kwargs: of transformers' generate (do_sample, temperature, num_beams, ...). Several rows are one batch, padded
+        on the left; with num_return_sequences each row gives as many, one behind the other. Raises UserError where the
+        head doesn't continue texts.
+        """
+        self._require_causal("generate")
+        single = isinstance(rows, str | Mapping)
+        examples = self._contexts(rows_of(rows, self.task), max_new_tokens)
+        tokenizer, model = self.served.source.tokenizer, self._plain()
+        copies = max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        inputs = generation_inputs(model, self.served.prompts[0], self.served.kind, examples, copies)
+        if tokenizer.eos_token_id is not None:
+            kwargs.setdefault("pad_token_id", tokenizer.pad_token_id or tokenizer.eos_token_id)
+        with torch.inference_mode():
+            found = model.generate(**inputs.arguments, max_new_tokens=max_new_tokens, **kwargs)
+        return self._texts(found, inputs, single)
+
+    def embeds(self, row: Row) -> Tensor:
+        """[P + T, H] what stands in front of the model for a row: the prompt and the context's token embeddings, in the
+        model's dtype, for servers that take prompt embeddings (vLLM). Raises UserError for a deep prompt.
+        """
+        self._require_causal("embeds")
+        if self.served.kind != "soft":
+            raise UserError("A deep prompt is keys and values of every layer, not embeddings; embeds needs a soft one.")
+        (example,) = self._contexts(rows_of(row, self.task), 0)
+        return token_embeddings(self._plain(), self.served.prompts[0], example).cpu()
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Puts the adapter on the hub, as owner/name; returns its address. Raises UserError without a token."""
+        from ptp_ds.adapters.share import push_adapter
+
+        return push_adapter(self.served.folders[0], repo_id, private=private)
+
+    def _contexts(self, rows: list[dict[str, Any]], left: int) -> Sequence[Example]:
+        """The rows' contexts, with room for `left` tokens behind each."""
+        if left >= self.served.room:
+            raise UserError(f"max_new_tokens {left} leaves no room for a row: {self.served.room} tokens fit behind the "
+                            "prompt.")  # fmt: skip
+        return self.served.examples(_split(rows), left=left)
+
+    def _texts(self, found: Any, inputs: Inputs, single: bool) -> Any:
+        sequences = getattr(found, "sequences", found)  # return_dict_in_generate
+        new = sequences[:, inputs.repeated :]
+        texts = self.served.source.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts[0] if single and len(texts) == 1 else texts
+
+    def _require_causal(self, what: str) -> None:
+        kind = self.served.source.head_plan.kind
+        if kind != "causal":
+            raise UserError(f"{what} needs a causal model; {self.served.model} serves this adapter with a {kind} head.")
+
+    def _plain(self) -> Any:
+        """The model as transformers loads it: a Backbone's is bound to packed rows."""
+        if self._model is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.served.source.folder, dtype=whole(self.precision).dtype, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+            self._model = loaded.to(alone().device).eval().requires_grad_(False)
+        return self._model
+
+
+def _split(rows: list[dict[str, Any]]) -> Split:
+    return Split(rows, [f"row {number}" for number in range(len(rows))], "")

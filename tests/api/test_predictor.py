@@ -1,0 +1,134 @@
+"""ptp_ds.Predictor: predict.py's answers, transformers' own text, embeddings that give the same text elsewhere."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ptp_ds
+from ptp_ds.adapters.generate import generate
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.commands.predict import main as predict
+from ptp_ds.errors import UserError
+from ptp_ds.models.source import load_config
+from ptp_ds.prompts import prompt_width
+from ptp_ds.tasks.data import DEMO_DATA
+from ptp_ds.tasks.template import parse_task
+
+REVIEWS = ["A quiet film that stays with you, long after its end.", "Dull.", "I liked it, mostly."]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model, tmp_path_factory):
+    """The tiny model with weights so large that its text depends on what stands in front."""
+    model, folder = AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path_factory.mktemp("lively") / "model"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["soft", "deep"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_model):
+    """saved(kind, task) writes a random prompt of 4 tokens for the tiny model and returns the adapter's folder."""
+
+    def write(kind: str = "soft", task=None):
+        task = task or ptp_ds.load_task("Reviews")
+        config = load_config(tiny_model)
+        prompt = torch.randn(4, prompt_width(kind, config), generator=torch.Generator().manual_seed(3))
+        card = {"task": task.spec(), "result": {}, "model": {"name": str(tiny_model)}}
+        write_adapter(tmp_path / "adapter", prompt, str(tiny_model), config, card, kind)
+        return tmp_path / "adapter"
+
+    return write
+
+
+def test_predictions_are_the_commands(saved, kind, tmp_path, capsys):
+    folder = saved(kind)
+    rows = [{"review": text} for text in REVIEWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert predict(["--adapter", str(folder), "--input", str(tmp_path / "rows.jsonl")]) == 0
+    wanted = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    predictor = ptp_ds.Predictor.from_pretrained(folder)
+    assert predictor.predict(rows) == wanted
+    assert predictor.predict(REVIEWS) == wanted
+    (one,) = predictor.predict(REVIEWS[1])
+    assert one["answer"] == wanted[1]["answer"]
+    assert one["probabilities"] == pytest.approx(wanted[1]["probabilities"], abs=1e-6)
+
+
+def test_greedy_text_is_our_own_loops_for_one_row_and_for_a_batch(saved, kind, tiny_model):
+    predictor = ptp_ds.Predictor.from_pretrained(saved(kind), precision="fp32")
+    served, model = predictor.served, AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    wanted = []
+    for text in REVIEWS:
+        ids = served.source.tokenizer(f"Review: {text}\nSentiment:")["input_ids"]
+        found = generate(model, served.prompts[0], kind, ids, 8)
+        wanted.append(served.source.tokenizer.decode(found, skip_special_tokens=True))
+    given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert [predictor.generate(text, **given) for text in REVIEWS] == wanted
+    assert predictor.generate(REVIEWS, **given) == wanted
+    assert len(set(wanted)) > 1
+
+
+def test_beams_and_samples_of_a_batch(saved, kind):
+    predictor = ptp_ds.Predictor.from_pretrained(saved(kind), precision="fp32")
+    given = {"max_new_tokens": 4, "eos_token_id": None}
+    beams = predictor.generate(REVIEWS, num_beams=3, do_sample=False, **given)
+    assert beams == [predictor.generate(text, num_beams=3, do_sample=False, **given) for text in REVIEWS]
+    torch.manual_seed(0)
+    texts = predictor.generate(REVIEWS[:2], do_sample=True, num_return_sequences=3, **given)
+    assert len(texts) == 6
+    assert len(set(texts)) > 2
+
+
+def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, tiny_model):
+    predictor = ptp_ds.Predictor.from_pretrained(saved(), precision="fp32")
+    rows_TH = predictor.embeds({"review": REVIEWS[0]})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    ids = model.generate(inputs_embeds=rows_TH[None], max_new_tokens=6, do_sample=False)[0]
+    text = predictor.served.source.tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False)
+    assert torch.equal(rows_TH[:4], predictor.served.prompts[0])
+
+
+def test_a_prompt_inside_the_text_stands_there(saved, tiny_model):
+    spec = json.loads((DEMO_DATA.parent / "templates" / "Reviews.json").read_text())
+    task = parse_task({**spec, "text": "Review: {review}\n<prompt>Sentiment:"}, "test")
+    predictor = ptp_ds.Predictor.from_pretrained(saved("soft", task), precision="fp32", task=task)
+    rows_TH = predictor.embeds(REVIEWS[0])
+    front = len(predictor.served.source.tokenizer(f"Review: {REVIEWS[0]}\n")["input_ids"])
+    assert torch.equal(rows_TH[front : front + 4], predictor.served.prompts[0])
+    ids = predictor.served.source.tokenizer(f"Review: {REVIEWS[0]}\nSentiment:")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    wanted = generate(model, predictor.served.prompts[0], "soft", ids, 6, prompt_at=front)
+    assert predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False, eos_token_id=None) == (
+        predictor.served.source.tokenizer.decode(wanted, skip_special_tokens=True)
+    )
+
+
+def test_what_does_not_fit_is_one_sentence(saved, tmp_path):
+    predictor = ptp_ds.Predictor.from_pretrained(saved("deep"))
+    with pytest.raises(UserError, match="A deep prompt is keys and values"):
+        predictor.embeds("Fine.")
+    with pytest.raises(UserError, match="max_new_tokens 1000 leaves no room"):
+        predictor.generate("Fine.", max_new_tokens=1000)
+    with pytest.raises(UserError, match="the row has no field 'review'"):
+        predictor.predict({"text": "Fine."})
+    with pytest.raises(UserError, match="there is no such folder"):
+        ptp_ds.Predictor.from_pretrained(tmp_path / "none")

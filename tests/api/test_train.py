@@ -1,0 +1,208 @@
+"""ptp_ds.train: a run as the command makes it, data in memory, callbacks, and a process left as it was."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import ptp_ds
+from ptp_ds.api.data import rows_by_split, rows_of, template_of, write_rows
+from ptp_ds.errors import UserError
+from ptp_ds.tasks.data import DEMO_DATA
+from ptp_ds.tasks.template import parse_task
+from tests.support.paths import ROOT
+from tests.support.processes import worker_environment
+from tests.support.runs import adapter, check
+
+QUICK = {"prompt_length": 4, "batch_size": 4, "max_steps": 2, "eval_tokens": 600, "lr": 0.1, "log_every": 1}
+TEMPLATE = {
+    "name": "Mood", "text": "{line}\nMood:", "truncate": "line", "label": "mood",
+    "verbalizers": {"up": " good", "down": " bad"}, "metrics": ["accuracy"],
+}  # fmt: skip
+ROWS = [{"line": f"Line {n} is {'fine' if n % 3 else 'poor'}.", "mood": "up" if n % 3 else "down"} for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """A process group that another test left in the environment is not this program's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def demo(task: str, split: str) -> list[dict]:
+    return [json.loads(line) for line in (DEMO_DATA / task / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_a_call_is_the_commands_run_bit_for_bit(run_train, tiny_model, tmp_path):
+    told: list[dict] = []
+    result = ptp_ds.train(
+        task="COPA", model=tiny_model, perturbation="pgd", output_dir=tmp_path / "call", callbacks=[told.append],
+        verbose=False, **QUICK,
+    )  # fmt: skip
+    flags = [word for name, value in QUICK.items() for word in (f"--{name}", value)]
+    check(run_train(["--task", "COPA", "--model", tiny_model, "--perturbation", "pgd", *flags,
+                     "--output_dir", tmp_path / "command"]))  # fmt: skip
+    assert torch.equal(adapter(tmp_path / "call"), adapter(tmp_path / "command"))
+    record = json.loads((tmp_path / "command" / "result.json").read_text())
+    assert result.metrics == record["metrics"]
+    assert result.untrained == record["untrained"]
+    assert result.adapter == tmp_path / "call" / "adapter"
+    assert told == [json.loads(line) for line in (tmp_path / "call" / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in told] == ["untrained", "train", "train", "select", "eval"]
+
+
+def test_the_process_is_left_as_it_was(tiny_model, tmp_path):
+    """Environment, signals, threads, the package's logger; twice, and the second run is the first again."""
+    logger = logging.getLogger("ptp_ds")
+    before = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+              torch.get_num_threads(), list(logger.handlers))  # fmt: skip
+    found = []
+    for number in range(2):
+        ptp_ds.train(task="COPA", model=str(tiny_model), output_dir=tmp_path / str(number), verbose=False, **QUICK)
+        found.append(adapter(tmp_path / str(number)))
+        after = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+                 torch.get_num_threads(), list(logger.handlers))  # fmt: skip
+        assert after == before
+        assert not torch.distributed.is_initialized()
+    assert torch.equal(*found)
+
+
+def test_off_the_main_thread(tiny_model, tmp_path):
+    found: list[dict] = []
+
+    def body() -> None:
+        given = {**QUICK, "task": "COPA", "model": str(tiny_model), "output_dir": tmp_path / "thread"}
+        found.append(ptp_ds.train(**given, verbose=False).metrics)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(120)
+    assert set(found[0]) == {"accuracy"}
+
+
+def test_a_callback_ends_the_run_with_a_prompt(tiny_model, tmp_path):
+    steps = []
+
+    def stop(line: dict) -> None:
+        steps.append((line["kind"], line["step"]))
+        if line["kind"] == "train" and line["step"] == 3:
+            raise ptp_ds.StopRun
+
+    given = {**QUICK, "max_steps": 50, "task": "COPA", "model": str(tiny_model), "verbose": False}
+    result = ptp_ds.train(**given, callbacks=[stop], output_dir=tmp_path / "run")
+    assert result.record["steps"] == 3
+    assert steps[-2:] == [("select", 3), ("eval", 3)]
+    assert (tmp_path / "run" / "checkpoints" / "step-000003").is_dir()
+    assert (result.adapter / "adapter_config.json").is_file()
+
+
+def test_several_seeds_and_one_that_a_callback_ends(tiny_model, tmp_path):
+    def stop(line: dict) -> None:
+        if line["member"] == "seed-1" and line["kind"] == "train":
+            raise ptp_ds.StopRun
+
+    given = {**QUICK, "max_steps": 3, "task": "COPA", "model": str(tiny_model), "verbose": False}
+    result = ptp_ds.train(**given, seeds=range(2), callbacks=[stop], output_dir=tmp_path / "run")
+    assert {name: one.record["steps"] for name, one in result.members.items()} == {"seed-0": 3, "seed-1": 1}
+    mean = sum(one.metrics["accuracy"] for one in result.members.values()) / 2
+    assert result.metrics == {"accuracy": pytest.approx(mean)}
+    with pytest.raises(UserError, match=r"take one of \.members, such as \.members\['seed-0'\]\.adapter"):
+        _ = result.adapter
+
+
+def test_rows_and_a_template_in_memory(tiny_model, tmp_path, monkeypatch):
+    """Beside the run as files: it is resumed, and its adapter scored, like any other."""
+    from ptp_ds.commands.evaluate import main as evaluate
+
+    given = {**QUICK, "model": str(tiny_model), "task": TEMPLATE, "data": ROWS, "verbose": False}
+    result = ptp_ds.train(**given, output_dir=tmp_path / "run")
+    files = {file.stem: file.read_text().splitlines() for file in (tmp_path / "run/data/Mood").iterdir()}
+    assert {name: len(lines) for name, lines in files.items()} == {"train": 16, "val": 4}
+    rows = [json.dumps(row) for row in ROWS]
+    assert sorted(files["train"] + files["val"]) == sorted(rows)
+    assert evaluate(["--adapter", str(tmp_path / "run"), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["metrics"] == result.metrics
+    longer = ptp_ds.train(**{**given, "max_steps": 3}, resume="auto", output_dir=tmp_path / "run")
+    assert longer.record["steps"] == 3
+
+
+def test_data_of_every_kind_gives_the_same_rows(tmp_path):
+    import datasets
+
+    task = parse_task(TEMPLATE, "test")
+    labels = datasets.ClassLabel(names=["up", "down"])
+    numbered = [{**row, "mood": labels.str2int(row["mood"])} for row in ROWS]
+    features = datasets.Features({"line": datasets.Value("string"), "mood": labels})
+    (tmp_path / "rows.csv").write_text("line,mood\n" + "".join(f'"{r["line"]}",{r["mood"]}\n' for r in ROWS))
+    kinds = {
+        "list": ROWS, "csv": tmp_path / "rows.csv", "dataset": datasets.Dataset.from_list(numbered, features=features),
+    }  # fmt: skip
+    found = {name: rows_by_split(data, task, ("train", "val"), 3) for name, data in kinds.items()}
+    assert found["list"] == found["csv"] == found["dataset"]
+    assert sorted(map(str, found["list"]["train"] + found["list"]["val"])) == sorted(map(str, ROWS))
+    by_split = datasets.DatasetDict({"train": kinds["dataset"], "val": kinds["dataset"]})
+    assert rows_by_split(by_split, task, ("train", "val"), 3) == {"train": ROWS, "val": ROWS}
+    write_rows({"val": ROWS}, task, tmp_path / "out")
+    assert (tmp_path / "out/Mood/val.jsonl").read_text().splitlines() == [json.dumps(row) for row in ROWS]
+    assert parse_task(template_of(task), "again") == task
+    assert parse_task(template_of(ptp_ds.load_task("ReCoRD")), "again") == ptp_ds.load_task("ReCoRD")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sigmaa": 1}, r"train\(\) has no setting 'sigmaa' \(did you mean 'sigma'\?\)"),
+        ({"lr": "fast"}, r"train\(\): 'lr' must be float, not 'fast'"),
+        ({"data": 7, "task": "COPA"}, "data is 7; expected a path, a list of dicts"),
+        ({"data": ["x"], "task": "COPA"}, "row 0 is 'x'; expected a dict"),
+        ({"data": ROWS[:2], "task": TEMPLATE}, "data has 2 rows; give three or more"),
+        ({"data": {"train": ROWS}, "task": TEMPLATE}, "data has the splits train; expected 'val', too"),
+        ({"data": ROWS, "data_dir": "x"}, "takes data, data_dir or dataset, one of them"),
+        ({"data": "rows.txt"}, r"data is 'rows\.txt'; expected a folder, a file in \.jsonl"),
+        ({"task": {"name": "X"}}, "task: the template lacks"),
+        ({"task": 3}, "task is 3; expected a task's name"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path, given, said):
+    with pytest.raises(UserError, match=said):
+        ptp_ds.train(**given, output_dir=tmp_path / "run", verbose=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_to_answer():
+    task = ptp_ds.load_task("Reviews")
+    assert rows_of("Fine.", task) == rows_of({"review": "Fine."}, task) == rows_of(["Fine."], task)
+    with pytest.raises(UserError, match="has the fields premise, "):
+        rows_of("Fine.", ptp_ds.load_task("COPA"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_program_goes_on(tiny_model, tmp_path):
+    """As a notebook's kernel gets it: SIGINT in the main thread while the call runs."""
+    given = {**QUICK, "max_steps": 4000, "task": "COPA", "model": str(tiny_model), "output_dir": str(tmp_path / "run")}
+    code = f"""
+import os, signal, threading, time, ptp_ds
+def press(line):
+    if line["step"] == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+try:
+    ptp_ds.train(**{given!r}, callbacks=[press])
+except KeyboardInterrupt as stop:
+    print("STOPPED", stop)
+try:
+    os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+except KeyboardInterrupt:
+    print("STILL MINE")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=worker_environment(), cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "STOPPED stopped by signal 2; saved" in done.stdout
+    assert "STILL MINE" in done.stdout
+    assert list((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,0 +1,124 @@
+"""The ptp command: its help without torch, its commands, and names in the place of packaged files."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ptp_ds import __version__
+from ptp_ds.commands.ptp import COMMANDS, main, run
+from ptp_ds.config.ds_config import read_ds_config
+from ptp_ds.config.parsers import PARSERS
+from ptp_ds.files import shipped, shipped_names
+from tests.support.paths import ROOT
+from tests.support.processes import worker_environment
+from tests.support.zygote import run_script
+
+HEAVY = ("torch", "transformers", "deepspeed", "numpy", "datasets")
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=worker_environment(), capture_output=True, text=True,
+                          timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    out = in_fresh_python(
+        f"import sys\nfrom ptp_ds.commands.ptp import main\ncode = main([{name!r}, '--help'])\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], code)"
+    )
+    assert "HEAVY [] 0" in out
+    assert f"usage: ptp {name}" in out
+    assert COMMANDS[name].split(":")[0][:30] in out
+
+
+def test_importing_the_package_brings_no_torch_and_its_names_come_when_asked():
+    out = in_fresh_python(
+        f"import sys, ptp_ds\nprint([m for m in {HEAVY!r} if m in sys.modules], sorted(ptp_ds.__all__))\n"
+        "print(ptp_ds.RunConfig().task, 'torch' in sys.modules)\n"
+        "print(ptp_ds.load_task('CB').name)\n"
+        "try:\n    ptp_ds.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    lines = out.splitlines()
+    assert lines[0].startswith("[] ['Predictor', 'Result', 'RunConfig'")
+    assert lines[1:] == ["Reviews False", "CB", "module 'ptp_ds' has no attribute 'nothing'"]
+
+
+def test_trains_help_is_in_groups(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    places = [out.index(f"\n{group}:\n") for group in ("model", "data", "prompt", "perturbation", "output")]
+    assert places == sorted(places)
+    assert out.index("\nperturbation:\n") < out.index("--sigma X") < out.index("\nobjective:\n")
+
+
+def test_every_command_has_a_parser_a_script_and_a_place_in_the_overview(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert set(COMMANDS) == set(PARSERS)
+    for name, summary in COMMANDS.items():
+        assert f"  {name:12}{summary}" in out
+        assert shipped("scripts", f"{name}.py") == ROOT / "scripts" / f"{name}.py"
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ptp_ds {__version__}\n"
+
+
+def test_an_unknown_command_is_one_sentence(capsys):
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err.startswith("error: Unknown command 'trian' (did you mean 'train'?): give one of ")
+    assert main(["launch"]) == 2
+    assert main(["launch", "--help"]) == 0
+    assert "usage: ptp launch" in capsys.readouterr().out
+
+
+def test_a_user_error_is_one_sentence_and_code_2(capsys):
+    assert run("overall", ["nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        "error: nowhere holds no result.json; give the folders of runs that have ended.\n"
+    )
+
+
+def test_scripts_are_the_same_commands(tmp_path):
+    done = run_script("train.py", ["--task", "CB", "--dump_config", tmp_path / "run.yaml"])
+    assert done.returncode == 0, done.stderr
+    assert "\ntask: CB\n" in (tmp_path / "run.yaml").read_text()
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_ds_configs_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "zero3.json" in shipped_names("ds_configs", ".json")
+    for name in ("zero3", "zero3.json", "ds_configs/zero3.json", "ds_configs/zero3"):
+        assert read_ds_config(name)["zero_optimization"]["stage"] == 3
+    (tmp_path / "zero3").write_text('{"zero_optimization": {"stage": 2}}')
+    assert read_ds_config("zero3")["zero_optimization"]["stage"] == 2  # a file that is there is what was meant
+    with pytest.raises(ValueError, match=r"--ds_config zero9: No such file.*; give a file, or one of zero2, zero3,"):
+        read_ds_config("zero9")
+    assert shipped("ds_configs", "../setup.py") is None
+
+
+def test_launch_starts_the_commands_script_behind_the_launchers_flags(monkeypatch, capsys):
+    seen: list[list[str]] = []
+    monkeypatch.setattr("ptp_ds.launch.launcher.main", lambda argv: seen.append(argv) or 7)
+    assert main(["launch", "--hostfile", "local", "--max_restarts", "1", "train", "--task", "study"]) == 7
+    assert main(["launch", "-H", str(ROOT / "hostfiles" / "node8"), "study", "x.yaml"]) == 7
+    local, scripts = str(ROOT / "hostfiles" / "local"), ROOT / "scripts"
+    assert seen == [
+        ["--hostfile", local, "--max_restarts", "1", str(scripts / "train.py"), "--task", "study"],
+        ["-H", str(ROOT / "hostfiles" / "node8"), str(scripts / "study.py"), "x.yaml"],
+    ]
+
+
+def test_words_for_the_shell(tmp_path):
+    """By argcomplete's own protocol, as bash calls it."""
+    pytest.importorskip("argcomplete")
+    line = "ptp train --divergence_g"
+    env = {**worker_environment(), "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+           "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"), "_ARGCOMPLETE_IFS": "\n"}  # fmt: skip
+    subprocess.run([sys.executable, "-m", "ptp_ds"], env=env, timeout=60, check=False)
+    assert (tmp_path / "words").read_text().split() == ["--divergence_gradient"]
+    assert "_ARGCOMPLETE" not in os.environ
