@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import ptp_ds
 from ptp_ds.adapters.generate import generate
@@ -24,35 +24,21 @@ def _alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model, tmp_path_factory):
-    """The tiny model with weights so large that its text depends on what stands in front."""
-    model, folder = AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path_factory.mktemp("lively") / "model"
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.3)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(params=["soft", "deep"])
 def kind(request):
     return request.param
 
 
 @pytest.fixture
-def saved(tmp_path, tiny_model):
+def saved(tmp_path, lively_model):
     """saved(kind, task) writes a random prompt of 4 tokens for the tiny model and returns the adapter's folder."""
 
     def write(kind: str = "soft", task=None):
         task = task or ptp_ds.load_task("Reviews")
-        config = load_config(tiny_model)
+        config = load_config(lively_model)
         prompt = torch.randn(4, prompt_width(kind, config), generator=torch.Generator().manual_seed(3))
-        card = {"task": task.spec(), "result": {}, "model": {"name": str(tiny_model)}}
-        write_adapter(tmp_path / "adapter", prompt, str(tiny_model), config, card, kind)
+        card = {"task": task.spec(), "result": {}, "model": {"name": str(lively_model)}}
+        write_adapter(tmp_path / "adapter", prompt, str(lively_model), config, card, kind)
         return tmp_path / "adapter"
 
     return write
@@ -72,9 +58,9 @@ def test_predictions_are_the_commands(saved, kind, tmp_path, capsys):
     assert one["probabilities"] == pytest.approx(wanted[1]["probabilities"], abs=1e-6)
 
 
-def test_greedy_text_is_our_own_loops_for_one_row_and_for_a_batch(saved, kind, tiny_model):
+def test_greedy_text_is_our_own_loops_for_one_row_and_for_a_batch(saved, kind, lively_model):
     predictor = ptp_ds.Predictor.from_pretrained(saved(kind), precision="fp32")
-    served, model = predictor.served, AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    served, model = predictor.served, AutoModelForCausalLM.from_pretrained(lively_model).eval()
     wanted = []
     for text in REVIEWS:
         ids = served.source.tokenizer(f"Review: {text}\nSentiment:")["input_ids"]
@@ -97,17 +83,17 @@ def test_beams_and_samples_of_a_batch(saved, kind):
     assert len(set(texts)) > 2
 
 
-def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, tiny_model):
+def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, lively_model):
     predictor = ptp_ds.Predictor.from_pretrained(saved(), precision="fp32")
     rows_TH = predictor.embeds({"review": REVIEWS[0]})
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    model = AutoModelForCausalLM.from_pretrained(lively_model).eval()
     ids = model.generate(inputs_embeds=rows_TH[None], max_new_tokens=6, do_sample=False)[0]
     text = predictor.served.source.tokenizer.decode(ids, skip_special_tokens=True)
     assert text == predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False)
     assert torch.equal(rows_TH[:4], predictor.served.prompts[0])
 
 
-def test_a_prompt_inside_the_text_stands_there(saved, tiny_model):
+def test_a_prompt_inside_the_text_stands_there(saved, lively_model):
     spec = json.loads((DEMO_DATA.parent / "templates" / "Reviews.json").read_text())
     task = parse_task({**spec, "text": "Review: {review}\n<prompt>Sentiment:"}, "test")
     predictor = ptp_ds.Predictor.from_pretrained(saved("soft", task), precision="fp32", task=task)
@@ -115,7 +101,7 @@ def test_a_prompt_inside_the_text_stands_there(saved, tiny_model):
     front = len(predictor.served.source.tokenizer(f"Review: {REVIEWS[0]}\n")["input_ids"])
     assert torch.equal(rows_TH[front : front + 4], predictor.served.prompts[0])
     ids = predictor.served.source.tokenizer(f"Review: {REVIEWS[0]}\nSentiment:")["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    model = AutoModelForCausalLM.from_pretrained(lively_model).eval()
     wanted = generate(model, predictor.served.prompts[0], "soft", ids, 6, prompt_at=front)
     assert predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False, eos_token_id=None) == (
         predictor.served.source.tokenizer.decode(wanted, skip_special_tokens=True)
