@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ptp_ds.adapters.card import untrained_metrics
+from ptp_ds.adapters.lm_eval import write_harness_task
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
@@ -21,7 +22,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
 from ptp_ds.precision import PRECISIONS
-from ptp_ds.ranks.distributed import Ranks, env_world, prepare_environment, start_processes
+from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, is_labelled
@@ -34,8 +35,8 @@ log = get_logger(__name__)
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     defaults = RunConfig()
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, nargs="+", help="a run's folder, or an adapter's, ours or peft's; "
-                        "several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
+    parser.add_argument("--adapter", required=True, nargs="+", help="a run's folder, an adapter's, ours or peft's, or "
+                        "a hub id; several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
     parser.add_argument("--model", help="where the model of the adapter's run lies: hub id, folder or the embedded "
                         "model; default: where the adapter says")  # fmt: skip
     parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")
@@ -49,6 +50,8 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--eval_tokens", type=int, default=defaults.eval_tokens)
     parser.add_argument("--json", help="write metrics and every row's candidate log-probabilities to this file")
     parser.add_argument("--predictions", help="write SuperGLUE's prediction file here; the split may have no labels")
+    parser.add_argument("--lm_eval_tasks", metavar="DIR", help="also write the task and these rows for lm-evaluation-"
+                        "harness here, which then scores the adapter alike")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     values, rest = parser.parse_known_args(argv)
     if rest:
@@ -73,6 +76,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     examples = served.examples(split, labelled)
     if args.predictions is not None:
         check_numbers(served.task, split, len(examples))
+    if args.lm_eval_tasks is not None and env_rank() == 0:
+        command = write_harness_task(Path(args.lm_eval_tasks), served, split)
+        log.info("lm-eval gives these scores by: %s", command)
     resolved = _resolved(raw, args, served)
     ranks = start_processes()
     scores = served.score(served.load(resolved, ranks, examples), examples, ranks, args.eval_tokens)

@@ -33,7 +33,7 @@ _NAMED = re.compile(r"([^\W\d]\w*)=(?!=)")  # NAME=value, as for a field; not "2
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     defaults = RunConfig()
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, help="a run's folder, or an adapter's, ours or peft's")
+    parser.add_argument("--adapter", required=True, help="a run's folder, an adapter's, ours or peft's, or a hub id")
     parser.add_argument("--model", help="where the model of the adapter's run lies: hub id, folder or the embedded "
                         "model; default: where the adapter says")  # fmt: skip
     parser.add_argument("--task", help="task name or template .json; default: the one the adapter was trained on")

@@ -17,7 +17,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.redact import HIDDEN
 
 log = get_logger(__name__)
-_ITS_OWN = ("output_dir", "resume")  # settings of one run that another one mustn't take over
+_ITS_OWN = ("output_dir", "resume", "push_to_hub")  # settings of one run that another one mustn't take over
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def build_parser(description: str, perturbation: str | None = None) -> argparse.
             continue
         parser.add_argument(f"--{field.name}", type=_base_type(field), choices=field.metadata["choices"], help=text)
     parser.add_argument("--config", help="JSON file with any of these settings, or a run's config.json, whose "
-                        "output_dir and resume are left out; flags win over it")  # fmt: skip
+                        "output_dir, resume and push_to_hub are left out; flags win over it")  # fmt: skip
     parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
@@ -111,7 +111,7 @@ def _of_a_run(record: dict[str, Any], file: str) -> Any:
         raise UserError(
             f"--config {file}: 'run' is {brief(settings)}; expected a run's config.json, or settings alone."
         )
-    log.info("settings of the run in %s, without its %s", file, " and ".join(_ITS_OWN))
+    log.info("settings of the run in %s, without its %s", file, f"{', '.join(_ITS_OWN[:-1])} and {_ITS_OWN[-1]}")
     settings, preset = {**BEFORE, **settings}, settings.get("preset")
     usual = vars(RunConfig()) | PRESETS.get(preset if isinstance(preset, str) else "", {})
     absent = object()

@@ -146,6 +146,10 @@ class RunConfig:
         "JSON or YAML file: a list of members, each a name and what differs from the flags; trained at once in one job",
     )
     output_dir: str | None = _flag(None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>")
+    push_to_hub: str | None = _flag(
+        None, "owner/name of a hub repository that the adapter is pushed to at the end; default: nothing is pushed"
+    )
+    hub_visibility: str = _flag("public", "of a repository that --push_to_hub makes", ("public", "private"))
     stall_timeout: float = _flag(
         1800.0, "seconds that a step, or a pass of an evaluation, may take before the rank ends itself; 0: any time"
     )
