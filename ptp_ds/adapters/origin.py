@@ -112,6 +112,10 @@ def _trained_data(folder: Path) -> tuple[str | None, str | None]:
             "without --data_dir or --dataset", folder,
         )  # fmt: skip
         return None, None
+    if found.get("elsewhere") is True:
+        raise UserError(
+            f"Adapter {folder} was trained on data in a folder of another machine; give --data_dir or --dataset."
+        )
     for name in ("data_dir", "dataset"):
         said = found.get(name)
         if said is None:

@@ -7,6 +7,7 @@ that came out, so these are read alike.
 """
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "ptp_ds.json"
+README_FILE = "README.md"
 PROMPT_KEY = "prompt_embeddings"
 TYPE_OF_PROMPT = {"soft": "PROMPT_TUNING", "deep": "PREFIX_TUNING"}
 IN_TEXT_TYPE = "PTP_DS_SOFT_IN_TEXT"  # ours: peft would put the prompt in front, so it must not know the type

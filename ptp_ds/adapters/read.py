@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.adapters.hub import hub_adapter
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PROMPT_KEY, PROMPT_OF_TYPE, WEIGHTS_FILE
 from ptp_ds.choices import HEADS
 from ptp_ds.errors import UserError
@@ -15,14 +16,19 @@ from ptp_ds.files import brief, is_file, is_folder, listed, open_tensors, read_j
 
 
 def adapter_folder(given: str | Path) -> Path:
-    """The adapter's folder, where its own or that of its run is given; ValueError that says what is missing."""
+    """The adapter's folder: its own, its run's, or that of a hub id, owner/name or owner/name@revision, where no such
+    folder is here. ValueError that says what is missing.
+    """
     folder = Path(given)
     for found in (folder, folder / "adapter"):
         if is_file(found / CONFIG_FILE):
             return found
     if not is_folder(folder):
+        if (downloaded := hub_adapter(str(given))) is not None:
+            return downloaded
         raise UserError(
-            f"Adapter {folder}: there is no such folder; give a run's folder, or an adapter's, ours or peft's."
+            f"Adapter {folder}: there is no such folder; give a run's folder, or an adapter's, ours or peft's, or its "
+            "hub id, owner/name."
         )
     if is_file(folder / "config.json") and (is_folder(folder / "checkpoints") or is_file(folder / "log.jsonl")):
         raise UserError(

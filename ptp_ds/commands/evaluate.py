@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ptp_ds.adapters.card import untrained_metrics
+from ptp_ds.adapters.lm_eval import write_harness_task
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
@@ -20,7 +21,7 @@ from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
-from ptp_ds.ranks.distributed import Ranks, env_world, prepare_environment, start_processes
+from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, is_labelled
@@ -55,6 +56,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     examples = served.examples(split, labelled)
     if args.predictions is not None:
         check_numbers(served.task, split, len(examples))
+    if args.lm_eval_tasks is not None and env_rank() == 0:
+        command = write_harness_task(Path(args.lm_eval_tasks), served, split)
+        log.info("lm-eval gives these scores by: %s", command)
     resolved = _resolved(raw, args, served)
     ranks = start_processes()
     scores = served.score(served.load(resolved, ranks, examples), examples, ranks, args.eval_tokens)

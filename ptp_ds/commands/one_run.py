@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptp_ds.adapters.hub import base_model_name
 from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
+from ptp_ds.adapters.share import push_adapter, require_can_push
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.shapes import shape_of
 from ptp_ds.commands.introduction import introduction
 from ptp_ds.config.checks import describe_unread, unsuited
 from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.models.heads import rows_for
 from ptp_ds.models.positions import row_room
@@ -27,6 +30,7 @@ from ptp_ds.prompts import prompt_width
 from ptp_ds.ranks.distributed import (
     Ranks,
     env_host_ranks,
+    env_rank,
     env_world,
 )
 from ptp_ds.ranks.faults import OutputGuard
@@ -55,6 +59,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     explicit: settings that the user named, for messages that tell them from defaults. Raises ValueError for what is
     wrong, before anything expensive; warns of settings that have no effect.
     """
+    if run.push_to_hub is not None and env_rank() == 0:  # who pushes in the end
+        require_can_push(run.push_to_hub)
     raw = read_ds_config(run.ds_config)
     task = load_task(run.task)
     output_dir = checked_output_dir(run)
@@ -154,6 +160,9 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
             trainer.monitor.close()
     output.agree()
     _announce(prepared, result, untrained, progress, output_dir)
+    if run.push_to_hub is not None and ranks.is_main:
+        watchdog.doing("pushing the adapter")
+        _push(run, run.push_to_hub, output_dir)
     return 0
 
 
@@ -214,9 +223,20 @@ def _write_adapter(prepared: Prepared, engine: Engine, progress: Progress, summa
     prompt, head = engine.backbone.head.split(progress.best_prompt)
     card = card_record(prepared, summary)
     write_adapter(
-        folder, prompt, str(source.folder.resolve()), source.config, card, kind=prepared.run.prompt,
+        folder, prompt, base_model_name(prepared.run.model), source.config, card, kind=prepared.run.prompt,
         plan=source.head_plan, head=head, in_text=task.places_prompt,
     )  # fmt: skip
+
+
+def _push(run: RunConfig, repo_id: str, output_dir: Path) -> None:
+    """Pushes what the run has saved. UserError where that fails: the sentence says how to go on."""
+    private = run.hub_visibility == "private"
+    try:
+        log.info("pushed: %s", push_adapter(output_dir, repo_id, private))
+    except UserError as error:
+        again = f"ptp push --adapter {output_dir} {repo_id}{' --private' if private else ''}"
+        why = str(error).removesuffix(".")
+        raise UserError(f"{why}; the run is saved whole, so push it by `{again}`.") from error.__cause__
 
 
 def write_predictions(prepared: Prepared, trainer: Trainer, scores_NC: Tensor) -> None:

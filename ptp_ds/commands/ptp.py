@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Trains a prompt in front of a frozen model with PTP's perturbation regulariser, or several at once.",
     "evaluate": "Scores a saved adapter (ours or peft's) on a split.",
     "predict": "A saved adapter's answers to rows of your own, with the probability of each answer.",
+    "push": "Pushes a saved adapter (ours or peft's) to the hub.",
     "overall": "SuperGLUE's overall score of several runs: mean and standard deviation over seeds.",
     "study": "Trains methods x tasks x seeds, and writes tables, comparisons and pictures.",
     "landscape": "Draws the cross-entropy around trained prompts, in input-embedding space and in prompt space.",

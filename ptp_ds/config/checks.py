@@ -91,6 +91,8 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
         unread.add("schedule_steps")
     if not run.eval_every:
         unread.add("patience")
+    if run.push_to_hub is None:
+        unread.add("hub_visibility")
     changed = {field.name for field in fields(run) if getattr(run, field.name) != field.default}
     return sorted(unread & (explicit | changed))
 
@@ -117,6 +119,8 @@ def _cause(run: RunConfig, name: str) -> str:
     }  # fmt: skip
     if name in beside:
         return f"--{beside[name]}"
+    if name == "hub_visibility":
+        return "no --push_to_hub"
     if name == "divergence_gradient" and run.perturbs:
         return "--divergence ce"
     if run.chosen_perturbation.perturbation is not None and not run.perturbs:

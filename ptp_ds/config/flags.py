@@ -19,7 +19,7 @@ from ptp_ds.redact import HIDDEN, redacted
 from ptp_ds.settings_file import read_settings
 
 log = get_logger(__name__)
-_ITS_OWN = ("output_dir", "resume")  # settings of one run that another one mustn't take over
+_ITS_OWN = ("output_dir", "resume", "push_to_hub")  # settings of one run that another one mustn't take over
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -56,7 +56,8 @@ def build_parser(description: str, perturbation: str | None = None) -> argparse.
         shape = {"metavar": {int: "N", float: "X"}.get(kind, "NAME")} if choices is None else {"choices": choices}
         group.add_argument(f"--{field.name}", type=kind, help=text, **shape)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these settings, or a run's "
-                        "config.json, whose output_dir and resume are left out; flags win over it")  # fmt: skip
+                        "config.json, whose output_dir, resume and push_to_hub are left out; flags win over "
+                        "it")  # fmt: skip
     parser.add_argument("--dump_config", metavar="FILE", help="write the settings as a file for --config, those that "
                         "are as usual as comments, and train nothing; - for standard output")  # fmt: skip
     parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
@@ -125,7 +126,7 @@ def _of_a_run(record: dict[str, Any], file: str) -> Any:
         raise UserError(
             f"--config {file}: 'run' is {brief(settings)}; expected a run's config.json, or settings alone."
         )
-    log.info("settings of the run in %s, without its %s", file, " and ".join(_ITS_OWN))
+    log.info("settings of the run in %s, without its %s", file, f"{', '.join(_ITS_OWN[:-1])} and {_ITS_OWN[-1]}")
     settings, preset = {**BEFORE, **settings}, settings.get("preset")
     usual = vars(RunConfig()) | PRESETS.get(preset if isinstance(preset, str) else "", {})
     absent = object()

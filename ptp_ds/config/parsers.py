@@ -49,8 +49,8 @@ def _add_served(parser: StrictParser) -> None:
 def evaluate_parser(description: str = "") -> StrictParser:
     """scripts/evaluate.py."""
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, nargs="+", help="a run's folder, or an adapter's, ours or peft's; "
-                        "several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
+    parser.add_argument("--adapter", required=True, nargs="+", help="a run's folder, an adapter's, ours or peft's, or "
+                        "a hub id; several of one task are an ensemble: the mean of their probabilities")  # fmt: skip
     _add_served(parser)
     parser.add_argument("--data_dir", help="folder with <Task>/<split>.jsonl, .csv or .tsv; default: the data that the "
                         "adapter was trained on")  # fmt: skip
@@ -61,14 +61,27 @@ def evaluate_parser(description: str = "") -> StrictParser:
     parser.add_argument("--json", metavar="FILE", help="write metrics and every row's candidate log-probabilities")
     parser.add_argument("--predictions", metavar="FILE", help="write SuperGLUE's prediction file; the split may have "
                         "no labels")  # fmt: skip
+    parser.add_argument("--lm_eval_tasks", metavar="DIR", help="also write the task and these rows for lm-evaluation-"
+                        "harness here, which then scores the adapter alike")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def push_parser(description: str = "") -> StrictParser:
+    """scripts/push.py."""
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the hub repository, made where there is none")
+    parser.add_argument("--adapter", required=True, help="a run's folder, or an adapter's, ours or peft's")
+    parser.add_argument("--private", action="store_true", help="a new repository is private; one that exists stays as "
+                        "it is")  # fmt: skip
+    parser.add_argument("--base_model", help="hub id of the model, where the adapter was trained on a folder")
     return parser
 
 
 def predict_parser(description: str = "") -> StrictParser:
     """scripts/predict.py."""
     parser = StrictParser(description=description, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, help="a run's folder, or an adapter's, ours or peft's")
+    parser.add_argument("--adapter", required=True, help="a run's folder, an adapter's, ours or peft's, or a hub id")
     _add_served(parser)
     parser.add_argument("--input", metavar="FILE", help="rows with the fields that the task's template needs, no "
                         "labels: .csv or .tsv with a header, else JSON lines; - for JSON lines on standard "
@@ -199,5 +212,5 @@ def doctor_parser(description: str = "") -> argparse.ArgumentParser:
 PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "train": build_parser, "evaluate": evaluate_parser, "predict": predict_parser, "overall": overall_parser,
     "study": study_parser, "landscape": landscape_parser, "robustness": robustness_parser, "plan": plan_parser,
-    "doctor": doctor_parser,
+    "doctor": doctor_parser, "push": push_parser,
 }  # fmt: skip

@@ -41,6 +41,11 @@ def members_of(run: RunConfig, changes: Mapping[str, Mapping[str, Any]] | None =
         raise UserError("--prompt_mlp trains one prompt; leave it out with --seeds and --population.")
     if run.precision == "fp16":
         raise UserError("--precision fp16 scales one run's loss; use bf16 or fp32 with --seeds and --population.")
+    if run.push_to_hub is not None:
+        raise UserError(
+            "--push_to_hub pushes one prompt; leave it out with --seeds and --population, and push the member that you "
+            "choose by `ptp push --adapter OUTPUT_DIR/members/NAME OWNER/NAME`."
+        )
     alone = replace(run, seeds=None, population=None, output_dir=None, resume=None)
     if run.seeds is not None:
         changes = {f"seed-{seed}": {"seed": seed} for seed in seeds_of(run.seeds, "--seeds")}

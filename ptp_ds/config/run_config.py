@@ -190,6 +190,10 @@ class RunConfig:
     output_dir: str | None = _output(
         None, "where the run's files go; default: runs/<task>-<perturbation>-<seed>-<time>"
     )
+    push_to_hub: str | None = _output(
+        None, "owner/name of a hub repository that the adapter is pushed to at the end; default: nothing is pushed"
+    )
+    hub_visibility: str = _output("public", "of a repository that --push_to_hub makes", ("public", "private"))
     stall_timeout: float = _output(
         1800.0, "seconds that a step, or a pass of an evaluation, may take before the rank ends itself; 0: any time"
     )

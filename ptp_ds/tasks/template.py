@@ -31,7 +31,7 @@ from ptp_ds.tasks.metrics import METRICS, NEEDS_READER
 from ptp_ds.tasks.readers import HUB_NO_LABEL, MAY_BE_EMPTY, OWN_ANSWERS, READERS, NoLabelError, read
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SLOT = re.compile(r"\{(\w+)(?:\|(\w+))?\}")
+SLOT = re.compile(r"\{(\w+)(?:\|(\w+))?\}")
 _FILTERS: dict[str, Callable[[str], str]] = {
     "strip_stop": lambda text: text.rstrip().rstrip("."),
     "lower_first": lambda text: text[:1].lower() + text[1:],
@@ -89,7 +89,7 @@ class Task:
     def fields(self) -> tuple[str, ...]:
         """Fields that the context and the answers are made of, in order."""
         texts = (self.text, *self.answers.values())
-        return tuple(dict.fromkeys(slot[1] for text in texts for slot in _SLOT.finditer(text)))
+        return tuple(dict.fromkeys(slot[1] for text in texts for slot in SLOT.finditer(text)))
 
     @property
     def of_fields(self) -> bool:
@@ -99,7 +99,7 @@ class Task:
     @property
     def answer_fields(self) -> frozenset[str]:
         """Fields that stand in answers."""
-        return frozenset(slot[1] for text in self.answers.values() for slot in _SLOT.finditer(text))
+        return frozenset(slot[1] for text in self.answers.values() for slot in SLOT.finditer(text))
 
     @property
     def fixed_fields(self) -> frozenset[str]:
@@ -109,7 +109,7 @@ class Task:
     @property
     def choice(self) -> bool:
         """Whether answers differ from row to row: a choice among texts, not among classes."""
-        return not self.answers or any(_SLOT.search(answer) for answer in self.answers.values())
+        return not self.answers or any(SLOT.search(answer) for answer in self.answers.values())
 
     def attacks(self, name: str | None) -> bool:
         """Whether an attack on the text may change field `name`, as far as it is movable at all."""
@@ -174,7 +174,7 @@ class Task:
     def _fill(self, template: str, row: Mapping[str, Any], where: str) -> list[tuple[str, str | None]]:
         pieces: list[tuple[str, str | None]] = []
         end = 0
-        for slot in _SLOT.finditer(template):
+        for slot in SLOT.finditer(template):
             if slot.start() > end:
                 pieces.append((template[end : slot.start()], None))
             pieces.append((self._field(row, slot[1], slot[2], where), slot[1]))
@@ -277,14 +277,14 @@ def parse_task(spec: Any, where: str) -> Task:
     for metric in spec["metrics"]:
         if reader not in NEEDS_READER.get(metric, (reader,)):
             raise UserError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
-    slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in _SLOT.finditer(text)]
+    slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in SLOT.finditer(text)]
     for _, filter_name in slots:
         if filter_name and filter_name not in _FILTERS:
             raise UserError(f"{where}: unknown filter {brief(filter_name)}; choose from {', '.join(_FILTERS)}.")
     if spec["text"].count(PROMPT_MARK) > 1:
         raise UserError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
-    in_text = {slot[1] for slot in _SLOT.finditer(spec["text"])}
-    if not in_text or re.search(r"[{}]", _SLOT.sub("", "".join((spec["text"], *answers.values())))):
+    in_text = {slot[1] for slot in SLOT.finditer(spec["text"])}
+    if not in_text or re.search(r"[{}]", SLOT.sub("", "".join((spec["text"], *answers.values())))):
         raise UserError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
     values = spec.get("values", {})
     if not isinstance(values, dict) or not all(_maps_texts(words) for words in values.values()):

@@ -71,7 +71,7 @@ def test_a_run_s_config_json_is_taken_without_its_folder(tmp_path, capsys):
     found, explicit = parse_run(["--config", config_file(tmp_path, record), "--lr", "0.2"])
     assert found == RunConfig(**made | {"lr": 0.2})
     assert explicit == {"task", "preset", "sigma", "lr"}, "what the preset and the defaults give anyway isn't explicit"
-    assert "run.json, without its output_dir and resume\n" in capsys.readouterr().out
+    assert "run.json, without its output_dir, resume and push_to_hub\n" in capsys.readouterr().out
 
 
 def test_an_older_record_keeps_what_its_version_did(tmp_path):
