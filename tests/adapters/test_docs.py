@@ -19,8 +19,8 @@ from ptp_ds.models.source import load_config
 from tests.support.paths import ROOT
 
 PARSERS = {
-    "train": parse_run, "push": lambda argv: push_parser("").parse_args(argv), "predict": lambda argv: predict(argv, ""),
-    "evaluate": lambda argv: evaluate(argv, ""),
+    "train": parse_run, "push": lambda argv: push_parser("").parse_args(argv),
+    "predict": lambda argv: predict(argv, ""), "evaluate": lambda argv: evaluate(argv, ""),
 }  # fmt: skip
 
 
