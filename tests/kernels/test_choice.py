@@ -88,6 +88,7 @@ def test_block_of(size, most, block):
     assert block_of(size, most) == block
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them here")
 def test_every_kernel_compiles_for_gpus_that_are_not_here():
     """Triton's interpreter runs what its compiler may refuse: Ampere's and Hopper's machine code is made of each."""
