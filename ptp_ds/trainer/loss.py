@@ -1,0 +1,232 @@
+"""The loss for a plain or accelerate loop: the model's own, plus lambda times a divergence from a perturbed pass.
+
+    found = ptp_loss(model, batch, PTPSettings(perturbation="pgd"), step=step)
+    found.loss.backward()
+
+The model is any of transformers' with `inputs_embeds`, alone or under peft (soft prompts, prefixes, LoRA): causal,
+masked, or a classifier. The perturbed pass replaces embeddings, or tokens. In train mode dropout differs between the
+passes, and its noise counts as divergence: turn it off where that isn't wanted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from ptp_ds.errors import UserError
+from ptp_ds.objective import cross_entropy_sum, divergence_sum
+from ptp_ds.perturb.units import unit_of
+from ptp_ds.trainer.deltas import batch_places, climbed_delta, example_norms, masked_ids, noisy_delta
+from ptp_ds.trainer.settings import PTPSettings
+from ptp_ds.training.schedules import reg_weight_at
+
+IGNORED = -100
+_mean_norms: "WeakKeyDictionary[nn.Module, float]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PTPLoss:
+    """loss: to go backward from. cross_entropy, divergence: its parts before lambda, means over answers, detached.
+    delta_norm: mean l2 norm of a row's delta. outputs: the clean pass's, as the model returns them.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
+    delta_norm: Tensor
+    outputs: Any
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where a batch's answers are predicted, and the right ones. rows, places: of the logits, None for a classifier's.
+    gold [N]: among the vocabulary, the classes, or the candidates. candidates: their token ids, [C] or [B, C].
+    """
+
+    rows: Tensor | None
+    places: Tensor | None
+    gold: Tensor
+    candidates: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """N, the number of answers."""
+        return self.gold.shape[0]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[N, C] logits of what could be answered."""
+        if self.rows is None or self.places is None:
+            return logits
+        found = logits[self.rows, self.places]
+        if self.candidates is None:
+            return found
+        if self.candidates.dim() == 1:
+            return found[:, self.candidates]
+        return found.gather(1, self.candidates[self.rows])
+
+
+def ptp_loss(
+    model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings, *, step: int = 0,
+    numbers: Tensor | None = None, movable: Tensor | None = None, answer_ids: Tensor | None = None,
+) -> PTPLoss:  # fmt: skip
+    """The loss of one batch, a mean over its answers: labelled tokens, or rows of a classifier.
+
+    batch: what the model takes: input_ids [B, T], attention_mask, labels [B, T] with -100 where there is no answer, or
+    [B] classes. step: of the optimizer; noise differs from step to step, lambda may warm up. numbers [B]: of the rows
+    in their data set, so that an example's noise doesn't depend on its batch; default: their places. movable [B, T]:
+    the tokens that may be perturbed; default: those that are attended to, no special ones and no answers. answer_ids:
+    token ids of the possible answers, [C] or [B, C], one labelled token a row: the prediction is then the softmax over
+    them, as in `ptp train`. Without a perturbation the model's own loss, of one pass. Raises UserError for what doesn't
+    fit.
+    """
+    outputs = model(**batch)
+    logits = logits_of(outputs)
+    answers = answers_of(model, batch["labels"], logits, answer_ids)
+    if answer_ids is None:
+        cross_entropy = outputs.loss
+    else:
+        cross_entropy = cross_entropy_sum(answers.scores(logits), answers.gold) / answers.count
+    zero = torch.zeros((), device=logits.device)
+    if not settings.perturbs:
+        return PTPLoss(cross_entropy, cross_entropy.detach(), zero, zero, outputs)
+    total, norm = divergence_of(model, batch, logits, answers, settings, step, numbers, movable)
+    divergence = total / answers.count
+    loss = cross_entropy + reg_weight_at(settings.run, step) * divergence
+    return PTPLoss(loss, cross_entropy.detach(), divergence.detach(), norm, outputs)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The model's logits; UserError where it returns none, as with fused losses."""
+    logits: Tensor | None = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None or not logits.numel():
+        raise UserError("The model returns no logits, which the divergence compares; turn fused losses off.")
+    return logits
+
+
+def divergence_of(
+    model: nn.Module, batch: Mapping[str, Any], logits: Tensor, answers: Answers, settings: PTPSettings, step: int,
+    numbers: Tensor | None = None, movable: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the divergence summed over the answers, with gradient to what is trained; mean l2 norm of a row's delta).
+
+    logits: of the clean pass. The other arguments: see ptp_loss.
+    """
+    ids = batch["input_ids"]
+    rows = ids.shape[0]
+    numbers = torch.arange(rows, device=ids.device) if numbers is None else numbers.to(ids.device)
+    movable = movable_tokens(model, batch) if movable is None else movable.to(ids.device).bool()
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "num_items_in_batch")}
+    clean_NC, fixed = answers.scores(logits), settings.divergence_gradient == "clean_fixed"
+    if settings.perturbation == "mask":
+        outputs = model(input_ids=masked_ids(ids, movable, numbers, settings, step), **rest)
+        perturbed_NC = answers.scores(logits_of(outputs))
+        return divergence_sum(settings.divergence, clean_NC, perturbed_NC, answers.gold, fixed), logits.new_zeros(())
+    embedding = embedding_of(model)
+    embeds_BTH = embedding(ids).detach()
+    width, places = embeds_BTH.shape[-1], batch_places(movable, numbers)
+    unit = unit_of(settings.units, mean_norm_of(embedding), width)
+
+    def scores(delta_NH: Tensor) -> Tensor:
+        moved = (embeds_BTH + delta_NH.reshape(embeds_BTH.shape)).to(embeds_BTH.dtype)
+        return answers.scores(logits_of(model(inputs_embeds=moved, **rest)))
+
+    def gradient(delta_NH: Tensor) -> Tensor:
+        with torch.enable_grad():
+            delta = delta_NH.detach().requires_grad_()
+            climbed = divergence_sum(settings.divergence, clean_NC.detach(), scores(delta), answers.gold)
+            return torch.autograd.grad(climbed, delta)[0]
+
+    if settings.perturbation == "pgd":
+        delta_NH = climbed_delta(places, width, unit, settings, step, gradient)
+    else:
+        delta_NH = noisy_delta(places, width, unit, settings, step)
+    total = divergence_sum(settings.divergence, clean_NC, scores(delta_NH), answers.gold, fixed)
+    return total, example_norms(delta_NH, rows).mean()
+
+
+def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Tensor | None = None) -> Answers:
+    """Where the model predicts what `labels` say; UserError for labels that are no answers among classes or tokens."""
+    if labels.dim() == 1 and not labels.is_floating_point():
+        if answer_ids is not None:
+            raise UserError("answer_ids are for language models; a classifier's answers are its classes.")
+        return Answers(None, None, labels)
+    if labels.dim() != 2 or labels.is_floating_point() or logits.dim() != 3:
+        raise UserError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected classes [B] or tokens [B, T]."
+        )
+    shift = 0 if is_masked_lm(model) else 1
+    front = logits.shape[1] - labels.shape[1]  # a soft prompt's tokens
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    places = columns + front - shift
+    seen = places >= 0
+    rows, places, gold = rows[seen], places[seen], labels[rows[seen], columns[seen]]
+    if answer_ids is None:
+        return Answers(rows, places, gold)
+    candidates = answer_ids.to(labels.device)
+    if rows.shape[0] != labels.shape[0] or not torch.equal(rows, torch.arange(labels.shape[0], device=rows.device)):
+        raise UserError("With answer_ids every row has one labelled token, its answer; the others' labels are -100.")
+    matches = candidates.expand(rows.shape[0], -1) == gold[:, None]
+    if not bool((matches.sum(-1) == 1).all()):
+        raise UserError("answer_ids must hold every row's labelled token once.")
+    return Answers(rows, places, matches.int().argmax(-1), candidates)
+
+
+def movable_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T] tokens that are attended to, no special ones and no answers."""
+    ids, labels = batch["input_ids"], batch.get("labels")
+    found = torch.ones_like(ids, dtype=torch.bool)
+    if batch.get("attention_mask") is not None:
+        found &= batch["attention_mask"].bool()
+    for special in special_ids(model):
+        found &= ids != special
+    if labels is not None and labels.dim() == 2:
+        found &= labels == IGNORED
+    return found
+
+
+def special_ids(model: nn.Module) -> set[int]:
+    """Token ids that the model's configuration names: begin, end, padding, separators."""
+    config = base_of(model).config.get_text_config()
+    named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep")]
+    return {one for ids in named if ids is not None for one in (ids if isinstance(ids, list) else [ids])}
+
+
+def base_of(model: Any) -> Any:
+    """transformers' model below wrappers of peft, DDP and the like."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def embedding_of(model: nn.Module) -> Any:
+    """The module that turns token ids into input embeddings."""
+    return base_of(model).get_input_embeddings()
+
+
+def is_masked_lm(model: nn.Module) -> bool:
+    """Whether an answer is predicted where it stands, not one token before. UserError for encoder-decoders."""
+    base = base_of(model)
+    if base.config.is_encoder_decoder:
+        raise UserError(f"{type(base).__name__} is an encoder-decoder; train it by `ptp train`, which knows them.")
+    return type(base).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+@torch.no_grad()
+def mean_norm_of(embedding: Any, chunk: int = 16384) -> float:
+    """Mean l2 norm over the vocabulary's input embeddings, the unit of sizes; found once a module."""
+    if embedding not in _mean_norms:
+        weight: Any = embedding.weight
+        if hasattr(weight, "ds_id"):  # ZeRO-3 holds a part
+            raise UserError("Embeddings sharded by ZeRO-3 can't be measured here; give units='l2', or use `ptp train`.")
+        norms = [
+            embedding(torch.arange(first, min(first + chunk, weight.shape[0]), device=weight.device))
+            .float()
+            .norm(dim=-1)
+            for first in range(0, weight.shape[0], chunk)
+        ]
+        _mean_norms[embedding] = float(torch.cat(norms).mean())
+    return _mean_norms[embedding]

@@ -1,0 +1,91 @@
+"""transformers' Trainer with PTP's loss, as a mixin for its subclasses.
+
+    trainer = PTPTrainer(model, args, train_dataset=rows, ptp=PTPSettings(perturbation="gaussian"))
+    class PTPSFTTrainer(PTPMixin, SFTTrainer): ...
+
+The clean pass and its loss are the Trainer's own, label smoothing and all; training alone adds the perturbed pass.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ptp_ds.errors import UserError
+from ptp_ds.trainer.loss import answers_of, divergence_of, logits_of, movable_tokens
+from ptp_ds.trainer.settings import PTPSettings
+from ptp_ds.training.schedules import reg_weight_at
+
+
+class PTPMixin:
+    """Before a Trainer among the bases. ptp: what is added to its loss."""
+
+    def __init__(self, *args: Any, ptp: PTPSettings | None = None, **kwargs: Any) -> None:
+        self.ptp = PTPSettings() if ptp is None else ptp
+        self._told: dict[str, Tensor] = {}
+        self._told_passes = 0
+        self._special: set[int] = set()
+        super().__init__(*args, **kwargs)
+        tokenizer = getattr(self, "processing_class", None)
+        self._special = set(getattr(tokenizer, "all_special_ids", ()))
+
+    def compute_loss(
+        self: Any, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        """The Trainer's loss plus lambda times the divergence, scaled for accumulation as that loss is."""
+        if not model.training or not self.ptp.perturbs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not isinstance(inputs.get("labels"), Tensor) or not isinstance(inputs.get("input_ids"), Tensor):
+            raise UserError("PTPTrainer's batches need input_ids and labels; see docs/own_loop.md.")
+        batch = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+        logits, movable = logits_of(outputs), self._movable(model, batch)
+        answers = answers_of(model, batch["labels"], logits)
+        step, rows = self.state.global_step, batch["labels"].shape[0]
+        numbers = torch.arange(rows, device=logits.device) + self.accelerator.process_index * rows
+        total, norm = divergence_of(model, batch, logits, answers, self.ptp, step, numbers, movable)
+        divergence = total * self._scale(answers.count, num_items_in_batch)
+        self._tell(total.detach() / answers.count, norm)
+        loss = loss + reg_weight_at(self.ptp.run, step) * divergence
+        return (loss, outputs) if return_outputs else loss
+
+    def _scale(self: Any, answers: int, num_items: Tensor | int | None) -> Any:
+        """What a sum over this batch's answers is multiplied by, as the Trainer's own loss is (transformers 5.23)."""
+        if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return 1 / answers
+        scale = 1 / num_items
+        if self.args.average_tokens_across_devices:
+            scale = scale * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+        return scale
+
+    def _movable(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """movable_tokens without the tokenizer's special ones; UserError at the first step where nothing may move."""
+        found = movable_tokens(model, batch)
+        for special in self._special:
+            found &= batch["input_ids"] != special
+        if self.state.global_step == 0 and not bool(found.any()):
+            raise UserError(
+                "Every token of the first batch is an answer, special or padding: nothing may be perturbed; label the "
+                "answers alone (-100 elsewhere)."
+            )
+        return found
+
+    def _tell(self, divergence: Tensor, norm: Tensor) -> None:
+        """Sums for the log, left on the device."""
+        for name, value in (("divergence", divergence), ("delta_norm", norm)):
+            self._told[name] = self._told.get(name, torch.zeros_like(value)) + value
+        self._told_passes += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of divergence and delta_norm since the last line to a line with a loss."""
+        if "loss" in logs and self._told_passes:
+            logs = {**logs, **{name: float(value) / self._told_passes for name, value in self._told.items()}}
+            self._told, self._told_passes = {}, 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class PTPTrainer(PTPMixin, Trainer):
+    """transformers' Trainer whose training loss is PTP's; evaluation is a plain pass. ptp: see PTPSettings."""

@@ -1,0 +1,194 @@
+"""PTPTrainer: ptp_loss within transformers' own loop, accumulated, resumed, evaluated plainly; the page's examples."""
+
+import re
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from ptp_ds.errors import UserError
+from ptp_ds.trainer import PTPMixin, PTPSettings, PTPTrainer, ptp_loss
+from tests.support.paths import ROOT
+from tests.support.processes import worker_environment
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers'
+
+
+@pytest.fixture
+def rows(tokenizer):
+    """Twelve rows of uneven length, the answer's token labelled."""
+    found = []
+    for number in range(12):
+        context = tokenizer(f"Row {number} is {'fine and good' if number % 2 else 'poor'}. It was")["input_ids"]
+        answer = tokenizer(" good" if number % 2 else " bad")["input_ids"][:1]
+        found.append({"input_ids": [*context, *answer], "labels": [-100] * len(context) + answer})
+    return found
+
+
+def model_of(folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    return peft.get_peft_model(model, config)
+
+
+def trainer_of(kind, model, rows, tokenizer, folder, ptp=None, **more):
+    """On a CPU, no shuffling that differs from batch size to batch size."""
+    tokenizer.pad_token = tokenizer.eos_token
+    given = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.05, "logging_steps": 1,
+             "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+             "train_sampling_strategy": "sequential", "label_names": ["labels"]} | more  # fmt: skip
+    extra = {} if ptp is None else {"ptp": ptp}
+    return kind(
+        model=model, args=TrainingArguments(str(folder), **given), train_dataset=rows, eval_dataset=rows,
+        processing_class=tokenizer, data_collator=DataCollatorForTokenClassification(tokenizer), **extra,
+    )  # fmt: skip
+
+
+def prompt_of(model):
+    return model.prompt_encoder["default"].embedding.weight.detach().clone()
+
+
+def test_the_first_steps_gradient_is_ptp_losss(lively_model, rows, tokenizer, tmp_path):
+    ptp = PTPSettings(perturbation="pgd", epsilon=0.5, seed=3)
+    model, other = model_of(lively_model), model_of(lively_model)
+    assert torch.equal(prompt_of(model), prompt_of(other))
+    trainer = trainer_of(PTPTrainer, model, rows, tokenizer, tmp_path, ptp, max_steps=1)
+    seen = []
+    trainer.accelerator.clip_grad_norm_ = lambda parameters, norm: seen.extend(
+        p.grad.clone() for p in parameters if p.requires_grad
+    )
+    trainer.train()
+    batch = trainer.data_collator(rows[:4])
+    special = set(tokenizer.all_special_ids)
+    movable = batch["attention_mask"].bool() & (batch["labels"] == -100)
+    movable &= torch.tensor([[int(i) not in special for i in row] for row in batch["input_ids"]])
+    found = ptp_loss(other.train(), batch, ptp, step=0, movable=movable)
+    found.loss.backward()
+    torch.testing.assert_close(seen[0], other.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6)
+    line = trainer.state.log_history[0]
+    assert line["loss"] == pytest.approx(float(found.loss), abs=1e-4)  # the Trainer rounds
+    assert line["divergence"] == pytest.approx(float(found.divergence), rel=1e-4)
+    assert line["delta_norm"] == pytest.approx(float(found.delta_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
+def test_accumulated_batches_give_one_batchs_gradient(lively_model, rows, tokenizer, tmp_path, perturbation):
+    """Rows are the same, in the same order; noise is drawn by a row's place, so the batches hold equal rows."""
+    equal = [rows[0], rows[1]] * 6
+    ptp = PTPSettings(perturbation=perturbation, epsilon=0.5)
+    found = {}
+    for size, parts in ((4, 1), (2, 2)):
+        model = model_of(lively_model)
+        trainer = trainer_of(PTPTrainer, model, equal, tokenizer, tmp_path / str(size), ptp, max_steps=1,
+                             per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_grad_norm=0.0,
+                             optim="sgd", lr_scheduler_type="constant")  # fmt: skip
+        numbers = torch.tensor([0, 1, 0, 1])
+        import ptp_ds.trainer.trainer as module
+
+        before = module.divergence_of
+
+        def same_noise(*args, before=before, numbers=numbers, **kwargs):
+            args = (*args[:6], numbers[: args[1]["input_ids"].shape[0]], *args[7:])
+            return before(*args, **kwargs)
+
+        module.divergence_of = same_noise
+        try:
+            start = prompt_of(model)
+            trainer.train()
+        finally:
+            module.divergence_of = before
+        found[size] = prompt_of(model) - start
+    assert float(found[4].norm()) > 0
+    torch.testing.assert_close(found[4], found[2], rtol=1e-4, atol=1e-7)
+
+
+def test_it_trains_logs_and_evaluates_plainly(lively_model, rows, tokenizer, tmp_path):
+    model = model_of(lively_model)
+    trainer = trainer_of(PTPTrainer, model, rows, tokenizer, tmp_path, PTPSettings(sigma=0.2), max_steps=15,
+                         learning_rate=0.2)  # fmt: skip
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 15
+    assert all(line["divergence"] > 0 and line["delta_norm"] > 0 for line in lines)
+    assert sum(line["loss"] for line in lines[-3:]) < 0.8 * sum(line["loss"] for line in lines[:3])
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    plain = trainer_of(Trainer, model, rows, tokenizer, tmp_path / "plain")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_without_a_perturbation_it_is_the_trainer_bit_for_bit(lively_model, rows, tokenizer, tmp_path):
+    found = []
+    for kind, ptp in ((Trainer, None), (PTPTrainer, PTPSettings(perturbation="none"))):
+        model = model_of(lively_model)
+        trainer_of(kind, model, rows, tokenizer, tmp_path / kind.__name__, ptp).train()
+        found.append(prompt_of(model))
+    assert torch.equal(*found)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(lively_model, rows, tokenizer, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    ptp = PTPSettings(sigma=0.3)
+    model = model_of(lively_model)
+    trainer_of(PTPTrainer, model, rows, tokenizer, tmp_path, ptp, **more).train()
+    again = model_of(lively_model)
+    trainer_of(PTPTrainer, again, rows, tokenizer, tmp_path, ptp, **more).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    torch.testing.assert_close(prompt_of(again), prompt_of(model), rtol=1e-6, atol=1e-7)
+
+
+def test_label_smoothing_stays_the_trainers(lively_model, rows, tokenizer, tmp_path):
+    """The clean part is the base class's, whatever it computes; under LoRA, since it can't smooth behind a prompt."""
+    found = []
+    for kind, ptp in ((Trainer, None), (PTPTrainer, PTPSettings(sigma=1e-4))):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(lively_model), config)
+        trainer = trainer_of(kind, model, rows, tokenizer, tmp_path / kind.__name__, ptp, label_smoothing_factor=0.3)
+        trainer.train()
+        found.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+
+
+def test_what_it_cannot_train_is_one_sentence(lively_model, rows, tokenizer, tmp_path):
+    every = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    trainer = trainer_of(PTPTrainer, model_of(lively_model), every, tokenizer, tmp_path, PTPSettings())
+    with pytest.raises(UserError, match="Every token of the first batch is an answer"):
+        trainer.train()
+
+
+def test_trls_trainer_takes_the_mixin(lively_model, rows, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class PTPSFTTrainer(PTPMixin, trl.SFTTrainer):
+        pass
+
+    import datasets
+
+    args = trl.SFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                         bf16=False, logging_steps=1, save_strategy="no", completion_only_loss=True)  # fmt: skip
+    data = datasets.Dataset.from_list([{"prompt": f"Row {n} was", "completion": " good"} for n in range(8)])
+    trainer = PTPSFTTrainer(model=model_of(lively_model), args=args, train_dataset=data, processing_class=tokenizer,
+                            ptp=PTPSettings(sigma=0.3))  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["divergence"] > 0
+
+
+@pytest.mark.slow
+def test_the_pages_examples_run_as_printed(tmp_path):
+    text = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], env=worker_environment(), cwd=tmp_path,
+                          capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
