@@ -76,7 +76,7 @@ def test_nothing_pushed_names_a_path_of_this_machine(hub, made, tmp_path, tiny_m
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     settings = card["result"]["settings"]
     assert (settings["ds_config"], settings["perturbation"], settings["perturbation_args"], settings["model"]) == (
-        "ds_configs/zero3.json", "own.py", "table=words.txt", tiny_model.name
+        "zero3.json", "own.py", "table=words.txt", tiny_model.name
     )  # fmt: skip
     assert (settings["output_dir"], settings["data_dir"], settings["lr"]) == (None, None, 0.03)
     assert settings["init_text"] == "/ or \\", "words stay as they are"
