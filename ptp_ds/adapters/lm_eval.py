@@ -168,7 +168,7 @@ def _choices(task: Task) -> list[str] | str:
 
 
 def _special_tokens(served: Served, split: Split) -> bool | None:
-    """Whether the harness has to put the tokenizer's special tokens around a text, to have ours; None: it has none.
+    """Whether the harness has to put the tokenizer's special tokens around a text; None where it has none.
 
     UserError where it would see other tokens: rows that we shorten, special tokens that it puts elsewhere. That a
     text's tokens don't change where the answer begins is tokenise's own rule.

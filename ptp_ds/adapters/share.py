@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,13 +21,7 @@ from ptp_ds.redact import redacted
 
 log = get_logger(__name__)
 _OF_THE_MACHINE = ("output_dir", "resume", "nvme_path", "init_adapter", "population", "data_dir")  # settings: its paths
-_BY_NAME = (
-    "ds_config",
-    "perturbation",
-    "task",
-    "dataset",
-    "model",
-)  # settings that may be paths, whose last part tells
+_FILES = ("ds_config", "perturbation", "task")  # settings that may be files, whose last part tells
 _OWN_WORDS = ("init_text", "mask_token")  # settings that are words, whatever they look like
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~/|/)[^\s'\"`,;:()\[\]{}]+")  # absolute, or below a home, in a text
 _OWNERS = ("license", "license_name", "license_link", "language")  # of README.md: what an owner adds
@@ -155,24 +149,24 @@ def shareable_card(card: Mapping[str, Any], base_model: str | None = None) -> di
     """
     shared = dict(card)
     model, data, result = (card.get(name) or {} for name in ("model", "data", "result"))
-    own = model.get("name")
+    said = {"model": model.get("name"), "dataset": data.get("dataset")}
+    folders = [name for name, own in said.items() if own not in (None, EMBEDDED_MODEL) and not is_hub_id(own)]
     if model:
-        known = own == EMBEDDED_MODEL or is_hub_id(own)
-        shared["model"] = {**model, "name": base_model or (own if known else None)}
-    if data.get("data_dir") is not None or not (data.get("dataset") is None or is_hub_id(data["dataset"])):
+        shared["model"] = {**model, "name": base_model or (None if "model" in folders else said["model"])}
+    if data.get("data_dir") is not None or "dataset" in folders:
         shared["data"] = {"data_dir": None, "dataset": None, "elsewhere": True}
     if result:
-        settings = result.get("settings")
-        shared["result"] = _named(result) | ({"settings": _named(settings)} if isinstance(settings, dict) else {})
+        shared["result"] = _named(result, folders)
+        if isinstance(settings := result.get("settings"), dict):
+            shared["result"]["settings"] = _named(settings, folders)
     return {name: part if name == "task" else _without_paths(part) for name, part in shared.items()}
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, or a result, without folders of the machine; what may be a path by its last part."""
+def _named(settings: Mapping[str, Any], folders: Collection[str]) -> dict[str, Any]:
+    """Settings, or a result, without paths of the machine; files, and those of `folders`, by their last part."""
     found = {name: None if name in _OF_THE_MACHINE else value for name, value in settings.items()}
-    for name in _BY_NAME:
-        value = found.get(name)
-        if isinstance(value, str) and not is_repo_name(value):
+    for name in (*_FILES, *folders):
+        if isinstance(value := found.get(name), str):
             found[name] = PurePosixPath(value).name
     return found
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 
-from ptp_ds.adapters.hub import EMBEDDED_ON_THE_HUB, hub_adapter, hub_model, is_hub_id
+from ptp_ds.adapters.hub import EMBEDDED_ON_THE_HUB, base_model_name, hub_adapter, hub_model, is_hub_id
 from ptp_ds.adapters.origin import adapter_model, adapter_rows
 from ptp_ds.adapters.read import adapter_folder, read_adapter, read_card
 from ptp_ds.adapters.share import push_adapter, require_can_push, shareable_card
 from ptp_ds.commands.evaluate import main as evaluate
 from ptp_ds.commands.push import main as push
 from ptp_ds.commands.train import train
+from ptp_ds.config.checks import describe_unread
+from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
@@ -52,6 +54,17 @@ def test_what_is_pushed_comes_back_byte_by_byte(hub, made):
     assert len(large) == 1, "the weights alone go by the hub's way for large files"
 
 
+def test_a_client_with_xet_commits_the_same(hub, made, monkeypatch):
+    """The client's other way, which streams; all files are within the commit: nothing here stores Xet's chunks."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.knows_large_files = False
+    push_adapter(made, f"{OWNER}/cb")
+    pushed = held(hub, f"{OWNER}/cb")
+    assert list(pushed) == FILES
+    assert pushed["adapter_model.safetensors"] == (made / "adapter_model.safetensors").read_bytes()
+    assert adapter_folder(f"{OWNER}/cb").is_dir()
+
+
 def test_nothing_pushed_names_a_path_of_this_machine(hub, made, tmp_path, tiny_model):
     push_adapter(made, f"{OWNER}/cb")
     for name, content in held(hub, f"{OWNER}/cb").items():
@@ -63,7 +76,7 @@ def test_nothing_pushed_names_a_path_of_this_machine(hub, made, tmp_path, tiny_m
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     settings = card["result"]["settings"]
     assert (settings["ds_config"], settings["perturbation"], settings["perturbation_args"], settings["model"]) == (
-        "ds_configs/zero3.json", "own.py", "table=words.txt", tiny_model.name
+        "zero3.json", "own.py", "table=words.txt", tiny_model.name
     )  # fmt: skip
     assert (settings["output_dir"], settings["data_dir"], settings["lr"]) == (None, None, 0.03)
     assert settings["init_text"] == "/ or \\", "words stay as they are"
@@ -100,6 +113,12 @@ def test_which_hub_id_a_card_gives(name, base, hub_id):
     assert hub_model(base, {"model": {"name": name}}) == hub_id
     shared = shareable_card({"model": {"name": name}})["model"]["name"]
     assert shared == (name if name in (EMBEDDED_MODEL, "owner/model") else None)
+
+
+def test_the_base_model_is_the_name_that_was_given():
+    assert [base_model_name(name) for name in ("owner/model", "./m", "/m", EMBEDDED_MODEL)] == [
+        "owner/model", "./m", "/m", EMBEDDED_ON_THE_HUB
+    ]  # fmt: skip
 
 
 def test_data_of_the_hub_and_of_the_package_stay_on_the_card():
@@ -259,8 +278,12 @@ def run(tiny_model, tmp_path, monkeypatch) -> RunConfig:
     )  # fmt: skip
 
 
-def test_a_run_is_pushed_and_evaluated_by_its_hub_id(hub, run, tmp_path, tiny_model, capfd):
-    assert train(run) == 0
+def test_a_run_is_pushed_and_evaluated_by_its_hub_id(hub, run, tmp_path, tiny_model, capfd, monkeypatch):
+    monkeypatch.chdir(tiny_model.parent)
+    assert train(replace(run, model=tiny_model.name)) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_model.name, "as --model said it"
+    monkeypatch.chdir(tmp_path)
     assert f"pushed: {hub.endpoint}/{OWNER}/cb\n" in capfd.readouterr().out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert all(str(tmp_path).encode() not in content for content in held(hub, f"{OWNER}/cb").values())
@@ -295,3 +318,17 @@ def test_a_run_that_could_not_push_does_not_start(hub, run, tmp_path, monkeypatc
 def test_a_population_is_not_pushed(run):
     said = refusal(train, replace(run, seeds="0 1"))
     assert said.startswith("--push_to_hub pushes one prompt; leave it out with --seeds and --population")
+
+
+def test_a_visibility_without_a_push_has_no_effect():
+    said = describe_unread(RunConfig(hub_visibility="private"), {"hub_visibility"})
+    assert "--hub_visibility has no effect with no --push_to_hub" in said
+    assert not [
+        one for one in describe_unread(RunConfig(hub_visibility="private", push_to_hub="a/b"), set()) if "hub" in one
+    ]
+
+
+def test_another_run_does_not_push_to_the_first_one_s_repository(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"run": {"task": "CB", "push_to_hub": "a/b", "output_dir": "x"}}))
+    run, _ = parse_run(["--config", str(tmp_path / "config.json")])
+    assert (run.task, run.push_to_hub, run.output_dir) == ("CB", None, None)

@@ -46,12 +46,16 @@ class Repository:
 
 
 class Hub:
-    """The server; `with Hub() as hub`. refused: paths that hold it get 403. asked: (method, path) of each request."""
+    """The server; `with Hub() as hub`. refused: paths that hold it get 403. asked: (method, path) of each request.
+
+    knows_large_files: see above; otherwise every file is within the commit.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}  # by sha256
         self.refused: str | None = None
+        self.knows_large_files = True
         self.asked: list[tuple[str, str]] = []
         hub = self
 
@@ -180,9 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, body: bytes, repo: str, revision: str) -> Any:
         files = self._repository(repo, writes=True).files(revision) or {}
         asked = json.loads(body)["files"]
+
+        def is_large(name: str) -> bool:
+            return self.state.knows_large_files and name.endswith(".safetensors")
+
         return {"files": [
             {"path": one["path"], "shouldIgnore": False,
-             "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
+             "uploadMode": "lfs" if is_large(one["path"]) else "regular",
              "oid": _name(one["path"], files[one["path"]]) if one["path"] in files else None}
             for one in asked
         ]}  # fmt: skip
