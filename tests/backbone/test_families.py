@@ -1,4 +1,4 @@
-"""The table of families says what the tests prove, and the README's tables say what the code knows."""
+"""The table of families says what the tests prove, and the docs' tables say what the code knows."""
 
 import re
 
@@ -16,7 +16,10 @@ from tests.support.reference import FAMILIES as CAUSAL
 from tests.support.reference import REFUSED
 from tests.support.seq2seq import SEQ2SEQ
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = "\n".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("tasks.md", "perturbations.md", "prompts_and_heads.md")
+)
 
 
 def listed(path, head):
@@ -44,8 +47,8 @@ def test_list_families_prints_the_table(capsys):
     assert capsys.readouterr().out.strip() == describe_families()
 
 
-def test_readme_names_families_as_they_are_listed():
-    table = README.split("| path | `--head` | families |\n|---|---|---|\n")[1].split("\n\n")[0]
+def test_the_docs_name_families_as_they_are_listed():
+    table = DOCS.split("| path | `--head` | families |\n|---|---|---|\n")[1].split("\n\n")[0]
     named = 0
     for row in table.split("\n"):
         path, heads, names = (cell.strip() for cell in row.strip("|").split("|"))
@@ -56,8 +59,8 @@ def test_readme_names_families_as_they_are_listed():
 
 
 def first_cells(heading):
-    """Code words in the first column of the README's table whose heading begins with `heading`."""
-    table = README.split(f"| {heading} |", 1)[1].split("\n\n", 1)[0]
+    """Code words in the first column of the docs' table whose heading begins with `heading`."""
+    table = DOCS.split(f"| {heading} |", 1)[1].split("\n\n", 1)[0]
     return {word for row in table.split("\n")[2:] for word in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
 
@@ -65,5 +68,5 @@ def first_cells(heading):
     ("heading", "known"),
     [("`--task`", set(builtin_tasks())), ("`--perturbation`", {"none", *PERTURBATIONS}), ("`--prompt`", set(PROMPTS))],
 )
-def test_readme_tables_name_what_there_is(heading, known):
+def test_the_docs_tables_name_what_there_is(heading, known):
     assert first_cells(heading) == known

@@ -28,9 +28,9 @@ FIND = HEAD + "def find(shared, row, clean_TH, settings, noise):\n    return 0.1
 
 
 def readme_example() -> str:
-    """The indented block of README's paragraph 'A perturbation of your own'."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").split("\n")
-    start = next(number for number, line in enumerate(lines) if line.startswith("A perturbation of your own")) + 1
+    """The indented block of the paragraph 'A perturbation of your own' in docs/perturbations.md."""
+    lines = (ROOT / "docs" / "perturbations.md").read_text(encoding="utf-8").split("\n")
+    start = next(number for number, line in enumerate(lines) if line.startswith("A perturbation of your own is")) + 1
     end = next(number for number in range(start, len(lines)) if lines[number] and not lines[number].startswith("    "))
     return "\n".join(line.removeprefix("    ") for line in lines[start:end]).strip() + "\n"
 
