@@ -12,7 +12,7 @@ import torch
 
 from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.log import get_logger, is_heard
 
 log = get_logger(__name__)
 Listener = Callable[[dict[str, Any]], Any]  # a log line: step, kind (train, select, untrained, eval), values by name
@@ -30,8 +30,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_bar(first_step: int, last_step: int) -> Any:
-    """A progress bar over optimizer steps on standard error, or in a notebook; None where that is no terminal."""
-    if not sys.stderr.isatty() and not in_notebook():
+    """A progress bar over optimizer steps on standard error, or in a notebook; None where that is no terminal, and where
+    nobody hears the package's lines.
+    """
+    if not is_heard() or not (sys.stderr.isatty() or in_notebook()):
         return None
     from tqdm.auto import tqdm
 
