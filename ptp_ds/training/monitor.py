@@ -30,8 +30,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_bar(first_step: int, last_step: int) -> Any:
-    """A progress bar over optimizer steps on standard error, or in a notebook; None where that is no terminal, and where
-    nobody hears the package's lines.
+    """A progress bar over optimizer steps on standard error, or in a notebook.
+
+    None where that is no terminal, and where nobody hears the package's lines.
     """
     if not is_heard() or not (sys.stderr.isatty() or in_notebook()):
         return None
