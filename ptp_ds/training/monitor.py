@@ -13,7 +13,7 @@ import torch
 from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger, is_heard
-from ptp_ds.training.trackers import TENSORBOARD, Trackers, trackers_of
+from ptp_ds.training.trackers import TENSORBOARD, Trackers, plain, trackers_of
 
 log = get_logger(__name__)
 Listener = Callable[[dict[str, Any]], Any]  # a log line: step, kind (train, select, untrained, eval), values by name
@@ -107,9 +107,8 @@ class Monitor:
                 listener(dict(line))
             except StopRun:
                 self.stop_asked = True
-        tagged = {
-            name if "/" in name else f"{group}/{name}": value for name, value in values.items()
-        }  # a2t/... has its own
+        # a2t/... has a group of its own
+        tagged = {name if "/" in name else f"{group}/{name}": value for name, value in values.items()}
         self._trackers.log(tagged, step)
         if self._board is None:
             return
@@ -120,10 +119,8 @@ class Monitor:
     def conclude(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The run as a line of TensorBoard's hparams page: its settings, and the kept prompt's metrics."""
         if self._board is not None:
-            plain = {
-                name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()
-            }
-            self._board.add_hparams(plain, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+            told = {name: plain(value) for name, value in settings.items()}
+            self._board.add_hparams(told, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
 
     def tick(self, step: int) -> None:
         """Moves the progress bar to `step`."""

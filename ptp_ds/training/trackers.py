@@ -7,6 +7,7 @@ warning, since the run's own records lie in its folder.
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ class Trackers:
             tracking.__name__
         )  # accelerate's own wants its process state, ours is another
         known = {str(getattr(key, "value", key)): kind for key, kind in tracking.LOGGER_TYPE_TO_CLASS.items()}
-        plain = {name: _plain(value) for name, value in redacted(dict(settings)).items()}
+        told = {name: plain(value) for name, value in redacted(dict(settings)).items()}
         for name in names:
-            self._try(name, lambda name=name: self._start(name, known[name], folder, plain))
+            self._try(name, partial(self._start, name, known[name], folder, told))
 
     def _start(self, name: str, kind: Any, folder: Path, settings: Mapping[str, Any]) -> None:
         """Opens one. Its methods would ask accelerate's process state for the main process: this is it."""
-        own = type(kind.__name__, (kind,), {"main_process_only": False})
+        own: Any = type(kind.__name__, (kind,), {"main_process_only": False})
         arguments = [folder.name, str(folder)] if own.requires_logging_directory else [folder.name]
         tracker = own(*arguments)
         if hasattr(tracker, "start"):
@@ -62,7 +63,7 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Scalars by name, behind optimizer step `step`."""
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(dict(values), step=step))
+            self._try(name, partial(tracker.log, dict(values), step=step))
 
     def finish(self) -> None:
         """Ends all of them; safe to call twice."""
@@ -78,6 +79,6 @@ class Trackers:
             log.warning("warning: tracker %s is left out: %s", name, brief(str(error) or type(error).__name__)[1:-1])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What every tracker takes."""
     return value if isinstance(value, bool | int | float | str) else str(value)
