@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "ptp_ds/README.md"]
-OWN = {"make_docs": {"--check"}}  # flags of scripts that are no command
+OWN = {"make_docs": {"--check"}, "make_notebook": {"--execute"}}  # flags of scripts that are no command
 OTHERS = re.compile(r"bench/|compare_precision|curves|family_sweep")  # scripts with parsers of their own
 
 

@@ -5,7 +5,9 @@
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
+from ptp_ds.redact import redacted
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.checkpoint import set_aside
@@ -48,6 +51,7 @@ from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
 from ptp_ds.training.step import settings_of
+from ptp_ds.training.trackers import TENSORBOARD, require_installed, trackers_of
 from ptp_ds.training.trainer import Progress, Trainer
 
 log = get_logger(__name__)
@@ -62,6 +66,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     if run.push_to_hub is not None and env_rank() == 0:  # who pushes in the end
         require_can_push(run.push_to_hub)
     raw = read_ds_config(run.ds_config)
+    require_installed(run.report_to)
     task = load_task(run.task)
     output_dir = checked_output_dir(run)
     continuation = continuation_of(run, output_dir)
@@ -170,16 +175,28 @@ def open_trainer(
     prepared: Prepared, engine: Engine, progress: Progress, unit: float, output: OutputGuard, watchdog: Watchdog,
     speaks: bool = True,
 ) -> Trainer:  # fmt: skip
-    """A Trainer whose records lie in the output's folder. unit: see perturbation_unit; speaks: see Monitor."""
+    """A Trainer whose records lie in the output's folder. unit: see perturbation_unit; speaks: see Monitor.
+
+    A member of a population, which doesn't speak, has TensorBoard alone: other trackers are told of all together.
+    """
     run, ranks = prepared.run, output.ranks
+    report_to = run.report_to if speaks else (TENSORBOARD if TENSORBOARD in trackers_of(run.report_to) else "none")
     with output.writing():
-        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners)
+        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners, report_to,
+                          told_settings(run))  # fmt: skip
     output.agree()
     return Trainer(
         run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),
         train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
         output_dir=output.folder, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
     )  # fmt: skip
+
+
+def told_settings(run: RunConfig) -> dict[str, Any]:
+    """What trackers are told of a run: task, model, perturbation and seed, and settings that aren't as usual."""
+    usual, given = asdict(RunConfig()), asdict(run)
+    always = ("task", "model", "perturbation", "seed")
+    return redacted({n: value for n, value in given.items() if n in always or value != usual[n]})
 
 
 def score_untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
@@ -207,6 +224,7 @@ def report_run(
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
     with output.writing():
         trainer.monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
+        trainer.monitor.conclude(told_settings(prepared.run), result.metrics)
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:

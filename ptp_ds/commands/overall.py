@@ -30,7 +30,7 @@ _NO_METHOD = frozenset({
     # where the rows lie: the rows themselves count, by their hash (_DATA)
     "data_dir", "dataset",
     # a run's housekeeping
-    "output_dir", "resume", "stall_timeout", "log_every", "save_every", "keep_checkpoints", "push_to_hub",
+    "output_dir", "resume", "stall_timeout", "log_every", "save_every", "keep_checkpoints", "report_to", "push_to_hub",
     "hub_visibility",
     # how the same numbers are computed, to rounding
     "ds_config", "nvme_path", "activations", "chunk_tokens", "kernels", "gradient_accumulation_steps", "eval_tokens",

@@ -20,6 +20,7 @@ from ptp_ds.commands.one_run import (
     prepare,
     record_untrained,
     report_run,
+    told_settings,
     write_predictions,
 )
 from ptp_ds.config.population import members_of
@@ -273,7 +274,9 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     first = max((member.progress.step for member in found if member.trains), default=0)
     output = OutputGuard(ranks, folder)
     with output.writing():
-        monitor = PopulationMonitor(folder, ranks, first, prepared[0].run.max_steps)
+        monitor = PopulationMonitor(
+            folder, ranks, first, run.max_steps, run.report_to, {**told_settings(run), "members": len(members)}
+        )
     output.agree()
     return PopulationTrainer(
         engine=engine, members=found, ranks=ranks, watchdog=watchdog, monitor=monitor, output=output

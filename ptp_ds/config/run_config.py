@@ -15,6 +15,7 @@ from ptp_ds.choices import (
     NORMS,
     PERTURBATIONS,
     PRECISIONS,
+    TRACKERS,
     UNITS,
 )
 from ptp_ds.config.presets import PRESETS
@@ -173,6 +174,7 @@ class RunConfig:
     )
     save_every: int = _output(30, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _output(2, "newest checkpoints kept")
+    report_to: str = _output("tensorboard", f"where scalars go, several with commas: none, {', '.join(TRACKERS)}")
     log_every: int = _output(5, "steps between log lines")
     eval_tokens: int = _evaluation(4096, "tokens of an evaluation pass on each rank")
     precision: str = _model("auto", "backbone's dtype; auto: bf16 where the hardware computes it natively, else fp32; "

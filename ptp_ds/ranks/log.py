@@ -76,6 +76,11 @@ def log_to_console() -> None:
         logger.propagate = False
 
 
+def is_heard() -> bool:
+    """Whether anybody has asked for the package's lines: a command has, and a program by a handler of its own."""
+    return bool(logging.getLogger(_ROOT).handlers)
+
+
 @contextmanager
 def console_lines(spoken: bool) -> Iterator[None]:
     """For calls from a program: inside, the package's lines are printed if `spoken`; behind it all is the program's.

@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +12,8 @@ import torch
 
 from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.ranks.log import get_logger
+from ptp_ds.ranks.log import get_logger, is_heard
+from ptp_ds.training.trackers import TENSORBOARD, Trackers, plain, trackers_of
 
 log = get_logger(__name__)
 Listener = Callable[[dict[str, Any]], Any]  # a log line: step, kind (train, select, untrained, eval), values by name
@@ -30,8 +31,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_bar(first_step: int, last_step: int) -> Any:
-    """A progress bar over optimizer steps on standard error, or in a notebook; None where that is no terminal."""
-    if not sys.stderr.isatty() and not in_notebook():
+    """A progress bar over optimizer steps on standard error, or in a notebook.
+
+    None where that is no terminal, and where nobody hears the package's lines.
+    """
+    if not is_heard() or not (sys.stderr.isatty() or in_notebook()):
         return None
     from tqdm.auto import tqdm
 
@@ -48,13 +52,14 @@ def in_notebook() -> bool:
 class Monitor:
     """Rank 0's records under output_dir; on other ranks every call does nothing.
 
-    speaks: whether there are lines and a bar on the console. listeners: called with every line of log.jsonl. latest:
-    the values of the last logged step. stop_asked: whether a listener has raised StopRun.
+    speaks: whether there are lines and a bar on the console. listeners: called with every line of log.jsonl. report_to:
+    the flag; settings: of the run, for trackers. latest: the values of the last logged step. stop_asked: whether a
+    listener has raised StopRun.
     """
 
     def __init__(
         self, output_dir: Path, ranks: Ranks, first_step: int, last_step: int, speaks: bool = True,
-        listeners: Sequence[Listener] = (),
+        listeners: Sequence[Listener] = (), report_to: str = TENSORBOARD, settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.ranks, self.first_step, self.last_step, self.speaks = ranks, first_step, last_step, speaks
         self.listeners, self.stop_asked = tuple(listeners), False
@@ -62,11 +67,14 @@ class Monitor:
         self.started = time.perf_counter()
         self._log: TextIO | None = None
         self._bar: Any = None
+        self._board: Any = None
         if not ranks.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        if TENSORBOARD in trackers_of(report_to):
+            from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
+        self._trackers = Trackers(report_to, output_dir, settings or {})
         self._log = _open_log(output_dir / "log.jsonl", first_step)
         if speaks:
             self._bar = step_bar(first_step, last_step)
@@ -99,10 +107,20 @@ class Monitor:
                 listener(dict(line))
             except StopRun:
                 self.stop_asked = True
-        for name, value in values.items():
-            tag = name if "/" in name else f"{group}/{name}"  # a2t/... has a group of its own
+        # a2t/... has a group of its own
+        tagged = {name if "/" in name else f"{group}/{name}": value for name, value in values.items()}
+        self._trackers.log(tagged, step)
+        if self._board is None:
+            return
+        for tag, value in tagged.items():
             self._board.add_scalar(tag, value, step)
         self._board.flush()
+
+    def conclude(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The run as a line of TensorBoard's hparams page: its settings, and the kept prompt's metrics."""
+        if self._board is not None:
+            told = {name: plain(value) for name, value in settings.items()}
+            self._board.add_hparams(told, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
 
     def tick(self, step: int) -> None:
         """Moves the progress bar to `step`."""
@@ -115,7 +133,9 @@ class Monitor:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-            self._board.close()
+            self._trackers.finish()
+            if self._board is not None:
+                self._board.close()
             self._log = None
 
 

@@ -10,6 +10,7 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import step_bar
+from ptp_ds.training.trackers import TENSORBOARD, Trackers, trackers_of
 
 log = get_logger(__name__)
 _BANDS = {
@@ -26,16 +27,22 @@ class PopulationMonitor:
     apart, which the custom scalars' page shows as a band; members/alive. Each member's own scalars lie in its folder.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, first_step: int, last_step: int, report_to: str = TENSORBOARD,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self._board: Any = None
         self._bar: Any = None
+        self._trackers: Trackers | None = None  # on rank 0, until it is closed
         self.last_step, self._loss = last_step, math.nan
         if not ranks.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        if TENSORBOARD in trackers_of(report_to):
+            from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._board.add_custom_scalars(_layout())
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board.add_custom_scalars(_layout())
+        self._trackers = Trackers(report_to, folder, settings or {})
         self._bar = step_bar(first_step, last_step)
 
     def tick(self, step: int, alive: int) -> None:
@@ -46,7 +53,7 @@ class PopulationMonitor:
 
     def train(self, step: int, values: Sequence[Mapping[str, float]]) -> None:
         """A logged train step: each training member's values by scalar name (see Monitor.train)."""
-        if self._board is None or not values:
+        if self._trackers is None or not values:
             return
         losses, seconds = [one["loss"] for one in values], values[0]["step_seconds"]
         self._loss = mean(losses)
@@ -56,16 +63,14 @@ class PopulationMonitor:
         )  # fmt: skip
         for name in _BANDS["train"]:
             self._band(f"members/train/{name}", step, [one[name] for one in values])
-        self._board.add_scalar("members/alive", len(values), step)
-        self._board.flush()
+        self._scalars({"members/alive": len(values)}, step)
 
     def evaluation(self, step: int, split: str, results: Sequence[Evaluation]) -> None:
         """Each member's scores on `split` behind `step` optimizer steps."""
-        if self._board is None or not results:
+        if self._trackers is None or not results:
             return
         self._band(f"members/{split}/score", step, [one.score for one in results])
         self._band(f"members/{split}/cross_entropy", step, [one.cross_entropy for one in results])
-        self._board.flush()
 
     def selected(self, step: int, kept: Sequence[float], ended: Sequence[str]) -> None:
         """kept: selection scores of the prompts that members keep. ended: members that train no more."""
@@ -81,14 +86,24 @@ class PopulationMonitor:
         """Flushes and closes everything; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
+        if self._trackers is not None:
+            self._trackers.finish()
+            self._trackers = None
         if self._board is not None:
             self._board.close()
             self._board = None
 
     def _band(self, tag: str, step: int, values: Sequence[float]) -> None:
         middle, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
-        for name, value in (("mean", middle), ("low", middle - spread), ("high", middle + spread)):
-            self._board.add_scalar(f"{tag}/{name}", value, step)
+        self._scalars({f"{tag}/mean": middle, f"{tag}/low": middle - spread, f"{tag}/high": middle + spread}, step)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        assert self._trackers is not None
+        self._trackers.log(values, step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:

@@ -1,6 +1,7 @@
 """A perturbation from a file of the user's own: README's example, its records, resume, and every fault of a file."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,11 @@ FIND = HEAD + "def find(shared, row, clean_TH, settings, noise):\n    return 0.1
 
 
 def readme_example() -> str:
-    """The indented block of the paragraph 'A perturbation of your own' in docs/perturbations.md."""
-    lines = (ROOT / "docs" / "perturbations.md").read_text(encoding="utf-8").split("\n")
-    start = next(number for number, line in enumerate(lines) if line.startswith("A perturbation of your own is")) + 1
-    end = next(number for number in range(start, len(lines)) if lines[number] and not lines[number].startswith("    "))
-    return "\n".join(line.removeprefix("    ") for line in lines[start:end]).strip() + "\n"
+    """The Python block of docs/perturbations.md that defines a perturbation."""
+    text = (ROOT / "docs" / "perturbations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if "PERTURBATION = Perturbation(" in block]
+    return found
 
 
 @pytest.fixture
