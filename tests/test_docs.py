@@ -1,8 +1,10 @@
 """README and docs: the generated page, links, commands and flags that exist, Python that runs, a short README."""
 
+import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from tests.support.processes import worker_environment
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "ptp_ds/README.md"]
 OWN = {"make_docs": {"--check"}, "make_notebook": {"--execute"}}  # flags of scripts that are no command
 OTHERS = re.compile(r"bench/|compare_precision|curves|family_sweep")  # scripts with parsers of their own
+LAUNCHERS = {"deepspeed": ("deepspeed", "launcher/runner.py"), "torchrun": ("torch", "distributed/run.py")}
+LAUNCHERS_OWN = {"--max_restarts"}  # of this project's deepspeed, in front of the script
 
 
 def text_of(page: Path) -> str:
@@ -42,6 +46,34 @@ def test_the_command_lines_page_is_what_the_parsers_say():
     done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, env=worker_environment(),
                           capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stale_table_and_an_unknown_one_are_found(tmp_path, monkeypatch, capsys):
+    """In a copy of the docs: --check names the page whose table was edited by hand, and writing mends it."""
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    make_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_docs)
+    for folder in ("docs", "ds_configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(make_docs, "DOCS", tmp_path / "docs")
+
+    def make(*flags):
+        monkeypatch.setattr(sys, "argv", ["make_docs.py", *flags])
+        return make_docs.main()
+
+    page = tmp_path / "docs" / "perturbations.md"
+    right = text_of(page)
+    assert make("--check") == 0
+    page.write_text(right.replace("| `pgd` |", "| `pdg` |"), encoding="utf-8")
+    assert make("--check") == 1
+    assert capsys.readouterr().err.startswith("docs/perturbations.md is stale")
+    assert make() == 0
+    assert text_of(page) == right
+    page.write_text(right.replace("make_docs.py: presets", "make_docs.py: preset"), encoding="utf-8")
+    with pytest.raises(ValueError, match="there is no table 'preset'"):
+        make("--check")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -79,6 +111,24 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+def written_flags(file: Path) -> set[str]:
+    """The flags that a file's parser adds, read from its text: importing a benchmark or a launcher takes seconds."""
+    text = text_of(file)
+    return {
+        word
+        for call in re.findall(r"add_argument\(([^)]*)", text)
+        for word in re.findall(r"[\"'](--?[\w-]+)[\"']", call)
+    }
+
+
+def launcher_flags(name: str) -> set[str]:
+    """The flags of a launcher that the docs name; torchrun takes them with - and with _."""
+    package, file = LAUNCHERS[name]
+    origin = importlib.util.find_spec(package).origin
+    flags = written_flags(Path(origin).parent / file) | LAUNCHERS_OWN
+    return flags | {"--" + flag[2:].replace("_", "-") for flag in flags}
+
+
 def flags_of(name: str) -> set[str]:
     """All flags of a command."""
     known = {word for action in PARSERS[name]("")._actions for word in action.option_strings}
@@ -92,9 +142,16 @@ def test_every_command_names_what_there_is(page, command):
     script = next((word for word in words if re.match(r"scripts/.*\.(py|sh|sbatch)$", word)), None)
     if script is not None:
         assert (ROOT / script).is_file(), command
-        if not script.endswith(".py") or OTHERS.search(script):
-            return
         name, rest = Path(script).stem, words[words.index(script) + 1 :]
+        if words[0] in LAUNCHERS:
+            in_front = [word for word in words[1 : words.index(script)] if word.startswith("--")]
+            assert {word.split("=")[0] for word in in_front} <= launcher_flags(words[0]), f"{page}: {command}"
+        if not script.endswith(".py"):
+            return
+        if OTHERS.search(script):
+            own = {word for word in rest if word.startswith("--")}
+            assert own <= written_flags(ROOT / script), f"{page}: {command}"
+            return
     else:
         own = words[1:] if words[0] == "ptp" else words
         if not own or own[0] == "COMMAND":
@@ -106,6 +163,11 @@ def test_every_command_names_what_there_is(page, command):
     for word in rest:
         if word.startswith("--") and word != "--help":
             assert word.split("=")[0] in known, f"{page}: {word} in {command}"
+    if (
+        name in PARSERS and "..." not in rest and "--help" not in rest
+    ):  # values, too: choices, numbers, what is required
+        unknown = PARSERS[name]("").parse_known_args(rest)[1]
+        assert name == "plan" or not unknown, f"{page}: {unknown} in {command}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
