@@ -10,9 +10,11 @@ scores_NC = served.score(backbone, examples, ranks)
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ptp_ds.adapters.origin import adapter_model, require_trained_on, trained_max_length
 from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, read_head
@@ -83,6 +85,17 @@ class Served:
         backbone, _ = checked_backbone(loaded, longest and longest + self.prompt_length + self.rows.extra_tokens)
         backbone.serve(self.kind, self.rows, self.prompt_length)
         return backbone
+
+    def plain(self, precision: str = "auto", attention: str | None = None) -> Any:
+        """The model as transformers loads it, in this process, for generation: a Backbone's is bound to packed rows.
+
+        attention: transformers' attn_implementation, None for its own choice.
+        """
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.source.folder, dtype=whole(precision).dtype, attn_implementation=attention, use_safetensors=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+        return model.to(alone().device).eval().requires_grad_(False)
 
     def score(
         self, backbone: Backbone, examples: Sequence[Example], ranks: Ranks, budget: int = RunConfig.eval_tokens

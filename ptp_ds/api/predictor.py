@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ptp_ds.adapters.answers import answer_lines
 from ptp_ds.adapters.generate import Inputs, generation_inputs, token_embeddings
@@ -130,13 +129,9 @@ class Predictor:
             raise UserError(f"{what} needs a causal model; {self.served.model} serves this adapter with a {kind} head.")
 
     def _plain(self) -> Any:
-        """The model as transformers loads it: a Backbone's is bound to packed rows."""
+        """The model as transformers loads it, loaded once."""
         if self._model is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.served.source.folder, dtype=whole(self.precision).dtype, use_safetensors=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-            self._model = loaded.to(alone().device).eval().requires_grad_(False)
+            self._model = self.served.plain(self.precision)
         return self._model
 
 

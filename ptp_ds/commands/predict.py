@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from ptp_ds.adapters.answers import answer_lines
 from ptp_ds.adapters.generate import generate, stop_tokens
 from ptp_ds.adapters.read import adapter_folder
@@ -69,13 +67,9 @@ def row_of_text(task: Task, words: Sequence[str]) -> dict[str, str]:
 
 
 def _generate(served: Served, precision: str, examples: Sequence[Example], count: int) -> list[str]:
-    """Each context's continuation. The model is loaded anew: a Backbone's is bound to packed rows."""
+    """Each context's continuation."""
     tokenizer, (prompt,) = served.source.tokenizer, served.prompts
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        served.source.folder, dtype=whole(precision).dtype, attn_implementation="eager", use_safetensors=True,
-        trust_remote_code=False,
-    )  # fmt: skip
-    model = model.to(alone().device).eval()
+    model = served.plain(precision, "eager")
     stops = stop_tokens(model, tokenizer)
     found = [generate(model, prompt, served.kind, e.context_ids, count, stops, e.prompt_at) for e in examples]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
