@@ -52,7 +52,7 @@ def test_the_wheel_holds_what_runs_need(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
-    """One rank and two, prediction and the pages' Python, in an empty folder."""
+    """One rank and two, prediction and the README's Python as printed, in an empty folder."""
     venv, work = tmp_path / "venv", tmp_path / "work"
     work.mkdir()
     run([sys.executable, "-m", "venv", venv], tmp_path)
@@ -68,5 +68,9 @@ def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path):
     )
     done = run([ptp, "predict", "--adapter", "runs/two", "--text", "A quiet film that stays with you."], work)
     assert re.search(r"positive +0\.\d{4}", done.stdout)
-    code = "import ptp_ds; print(ptp_ds.Predictor.from_pretrained('runs/one').predict('Dull.')[0]['answer'])"
-    assert run([venv / "bin/python", "-c", code], work).stdout.split()[-1] in ("positive", "negative")
+    run([*pip, "peft>=0.21.2,<0.22"], tmp_path)  # what the Trainer's example needs besides
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        run([venv / "bin/python", "-c", block], work)
