@@ -13,7 +13,4 @@ PERTURBATIONS = (  # ptp_ds.perturb
     "none", "gaussian", "uniform", "mask", "mask+gaussian", "a2t", "a2t+gaussian", "pgd", "free",
 )  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # ptp_ds.precision
-TRACKERS = (  # ptp_ds.training.trackers
-    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio",
-)  # fmt: skip
 UNITS = ("relative", "l2", "coordinate")  # ptp_ds.perturb.units

@@ -5,9 +5,7 @@
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +37,6 @@ from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
-from ptp_ds.redact import redacted
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.checkpoint import set_aside
@@ -51,7 +48,7 @@ from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
 from ptp_ds.training.step import settings_of
-from ptp_ds.training.trackers import TENSORBOARD, require_installed, trackers_of
+from ptp_ds.training.trackers import TENSORBOARD, of_member, report_names, require_trackers, told_settings
 from ptp_ds.training.trainer import Progress, Trainer
 
 log = get_logger(__name__)
@@ -65,8 +62,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     """
     if run.push_to_hub is not None and env_rank() == 0:  # who pushes in the end
         require_can_push(run.push_to_hub)
+    require_trackers(run.report_to)
     raw = read_ds_config(run.ds_config)
-    require_installed(run.report_to)
     task = load_task(run.task)
     output_dir = checked_output_dir(run)
     continuation = continuation_of(run, output_dir)
@@ -180,9 +177,9 @@ def open_trainer(
     A member of a population, which doesn't speak, has TensorBoard alone: other trackers are told of all together.
     """
     run, ranks = prepared.run, output.ranks
-    report_to = run.report_to if speaks else (TENSORBOARD if TENSORBOARD in trackers_of(run.report_to) else "none")
+    reports = run.report_to if speaks else of_member(run.report_to)
     with output.writing():
-        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners, report_to,
+        monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners, reports,
                           told_settings(run))  # fmt: skip
     output.agree()
     return Trainer(
@@ -190,13 +187,6 @@ def open_trainer(
         train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
         output_dir=output.folder, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
     )  # fmt: skip
-
-
-def told_settings(run: RunConfig) -> dict[str, Any]:
-    """What trackers are told of a run: task, model, perturbation and seed, and settings that aren't as usual."""
-    usual, given = asdict(RunConfig()), asdict(run)
-    always = ("task", "model", "perturbation", "seed")
-    return redacted({n: value for n, value in given.items() if n in always or value != usual[n]})
 
 
 def score_untrained(prepared: Prepared, trainer: Trainer, progress: Progress) -> Evaluation:
@@ -222,9 +212,10 @@ def report_run(
 ) -> None:
     """Writes adapter and result.json. result: the best prompt's scores on --eval_split, untrained: the start's."""
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
+    metrics = {**result.metrics, "cross_entropy": result.cross_entropy}
     with output.writing():
-        trainer.monitor.evaluation(progress.step, "eval", {**result.metrics, "cross_entropy": result.cross_entropy})
-        trainer.monitor.conclude(told_settings(prepared.run), result.metrics)
+        trainer.monitor.evaluation(progress.step, "eval", metrics)
+        trainer.monitor.conclude(progress.step, metrics)
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))
     if ranks.is_main:
@@ -278,4 +269,5 @@ def _announce(
         untrained.shown, result.majority,
     )  # fmt: skip
     log.info("adapter, result.json and logs: %s", output_dir)
-    log.info("scalars: tensorboard --logdir %s/tensorboard", output_dir)
+    if TENSORBOARD in report_names(prepared.run.report_to):
+        log.info("scalars: tensorboard --logdir %s/tensorboard", output_dir)

@@ -20,7 +20,6 @@ from ptp_ds.commands.one_run import (
     prepare,
     record_untrained,
     report_run,
-    told_settings,
     write_predictions,
 )
 from ptp_ds.config.population import members_of
@@ -45,6 +44,7 @@ from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, open_backbone, perturbation_unit
+from ptp_ds.training.trackers import TENSORBOARD, report_names, require_trackers, shared_settings
 from ptp_ds.training.trainer import Progress, progress_from
 
 log = get_logger(__name__)
@@ -77,6 +77,7 @@ def prepare_population(
 
     changes: see members_of.
     """
+    require_trackers(run.report_to)
     if run.seeds is not None and "seed" in explicit:
         raise UserError("--seed and --seeds both say which seeds train; give one of them.")
     folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
@@ -274,9 +275,8 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     first = max((member.progress.step for member in found if member.trains), default=0)
     output = OutputGuard(ranks, folder)
     with output.writing():
-        monitor = PopulationMonitor(
-            folder, ranks, first, run.max_steps, run.report_to, {**told_settings(run), "members": len(members)}
-        )
+        settings = shared_settings([one.run for one in prepared])
+        monitor = PopulationMonitor(folder, ranks, first, run.max_steps, run.report_to, settings)
     output.agree()
     return PopulationTrainer(
         engine=engine, members=found, ranks=ranks, watchdog=watchdog, monitor=monitor, output=output
@@ -328,7 +328,8 @@ def _conclude(
     failed = [f"{one['name']} ({one['failed']})" for one in members if one["failed"]]
     log.info("failed: %s", "; ".join(failed) if failed else "none")
     log.info("every member's files: %s", folder / "members")
-    log.info("scalars: tensorboard --logdir %s (means with their band: Custom scalars)", folder)
+    if TENSORBOARD in report_names(trainer.members[0].prepared.run.report_to):
+        log.info("scalars: tensorboard --logdir %s (means with their band: Custom scalars)", folder)
 
 
 def summarise(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

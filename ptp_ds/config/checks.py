@@ -4,29 +4,16 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from ptp_ds.choices import TRACKERS
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, nearest
 
 
 def require_valid(run: RunConfig) -> None:
     """Raises ValueError for the first field that is out of range or contradicts another."""
     _ = run.own_settings
-    _check_trackers(run.report_to)
     _check_ranges(run)
     _check_pairs(run)
-
-
-def _check_trackers(text: str) -> None:
-    names = text.replace(",", " ").split()
-    for name in names:
-        if name not in (*TRACKERS, "none"):
-            known = f"none, {', '.join(TRACKERS)}"
-            raise UserError(f"--report_to {brief(name)}{nearest(name, list(TRACKERS))}: choose from {known}.")
-    if not names or ("none" in names and len(names) > 1):
-        raise UserError(f"--report_to is {brief(text)}; expected none, or names of trackers.")
 
 
 def _check_ranges(run: RunConfig) -> None:

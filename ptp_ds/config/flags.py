@@ -52,6 +52,9 @@ def build_parser(description: str, perturbation: str | None = None) -> argparse.
         if field.name == "seeds":
             group.add_argument("--seeds", nargs="+", metavar="SEED", help=text)
             continue
+        if field.name == "report_to":
+            group.add_argument("--report_to", nargs="+", metavar="TRACKER", help=text)
+            continue
         kind, choices = base_type(field), field.metadata["choices"]
         shape = {"metavar": {int: "N", float: "X"}.get(kind, "NAME")} if choices is None else {"choices": choices}
         group.add_argument(f"--{field.name}", type=kind, help=text, **shape)
@@ -99,8 +102,8 @@ def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]
         given.pop(name, None)
     if "perturbation_args" in given:
         given["perturbation_args"] = shlex.join(given["perturbation_args"])
-    if "seeds" in given:
-        given["seeds"] = " ".join(given["seeds"])
+    for name in {"seeds", "report_to"} & given.keys():
+        given[name] = " ".join(given[name])
     file = given.pop("config", None)
     merged = {**(read_config(file) if file else {}), **given}
     for name, value in merged.items():

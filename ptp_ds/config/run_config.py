@@ -15,7 +15,6 @@ from ptp_ds.choices import (
     NORMS,
     PERTURBATIONS,
     PRECISIONS,
-    TRACKERS,
     UNITS,
 )
 from ptp_ds.config.presets import PRESETS
@@ -174,7 +173,11 @@ class RunConfig:
     )
     save_every: int = _output(30, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _output(2, "newest checkpoints kept")
-    report_to: str = _output("tensorboard", f"where scalars go, several with commas: none, {', '.join(TRACKERS)}")
+    report_to: str = _output(
+        "tensorboard",
+        "where scalars and settings go: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio, "
+        "several by commas or spaces, or none (docs/tracking.md)",
+    )
     log_every: int = _output(5, "steps between log lines")
     eval_tokens: int = _evaluation(4096, "tokens of an evaluation pass on each rank")
     precision: str = _model("auto", "backbone's dtype; auto: bf16 where the hardware computes it natively, else fp32; "

@@ -13,7 +13,7 @@ import torch
 from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger, is_heard
-from ptp_ds.training.trackers import TENSORBOARD, Trackers, plain, trackers_of
+from ptp_ds.training.trackers import TENSORBOARD, Trackers, report_names
 
 log = get_logger(__name__)
 Listener = Callable[[dict[str, Any]], Any]  # a log line: step, kind (train, select, untrained, eval), values by name
@@ -40,6 +40,13 @@ def step_bar(first_step: int, last_step: int) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+
+def open_board(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer under `folder`; what an interrupted run wrote past first_step is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
 
 
 def in_notebook() -> bool:
@@ -70,11 +77,11 @@ class Monitor:
         self._board: Any = None
         if not ranks.is_main:
             return
-        if TENSORBOARD in trackers_of(report_to):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step)
-        self._trackers = Trackers(report_to, output_dir, settings or {})
+        names, self._settings = report_names(report_to), dict(settings or {})
+        if TENSORBOARD in names:
+            self._board = open_board(output_dir, first_step)
+        others = [name for name in names if name != TENSORBOARD]
+        self._trackers = Trackers(others, output_dir, self._settings, continues=first_step > 0)
         self._log = _open_log(output_dir / "log.jsonl", first_step)
         if speaks:
             self._bar = step_bar(first_step, last_step)
@@ -116,11 +123,11 @@ class Monitor:
             self._board.add_scalar(tag, value, step)
         self._board.flush()
 
-    def conclude(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The run as a line of TensorBoard's hparams page: its settings, and the kept prompt's metrics."""
-        if self._board is not None:
-            told = {name: plain(value) for name, value in settings.items()}
-            self._board.add_hparams(told, {f"hparam/{name}": value for name, value in metrics.items()}, run_name=".")
+    def conclude(self, step: int, metrics: dict[str, float]) -> None:
+        """The run's settings beside its last metrics, for TensorBoard's page of hyper-parameters."""
+        if self._log is not None and self._board is not None:
+            scores = {f"hparam/{name}": value for name, value in metrics.items()}
+            self._board.add_hparams(self._settings, scores, run_name=".", global_step=step)
 
     def tick(self, step: int) -> None:
         """Moves the progress bar to `step`."""
@@ -133,7 +140,7 @@ class Monitor:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-            self._trackers.finish()
+            self._trackers.close()
             if self._board is not None:
                 self._board.close()
             self._log = None

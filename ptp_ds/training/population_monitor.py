@@ -9,8 +9,8 @@ from typing import Any
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.evaluate import Evaluation
-from ptp_ds.training.monitor import step_bar
-from ptp_ds.training.trackers import TENSORBOARD, Trackers, trackers_of
+from ptp_ds.training.monitor import open_board, step_bar
+from ptp_ds.training.trackers import TENSORBOARD, Trackers, report_names
 
 log = get_logger(__name__)
 _BANDS = {
@@ -25,6 +25,8 @@ class PopulationMonitor:
 
     TensorBoard, under folder/tensorboard: `members/<group>/<value>/mean`, `low` and `high`, one standard deviation
     apart, which the custom scalars' page shows as a band; members/alive. Each member's own scalars lie in its folder.
+    Other trackers get the same, in one run for all members: most of them have one at a time in a process.
+    report_to: see RunConfig. settings: what they are told of the run (trackers.told_settings).
     """
 
     def __init__(
@@ -32,17 +34,17 @@ class PopulationMonitor:
         settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._board: Any = None
+        self._trackers: Trackers | None = None
         self._bar: Any = None
-        self._trackers: Trackers | None = None  # on rank 0, until it is closed
         self.last_step, self._loss = last_step, math.nan
         if not ranks.is_main:
             return
-        if TENSORBOARD in trackers_of(report_to):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        names = report_names(report_to)
+        if TENSORBOARD in names:
+            self._board = open_board(folder, first_step)
             self._board.add_custom_scalars(_layout())
-        self._trackers = Trackers(report_to, folder, settings or {})
+        others = [name for name in names if name != TENSORBOARD]
+        self._trackers = Trackers(others, folder, settings or {}, continues=first_step > 0)
         self._bar = step_bar(first_step, last_step)
 
     def tick(self, step: int, alive: int) -> None:
@@ -61,16 +63,16 @@ class PopulationMonitor:
             "step %d/%d  %d members  loss %.4f (%.4f to %.4f)  %.2f s/step  %.0f s left", step, self.last_step,
             len(values), self._loss, min(losses), max(losses), seconds, (self.last_step - step) * seconds,
         )  # fmt: skip
-        for name in _BANDS["train"]:
-            self._band(f"members/train/{name}", step, [one[name] for one in values])
-        self._scalars({"members/alive": len(values)}, step)
+        bands = {f"members/train/{name}": [one[name] for one in values] for name in _BANDS["train"]}
+        self._record(step, {**_edges(bands), "members/alive": len(values)})
 
     def evaluation(self, step: int, split: str, results: Sequence[Evaluation]) -> None:
         """Each member's scores on `split` behind `step` optimizer steps."""
         if self._trackers is None or not results:
             return
-        self._band(f"members/{split}/score", step, [one.score for one in results])
-        self._band(f"members/{split}/cross_entropy", step, [one.cross_entropy for one in results])
+        scores, entropies = [one.score for one in results], [one.cross_entropy for one in results]
+        bands = {f"members/{split}/score": scores, f"members/{split}/cross_entropy": entropies}
+        self._record(step, _edges(bands))
 
     def selected(self, step: int, kept: Sequence[float], ended: Sequence[str]) -> None:
         """kept: selection scores of the prompts that members keep. ended: members that train no more."""
@@ -86,24 +88,29 @@ class PopulationMonitor:
         """Flushes and closes everything; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
-        if self._trackers is not None:
-            self._trackers.finish()
-            self._trackers = None
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
 
-    def _band(self, tag: str, step: int, values: Sequence[float]) -> None:
-        middle, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
-        self._scalars({f"{tag}/mean": middle, f"{tag}/low": middle - spread, f"{tag}/high": middle + spread}, step)
-
-    def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        assert self._trackers is not None
-        self._trackers.log(values, step)
+    def _record(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
             self._board.flush()
+        if self._trackers is not None:
+            self._trackers.log(values, step)
+
+
+def _edges(bands: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of each band's values, and one standard deviation below and above it."""
+    found: dict[str, float] = {}
+    for tag, values in bands.items():
+        middle, spread = mean(values), stdev(values) if len(values) > 1 else 0.0
+        found |= {f"{tag}/mean": middle, f"{tag}/low": middle - spread, f"{tag}/high": middle + spread}
+    return found
 
 
 def _layout() -> dict[str, dict[str, list[Any]]]:
