@@ -108,8 +108,8 @@ class RunConfig:
         None, "parameters that the --perturbation file declares, NAME=VALUE each; --help beside that flag lists them"
     )
     preset: str | None = _perturbation(
-        None, "perturbation, divergence, lambda, units and sizes of a published method; flags win "
-        "(ptp_ds/config/presets.py)", tuple(PRESETS),
+        None, "perturbation, divergence, lambda, units and sizes of this project or of a published method; "
+        "flags win (ptp_ds/config/presets.py)", tuple(PRESETS),
     )  # fmt: skip
     target: str = _perturbation("input", "what a delta in embedding space moves: the example's own words, the soft "
                         "prompt in front of it, or both", ("input", "prompt", "both"))  # fmt: skip
