@@ -6,7 +6,8 @@ f is the softmax over a row's candidates. Everything here returns sums over exam
 global number of examples, so that ranks, micro-batches and batch sizes don't change lambda's meaning.
 
 The divergence's gradient goes to both predictions, or, with the clean one as a constant for it, to the perturbed one
-alone (VAT, Miyato et al. 2018): a strong perturbation then can't drag the clean one down to knowing nothing.
+alone (VAT, Miyato et al. 2018): a strong perturbation then can't drag the clean one down to knowing nothing. Only
+confident rows may count (UDA, Xie et al. 2020): there is no use in pulling towards a prediction that is a guess.
 """
 
 from collections.abc import Callable
@@ -29,23 +30,23 @@ def cross_entropy_sum(scores_BC: Tensor, gold_B: Tensor) -> Tensor:
 
 
 def _expected_gap(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Sum of exp(weights) * (left - right), where absent candidates (-inf everywhere) count nothing."""
+    """[B] exp(weights) * (left - right), where absent candidates (-inf everywhere) count nothing."""
     present = torch.isfinite(weights)
     gap = torch.where(present, left, 0.0) - torch.where(present, right, 0.0)
-    return (weights.exp() * gap).sum()
+    return (weights.exp() * gap).sum(-1)
 
 
-def kl_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+def kl(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     """sum KL(clean || perturbed)."""
     return _expected_gap(clean, clean, perturbed)
 
 
-def sym_kl_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+def sym_kl(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     """sum KL(clean || perturbed) + KL(perturbed || clean), as in R3F and SMART (no factor of 1/2)."""
     return _expected_gap(clean, clean, perturbed) + _expected_gap(perturbed, perturbed, clean)
 
 
-def js_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+def js(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     """sum of Jensen-Shannon divergences, at most log 2 an example."""
     middle = torch.logaddexp(
         torch.where(torch.isfinite(clean), clean, -1e4), torch.where(torch.isfinite(clean), perturbed, -1e4)
@@ -53,22 +54,32 @@ def js_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     return 0.5 * (_expected_gap(clean, clean, middle) + _expected_gap(perturbed, perturbed, middle))
 
 
-def ce_sum(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
+def ce(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     """sum of the perturbed stream's cross-entropy on the true label (FreeLB's objective beside the clean one)."""
-    return F.nll_loss(perturbed, gold, reduction="sum")
+    return F.nll_loss(perturbed, gold, reduction="none")
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "kl": kl_sum, "sym_kl": sym_kl_sum, "js": js_sum, "ce": ce_sum,
+    "kl": kl, "sym_kl": sym_kl, "js": js, "ce": ce,
 }  # fmt: skip
 
 
+def confident(clean_BC: Tensor, least: float) -> Tensor:
+    """[B] whether the likeliest candidate has a probability of `least` or more."""
+    return log_probabilities(clean_BC.detach()).amax(-1).exp() >= least
+
+
 def divergence_sum(
-    kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, clean_fixed: bool = False
-) -> Tensor:
+    kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, clean_fixed: bool = False,
+    min_confidence: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Sum over examples of a divergence between candidate scores. kind: see DIVERGENCES.
 
-    Gradient flows to both, or with clean_fixed to the perturbed ones alone.
+    Gradient flows to both, or with clean_fixed to the perturbed ones alone. min_confidence: see `confident`; rows below
+    it count nothing.
     """
-    clean_BC = clean_BC.detach() if clean_fixed else clean_BC
-    return DIVERGENCES[kind](log_probabilities(clean_BC), log_probabilities(perturbed_BC), gold_B)
+    given = clean_BC.detach() if clean_fixed else clean_BC
+    divergence_B = DIVERGENCES[kind](log_probabilities(given), log_probabilities(perturbed_BC), gold_B)
+    if min_confidence > 0:
+        divergence_B = torch.where(confident(clean_BC, min_confidence), divergence_B, 0.0)
+    return divergence_B.sum()

@@ -46,6 +46,25 @@ def test_absent_candidates_count_nothing(kind):
         assert gradient is None or bool(torch.isfinite(gradient).all())
 
 
+@pytest.mark.parametrize("clean_fixed", [False, True])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_rows_below_the_least_confidence_are_as_if_they_were_not_there(kind, clean_fixed):
+    clean, perturbed = streams(2)
+    likeliest = clean.softmax(-1).amax(-1)
+    least = float(likeliest.sort().values[1])  # itself still counts
+    counted = likeliest >= least
+    assert counted.sum() == 2
+    ours = divergence_sum(kind, clean, perturbed, GOLD, clean_fixed, least)
+    theirs = divergence_sum(kind, clean[counted], perturbed[counted], GOLD[counted], clean_fixed)
+    torch.testing.assert_close(ours, theirs)
+    pairs = [torch.autograd.grad(value, (clean, perturbed), allow_unused=True) for value in (ours, theirs)]
+    for mine, own in zip(*pairs, strict=True):
+        assert (mine is None) == (own is None)
+        if own is not None:
+            torch.testing.assert_close(mine, own)
+    assert float(divergence_sum(kind, clean, perturbed, GOLD, clean_fixed, 0.9999)) == 0
+
+
 @pytest.mark.parametrize("kind", ["kl", "sym_kl", "js"])
 def test_equal_streams_have_no_divergence_and_no_gradient(kind):
     clean, _ = streams()

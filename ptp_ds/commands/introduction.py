@@ -32,8 +32,10 @@ def introduction(prepared: Prepared, ranks: Ranks) -> list[str]:
     ]
     if run.preset is not None:
         lines.append(describe_preset(run.preset, asdict(run)))
-    mlp = f", through an MLP of {run.prompt_mlp}" if run.prompt_mlp is not None else ""
-    lines.append(f"prompt: {run.prompt}, {run.prompt_length} tokens, starts as {_START[run.prompt_init]}{mlp}")
+    made = f", through an MLP of {run.prompt_mlp}" if run.prompt_mlp is not None else ""
+    if run.prompt_residual is not None:
+        made = f", with a residual bottleneck of {run.prompt_residual}"
+    lines.append(f"prompt: {run.prompt}, {run.prompt_length} tokens, starts as {_START[run.prompt_init]}{made}")
     if prepared.resolved.notes:
         lines.append(f"auto: {', '.join(_note(note) for note in prepared.resolved.notes)}")
     return [lines[0], *(f"  {line}" for line in lines[1:])]
@@ -79,8 +81,10 @@ def _perturbation(run: RunConfig) -> str:
     fixed = (
         ", the clean prediction fixed" if run.divergence_gradient == "clean_fixed" and run.divergence != "ce" else ""
     )
-    weight = f"lambda {_short(run.reg_weight)}"
-    return f"{run.perturbation}{sizes}{unit}{target}; divergence {run.divergence}{fixed}, {weight}"
+    falls = "" if run.reg_schedule == "constant" else f", falling to 0 ({run.reg_schedule})"
+    sure = f" of rows with a confidence of {_short(run.min_confidence)} or more" if run.min_confidence else ""
+    weight = f"lambda {_short(run.reg_weight)}{falls}"
+    return f"{run.perturbation}{sizes}{unit}{target}; divergence {run.divergence}{fixed}{sure}, {weight}"
 
 
 def _short(value: object) -> str:

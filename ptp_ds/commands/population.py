@@ -26,7 +26,7 @@ from ptp_ds.config.population import members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_file, read_json, write_json
-from ptp_ds.prompts import empty_prompt, prompt_width
+from ptp_ds.prompts import empty_prompts, prompt_width
 from ptp_ds.ranks.distributed import Ranks, env_rank, is_launched, start_processes, stop_processes
 from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
@@ -43,7 +43,7 @@ from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.start import initial_trained, open_backbone, perturbation_unit
+from ptp_ds.training.start import initial_trained, made_from, open_backbone, perturbation_unit
 from ptp_ds.training.trackers import TENSORBOARD, report_names, require_trackers, shared_settings
 from ptp_ds.training.trainer import Progress, progress_from
 
@@ -258,10 +258,13 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     prepared = list(members.values())
     longest = max(prepared, key=lambda one: one.run.prompt_length + one.examples.longest)
     backbone = open_backbone(longest, ranks)
-    rows = [one.run.prompt_length + backbone.head.rows(_width(one)) for one in prepared]
-    weight = empty_prompt(prepared[0].run.prompt, sum(rows), prepared[0].source.config, None)
-    run = prepared[0].run
-    engine = PopulationEngine(weight, backbone, prepared[0].resolved, ranks, rows, run.weight_decay, run.average)
+    run, config = prepared[0].run, prepared[0].source.config
+    beside, lengths = backbone.head.rows(prompt_width(run.prompt, config)), [one.run.prompt_length for one in prepared]
+    weight, rows = empty_prompts(run.prompt, config, lengths, [made_from(one) for one in prepared], beside)
+    engine = PopulationEngine(
+        weight, backbone, prepared[0].resolved, ranks, rows, run.weight_decay, run.average,
+        [length + beside for length in lengths],
+    )  # fmt: skip
     saved = [one.continuation.checkpoint for one in prepared]
     _load(engine, prepared, saved)
     found: list[Member] = []
@@ -290,17 +293,14 @@ def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequenc
         if checkpoint is not None:
             parts.append(checkpoint.tensors)
             continue
-        start = initial_trained(one, engine.backbone).float().cpu()
+        start, made = initial_trained(one, engine.backbone).float().cpu(), made_from(one)
+        start = start if made is None else made.start(start, one.run.seed)
         moments = {name: torch.zeros_like(start) for name in MOMENTS}
         parts.append({"prompt": start, AVERAGE: start, **moments, "adam_step": torch.zeros(1)})
     names = ("prompt", *MOMENTS, *([AVERAGE] if prepared[0].run.average else []))
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}
     steps = [part["adam_step"] for part in parts]
     engine.load_state({**whole, "adam_step": torch.stack(steps).amax(0)})
-
-
-def _width(prepared: Prepared) -> int:
-    return prompt_width(prepared.run.prompt, prepared.source.config)
 
 
 def _conclude(

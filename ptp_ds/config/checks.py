@@ -29,6 +29,7 @@ def _check_ranges(run: RunConfig) -> None:
         _require(0 <= getattr(run, name) < math.inf, name, getattr(run, name), "a finite number of 0 or more")
     _require(0 < run.lr < math.inf, "lr", run.lr, "a finite number above 0")
     _require(run.alpha is None or 0 < run.alpha < math.inf, "alpha", run.alpha, "a finite number above 0")
+    _require(0 <= run.min_confidence < 1, "min_confidence", run.min_confidence, "a probability from 0 up to below 1")
     _require(0 <= run.average < 1, "average", run.average, "a decay from 0 up to below 1")
     _require(0 < run.holdout < 1, "holdout", run.holdout, "a share between 0 and 1")
     _require(run.max_length is None or run.max_length > run.prompt_length, "max_length", run.max_length,
@@ -37,8 +38,9 @@ def _check_ranges(run: RunConfig) -> None:
              "a whole number of 1 or more")  # fmt: skip
     _require(run.schedule_steps is None or run.schedule_steps >= 1, "schedule_steps", run.schedule_steps,
              "a whole number of 1 or more")  # fmt: skip
-    _require(run.prompt_mlp is None or run.prompt_mlp >= 1, "prompt_mlp", run.prompt_mlp,
-             "a whole number of 1 or more")  # fmt: skip
+    for name in ("prompt_mlp", "prompt_residual"):
+        hidden = getattr(run, name)
+        _require(hidden is None or hidden >= 1, name, hidden, "a whole number of 1 or more")
 
 
 def _check_pairs(run: RunConfig) -> None:
@@ -55,6 +57,9 @@ def _check_pairs(run: RunConfig) -> None:
         given = getattr(run, needed) is not None
         if (run.prompt_init == kind) != given:
             raise UserError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+    if run.prompt_residual is not None and (run.prompt_mlp is not None or run.prompt != "soft"):
+        other = "--prompt_mlp" if run.prompt_mlp is not None else f"--prompt {run.prompt}"
+        raise UserError(f"--prompt_residual is for a soft prompt without an MLP; leave it or {other} out.")
     perturbation = run.chosen_perturbation.perturbation
     if run.target != "input" and (run.prompt != "soft" or (perturbation is not None and perturbation.in_text)):
         raise UserError(
@@ -78,7 +83,9 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
     if perturbation is None or perturbation.find is None:
         unread |= {"units", "target"}
     if perturbation is None:
-        unread |= {"reg_weight", "reg_warmup_steps", "divergence", "divergence_gradient"}
+        unread |= {
+            "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "divergence", "divergence_gradient",
+        }  # fmt: skip
         if chosen is not None:  # what turns it off has that effect
             unread -= {name for name in unread & {"reg_weight", *chosen.sizes} if not getattr(run, name)}
     if run.divergence == "ce":  # of the perturbed prediction alone
@@ -87,7 +94,7 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
         unread.add("batch_size")
     if run.select_split is not None:
         unread.add("holdout")
-    if run.lr_schedule == "constant":
+    if run.lr_schedule == run.reg_schedule == "constant":
         unread.add("schedule_steps")
     if not run.eval_every:
         unread.add("patience")

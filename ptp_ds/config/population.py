@@ -14,7 +14,8 @@ from ptp_ds.settings_file import read_settings
 
 VARIED = (
     "seed", "lr", "weight_decay", "max_grad_norm", "warmup_steps", "lr_schedule", "schedule_steps", "reg_weight",
-    "reg_warmup_steps", "sigma", "epsilon", "alpha", "divergence", "divergence_gradient", "mask_share", "a2t_share",
+    "reg_warmup_steps", "reg_schedule", "min_confidence", "sigma", "epsilon", "alpha", "divergence",
+    "divergence_gradient", "mask_share", "a2t_share",
     "prompt_init", "init_text", "init_adapter", "prompt_length", "holdout", "max_length", "task", "data_dir", "dataset",
     "patience", "train_split", "eval_split", "select_split", "predict_split",
 )  # fmt: skip
@@ -37,8 +38,6 @@ def members_of(run: RunConfig, changes: Mapping[str, Mapping[str, Any]] | None =
         raise UserError("--seeds and --population both say who the members are; give one of them.")
     if run.resume not in (None, "auto"):
         raise UserError("--resume of several prompts is auto: each goes on from its own folder in --output_dir.")
-    if run.prompt_mlp is not None:
-        raise UserError("--prompt_mlp trains one prompt; leave it out with --seeds and --population.")
     if run.precision == "fp16":
         raise UserError("--precision fp16 scales one run's loss; use bf16 or fp32 with --seeds and --population.")
     if run.push_to_hub is not None:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:  # with torch behind them: --help and what reads settings alon
 
 DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
 # What versions did that had no such setting: where the default is another now, and where a checkpoint must share it.
-BEFORE = {"divergence_gradient": "both", "average": 0.0}
+BEFORE = {
+    "divergence_gradient": "both", "average": 0.0, "reg_schedule": "constant", "min_confidence": 0.0,
+    "prompt_residual": None,
+}  # fmt: skip
 
 
 # --help's groups, in its order, each with what it says
@@ -97,6 +100,9 @@ class RunConfig:
     prompt_mlp: int | None = _prompt(
         None, "hidden width of an MLP that the prompt trains through, with --lr 0.001 or so; default: no MLP"
     )
+    prompt_residual: int | None = _prompt(
+        None, "hidden width of a bottleneck whose output is added to the soft prompt in training; default: none"
+    )
     prompt_init: str = _prompt("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _prompt(None, "text for --prompt_init text")
@@ -122,6 +128,14 @@ class RunConfig:
     )
     reg_weight: float = _objective(1.0, "lambda, weight of the divergence")
     reg_warmup_steps: int = _objective(0, "steps over which lambda rises linearly from 0")
+    reg_schedule: str = _objective(
+        "constant", "lambda after its warm-up: as it is, or falling to 0 where the learning rate's schedule ends",
+        ("constant", "linear", "cosine"),
+    )  # fmt: skip
+    min_confidence: float = _objective(
+        0.0,
+        "least probability of the clean prediction's likeliest answer at which a row's divergence counts; 0: all do",
+    )
     mask_share: float = _perturbation(0.15, "mask: share of a row's words that the second stream hides, at least one")
     mask_token: str | None = _perturbation(
         None, "mask: what stands for a hidden word, one token; default: the model's own mask token, else ' _'"

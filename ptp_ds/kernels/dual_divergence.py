@@ -11,6 +11,7 @@ With a = log p, b = log q, m = log((p + q) / 2) and E_p[x] = sum p x, the gradie
     ce       0                                   q - onehot(y)
 
 With the clean prediction as a constant for D (clean_fixed), D's column for clean is 0; sym_kl's for perturbed stays.
+With a least confidence, D and its gradients are 0 in rows whose likeliest clean candidate is less probable than that.
 
 The reference is ptp_ds.objective. Scores of hidden states are a product with the verbalizers' rows of the head
 (ptp_ds.backbone.verbalizers), so nothing of the vocabulary's size is made for either.
@@ -37,21 +38,23 @@ class DualLoss(NamedTuple):
 
 def dual_divergence(
     clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, kind: str, *, reg_weight: float, ce_weight: float = 1.0,
-    count: int = 1, clean_fixed: bool = False, impl: str = "auto",
+    count: int = 1, clean_fixed: bool = False, min_confidence: float = 0.0, impl: str = "auto",
 ) -> DualLoss:  # fmt: skip
     """The module's total over candidate scores, -inf where a candidate is absent, with gradient to both streams.
 
     kind: see ptp_ds.objective.DIVERGENCES. clean_fixed: whether the clean stream is a constant for D. count: examples
-    of the optimizer step on all ranks, or 1 for a sum. Raises ValueError for another kind.
+    of the optimizer step on all ranks, or 1 for a sum. min_confidence: see ptp_ds.objective.confident. Raises
+    ValueError for another kind.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"Unknown divergence {kind!r}; choose from {', '.join(DIVERGENCES)}.")
     if use_triton(impl, clean_BC, perturbed_BC):
         weights = ce_weight / count, reg_weight / count
-        total, sums = _DualDivergence.apply(clean_BC, perturbed_BC, gold_B, kind, *weights, clean_fixed)
+        how = clean_fixed, min_confidence
+        total, sums = _DualDivergence.apply(clean_BC, perturbed_BC, gold_B, kind, *weights, *how)
         return DualLoss(total, sums[0], sums[1])
     cross_entropy = cross_entropy_sum(clean_BC, gold_B)
-    divergence = divergence_sum(kind, clean_BC, perturbed_BC, gold_B, clean_fixed)
+    divergence = divergence_sum(kind, clean_BC, perturbed_BC, gold_B, clean_fixed, min_confidence)
     total = (ce_weight / count) * cross_entropy if ce_weight else torch.zeros_like(cross_entropy)
     return DualLoss(total + (reg_weight / count) * divergence, cross_entropy.detach(), divergence.detach())
 
@@ -73,7 +76,7 @@ def _dual_kernel(
     losses,  # [2, B]: cross-entropy, divergence
     to_clean,  # [B, C] fp32
     to_perturbed,  # [B, C] fp32
-    B, C, clean_stride, perturbed_stride, ce_weight, reg_weight, KIND: tl.constexpr, FIXED: tl.constexpr,
+    B, C, clean_stride, perturbed_stride, ce_weight, reg_weight, least, KIND: tl.constexpr, FIXED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS examples: their losses and the gradients of the weighted sum."""
@@ -87,6 +90,7 @@ def _dual_kernel(
     b, q = _log_softmax(y, present)
     right = (columns[None, :] == tl.load(gold + rows, mask=rows < B, other=0)[:, None]).to(tl.float32)
     ce = -tl.sum(right * a, 1)
+    weight = tl.where(tl.max(p, 1) < least, 0.0, reg_weight)[:, None]
     to_a = ce_weight * (p - tl.where(present, right, 0.0))
     if KIND == 3:
         divergence = -tl.sum(right * b, 1)
@@ -98,32 +102,32 @@ def _dual_kernel(
         mean_a, mean_b = tl.sum(p * gap_a, 1), tl.sum(q * gap_b, 1)
         divergence = 0.5 * (mean_a + mean_b)
         if not FIXED:
-            to_a += reg_weight * 0.5 * p * (gap_a - mean_a[:, None])
+            to_a += weight * 0.5 * p * (gap_a - mean_a[:, None])
         to_b = 0.5 * q * (gap_b - mean_b[:, None])
     else:
         gap = a - b
         divergence = tl.sum(p * gap, 1)
         if not FIXED:
-            to_a += reg_weight * p * (gap - divergence[:, None])
+            to_a += weight * p * (gap - divergence[:, None])
         to_b = q - p
         if KIND == 1:
             back = -tl.sum(q * gap, 1)
             if not FIXED:
-                to_a += reg_weight * (p - q)
+                to_a += weight * (p - q)
             to_b += q * (-gap - back[:, None])
             divergence += back
     tl.store(losses + rows, ce, mask=rows < B)
-    tl.store(losses + B + rows, divergence, mask=rows < B)
+    tl.store(losses + B + rows, tl.where(tl.max(p, 1) < least, 0.0, divergence), mask=rows < B)
     at = rows[:, None] * C + columns[None, :]
     tl.store(to_clean + at, to_a, mask=real)
-    tl.store(to_perturbed + at, reg_weight * to_b, mask=real)
+    tl.store(to_perturbed + at, weight * to_b, mask=real)
 
 
 class _DualDivergence(torch.autograd.Function):
     """Gradients are found beside the losses, and multiplied by the output's own in backward."""
 
     @staticmethod
-    def forward(ctx, clean, perturbed, gold, kind, ce_weight, reg_weight, fixed):  # type: ignore[override]
+    def forward(ctx, clean, perturbed, gold, kind, ce_weight, reg_weight, fixed, least):  # type: ignore[override]
         examples, candidates = clean.shape
         clean, perturbed = (x if x.stride(-1) == 1 else x.contiguous() for x in (clean, perturbed))
         losses = torch.empty(2, examples, device=clean.device)
@@ -132,7 +136,7 @@ class _DualDivergence(torch.autograd.Function):
         rows = max(1, min(block_of(examples, 64), 1024 // block))
         _dual_kernel[(-(-examples // rows),)](
             clean, perturbed, gold, losses, *gradients, examples, candidates, clean.stride(0), perturbed.stride(0),
-            ce_weight, reg_weight, KIND=_CODES[kind], FIXED=fixed, ROWS=rows, BLOCK=block,
+            ce_weight, reg_weight, least, KIND=_CODES[kind], FIXED=fixed, ROWS=rows, BLOCK=block,
         )  # fmt: skip
         ctx.save_for_backward(gradients)
         ctx.dtypes = clean.dtype, perturbed.dtype
@@ -146,4 +150,4 @@ class _DualDivergence(torch.autograd.Function):
             (grad * gradient).to(dtype) if needed else None
             for gradient, dtype, needed in zip(ctx.saved_tensors[0], ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         ]
-        return *found, None, None, None, None, None
+        return *found, None, None, None, None, None, None

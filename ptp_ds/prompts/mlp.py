@@ -11,6 +11,7 @@ The MLP is computed in fp32 and is needed in training alone: an adapter holds th
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,8 +29,38 @@ _LAYERS = {"soft": 3, "deep": 2}
 _ACTIVATION = {"soft": torch.relu, "deep": torch.tanh}
 
 
+class Reparametrised(ABC):
+    """What is trained in the place of a prompt [P, W], in rows of W. length: P. width: W."""
+
+    length: int
+    width: int
+
+    @property
+    @abstractmethod
+    def flat(self) -> Flat:
+        """The tensors that are trained, and their layout."""
+
+    @abstractmethod
+    def _start(self, initial_PW: Tensor, seed: int) -> dict[str, Tensor]:
+        """Those tensors, fp32 on the CPU, such that `prompt` gives the initial one, to the bit."""
+
+    @abstractmethod
+    def prompt(self, weight_RW: Tensor) -> Tensor:
+        """[P, W] in the weight's dtype, with its graph."""
+
+    def start(self, initial_PW: Tensor, seed: int) -> Tensor:
+        """[R, W] fp32 on the CPU: numbers whose prompt is the initial one. Rows behind its P stay as they are."""
+        initial_PW, beside = initial_PW.detach().float().cpu().split([self.length, initial_PW.shape[0] - self.length])
+        return torch.cat([self.flat.pack(self._start(initial_PW, seed)), beside])
+
+    def trained_of(self, weight_RW: Tensor) -> Tensor:
+        """All that is trained: the prompt [P, W], and the rows behind the layout's as they are."""
+        own, beside = weight_RW.split([self.flat.rows, weight_RW.shape[0] - self.flat.rows])
+        return torch.cat([self.prompt(own), beside])
+
+
 @dataclass(frozen=True)
-class PromptMlp:
+class PromptMlp(Reparametrised):
     """kind: soft or deep. length: P. width: W of the prompt, H or D. embedding: the MLP's inputs. hidden: its width."""
 
     kind: str
@@ -49,26 +80,17 @@ class PromptMlp:
             shapes |= {f"weight{layer}": (outer, inner), f"bias{layer}": (outer,)}
         return Flat(shapes, self.width)
 
-    def start(self, initial_PW: Tensor, seed: int) -> Tensor:
-        """[R, W] fp32 on the CPU: numbers whose prompt is the initial one. torch's own initialisation elsewhere.
-
-        Rows behind the prompt's P stay as they are.
-        """
-        initial_PW, beside = initial_PW.float().cpu().split([self.length, initial_PW.shape[0] - self.length])
+    def _start(self, initial_PW: Tensor, seed: int) -> dict[str, Tensor]:
+        """The base is the initial prompt, the last layer zero; torch's own initialisation elsewhere."""
         generator = make_generator(seed, "prompt mlp")
         tensors = {name: torch.zeros(shape) for name, shape in self.flat.shapes.items()}
-        tensors["base"] = initial_PW.detach().float().cpu()
+        tensors["base"] = initial_PW
         tensors["embedding"].normal_(generator=generator)
         for layer in range(_LAYERS[self.kind] - 1):
             bound = tensors[f"weight{layer}"].shape[1] ** -0.5
             tensors[f"weight{layer}"].uniform_(-bound, bound, generator=generator)
             tensors[f"bias{layer}"].uniform_(-bound, bound, generator=generator)
-        return torch.cat([self.flat.pack(tensors), beside])
-
-    def trained_of(self, weight_RW: Tensor) -> Tensor:
-        """All that is trained: the prompt [P, W], and the rows behind the MLP's as they are."""
-        own, beside = weight_RW.split([self.flat.rows, weight_RW.shape[0] - self.flat.rows])
-        return torch.cat([self.prompt(own), beside])
+        return tensors
 
     def prompt(self, weight_RW: Tensor) -> Tensor:
         """[P, W] in the weight's dtype, with its graph to all rows but base's."""

@@ -121,10 +121,14 @@ def divergence_of(
     movable = movable_tokens(model, batch) if movable is None else movable.to(ids.device).bool()
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "num_items_in_batch")}
     clean_NC, fixed = answers.scores(logits), settings.divergence_gradient == "clean_fixed"
+
+    def total_of(perturbed_NC: Tensor) -> Tensor:
+        return divergence_sum(settings.divergence, clean_NC, perturbed_NC, answers.gold, fixed, settings.min_confidence)
+
     if settings.perturbation == "mask":
         outputs = model(input_ids=masked_ids(ids, movable, numbers, settings, step), **rest)
         perturbed_NC = answers.scores(logits_of(outputs))
-        return divergence_sum(settings.divergence, clean_NC, perturbed_NC, answers.gold, fixed), logits.new_zeros(())
+        return total_of(perturbed_NC), logits.new_zeros(())
     embedding = embedding_of(model)
     embeds_BTH = embedding(ids).detach()
     width, places = embeds_BTH.shape[-1], batch_places(movable, numbers)
@@ -144,8 +148,7 @@ def divergence_of(
         delta_NH = climbed_delta(places, width, unit, settings, step, gradient)
     else:
         delta_NH = noisy_delta(places, width, unit, settings, step)
-    total = divergence_sum(settings.divergence, clean_NC, scores(delta_NH), answers.gold, fixed)
-    return total, example_norms(delta_NH, rows).mean()
+    return total_of(scores(delta_NH)), example_norms(delta_NH, rows).mean()
 
 
 def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Tensor | None = None) -> Answers:

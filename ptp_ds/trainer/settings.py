@@ -25,6 +25,7 @@ class PTPSettings:
     divergence_gradient: str = "clean_fixed"
     reg_weight: float = 1.0
     reg_warmup_steps: int = 0
+    min_confidence: float = 0.0
     units: str = "relative"
     sigma: float = 1.0
     epsilon: float = 0.1

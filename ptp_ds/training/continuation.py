@@ -14,6 +14,7 @@ from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
 from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
 
+_FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
 _LENGTHS = ("max_steps", "schedule_steps")  # may differ between a checkpoint and the run that goes on from it
 
 
@@ -46,13 +47,14 @@ class Continuation:
         if saved.get("max_steps") != identity["max_steps"]:
             changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
         end, now = saved.get("schedule_steps", saved.get("max_steps")), identity["schedule_steps"]
-        if end != now and identity["lr_schedule"] != "constant":
+        falling = [what for what, name in _FALLING.items() if identity[name] != "constant"]
+        if end != now and falling:
             # One that ended earlier would leave the new steps at a rate of 0.
             keeps = isinstance(end, int) and end >= identity["max_steps"]
             advice = f" (--schedule_steps {end} keeps the old)" if keeps else ""
             changes.append(
-                f"the learning rate's schedule ended at step {end} and ends at step {now} now: from step "
-                f"{self.checkpoint.step + 1} on the rate is another{advice}"
+                f"the schedule of {' and '.join(falling)} ended at step {end} and ends at step {now} now: from step "
+                f"{self.checkpoint.step + 1} on {'it is another' if len(falling) == 1 else 'they are others'}{advice}"
             )
         return changes
 
@@ -90,11 +92,11 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
 def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split]) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     names = (
-        "model", "head", "prompt", "prompt_length", "prompt_mlp", "perturbation", "divergence", "divergence_gradient",
-        "reg_weight",
-        "reg_warmup_steps", "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share",
-        "mask_token", "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule",
-        "max_grad_norm", "average", "max_steps", "seed", "holdout", "max_length",
+        "model", "head", "prompt", "prompt_length", "prompt_mlp", "prompt_residual", "perturbation", "divergence",
+        "divergence_gradient", "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "sigma", "epsilon",
+        "alpha", "ascent_steps", "norm", "units", "target", "mask_share", "mask_token", "batch_size",
+        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "average",
+        "max_steps", "seed", "holdout", "max_length",
     )  # fmt: skip
     attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()

@@ -32,7 +32,8 @@ class Meter:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._steps: set[int] = set()
-        self._sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self._sums = torch.zeros(7, dtype=torch.float64, device=ranks.device)
+        self._counts = False  # whether steps say how many rows' divergence counts
         self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
         self._shares: dict[str, list[float]] = {}
         self._clock = time.perf_counter()
@@ -51,10 +52,13 @@ class Meter:
         self._sums[:4] += torch.stack([part.detach().double() for part in parts])
         self._sums[4] += row.num_examples
         self._sums[5] += loss.tokens
+        if loss.counted is not None:
+            self._counts = True
+            self._sums[6] += loss.counted
         bad = ~torch.isfinite(loss.total) & (self._bad < 0)
         self._bad = torch.where(bad, step, self._bad)
 
-    def reduce(self, reg_weight: float) -> Window:
+    def reduce(self) -> Window:
         """The window's means over all ranks, and a fresh window; all ranks must call it."""
         bad = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
         first_bad = -int(self.ranks.max(-bad))
@@ -66,6 +70,8 @@ class Meter:
         rate = sums[5] / max(1, len(self._steps)) / seconds
         bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
         shares = self._reduced_shares()
+        if self._counts:
+            shares["confident_share"] = sums[6] / count
         self._steps.clear()
         self._sums = torch.zeros_like(self._sums)
         self.restart_clock()

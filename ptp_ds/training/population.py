@@ -120,7 +120,7 @@ class PopulationTrainer:
                 MemberStep(trainer.run, trainer.settings, one.noise, one.row, one.carried)
                 for one, trainer in zip(drawn, (self.members[number].trainer for number in alive), strict=True)
             ]
-            rows = [self.engine.rows[number] for number in alive]
+            rows = [self.engine.lengths[number] for number in alive]
             population = population_row(steps, rows, backbone.shares_passes).to(self.ranks.device)
             losses = population_loss(self._trained(alive), backbone, population, self._options(steps))
             self.engine.backward_sums([loss.total for loss in losses], [one.global_count for one in drawn])
@@ -141,7 +141,7 @@ class PopulationTrainer:
         trained = self.engine.trained()
         if len(alive) == len(self.members):
             return trained
-        parts = trained.split(self.engine.rows)
+        parts = trained.split(self.engine.lengths)
         return torch.cat([parts[number] for number in alive])
 
     def _options(self, steps: Sequence[MemberStep]) -> PassOptions:

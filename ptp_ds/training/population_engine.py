@@ -16,7 +16,8 @@ from ptp_ds.training.member_adamw import MemberAdamW, MemberRate
 
 
 class PopulationEngine(Engine):
-    """rows: those of each member's prompt, which lie one behind the other in the weight [their sum, W].
+    """rows: those of each member in the weight [their sum, W], one behind the other. lengths: those of its prompt,
+    which differ where a prompt is made from something else.
 
     A member whose gradient is not finite sends zeros instead, so that DeepSpeed's step, which would be left out for
     all, moves the others. A lone member is stepped by Engine's own optimizer, bit for bit; weight_decay and the
@@ -25,9 +26,10 @@ class PopulationEngine(Engine):
 
     def __init__(
         self, prompt: SoftPrompt, backbone: Backbone, resolved: ResolvedDeepSpeed, ranks: Ranks, rows: Sequence[int],
-        weight_decay: float = 0.0, average: float = 0.0,
+        weight_decay: float = 0.0, average: float = 0.0, lengths: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.rows, self._ranks = tuple(rows), ranks
+        self.lengths = tuple(rows if lengths is None else lengths)
         self._now: dict[str, Any] = {}  # what was gathered since the last step
         log, untested = logging.getLogger("DeepSpeed"), "untested optimizer"  # ours is tested, here
         log.addFilter(known := lambda record: untested not in record.getMessage())
@@ -52,7 +54,7 @@ class PopulationEngine(Engine):
         return self._adamw
 
     def trained(self) -> Tensor:
-        """[R, W] all members' prompts, with their graph."""
+        """[their sum, W] all members' prompts, with their graph."""
         trained = super().trained()
         if len(self.rows) > 1:
             trained.register_hook(self._finite)
@@ -60,7 +62,7 @@ class PopulationEngine(Engine):
 
     def _finite(self, grad_RW: Tensor) -> Tensor:
         """The gradient, zero for members where it is not finite."""
-        parts = grad_RW.split(self.rows)
+        parts = grad_RW.split(self.lengths)
         return torch.cat([torch.where(part.isfinite().all(), part, torch.zeros_like(part)) for part in parts])
 
     def backward_sums(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> None:
@@ -85,7 +87,7 @@ class PopulationEngine(Engine):
         return torch.tensor([self.grad_norm()]) if len(self.rows) == 1 else self._members.norms
 
     def prompt(self) -> Tensor:
-        """[R, W] all members' prompts; gathered once between two steps."""
+        """[their sum, W] all members' prompts; gathered once between two steps."""
         if "prompt" not in self._now:
             self._now["prompt"] = super().prompt()
         return self._now["prompt"]
@@ -115,20 +117,23 @@ class MemberEngine:
         self.population, self.number = engine, number
         self.backbone = engine.backbone
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.split(self.population.rows)[self.number] if tensor.dim() == 2 else tensor
+    def _own(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        return tensor.split(rows)[self.number].clone()
 
     def prompt(self) -> Tensor:
         """See Engine.prompt."""
-        return self._own(self.population.prompt()).clone()
+        return self._own(self.population.prompt(), self.population.lengths)
 
     def kept(self) -> Tensor:
         """See Engine.kept."""
-        return self._own(self.population.kept()).clone()
+        return self._own(self.population.kept(), self.population.lengths)
 
     def state(self) -> dict[str, Tensor]:
         """See Engine.state: what a lone run's checkpoint holds."""
-        return {name: self._own(tensor).clone() for name, tensor in self.population.state().items()}
+        return {
+            name: self._own(tensor, self.population.rows) if tensor.dim() == 2 else tensor.clone()
+            for name, tensor in self.population.state().items()
+        }
 
     def grad_norm(self) -> float:
         """See Engine.grad_norm."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import dual_divergence
-from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.objective import confident, cross_entropy_sum
 from ptp_ds.packing.forest import join_rows, parts
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
@@ -151,10 +151,11 @@ def _both(pair: tuple[Tensor, Tensor], member: MemberStep, delta_TH: Tensor | No
     run = member.run
     total, cross_entropy, divergence = dual_divergence(
         *pair, member.row.gold, run.divergence, reg_weight=reg_weight_at(run, member.noise.step),
-        clean_fixed=run.divergence_gradient == "clean_fixed", impl=run.kernels,
+        clean_fixed=run.divergence_gradient == "clean_fixed", min_confidence=run.min_confidence, impl=run.kernels,
     )  # fmt: skip
     moved = example_norm(delta_TH, member.row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
-    return StepLoss(total, cross_entropy, divergence, moved, tokens, delta_TH)
+    counted = confident(pair[0], run.min_confidence).sum() if run.min_confidence else None
+    return StepLoss(total, cross_entropy, divergence, moved, tokens, delta_TH, counted)
 
 
 def _found(

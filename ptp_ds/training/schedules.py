@@ -12,10 +12,21 @@ def learning_rate(run: RunConfig, step: int) -> float:
         return run.lr * (step + 1) / run.warmup_steps
     if run.lr_schedule == "constant":
         return run.lr
-    share = min(1.0, (step - run.warmup_steps) / max(1, run.schedule_end - run.warmup_steps))
-    return run.lr * (1 - share if run.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+    return run.lr * _left(run.lr_schedule, step - run.warmup_steps, run.schedule_end - run.warmup_steps)
 
 
 def reg_weight_at(run: RunConfig, step: int) -> float:
-    """lambda in optimizer step `step` (0-based): rises linearly over reg_warmup_steps."""
-    return run.reg_weight * min(1.0, (step + 1) / (run.reg_warmup_steps + 1))
+    """lambda in optimizer step `step` (0-based): rises linearly over reg_warmup_steps, then stays, or falls to 0 behind
+    the schedule's last step."""
+    if step < run.reg_warmup_steps:
+        return run.reg_weight * (step + 1) / (run.reg_warmup_steps + 1)
+    if run.reg_schedule == "constant":
+        return run.reg_weight
+    begin = run.reg_warmup_steps
+    return run.reg_weight * _left(run.reg_schedule, step - begin, run.schedule_end - begin)
+
+
+def _left(schedule: str, done: int, steps: int) -> float:
+    """What is left of the whole, behind `done` steps of a decay over `steps`."""
+    share = min(1.0, done / max(1, steps))
+    return 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))

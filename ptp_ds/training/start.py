@@ -12,7 +12,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import explain
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.perturb.units import unit_of, vanishes
-from ptp_ds.prompts import empty_prompt, initial_ids, prompt_mlp, prompt_width
+from ptp_ds.prompts import Reparametrised, empty_prompts, initial_ids, prompt_width, reparametrised
 from ptp_ds.prompts.deep import join_deep
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
@@ -71,18 +71,24 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     return backbone
 
 
+def made_from(prepared: Prepared) -> Reparametrised | None:
+    """What is trained in the place of the run's prompt, if anything."""
+    run = prepared.run
+    return reparametrised(run.prompt, run.prompt_length, prepared.source.config, run.prompt_mlp, run.prompt_residual)
+
+
 def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     """An engine around the backbone that holds the prompt's start or the checkpoint's state."""
     run, config = prepared.run, prepared.source.config
     backbone = open_backbone(prepared, ranks)
-    mlp = prompt_mlp(run.prompt, run.prompt_length, run.prompt_mlp, config)
+    made = made_from(prepared)
     beside = backbone.head.rows(prompt_width(run.prompt, config))
-    prompt = empty_prompt(run.prompt, run.prompt_length, config, mlp, beside)
+    prompt, _ = empty_prompts(run.prompt, config, [run.prompt_length], [made], beside)
     engine = Engine(prompt, backbone, prepared.resolved, ranks, run.weight_decay, run.average)
     checkpoint = prepared.continuation.checkpoint
     if checkpoint is None:
         start = initial_trained(prepared, backbone)
-        engine.set_prompt(start if mlp is None else mlp.start(start, run.seed))
+        engine.set_prompt(start if made is None else made.start(start, run.seed))
         return engine, Progress()
     engine.load_state(checkpoint.tensors)
     return engine, progress_from(checkpoint)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import dual_divergence
-from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.objective import confident, cross_entropy_sum
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ascent import ascend
@@ -20,7 +20,10 @@ from ptp_ds.training.schedules import reg_weight_at
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Sums over the row's examples, on the device. total carries the gradient; the rest is for the log."""
+    """Sums over the row's examples, on the device. total carries the gradient; the rest is for the log.
+
+    counted: examples whose divergence counts, where --min_confidence leaves some out.
+    """
 
     total: Tensor
     cross_entropy: Tensor
@@ -28,6 +31,7 @@ class StepLoss:
     delta_norm: Tensor
     tokens: int
     delta: Tensor | None = None
+    counted: Tensor | None = None
 
 
 def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSettings:
@@ -76,10 +80,11 @@ def ptp_loss(
     weight = reg_weight_at(run, noise.step)
     total, cross_entropy, divergence = dual_divergence(
         clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight,
-        clean_fixed=run.divergence_gradient == "clean_fixed", impl=run.kernels,
+        clean_fixed=run.divergence_gradient == "clean_fixed", min_confidence=run.min_confidence, impl=run.kernels,
     )  # fmt: skip
     delta_norm = example_norm(delta_TH, row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
-    return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH)
+    counted = confident(clean_BC, run.min_confidence).sum() if run.min_confidence else None
+    return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH, counted)
 
 
 def _ascent_scale(engine: Engine) -> float:

@@ -275,7 +275,7 @@ class Trainer:
 
     def log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
         """The values since the last logged step, to the monitor; NonFiniteLossError: see after_step."""
-        window = meter.reduce(self.run.reg_weight)
+        window = meter.reduce()
         if window.bad_step >= 0:
             raise NonFiniteLossError(
                 f"The loss is not finite at step {window.bad_step + 1}; nothing was saved after the last checkpoint. "

@@ -24,7 +24,7 @@ from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.files import write_json
 from ptp_ds.perturb import Noise
-from ptp_ds.prompts import empty_prompt
+from ptp_ds.prompts import empty_prompts
 from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
@@ -49,7 +49,7 @@ class Side:
 
 def open_side(count: int, prepared: Prepared, backbone: Backbone, ranks: Ranks) -> Side:
     run, config = prepared.run, prepared.source.config
-    weight = empty_prompt(run.prompt, count * run.prompt_length, config, None)
+    weight, _ = empty_prompts(run.prompt, config, [run.prompt_length] * count, [None] * count)
     if count == 1:
         engine = Engine(weight, backbone, prepared.resolved, ranks)
     else:
@@ -79,7 +79,7 @@ def take_step(side: Side, run: RunConfig, unit: float, step: int, tokens: int, r
         optimizer_step(side.engine, row, run, settings, Noise(0, step), 0.01, global_count=run.batch_size)
         return
     members = [MemberStep(run, settings, Noise(number, step), row) for number, row in enumerate(packed)]
-    population = population_row(members, side.engine.rows).to(ranks.device)
+    population = population_row(members, side.engine.lengths).to(ranks.device)
     with backbone.shards.outside_layers():
         losses = population_loss(side.engine.trained(), backbone, population)
         side.engine.backward_sums([loss.total for loss in losses], [run.batch_size] * side.count)

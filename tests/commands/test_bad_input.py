@@ -223,13 +223,13 @@ def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
     [
         (
             ["--max_steps", "30"],
-            ["--max_steps was 2 and is 30 now", "schedule ended at step 2 and ends at step 30 now"],
+            ["--max_steps was 2 and is 30 now", "learning rate ended at step 2 and ends at step 30 now"],
         ),
         (
             ["--max_steps", "30", "--schedule_steps", "2"],
             ["--max_steps was 2 and is 30 now", "--schedule_steps 2 ends before --max_steps 30"],
         ),
-        (["--schedule_steps", "9"], ["from step 2 on the rate is another (--schedule_steps 2 keeps the old)"]),
+        (["--schedule_steps", "9"], ["from step 2 on it is another (--schedule_steps 2 keeps the old)"]),
     ],
 )
 def test_a_resumed_run_may_be_longer_and_says_what_changes(base, saved, extra, said, capsys):

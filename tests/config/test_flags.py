@@ -192,6 +192,8 @@ def test_contradictions(settings, message):
                 "target",
                 "reg_weight",
                 "reg_warmup_steps",
+                "reg_schedule",
+                "min_confidence",
                 "divergence",
                 "divergence_gradient",
             },

@@ -93,6 +93,32 @@ def test_a_fixed_clean_stream_gets_the_cross_entropys_gradient_alone(case, kind,
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("clean_fixed", [False, True])
+def test_rows_that_are_not_confident_have_their_cross_entropy_alone(kind, clean_fixed, impl):
+    counts = COUNTS["ragged"]
+    clean, perturbed, gold = given(counts, torch.float32)
+    likeliest = clean.softmax(-1).amax(-1)
+    least = float((likeliest.sort().values[1] + likeliest.sort().values[2]) / 2)
+    kept = (likeliest >= least).tolist()
+    assert sum(kept) == 3
+    leaves = [x.clone().requires_grad_() for x in (clean, perturbed)]
+    exact = [x.double().requires_grad_() for x in (clean, perturbed)]
+    how = {"reg_weight": 0.7, "clean_fixed": clean_fixed, "min_confidence": least, "impl": impl}
+    found = dual_divergence(*leaves, gold, kind, **how)
+    ce = plain(*exact, gold, counts, kind)[0]
+    rows = [row for row, counted in enumerate(kept) if counted]
+    few = [counts[row] for row in rows]
+    divergence = plain(*(x[rows] for x in exact), gold[rows], few, kind, clean_fixed)[1]
+    assert_close(found.divergence, divergence, torch.float32, factor=4)
+    assert_close(found.total, ce + 0.7 * divergence, torch.float32, factor=4)
+    theirs = torch.autograd.grad(ce + 0.7 * divergence, exact)
+    present = clean != float("-inf")
+    for our, their in zip(torch.autograd.grad(found.total, leaves), theirs, strict=True):
+        assert_close(our[present], their[present], torch.float32, factor=4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["kl", "sym_kl", "js"])
 def test_equal_streams_have_no_divergence_and_no_gradient_of_it(kind, impl):
     clean, _, gold = given([3, 5, 2], torch.float32)

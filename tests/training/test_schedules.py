@@ -55,6 +55,16 @@ def test_lambda_is_constant_without_warm_up():
     assert [reg_weight_at(run, step) for step in (0, 1, 59)] == [2.5] * 3
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_lambda_falls_as_the_learning_rate_does(schedule):
+    """The same curve to the same end; behind a warm-up of its own it begins at the whole weight."""
+    run = RunConfig(reg_weight=0.8, reg_schedule=schedule, max_steps=12, schedule_steps=10)
+    same = {"lr_schedule": schedule, "warmup_steps": 0, "max_steps": 12, "schedule_steps": 10}
+    assert [reg_weight_at(run, step) for step in range(12)] == pytest.approx(rates(**same))
+    warmed = RunConfig(reg_weight=2.0, reg_warmup_steps=3, reg_schedule="linear", max_steps=7)
+    assert [reg_weight_at(warmed, step) for step in range(7)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.5, 1.0, 0.5])
+
+
 def test_lambda_rises_from_above_zero_to_its_weight():
     run = RunConfig(reg_weight=2.0, reg_warmup_steps=3)
     assert [reg_weight_at(run, step) for step in range(6)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
