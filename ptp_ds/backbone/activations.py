@@ -14,20 +14,25 @@ _SHARE = 0.5  # of the memory that is free at the start: kept activations may fi
 @dataclass(frozen=True)
 class Activations:
     """keep: every layer's graph stays until its backward. recompute: its input alone, L x T x H numbers in all, and one
-    chunk's graph at a time, for about 1.4 times the work. auto: keep while it fits.
+    chunk's graph at a time, for about 1.4 times the work. auto: keep what fits, the last layers first, since their
+    backward comes first and makes room for the others'.
 
     chunk_tokens: tokens that a layer handles at a time (whole rows, at least one). bytes_per_token: what keeping costs,
-    all layers together. budget_bytes: what it may cost.
+    all layers together; input_bytes: one layer's input alone. budget_bytes: what it may cost.
     """
 
     mode: str = "keep"
     chunk_tokens: int = 2048
     bytes_per_token: float = 0.0
+    input_bytes: float = 0.0
     budget_bytes: float = float("inf")
 
-    def recompute(self, tokens: int) -> bool:
-        """Whether a step over `tokens` tokens, prompt and both streams, recomputes."""
-        return self.mode == "recompute" or (self.mode == "auto" and tokens * self.bytes_per_token > self.budget_bytes)
+    def recomputed(self, tokens: int, layers: int) -> int:
+        """How many of `layers`, the first ones, are computed again in a step over `tokens` tokens, prompt and both
+        streams."""
+        if self.mode != "auto":
+            return layers if self.mode == "recompute" else 0
+        return layers - kept_layers(tokens, layers, self.bytes_per_token, self.input_bytes, self.budget_bytes)
 
     def describe(self) -> str:
         """One line for the run's start."""
@@ -36,8 +41,20 @@ class Activations:
         most = int(self.budget_bytes / self.bytes_per_token)
         return (
             f"keep up to {most} tokens a step ({self.bytes_per_token / 2**20:.2f} MiB each of "
-            f"{self.budget_bytes / 2**30:.1f} GiB), else recompute"
+            f"{self.budget_bytes / 2**30:.1f} GiB), else recompute layers until the rest fits"
         )
+
+
+def kept_layers(tokens: float, layers: int, bytes_per_token: float, input_bytes: float, budget: float) -> int:
+    """How many of `layers` can keep their activations within `budget` bytes; of the others the input is kept.
+
+    bytes_per_token: of all layers, kept; input_bytes: a layer's input.
+    """
+    if tokens * bytes_per_token <= budget:
+        return layers
+    more = tokens * (bytes_per_token / layers - input_bytes)  # what keeping one layer more costs
+    left = budget - tokens * layers * input_bytes
+    return max(0, min(layers - 1, int(left / more))) if more > 0 else 0
 
 
 class SavedBytes:

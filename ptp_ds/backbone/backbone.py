@@ -217,8 +217,8 @@ class Backbone(nn.Module):
             sections.insert(0, Section(prefix_chunk(source.lengths, embeds_TH.device), graph))
             inputs = torch.cat([self.pack(source.ids, trained), embeds_TH])
             positions = torch.cat([source.positions(positions.device), positions])
-        recompute = graph and self.activations.recompute(inputs.shape[0])
-        layer_pass = LayerPass(sections, {} if prefix is None else prefix, recompute, given=source.keys_values)
+        recomputed = self.activations.recomputed(inputs.shape[0], self.stack.count) if graph else 0
+        layer_pass = LayerPass(sections, {} if prefix is None else prefix, recomputed, given=source.keys_values)
         scores = row.scores(self.run(layer_pass, inputs, positions, trained, row.columns))
         if watch is not None:
             watch(layer_pass)

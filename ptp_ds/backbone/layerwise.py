@@ -7,7 +7,7 @@ and of the perturbed stream. Each layer is one autograd function over all of the
 - the prefix's keys and values are computed once and their gradient is summed over all rows of both streams;
 - a section passed before (the clean rows, when only the perturbation has changed) is not computed again: its
   outputs and its graph are taken from the first time;
-- a section keeps its graph, or only its input and computes the rest again in its backward ("recompute");
+- a layer keeps a section's graph, or only its input and computes the rest again in backward ("recompute");
 - the last layer computes queries and feed-forward at scored positions only, and nothing but keys for the prefix.
 """
 
@@ -80,7 +80,8 @@ def detached(pairs: Sequence[KeysValues]) -> list[KeysValues]:
 
 @dataclass(eq=False)
 class LayerPass:
-    """One pass of `sections`, in order, through all layers. live: sections whose outputs get a gradient.
+    """One pass of `sections`, in order, through all layers. recomputed: the first layers, which keep their inputs alone
+    and compute the rest again in backward. live: sections whose outputs get a gradient.
 
     prefix: the prefix's keys and values, detached; filled where the pass holds the prefix itself, or from `given`: keys
     and values that are inputs of the pass (a deep prompt), with the graph that their gradient goes back to; empty where
@@ -89,7 +90,7 @@ class LayerPass:
 
     sections: Sequence[Section]
     prefix: PrefixCache
-    recompute: bool = False
+    recomputed: int = 0
     live: Sequence[Section] | None = None
     given: PrefixCache | None = None
     head_input: HeadInput = "row"
@@ -254,7 +255,7 @@ class _LayerWork:
             for tensor in flat:
                 tensor.requires_grad_(section.graph and section.to_prefix)
             call = partial(self._call, section.chunk, span)
-            if section.graph and self.layer_pass.recompute:
+            if section.graph and self.number < self.layer_pass.recomputed:
                 output, *own = checkpoint(call, leaf, *flat, use_reentrant=False, preserve_rng_state=False)
             else:
                 output, *own = call(leaf, *flat)

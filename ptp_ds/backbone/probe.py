@@ -94,11 +94,18 @@ def packed_pass(
         delta = torch.zeros_like(inputs, requires_grad=True)
         scores = backbone.score(row, inputs + delta, trained, watch=passes.append)[0]
     tokens = sum(section.chunk.length for section in passes[-1].sections)
-    backbone.activations = replace(backbone.activations, bytes_per_token=saved.total / tokens)
+    backbone.activations = replace(
+        backbone.activations, bytes_per_token=saved.total / tokens, input_bytes=float(hidden_bytes(backbone))
+    )
     if backbone.packs and not any(passes[-1].attention_calls.values()):  # nothing below would say more than that
         return Found(scores.detach(), trained.detach(), []), set()
     to_prompt, to_delta = torch.autograd.grad(_weighed(scores, row), (trained, delta))
     return Found(scores.detach(), to_prompt, _by_context(to_delta, rows, row, examples)), seen
+
+
+def hidden_bytes(backbone: Backbone) -> int:
+    """Bytes of a token between two layers."""
+    return backbone.model.config.get_text_config().hidden_size * backbone.dtype.itemsize
 
 
 def scores_by_embeddings(backbone: Backbone, probe: Probe, row: PackedRow, jitter: float = 0.0) -> Tensor:

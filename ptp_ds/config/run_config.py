@@ -164,8 +164,8 @@ class RunConfig:
         None, "instead of --batch_size: rows are drawn until their tokens, both streams, fill this budget"
     )
     gradient_accumulation_steps: int = _optimisation(1, "micro-batches that one optimizer step is split into")
-    activations: str = _memory("auto", "keep layers' activations, compute them again in backward, or keep while they "
-                             "fit", ACTIVATIONS)  # fmt: skip
+    activations: str = _memory("auto", "keep layers' activations, compute them again in backward, or keep those of as "
+                             "many layers as fit", ACTIVATIONS)  # fmt: skip
     chunk_tokens: int = _memory(
         2048, "tokens that a layer handles at a time (whole rows): bounds memory under recompute"
     )

@@ -63,7 +63,8 @@ class SharedPass:
         if self._source.ids is not None:
             self._shared.insert(0, Section(prefix_chunk(self._source.lengths, clean_TH.device), graph=True))
         self._prefix: PrefixCache = {}
-        self._recompute = backbone.activations.recompute(self._source.length + 2 * row.num_tokens)
+        tokens = self._source.length + 2 * row.num_tokens
+        self._recomputed = backbone.activations.recomputed(tokens, backbone.stack.count)
         self._clean_BC: Tensor | None = None
         self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
 
@@ -143,6 +144,6 @@ class SharedPass:
         if sections[0].chunk.is_prefix:
             positions.insert(0, self._source.positions(inputs_NH.device))
         given = prefix.keys_values if prefix is not None else None
-        layer_pass = LayerPass(sections, self._prefix, self._recompute, live, given)
+        layer_pass = LayerPass(sections, self._prefix, self._recomputed, live, given)
         trained = self._trained if prompt else self._trained.detach()
         return self.backbone.run(layer_pass, inputs_NH, torch.cat(positions), trained, self._scored.columns)

@@ -17,11 +17,20 @@ from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.packed import divergence, make_prompt
 from tests.support.reference import FAMILIES, make_examples, make_model, plain_scores, relative_error, with_instruction
 
+
+class FirstLayer(Activations):
+    """As where one layer's activations fit."""
+
+    def recomputed(self, tokens, layers):
+        return layers - 1
+
+
 PATHS = {
     "keep": (Activations(), None),
     "recompute": (Activations("recompute"), None),
     "keep, micro-batches": (Activations(), 2),
     "recompute, small chunks": (Activations("recompute", chunk_tokens=12), None),
+    "recompute the first layer": (FirstLayer("auto"), None),
 }
 
 
