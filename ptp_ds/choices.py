@@ -13,4 +13,5 @@ PERTURBATIONS = (  # ptp_ds.perturb
     "none", "gaussian", "uniform", "mask", "mask+gaussian", "a2t", "a2t+gaussian", "pgd", "free",
 )  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # ptp_ds.precision
+SCHEDULES = ("auto", "breadth", "depth")  # ptp_ds.training.micro_batches
 UNITS = ("relative", "l2", "coordinate")  # ptp_ds.perturb.units

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Activations:
 
     chunk_tokens: tokens that a layer handles at a time (whole rows, at least one). bytes_per_token: what keeping costs,
     all layers together; input_bytes: one layer's input alone. budget_bytes: what it may cost.
+
+    schedule: see ptp_ds.training.micro_batches; most_tokens: those of a micro-batch, where it isn't breadth.
     """
 
     mode: str = "keep"
@@ -26,6 +28,8 @@ class Activations:
     bytes_per_token: float = 0.0
     input_bytes: float = 0.0
     budget_bytes: float = float("inf")
+    schedule: str = "breadth"
+    most_tokens: int | None = None
 
     def recomputed(self, tokens: int, layers: int) -> int:
         """How many of `layers`, the first ones, are computed again in a step over `tokens` tokens, prompt and both
@@ -34,14 +38,42 @@ class Activations:
             return layers if self.mode == "recompute" else 0
         return layers - kept_layers(tokens, layers, self.bytes_per_token, self.input_bytes, self.budget_bytes)
 
+    def parts(self, tokens: int, prefix: int, sections: int) -> int:
+        """Micro-batches that a step over `tokens` tokens, both streams, takes one after the other.
+
+        prefix: tokens that each of them begins with. sections: those that the user asked for, which breadth takes side
+        by side.
+        """
+        if self.schedule == "breadth":
+            return 1
+        needed, room = 1, self.most_tokens - prefix if self.most_tokens is not None else 0
+        if room > 0 and tokens > room:
+            needed = -(-tokens // room)
+        return max(needed, sections) if needed > 1 or self.schedule == "depth" else 1
+
+    def scheduled(self, wanted: str, resident: bool, fit: int, before: int | None = None) -> "Activations":
+        """The same with --schedule `wanted`. resident: whether each rank has all weights, so that no gather is made for
+        a micro-batch. fit: tokens whose activations fit on every rank; before: most_tokens of the run's first part.
+        """
+        if wanted == "breadth" or (wanted == "auto" and not resident):
+            return replace(self, schedule="breadth")
+        most = None
+        if self.mode == "auto" and self.bytes_per_token:
+            most = 1 << max(0, fit.bit_length() - 1)  # a power of two, which a little memory more or less leaves alone
+            most = before if before is not None and before <= most else most
+        return replace(self, schedule=wanted, most_tokens=most)
+
     def describe(self) -> str:
         """One line for the run's start."""
         if self.mode != "auto" or not self.bytes_per_token:
             return self.mode
         most = int(self.budget_bytes / self.bytes_per_token)
+        beyond = "recompute layers until the rest fits"
+        if self.most_tokens is not None:
+            beyond = f"micro-batches of up to {self.most_tokens}, one after the other (depth first)"
         return (
             f"keep up to {most} tokens a step ({self.bytes_per_token / 2**20:.2f} MiB each of "
-            f"{self.budget_bytes / 2**30:.1f} GiB), else recompute layers until the rest fits"
+            f"{self.budget_bytes / 2**30:.1f} GiB), else {beyond}"
         )
 
 

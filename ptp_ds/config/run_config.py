@@ -15,6 +15,7 @@ from ptp_ds.choices import (
     NORMS,
     PERTURBATIONS,
     PRECISIONS,
+    SCHEDULES,
     UNITS,
 )
 from ptp_ds.config.presets import PRESETS
@@ -166,6 +167,10 @@ class RunConfig:
     gradient_accumulation_steps: int = _optimisation(1, "micro-batches that one optimizer step is split into")
     activations: str = _memory("auto", "keep layers' activations, compute them again in backward, or keep those of as "
                              "many layers as fit", ACTIVATIONS)  # fmt: skip
+    schedule: str = _memory(
+        "auto", "breadth: all micro-batches through a layer before the next; depth: one micro-batch through all "
+        "layers; auto: depth where each rank has all weights and the activations of a step don't fit", SCHEDULES,
+    )  # fmt: skip
     chunk_tokens: int = _memory(
         2048, "tokens that a layer handles at a time (whole rows): bounds memory under recompute"
     )

@@ -46,13 +46,15 @@ class OtherFormatError(UserError):
 class Checkpoint:
     """step: optimizer steps done. tensors: Engine.state() and, once chosen, best_prompt. best: its scores or None.
 
-    identity: what must not change between save and resume (model, task, prompt, data, seed ...).
+    identity: what must not change between save and resume (model, task, prompt, data, seed ...). micro_tokens: those of
+    a micro-batch, where they go one after the other: sums are the same to the bit only in the same parts.
     """
 
     step: int
     tensors: dict[str, Tensor]
     best: dict[str, Any] | None
     identity: dict[str, Any]
+    micro_tokens: int | None = None
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -63,7 +65,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         save_file(tensors, folder / _STATE)
         meta = {
             "format": _FORMAT, "step": checkpoint.step, "best": checkpoint.best, "identity": checkpoint.identity,
-            "sha256": sha256_of(folder / _STATE),
+            "micro_tokens": checkpoint.micro_tokens, "sha256": sha256_of(folder / _STATE),
         }  # fmt: skip
         (folder / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -134,11 +136,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         error = OtherFormatError if later else UserError
         raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
-    if not _is_count(step) or not isinstance(identity, dict) or not (best is None or _is_best(best)):
+    micro_tokens = meta.get("micro_tokens")
+    fine = _is_count(step) and (micro_tokens is None or _is_count(micro_tokens))
+    if not fine or not isinstance(identity, dict) or not (best is None or _is_best(best)):
         raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
-    return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity)
+    return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity, micro_tokens)
 
 
 def _is_count(value: Any) -> bool:

@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ptp_ds.packing.row import PackedRow
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.step import StepLoss
+
+if TYPE_CHECKING:
+    from ptp_ds.training.step import StepLoss
 
 Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
 
@@ -42,15 +44,15 @@ class Meter:
         """Leaves evaluation and saving out of the next window's time."""
         self._clock = time.perf_counter()
 
-    def add(self, loss: StepLoss, row: PackedRow, step: int, shares: Shares) -> None:
-        """Adds one step's sums, without a host sync; shares: the same names on all ranks."""
+    def add(self, loss: "StepLoss", examples: int, step: int, shares: Shares) -> None:
+        """Adds one step's sums over `examples`, without a host sync; shares: the same names on all ranks."""
         self._steps.add(step)
         for name, pair in shares.items():
             held = self._shares.get(name, (0.0, 0.0))
             self._shares[name] = [total + part for total, part in zip(held, pair, strict=True)]
         parts = (loss.total, loss.cross_entropy, loss.divergence, loss.delta_norm)
         self._sums[:4] += torch.stack([part.detach().double() for part in parts])
-        self._sums[4] += row.num_examples
+        self._sums[4] += examples
         self._sums[5] += loss.tokens
         if loss.counted is not None:
             self._counts = True

@@ -1,7 +1,7 @@
 """The train loop of several prompts: each member's own Trainer says what it trains on and keeps its records."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,13 +19,14 @@ from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
 from ptp_ds.training.member_adamw import MemberRate
 from ptp_ds.training.meter import Meter
+from ptp_ds.training.micro_batches import Drawn, summed
 from ptp_ds.training.population_engine import MemberEngine, PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
-from ptp_ds.training.population_step import MemberStep, population_loss, population_row
+from ptp_ds.training.population_step import MemberStep, PopulationRow, population_loss, population_row
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.schedules import learning_rate
-from ptp_ds.training.step import carried_delta
-from ptp_ds.training.trainer import Carried, Drawn, NonFiniteLossError, Progress, Trainer
+from ptp_ds.training.step import StepLoss, carried_delta, loss_of_all
+from ptp_ds.training.trainer import Carried, NonFiniteLossError, Progress, Trainer
 
 log = get_logger(__name__)
 
@@ -115,27 +116,66 @@ class PopulationTrainer:
     def _step(self) -> None:
         alive, backbone = self.alive, self.engine.backbone
         with backbone.shards.outside_layers():  # once for attacks and the step
-            drawn = [self._drawn(self.members[number]) for number in alive]
-            steps = [
-                MemberStep(trainer.run, trainer.settings, one.noise, one.row, one.carried)
-                for one, trainer in zip(drawn, (self.members[number].trainer for number in alive), strict=True)
-            ]
-            rows = [self.engine.lengths[number] for number in alive]
-            population = population_row(steps, rows, backbone.shares_passes).to(self.ranks.device)
-            losses = population_loss(self._trained(alive), backbone, population, self._options(steps))
-            self.engine.backward_sums([loss.total for loss in losses], [one.global_count for one in drawn])
-        self.engine.step_members([self._rate(member) for member in self.members])
-        for number, loss, member_step, one in zip(alive, losses, population.members, drawn, strict=True):
-            member = self.members[number]
-            row, run, settings = member_step.row, member_step.run, member_step.settings
-            delta = carried_delta(loss, row, run, settings, backbone.dtype)
-            member.progress.carried = Carried(mine=delta) if delta is not None else None
-            member.meter.add(loss, row, member.progress.step, one.shares)
-            member.progress.step += 1
+            parts = self._parts(alive)
+            drawn = [self._drawn(self.members[number], parts) for number in alive]
+            rows = self._rows(alive, drawn, parts)
+            counts = [one.global_count for one in drawn]
 
-    def _drawn(self, member: Member) -> Drawn:
+            def loss_of(trained: Tensor, row: PopulationRow) -> tuple[Tensor, list[StepLoss]]:
+                losses = population_loss(trained, backbone, row, self._options(row.members, parts))
+                total = self.engine.joint([loss.total for loss in losses], counts)
+                return total, [replace(loss, total=loss.total.detach()) for loss in losses]
+
+            total, found = summed(self._trained(alive), rows, loss_of)
+            self.engine.backward_joint(total, counts)
+        self.engine.step_members([self._rate(member) for member in self.members])
+        for place, (number, one) in enumerate(zip(alive, drawn, strict=True)):
+            self._record(self.members[number], one, [losses[place] for losses in found],
+                         [row.members[place] for row in rows])  # fmt: skip
+
+    def _record(self, member: Member, drawn: Drawn, losses: Sequence[StepLoss], steps: Sequence[MemberStep]) -> None:
+        """A member's losses and the deltas that it carries on, of each of its rows."""
+        dtype = self.engine.backbone.dtype
+        delta = drawn.joined(
+            [
+                carried_delta(loss, step.row, step.run, step.settings, dtype)
+                for loss, step in zip(losses, steps, strict=True)
+            ]
+        )
+        member.progress.carried = Carried(mine=delta) if delta is not None else None
+        member.meter.add(loss_of_all(losses), drawn.examples, member.progress.step, drawn.shares)
+        member.progress.step += 1
+
+    def _parts(self, alive: Sequence[int]) -> int:
+        """Micro-batches that the step takes one after the other, each with rows of all members."""
+        activations = self.engine.backbone.activations
+        if activations.schedule == "breadth":
+            return 1
+        members = [self.members[number] for number in alive]
+        tokens, prefix = 0, 0
+        for member in members:
+            member.serve()
+            tokens += member.trainer.tokens(member.progress)
+            prefix += member.trainer.prefix
+        parts = activations.parts(tokens, prefix, members[0].trainer.run.gradient_accumulation_steps)
+        return min(parts, *(member.trainer.fewest(member.progress) for member in members))
+
+    def _rows(self, alive: Sequence[int], drawn: Sequence[Drawn], parts: int) -> list[PopulationRow]:
+        """A packed row of all members for each micro-batch, on the device."""
+        lengths, carried = [self.engine.lengths[number] for number in alive], [one.carried_parts() for one in drawn]
+        trainers, shares = [self.members[number].trainer for number in alive], self.engine.backbone.shares_passes
+        found = []
+        for part in range(parts):
+            steps = [
+                MemberStep(trainer.run, trainer.settings, one.noise, one.rows[part], deltas[part])
+                for trainer, one, deltas in zip(trainers, drawn, carried, strict=True)
+            ]
+            found.append(population_row(steps, lengths, shares).to(self.ranks.device))
+        return found
+
+    def _drawn(self, member: Member, parts: int) -> Drawn:
         member.serve()
-        return member.trainer.drawn(member.progress)
+        return member.trainer.drawn(member.progress, parts)
 
     def _trained(self, alive: Sequence[int]) -> Tensor:
         trained = self.engine.trained()
@@ -144,10 +184,10 @@ class PopulationTrainer:
         parts = trained.split(self.engine.lengths)
         return torch.cat([parts[number] for number in alive])
 
-    def _options(self, steps: Sequence[MemberStep]) -> PassOptions:
-        """Chunks of a micro-batch's share of all members' rows."""
-        examples = sum(step.row.num_examples for step in steps)
-        return PassOptions(max_rows=-(-examples // steps[0].run.gradient_accumulation_steps))
+    def _options(self, steps: Sequence[MemberStep], parts: int) -> PassOptions:
+        """Chunks of a micro-batch's share of all members' rows, where they go side by side."""
+        examples, sections = sum(step.row.num_examples for step in steps), steps[0].run.gradient_accumulation_steps
+        return PassOptions(max_rows=-(-examples // (sections if parts == 1 else 1)))
 
     def _rate(self, member: Member) -> MemberRate:
         run = member.trainer.run

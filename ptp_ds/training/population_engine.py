@@ -67,11 +67,18 @@ class PopulationEngine(Engine):
 
     def backward_sums(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> None:
         """backward_sum for each member: its rank's summed loss, and its examples of the step on all ranks."""
+        self.backward_joint(self.joint(loss_sums, global_counts), global_counts)
+
+    def joint(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> Tensor:
+        """One loss for all members, for backward_joint; a lone member's is its sum."""
         if len(self.rows) == 1:
-            self.backward_sum(loss_sums[0], global_counts[0])
-            return
+            return loss_sums[0]
         means = [loss / count for loss, count in zip(loss_sums, global_counts, strict=True)]
-        self.backward_sum(torch.stack(means).sum(), 1)
+        return torch.stack(means).sum()
+
+    def backward_joint(self, loss: Tensor, global_counts: Sequence[int]) -> None:
+        """Backward of `joint`."""
+        self.backward_sum(loss, global_counts[0] if len(self.rows) == 1 else 1)
 
     def step_members(self, rates: Sequence[MemberRate]) -> None:
         """Clips and updates each member's prompt; one whose rate is 0 stays as it is."""

@@ -57,6 +57,7 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     longest = run.prompt_length + prepared.examples.longest + prepared.rows.extra_tokens
     backbone, refused = checked_backbone(backbone, longest)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
+    backbone.activations = _scheduled(prepared, backbone, ranks)
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
     if backbone.shards.shared and ranks.world > 1:
@@ -69,6 +70,16 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
         explain_product(*place),
     )  # fmt: skip
     return backbone
+
+
+def _scheduled(prepared: Prepared, backbone: Backbone, ranks: Ranks) -> Activations:
+    """How micro-batches go through the layers, the same on all ranks; all ranks must call it."""
+    activations, checkpoint = backbone.activations, prepared.continuation.checkpoint
+    resident = backbone.shards.shared or not backbone.shards.sharded
+    fit = int(activations.budget_bytes / activations.bytes_per_token) if activations.bytes_per_token else 0
+    fit = -ranks.host_max(-fit)
+    before = checkpoint.micro_tokens if checkpoint is not None else None
+    return activations.scheduled(prepared.run.schedule, resident, fit, before)
 
 
 def made_from(prepared: Prepared) -> Reparametrised | None:

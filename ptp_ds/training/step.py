@@ -1,6 +1,7 @@
 """The train step: what is computed for one packed row, in the order of the formula in ptp_ds.objective."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ptp_ds.perturb.ascent import ascend
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import DEFAULT_PASS, PassOptions
 from ptp_ds.training.engine import Engine
+from ptp_ds.training.micro_batches import summed
 from ptp_ds.training.schedules import reg_weight_at
 
 
@@ -96,18 +98,51 @@ def optimizer_step(
     engine: Engine, row: PackedRow, run: RunConfig, settings: PerturbSettings, noise: Noise, lr: float,
     *, global_count: int, carried_TH: Tensor | None = None,
 ) -> tuple[StepLoss, Tensor | None]:  # fmt: skip
-    """One optimizer step on this rank's rows: forward, backward, update. Returns the loss and the delta to carry on.
+    """One optimizer step on this rank's examples: forward, backward, update. Returns (loss, delta to carry on).
 
-    `row` holds all micro-batches; global_count: examples of the step over all ranks. The backbone's embeddings and
-    head are gathered once, each layer once a pass.
+    `row` holds all of them; global_count: examples of the step over all ranks. The backbone's embeddings and head are
+    gathered once, each layer once a pass.
     """
+    loss, deltas = step_in_parts(engine, [row], [carried_TH], run, settings, noise, lr, global_count=global_count)
+    return loss, deltas[0]
+
+
+def step_in_parts(
+    engine: Engine, rows: Sequence[PackedRow], carried: Sequence[Tensor | None], run: RunConfig,
+    settings: PerturbSettings, noise: Noise, lr: float, *, global_count: int,
+) -> tuple[StepLoss, list[Tensor | None]]:  # fmt: skip
+    """optimizer_step on several rows, a micro-batch each, one after the other through all layers (micro_batches).
+
+    carried: each row's deltas of the step before. Returns the loss of all rows and each one's delta to carry on.
+    """
+    scale = engine.loss_scale()
+    sections = run.gradient_accumulation_steps if len(rows) == 1 else 1
+
+    def loss_of(trained: Tensor, part: tuple[PackedRow, Tensor | None]) -> tuple[Tensor, StepLoss]:
+        row, mine = part
+        options = PassOptions(-(-row.num_examples // sections), mine, _ascent_scale(engine))
+        loss = ptp_loss(trained, engine.backbone, row, run, settings, noise, options)
+        return loss.total, replace(loss, total=loss.total.detach())
+
     with engine.backbone.shards.outside_layers():
-        max_rows = -(-row.num_examples // run.gradient_accumulation_steps)
-        options = PassOptions(max_rows, carried_TH, _ascent_scale(engine))
-        loss = ptp_loss(engine.trained(), engine.backbone, row, run, settings, noise, options)
-        engine.backward_sum(loss.total, global_count)
+        total, losses = summed(engine.trained(), list(zip(rows, carried, strict=True)), loss_of, scale)
+        engine.backward_sum(total, global_count)
     engine.step(lr)
-    return loss, carried_delta(loss, row, run, settings, engine.backbone.dtype)
+    dtype = engine.backbone.dtype
+    deltas = [carried_delta(loss, row, run, settings, dtype) for loss, row in zip(losses, rows, strict=True)]
+    return loss_of_all(losses), deltas
+
+
+def loss_of_all(losses: Sequence[StepLoss]) -> StepLoss:
+    """The sums over several rows; deltas are left out."""
+    if len(losses) == 1:
+        return losses[0]
+    parts = [torch.stack([getattr(loss, name) for loss in losses]).sum()
+             for name in ("total", "cross_entropy", "divergence", "delta_norm")]  # fmt: skip
+    counts = [loss.counted for loss in losses if loss.counted is not None]
+    counted = torch.stack(counts).sum() if counts else None
+    total, cross_entropy, divergence, delta_norm = parts
+    return StepLoss(total, cross_entropy, divergence, delta_norm, sum(loss.tokens for loss in losses), counted=counted)
 
 
 def carried_delta(

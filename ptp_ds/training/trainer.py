@@ -31,9 +31,10 @@ from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, evaluate
 from ptp_ds.training.meter import Meter, Shares
+from ptp_ds.training.micro_batches import Drawn, dealt
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.schedules import learning_rate
-from ptp_ds.training.step import optimizer_step
+from ptp_ds.training.step import step_in_parts
 
 log = get_logger(__name__)
 
@@ -79,17 +80,6 @@ class Due:
     logs: bool
     evaluates: bool
     saves: bool
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """row: this rank's part of a batch, on the host. global_count: the batch's examples on all ranks."""
-
-    row: PackedRow
-    shares: Shares
-    noise: Noise
-    global_count: int
-    carried: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,21 +133,52 @@ class Trainer:
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
         with self.engine.backbone.shards.outside_layers():  # once for an attack and the step
-            drawn = self.drawn(progress)
-            row = drawn.row.to(self.ranks.device)
-            loss, delta = optimizer_step(
-                self.engine, row, self.run, self.settings, drawn.noise, learning_rate(self.run, step),
-                global_count=drawn.global_count, carried_TH=drawn.carried,
+            drawn = self.drawn(progress, self.parts(progress))
+            rows = [row.to(self.ranks.device) for row in drawn.rows]
+            loss, deltas = step_in_parts(
+                self.engine, rows, drawn.carried_parts(), self.run, self.settings, drawn.noise,
+                learning_rate(self.run, step), global_count=drawn.global_count,
             )  # fmt: skip
+        delta = drawn.joined(deltas)
         progress.carried = Carried(mine=delta) if delta is not None else None
-        meter.add(loss, row, step, drawn.shares)
+        meter.add(loss, drawn.examples, step, drawn.shares)
 
-    def drawn(self, progress: Progress) -> "Drawn":
-        """What this rank trains on in the step to come."""
-        batch, places = self._dealt(progress.step)
+    def tokens(self, progress: Progress) -> int:
+        """Packed tokens of the step to come, both streams, on the rank that has most; the same on all ranks."""
+        batch, hands = self._dealt(progress.step)
+        lengths = self._lengths(batch)
+        return self.run.streams * max(sum(lengths[place] for place in hand) for hand in hands)
+
+    def parts(self, progress: Progress) -> int:
+        """Micro-batches that the step to come takes one after the other; the same number on all ranks."""
+        activations, sections = self.engine.backbone.activations, self.run.gradient_accumulation_steps
+        if activations.schedule == "breadth":
+            return 1
+        return min(activations.parts(self.tokens(progress), self.prefix, sections), self.fewest(progress))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that each packed row begins with."""
+        return self.run.prompt_length + self._shared
+
+    def fewest(self, progress: Progress) -> int:
+        """Examples of the step to come on the rank that has fewest."""
+        return min(len(hand) for hand in self._dealt(progress.step)[1])
+
+    def drawn(self, progress: Progress, parts: int = 1) -> Drawn:
+        """What this rank trains on in the step to come, in so many micro-batches at most."""
+        batch, hands = self._dealt(progress.step)
+        mine = [batch[place] for place in hands[self.ranks.rank]]
+        lengths = self._lengths(mine)
         noise = Noise(self.run.seed, progress.step, self.run.kernels)
-        packed, shares = self._packed([batch[place] for place in places], noise)
-        return Drawn(packed, shares, noise, len(batch), self._carried(progress))
+        places, rows = dealt(lengths, parts), []
+        shares: Shares = {}
+        for part in places:
+            packed, told = self._packed([mine[place] for place in part], noise)
+            rows.append(packed)
+            shares = {name: (a + shares.get(name, (0, 0))[0], b + shares.get(name, (0, 0))[1])
+                      for name, (a, b) in told.items()}  # fmt: skip
+        return Drawn(tuple(rows), places, tuple(lengths), shares, noise, len(batch), self._carried(progress))
 
     def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
         """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
@@ -201,13 +222,15 @@ class Trainer:
         lengths = [run.streams * length for length in self._lengths(self.train_examples)]
         return BudgetOrder(lengths, run.tokens_per_step, self.ranks.world * run.gradient_accumulation_steps, run.seed)
 
-    def _dealt(self, step: int) -> tuple[list[Example], list[int]]:
-        """The global batch of optimizer step `step` and this rank's places in it, micro-batch by micro-batch."""
+    def _dealt(self, step: int) -> tuple[list[Example], list[list[int]]]:
+        """The global batch of optimizer step `step` and each rank's places in it, section by section."""
         batch = [self.train_examples[number] for number in self._order.batch(step // self.run.batch_repeats)]
         accumulate = self.run.gradient_accumulation_steps
         hands = deal_rows(self._lengths(batch), self.ranks.world * accumulate)
-        mine = hands[self.ranks.rank * accumulate : (self.ranks.rank + 1) * accumulate]
-        return batch, [place for hand in mine for place in hand]
+        return batch, [
+            [place for hand in hands[first : first + accumulate] for place in hand]
+            for first in range(0, len(hands), accumulate)
+        ]
 
     def _carried(self, progress: Progress) -> Tensor | None:
         """[T, H] this rank's carried deltas for the step to come; None at a batch's first use."""
@@ -215,9 +238,10 @@ class Trainer:
             return None
         if progress.carried.mine is None:
             assert progress.carried.whole is not None
-            batch, places = self._dealt(progress.step)
+            batch, hands = self._dealt(progress.step)
             parts = progress.carried.whole.split(self._lengths(batch))
-            progress.carried.mine = torch.cat([parts[place] for place in places]).to(self.ranks.device)
+            mine = [parts[place] for place in hands[self.ranks.rank]]
+            progress.carried.mine = torch.cat(mine).to(self.ranks.device)
         return progress.carried.mine
 
     def _whole_carried(self, progress: Progress) -> Tensor | None:
@@ -225,8 +249,8 @@ class Trainer:
         mine = self._carried(progress)
         if mine is None:
             return None
-        batch, places = self._dealt(progress.step)
-        lengths = self._lengths(batch)
+        batch, hands = self._dealt(progress.step)
+        places, lengths = hands[self.ranks.rank], self._lengths(batch)
         whole = mine.new_zeros(sum(lengths), mine.shape[1])
         parts = whole.split(lengths)
         for place, part in zip(places, mine.split([lengths[place] for place in places]), strict=True):
@@ -335,7 +359,8 @@ class Trainer:
                 "stale": progress.stale,
             }  # fmt: skip
         if self.ranks.is_main:
-            checkpoint = Checkpoint(progress.step, tensors, best, self.identity)
+            most = self.engine.backbone.activations.most_tokens
+            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, most)
             with output.writing():
                 save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
 

@@ -39,6 +39,16 @@ def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, tmp_path, perturba
     assert "failed: none" in done.stdout
 
 
+@pytest.mark.parametrize(("perturbation", "ranks"), [("free", 1), pytest.param("pgd", 2, marks=pytest.mark.slow)])
+def test_micro_batches_of_all_members_one_after_the_other(run_train, lively_model, tmp_path, perturbation, ranks):
+    """A lone run that takes them side by side is the reference."""
+    args = [*QUICK, "--model", lively_model, "--perturbation", perturbation, "--gradient_accumulation_steps", "2"]
+    depth = ["--schedule", "depth", "--seeds", "0", "5", "--output_dir", tmp_path / "all"]
+    check(run_train([*args, *depth], nproc=ranks))
+    check(run_train([*args, "--seed", "5", "--output_dir", tmp_path / "alone"], nproc=ranks))
+    require_same(tmp_path / "all" / "members" / "seed-5", tmp_path / "alone")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("perturbation", ["mask", "a2t", "free"])
 def test_seeds_at_once_equal_lone_runs_on_two_ranks(run_train, lively_model, tmp_path, perturbation):

@@ -23,7 +23,7 @@ from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import start_processes, stop_processes
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
-from ptp_ds.training.step import optimizer_step, settings_of
+from ptp_ds.training.step import settings_of, step_in_parts
 
 # Nothing stays gathered for its own sake: DeepSpeed's defaults would hide what is counted here.
 STRICT = {
@@ -50,7 +50,7 @@ def packed(engine: Engine, examples: list[Example], run: RunConfig) -> PackedRow
     )
 
 
-def main(perturbation: str, activations: str, folder: Path) -> None:
+def main(perturbation: str, activations: str, folder: Path, parts: int) -> None:
     ranks = start_processes()
     file = folder / f"strict-{ranks.rank}.json"
     file.write_text(json.dumps({"zero_optimization": STRICT}))
@@ -90,8 +90,11 @@ def main(perturbation: str, activations: str, folder: Path) -> None:
             examples = [replace(example, attackable=[False] * len(example.context_ids)) for example in examples]
         backbone.shards.traffic.reset()
         with backbone.shards.outside_layers():
-            row = packed(engine, examples, run)
-            optimizer_step(engine, row, run, settings_of(run, 1.0), Noise(0, step), 0.01, global_count=run.batch_size)
+            rows = [packed(engine, examples[part::parts], run) for part in range(parts)]
+            step_in_parts(
+                engine, rows, [None] * parts, run, settings_of(run, 1.0), Noise(0, step), 0.01,
+                global_count=run.batch_size,
+            )  # fmt: skip
         fetched.append(engine.grad_norm())
         gathers.append(backbone.shards.traffic.gathers)
     kept, whole = engine.sharded_elements()
@@ -109,4 +112,4 @@ def main(perturbation: str, activations: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))

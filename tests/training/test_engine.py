@@ -72,12 +72,13 @@ def test_a_token_budget_gives_the_same_steps_on_any_number_of_ranks(run_train, t
 
 @pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.slow)])
 def test_many_steps_give_the_same_losses(run_train, tiny_model, tmp_path, steps):
-    """keep and recompute, 1 and 2 ranks, 1 and 4 micro-batches, small chunks: one curve."""
+    """keep and recompute, 1 and 2 ranks, micro-batches of both schedules, small chunks: one curve."""
     settings = {
         "keep": (1, ["--activations", "keep"]),
         "recompute": (1, ["--activations", "recompute", "--chunk_tokens", "100"]),
         "two ranks": (2, ["--activations", "recompute"]),
         "micro-batches": (1, ["--activations", "keep", "--gradient_accumulation_steps", "4"]),
+        "depth": (2, ["--schedule", "depth", "--gradient_accumulation_steps", "2"]),
     }
     curves = {}
     for name, (nproc, extra) in settings.items():
@@ -100,22 +101,24 @@ def test_many_steps_give_the_same_losses(run_train, tiny_model, tmp_path, steps)
 
 
 @pytest.mark.parametrize(
-    ("perturbation", "activations", "passes"),
+    ("perturbation", "activations", "parts", "passes"),
     [
-        pytest.param("gaussian", "keep", 1, marks=pytest.mark.slow),
-        pytest.param("pgd", "keep", 3, marks=pytest.mark.slow),
-        ("pgd", "recompute", 3),
-        pytest.param("a2t", "keep", 3, marks=pytest.mark.slow),
+        pytest.param("gaussian", "keep", 1, 1, marks=pytest.mark.slow),
+        pytest.param("pgd", "keep", 1, 3, marks=pytest.mark.slow),
+        ("pgd", "recompute", 1, 3),
+        pytest.param("pgd", "keep", 2, 6, marks=pytest.mark.slow),
+        pytest.param("a2t", "keep", 1, 3, marks=pytest.mark.slow),
     ],
 )
-def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, activations, passes):
+def test_zero3_keeps_half_and_gathers_little(tmp_path, perturbation, activations, parts, passes):
     """2 ranks, 4 micro-batches, 8 layers: a layer is gathered twice a pass, K + 1 passes; never more than 2 at once.
 
+    parts: of the row, one after the other through all layers, each with passes of its own.
     a2t: one pass for the gradient, the step's, and two of a forward alone, over the prefix and over the texts.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(SUPPORT / "sharding_worker.py"), perturbation, activations, str(tmp_path),
+        str(SUPPORT / "sharding_worker.py"), perturbation, activations, str(tmp_path), str(parts),
     ]  # fmt: skip
     done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
