@@ -13,8 +13,8 @@ from ptp_ds.config.population import is_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json
-from ptp_ds.planning.plan import Cluster
 from ptp_ds.planning.report import report
+from ptp_ds.planning.work import Cluster
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import get_logger
 

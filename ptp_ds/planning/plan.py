@@ -6,80 +6,14 @@ those that ptp_ds.backbone.sharding counts, exactly. Seconds are a roofline: the
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ptp_ds.backbone.shapes import ModelShape, Shape, elements
-from ptp_ds.config.run_config import RunConfig
-from ptp_ds.errors import UserError
+from ptp_ds.planning.way import KEEP, Way, activation_bytes, way_that_fits
+from ptp_ds.planning.work import Cluster, Layout, Load
 
 BOUNDS = ("compute", "interconnect", "memory", "offload")
-# Tensors [N, H] alive at once beside the layers', as measured on small models: with kept layers, at the ends of a step
-# that recomputes, and while it works on a chunk. (kind of step, whether norms copy to fp32) -> the three.
-_ROWS = {
-    ("none", False): (8.0, 3.9, 3.9), ("noise", False): (8.5, 5.9, 4.3), ("ascent", False): (10.0, 8.7, 7.3),
-    ("none", True): (16.2, 14.0, 6.1), ("noise", True): (17.1, 14.9, 7.0), ("ascent", True): (19.0, 17.9, 10.0),
-}  # fmt: skip
 _SHARE = 0.5  # of the free memory: what ptp_ds.backbone.activations lets kept activations fill
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """hosts of `gpus` ranks each. gpu_memory: bytes a rank may use. Rates are in bytes a second: interconnect into a
-    host from the others, local into a GPU from its own host's, memory of a GPU, link from a host's memory to a GPU,
-    disk of a host; operations: floating-point operations a second that a GPU's matrix products reach.
-    """
-
-    hosts: int
-    gpus: int
-    gpu_memory: float
-    interconnect: float
-    local: float
-    memory: float
-    link: float
-    disk: float
-    operations: float
-    cuda: bool = True
-
-    @property
-    def world(self) -> int:
-        """Ranks of the run."""
-        return self.hosts * self.gpus
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a ds_config keeps the weights. hpz: ranks that gather among themselves, 0 for all. int8: whether layers'
-    matrices are sent so. offload: none, cpu or nvme."""
-
-    name: str
-    stage: int
-    hpz: int = 0
-    int8: bool = False
-    offload: str = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a step works on. size: bytes of a number. passes: through the layers with gradient, over `streams` streams
-    or one. gathers: of each layer. tokens: packed tokens of a step over all ranks and streams; prefix: a soft prompt's
-    tokens in front of them, on each rank. kind: none, noise or ascent, for the tensors beside the layers' (_ROWS).
-    """
-
-    size: int
-    streams: int
-    passes: float
-    gathers: int
-    tokens: int
-    prefix: int
-    prompt_elements: int
-    chunk_tokens: int
-    kind: str
-
-    def row(self, world: int) -> int:
-        """Tokens of a rank's longest pass: its share of both streams, and the prompt."""
-        return -(-self.tokens // world) + self.prefix
 
 
 @dataclass(frozen=True)
@@ -102,11 +36,11 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One ds_config's plan. memory: with activations as `mode` says; activations: bytes of either mode. between_hosts:
+    """One ds_config's plan. memory: with activations as `way` says; activations: bytes of either mode. between_hosts:
     bytes into a host a step. most_tokens: largest --tokens_per_step that fits, 0 for none, of either mode."""
 
     layout: Layout
-    mode: str
+    way: Way
     memory: Memory
     activations: dict[str, float]
     fits: bool
@@ -126,44 +60,6 @@ class Estimate:
     def bound(self) -> str:
         """The slowest part's name."""
         return max(BOUNDS, key=lambda name: self.seconds[name])
-
-
-def layout_of(name: str, raw: Mapping[str, Any], cluster: Cluster) -> Layout:
-    """What a ds_config, as read, does on this cluster."""
-    zero = raw["zero_optimization"]
-    hpz = zero.get("zero_hpz_partition_size", 1)
-    hpz = cluster.gpus if hpz == "auto" else int(hpz)
-    offload = zero.get("offload_param", {}).get("device", "none")
-    return Layout(name, int(zero["stage"]), hpz if hpz > 1 else 0, bool(zero.get("zero_quantized_weights")), offload)
-
-
-def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: bool = False) -> Load:
-    """A step of this run. in_rows: whether every row holds the prompt (encoders, --target prompt), among its tokens.
-
-    Raises ValueError for a perturbation of the user's own: how often it passes through the layers isn't known.
-    """
-    known = {"none": (1.0, 1), "pgd": (run.ascent_steps + 2.0, run.ascent_steps + 1), "a2t": (4.0, 3)}
-    perturbation, name = run.active_perturbation, run.perturbation if run.perturbs else "none"
-    if name.endswith(".py"):
-        raise UserError(f"--perturbation {name}: can't be planned for; take a built-in one that works alike.")
-    passes, visits = known.get(
-        "a2t" if perturbation is not None and perturbation.attack is not None else name, (2.0, 1)
-    )
-    shallow = run.prompt == "soft"
-    width = shape.width if shallow else 2 * shape.count * shape.keys
-    return Load(
-        size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
-        prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
-        chunk_tokens=run.chunk_tokens, kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
-    )  # fmt: skip
-
-
-def population_load(loads: Sequence[Load]) -> Load:
-    """A step of several prompts, from each one's own: they share its gathers, and every rank holds all prompts."""
-    return replace(
-        loads[0], tokens=sum(load.tokens for load in loads), prefix=sum(load.prefix for load in loads),
-        prompt_elements=sum(load.prompt_elements for load in loads),
-    )  # fmt: skip
 
 
 def shard_elements(shapes: list[Shape], ranks: int) -> int:
@@ -203,38 +99,6 @@ def between_hosts(gathered: int, layout: Layout, cluster: Cluster) -> float:
     return gathered * (cluster.world - 1) / cluster.world
 
 
-def layer_bytes(shape: ModelShape, size: int, cuda: bool) -> float:
-    """Bytes that one layer keeps for backward, a token.
-
-    Its input and the sum behind attention (2 H), attention's q, k, v and output, and what the feed-forward keeps; no
-    product keeps its input. In half precision RMS norms keep fp32 copies and a gate its activation; fp32 has
-    ptp_ds.backbone.frozen_ops. On a CPU each query head has keys and values of its own.
-    """
-    half = size == 2
-    stream = 2.0 * shape.width * size
-    if half and shape.rms:
-        stream = shape.width * size + 2.0 * shape.width * 4
-    attention = 2 * shape.queries + 2 * (shape.keys if cuda else shape.queries)
-    forward = (3 if half else 2) * shape.inner if shape.gated else shape.inner
-    return stream + (attention + forward) * size + 4 * shape.heads + 8
-
-
-def activation_bytes(shape: ModelShape, load: Load, mode: str, world: int, cuda: bool = True) -> float:
-    """Most bytes of a step beside weights on one rank, for keep or recompute.
-
-    keep: every layer's (layer_bytes) but the last one's, which works at scored positions alone. recompute: every
-    layer's input, and one chunk's graph with its gradients. Both: a few tensors of the row's inputs and outputs.
-    """
-    tokens, hidden = load.row(world), shape.width * load.size
-    per_layer = layer_bytes(shape, load.size, cuda)
-    kept, whole, working = _ROWS[load.kind, load.size == 2 and shape.rms]
-    if mode == "keep":
-        return tokens * ((shape.count - 1) * per_layer + kept * hidden)
-    inner = (2 if shape.gated else 1) * shape.inner * load.size  # gradients of what a chunk's feed-forward keeps
-    chunk = min(tokens, load.chunk_tokens) * (per_layer - 2 * hidden + inner)
-    return tokens * shape.count * hidden + max(tokens * whole * hidden, tokens * working * hidden + chunk)
-
-
 def weights_memory(shape: ModelShape, load: Load, layout: Layout, world: int) -> tuple[float, float, float]:
     """(shards on the device, gathered at most, shards in the host's memory), bytes of one rank."""
     size, everything = load.size, shape.parameters
@@ -257,38 +121,48 @@ def weights_memory(shape: ModelShape, load: Load, layout: Layout, world: int) ->
     return 0.0, gathered, float(buffers * max(-(-elements([one]) // world) for one in everything) * size)
 
 
-def memory_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, mode: str) -> Memory:
+def memory_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, way: Way) -> Memory:
     """Bytes of one rank in a step; see Memory."""
     world = cluster.world
     shards, gathered, host = weights_memory(shape, load, layout, world)
-    activations = activation_bytes(shape, load, mode, world, cluster.cuda)
+    activations = activation_bytes(shape, load, way, world, cluster.cuda)
     whole, part = load.prompt_elements, -(-load.prompt_elements // world)
     prompt = whole * (2 * load.size + 4) + 3.0 * 4 * part  # a copy, its gradients; the master and two moments in parts
     return Memory(shards, gathered, activations, prompt, host)
 
 
-def operations_of(shape: ModelShape, load: Load, mode: str, world: int) -> float:
+def operations_of(shape: ModelShape, load: Load, way: Way, world: int) -> float:
     """Floating-point operations of one rank's step: 4 N a token and pass, 6 where the forward is computed again."""
     stream = load.tokens / world / load.streams
-    return (4.0 if mode == "keep" else 6.0) * shape.matrix_elements * (load.passes * stream + load.prefix)
+    times = 4.0 + 2.0 * way.recomputed / shape.count
+    return times * shape.matrix_elements * (load.passes * stream + way.parts * load.prefix)
 
 
-def mode_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str) -> str:
-    """keep or recompute; auto as backbone.activations decides: kept ones may fill half of what the weights leave."""
+def way_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str, schedule: str = "auto") -> Way:
+    """How the run goes with --activations `wanted`: auto as backbone.activations decides, kept ones may fill half of
+    what the weights leave."""
     if wanted != "auto":
-        return wanted
+        return KEEP if wanted == "keep" else Way(shape.count)
     shards, _, _ = weights_memory(shape, load, layout, cluster.world)
-    kept = activation_bytes(shape, load, "keep", cluster.world, cluster.cuda)
-    fits = memory_of(shape, load, layout, cluster, "keep").total <= cluster.gpu_memory
-    return "keep" if fits and kept <= _SHARE * (cluster.gpu_memory - shards) else "recompute"
+    kept = activation_bytes(shape, load, KEEP, cluster.world, cluster.cuda)
+    fits = memory_of(shape, load, layout, cluster, KEEP).total <= cluster.gpu_memory
+    room = _SHARE * (cluster.gpu_memory - shards)
+    if fits and kept <= room:
+        return KEEP
+    return way_that_fits(shape, load, cluster.world, room, is_resident(layout, cluster), schedule, cluster.cuda)
 
 
-def most_tokens(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, mode: str) -> int:
+def is_resident(layout: Layout, cluster: Cluster) -> bool:
+    """Whether each rank has all weights."""
+    return layout.stage != 3 or (cluster.world == 1 and layout.offload == "none")
+
+
+def most_tokens(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, way: Way) -> int:
     """The largest --tokens_per_step whose step fits into a rank's memory; 0 where none does."""
 
     def fits(share: int) -> bool:
         larger = replace(load, tokens=share * cluster.world)
-        return memory_of(shape, larger, layout, cluster, mode).total <= cluster.gpu_memory
+        return memory_of(shape, larger, layout, cluster, way).total <= cluster.gpu_memory
 
     if not fits(1):
         return 0
@@ -302,7 +176,7 @@ def most_tokens(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster,
 
 
 def seconds_of(
-    shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, mode: str, gathered: int
+    shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, way: Way, gathered: int
 ) -> dict[str, float]:
     """Seconds a step of each part, were it alone; gathers, products and copies go on side by side."""
     world = cluster.world
@@ -310,30 +184,33 @@ def seconds_of(
     interconnect = between_hosts(gathered, layout, cluster) / cluster.interconnect
     if local > 1:
         interconnect = max(interconnect, gathered * (local - 1) / local / cluster.local)
-    again = 1 + (mode == "recompute")
-    touched = 3.0 * gathered + 2 * again * activation_bytes(shape, load, "keep", world, cluster.cuda)
-    weights = load.gathers * shape.layer_elements * load.size  # read by the products
+    again = 1 + way.recomputed / shape.count
+    touched = 3.0 * gathered + 2 * again * activation_bytes(shape, load, KEEP, world, cluster.cuda)
+    weights = way.parts * load.gathers * shape.layer_elements * load.size  # read by the products
     copied = gathered / world / cluster.link if layout.offload != "none" else 0.0
     if layout.offload == "nvme":
         copied = max(copied, gathered / cluster.hosts / cluster.disk)
     return {
-        "compute": operations_of(shape, load, mode, world) / cluster.operations,
+        "compute": operations_of(shape, load, way, world) / cluster.operations,
         "interconnect": interconnect, "memory": (touched + weights) / cluster.memory, "offload": copied,
     }  # fmt: skip
 
 
-def estimate(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str = "auto") -> Estimate:
-    """The plan of one ds_config. wanted: --activations."""
-    mode = mode_of(shape, load, layout, cluster, wanted)
-    either = {way: memory_of(shape, load, layout, cluster, way) for way in ("keep", "recompute")}
-    memory, gathered = either[mode], gathered_bytes(shape, load, layout)
+def estimate(
+    shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str = "auto", schedule: str = "auto"
+) -> Estimate:
+    """The plan of one ds_config. wanted: --activations; schedule: --schedule."""
+    way, ends = way_of(shape, load, layout, cluster, wanted, schedule), {"keep": KEEP, "recompute": Way(shape.count)}
+    either = {name: memory_of(shape, load, layout, cluster, end) for name, end in ends.items()}
+    memory = memory_of(shape, load, layout, cluster, way)
+    gathered = gathered_bytes(shape, replace(load, gathers=way.parts * load.gathers), layout)
     return Estimate(
-        layout=layout, mode=mode, memory=memory, activations={way: one.activations for way, one in either.items()},
+        layout=layout, way=way, memory=memory, activations={name: one.activations for name, one in either.items()},
         fits=memory.total <= cluster.gpu_memory, gathered_bytes=gathered,
         reduced_bytes=reduced_bytes(load, cluster.world), between_hosts=between_hosts(gathered, layout, cluster),
-        operations=operations_of(shape, load, mode, cluster.world),
-        seconds=seconds_of(shape, load, layout, cluster, mode, gathered),
-        most_tokens={way: most_tokens(shape, load, layout, cluster, way) for way in either},
+        operations=operations_of(shape, load, way, cluster.world),
+        seconds=seconds_of(shape, load, layout, cluster, way, gathered),
+        most_tokens={name: most_tokens(shape, load, layout, cluster, end) for name, end in ends.items()},
     )  # fmt: skip
 
 

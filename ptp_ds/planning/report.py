@@ -11,7 +11,9 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import head_kind
 from ptp_ds.models.source import load_tokenizer
-from ptp_ds.planning.plan import Cluster, Estimate, Load, estimate, layout_of, load_of, population_load, recommended
+from ptp_ds.planning.plan import Estimate, estimate, recommended
+from ptp_ds.planning.way import KEEP
+from ptp_ds.planning.work import Cluster, Load, layout_of, load_of, population_load
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
 
@@ -63,23 +65,24 @@ def plans(
     found = []
     for name in CONFIGS:
         layout = layout_of(name, read_ds_config(f"ds_configs/{name}.json"), cluster)
-        found.append(estimate(shape, load, layout, cluster, run.activations))
+        found.append(estimate(shape, load, layout, cluster, run.activations, run.schedule))
     return shape, load, source, found
 
 
-def _table(found: list[Estimate]) -> list[str]:
+def _table(found: list[Estimate], layers: int) -> list[str]:
     """A line for each ds_config below the columns' names; all: with the activations that the run would take."""
     names = ("weights", "gathered", "keep", "recompute", "all")
     head = f"{'':16s}" + "".join(f"{name:>10s}" for name in names) + " fits"
-    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':11s}{'most tokens':>12s}"
+    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':16s}{'most tokens':>12s}"
     lines = [f"{'':16s}{'GiB a rank':>50s}{'':5s}{'GB a step':>20s}", head]
     for one in found:
+        most = one.most_tokens["keep" if one.way == KEEP else "recompute"]
         memory, kept = one.memory, one.activations
         sizes = (memory.shards, memory.gathered, kept["keep"], kept["recompute"], memory.total)
         line = f"{one.layout.name:16s}" + "".join(f"{size / _GIB:10.2f}" for size in sizes)
         line += f" {'yes' if one.fits else 'no':4s}"
         line += "".join(f"{size / _GB:10.1f}" for size in (one.gathered_bytes, one.between_hosts))
-        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.mode:11s}{one.most_tokens[one.mode]:12d}"
+        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.way.describe(layers):16s}{most:12d}"
         lines.append(line)
     return lines
 
@@ -96,7 +99,7 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 
         f"{run.perturbation}, prompt {run.prompt} {run.prompt_length}; {load.tokens} tokens a step, {load.streams} "
         f"stream(s) ({source}{f', for each of {members} prompts' if members > 1 else ''})",
         "",
-        *_table(found),
+        *_table(found, shape.count),
     ]
     host = {one.layout.name: one.memory.host * cluster.gpus / _GIB for one in found if one.memory.host}
     lines += ["", "host memory, GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in host.items())]
@@ -122,6 +125,10 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 
         "model": run.model, "members": members, "elements": shape.elements, "cluster": asdict(cluster),
         "load": asdict(load),
         "recommended": best.layout.name if best else None,
-        "plans": [asdict(one) | {"step_seconds": one.step_seconds, "bound": one.bound} for one in found],
+        "plans": [
+            asdict(one)
+            | {"step_seconds": one.step_seconds, "bound": one.bound, "mode": one.way.describe(shape.count)}
+            for one in found
+        ],
     }  # fmt: skip
     return "\n".join(lines), data

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
@@ -11,14 +12,10 @@ from ptp_ds.commands.plan import main, parse_plan
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.source import load_config
 from ptp_ds.planning.plan import (
-    Cluster,
-    Layout,
     between_hosts,
     estimate,
     gathered_bytes,
     held_elements,
-    layout_of,
-    load_of,
     memory_of,
     most_tokens,
     operations_of,
@@ -27,6 +24,8 @@ from ptp_ds.planning.plan import (
     shard_elements,
 )
 from ptp_ds.planning.report import plans
+from ptp_ds.planning.way import KEEP, Way
+from ptp_ds.planning.work import Cluster, Layout, layout_of, load_of
 from tests.support.paths import ROOT
 from tests.support.plan_ranks import MODEL, SMALL, run_scenarios
 
@@ -50,6 +49,9 @@ SCENARIOS = [
     {**BASE, "name": "keep4", "world": 4, "rows": 2, "perturbation": "gaussian", "activations": "keep"},
     {**BASE, "name": "hpz4", "world": 4, "rows": 2, "perturbation": "gaussian", "activations": "keep", "zero": HPZ,
      "host_ranks": 2},
+    {**BASE, "name": "parts1", "world": 1, "rows": 8, "perturbation": "gaussian", "activations": "keep", "parts": 4},
+    {**BASE, "name": "again1", "world": 1, "rows": 8, "perturbation": "gaussian", "activations": "auto",
+     "recomputed": 2},
 ]  # fmt: skip
 LONG = [
     {**BASE, "name": f"{perturbation}-{mode}-{world}", "world": world, "perturbation": perturbation,
@@ -68,6 +70,13 @@ def cluster_of(hosts: int = 8, gpus: int = 8, memory: float = 72 * 2**30, cuda: 
     )  # fmt: skip
 
 
+def way_of(scenario: dict, layers: int) -> Way:
+    """How a scenario's step goes through the layers."""
+    if "recomputed" in scenario:
+        return Way(scenario["recomputed"])
+    return Way(layers if scenario["activations"] == "recompute" else 0, scenario.get("parts", 1))
+
+
 def check(scenario: dict, reports: list[dict]) -> None:
     shape = shape_of(LlamaConfig(**scenario["model"], pad_token_id=None))
     world, gpus = scenario["world"], scenario.get("host_ranks", scenario["world"])
@@ -79,8 +88,9 @@ def check(scenario: dict, reports: list[dict]) -> None:
     )  # fmt: skip
     for report in reports:
         load = load_of(run, shape, 4, report["tokens"] * run.streams * world)
-        memory = memory_of(shape, load, layout, cluster, scenario["activations"])
-        assert report["gathered_bytes"] == gathered_bytes(shape, load, layout)
+        memory = memory_of(shape, load, layout, cluster, way_of(scenario, shape.count))
+        gathers = replace(load, gathers=load.gathers * scenario.get("parts", 1))
+        assert report["gathered_bytes"] == gathered_bytes(shape, gathers, layout)
         assert report["peak_elements"] == held_elements(shape)
         assert report["whole"] == shape.elements
         assert report["kept"] * 4 == memory.shards
@@ -133,7 +143,7 @@ def test_operations_are_the_benchmarks_floor(tiny_model, monkeypatch):
     for method, streams in (("none", 1), ("gaussian", 2), ("pgd", 2)):
         run = RunConfig(perturbation=method, ascent_steps=2, prompt_length=7)
         load = load_of(run, shape, 4, 90 * streams * 3)
-        assert operations_of(shape, load, "keep", 3) == floor_operations(backbone, method, 2, 7, 90)
+        assert operations_of(shape, load, KEEP, 3) == floor_operations(backbone, method, 2, 7, 90)
     assert shape.elements == sum(parameter.numel() for parameter in backbone.parameters())
 
 
@@ -159,16 +169,41 @@ def test_bytes_between_hosts():
 def test_most_tokens_is_the_last_that_fits():
     shape, cluster = shape_of(config_of("llama-70b")), cluster_of()
     load, layout = load_of(RunConfig(), shape, 2, 1 << 18), Layout("zero3", 3)
-    for mode in ("keep", "recompute"):
-        most = most_tokens(shape, load, layout, cluster, mode)
+    for way in (KEEP, Way(shape.count)):
+        most = most_tokens(shape, load, layout, cluster, way)
         assert most % 64 == 0
 
-        def total(tokens: int, mode: str = mode) -> float:
+        def total(tokens: int, way: Way = way) -> float:
             there = load_of(RunConfig(), shape, 2, tokens)
-            return memory_of(shape, there, layout, cluster, mode).total
+            return memory_of(shape, there, layout, cluster, way).total
 
         assert total(most) <= cluster.gpu_memory < total(most + 64)
-    assert most_tokens(shape, load, Layout("zero2", 2), cluster, "recompute") == 0
+    assert most_tokens(shape, load, Layout("zero2", 2), cluster, Way(shape.count)) == 0
+
+
+def test_a_step_that_does_not_fit_takes_micro_batches_or_computes_some_layers_again():
+    shape, cluster = shape_of(config_of("llama-8b")), cluster_of(hosts=1, gpus=1)
+    load = load_of(RunConfig(), shape, 2, 1 << 15)
+    resident, offloaded = Layout("zero3", 3), Layout("offload", 3, offload="cpu")
+    kept, depth = (estimate(shape, load, resident, cluster, wanted) for wanted in ("keep", "auto"))
+    assert not kept.fits
+    assert depth.fits
+    assert depth.way.parts > 1
+    assert depth.operations < 1.01 * kept.operations
+    breadth = estimate(shape, load, resident, cluster, "auto", "breadth")
+    assert breadth.fits
+    assert 0 < breadth.way.recomputed < shape.count
+    assert kept.operations < breadth.operations < 1.5 * kept.operations
+    assert (
+        estimate(shape, load, offloaded, cluster).way
+        == estimate(shape, load, offloaded, cluster, "auto", "breadth").way
+    )
+    forced = estimate(shape, load, offloaded, cluster, "auto", "depth")
+    assert forced.way.parts > 1
+    outside = elements(shape.outside_layers) * load.size
+    assert forced.gathered_bytes - outside == forced.way.parts * (gathered_bytes(shape, load, offloaded) - outside)
+    few = load_of(RunConfig(), shape, 2, 1 << 10)
+    assert estimate(shape, few, resident, cluster).way == KEEP
 
 
 def test_recommended_is_the_fastest_exact_one_that_fits():
@@ -195,7 +230,8 @@ def test_the_script_plans_every_ready_config(capsys, tmp_path):
     assert "recommended: ds_configs/zero3_hpz.json" in out
     plans = {plan["layout"]["name"]: plan for plan in json.loads(file.read_text())["plans"]}
     most, shown = plans["zero3_hpz"]["most_tokens"], next(line for line in out.splitlines() if "zero3_hpz " in line)
-    assert int(shown.split()[-1]) == most[shown.split()[-2]]  # the table's column, of the mode that it names
+    assert shown.split()[-2].startswith("recompute:")  # of some layers
+    assert int(shown.split()[-1]) == most["recompute"]
     assert (
         f"largest --tokens_per_step that fits: {most['keep']} with --activations keep, {most['recompute']} with "
         "--activations recompute"

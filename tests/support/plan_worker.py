@@ -51,7 +51,7 @@ from ptp_ds.tasks import load_task  # noqa: E402
 from ptp_ds.tasks.example import Example  # noqa: E402
 from ptp_ds.training.engine import Engine  # noqa: E402
 from ptp_ds.training.monitor import Monitor  # noqa: E402
-from ptp_ds.training.step import optimizer_step, settings_of  # noqa: E402
+from ptp_ds.training.step import settings_of, step_in_parts  # noqa: E402
 from ptp_ds.training.trainer import Progress, Trainer  # noqa: E402
 
 
@@ -65,6 +65,17 @@ class TorchQuantiser:
 
     def dequantize(self, numbers: torch.Tensor, scales: torch.Tensor, dtype: Any = None) -> torch.Tensor:
         return (numbers.float().view(scales.numel(), -1) * scales.view(-1, 1)).view(-1).to(dtype or torch.float32)
+
+
+class FirstLayers(Activations):
+    """Recomputes so many of the first layers."""
+
+    def __init__(self, count: int, chunk_tokens: int) -> None:
+        super().__init__("auto", chunk_tokens)
+        object.__setattr__(self, "count", count)
+
+    def recomputed(self, tokens: int, layers: int) -> int:
+        return self.count
 
 
 class Collectives(TorchDispatchMode):
@@ -108,7 +119,10 @@ def built(scenario: dict[str, Any], ranks: Ranks, batch: int) -> tuple[RunConfig
     model = build_sharded(config, resolved)
     torch.manual_seed(ranks.rank)
     fill_randomly(model)
-    backbone = Backbone(model, Activations(scenario["activations"], scenario.get("chunk_tokens", 2048)))
+    activations = Activations(scenario["activations"], scenario.get("chunk_tokens", 2048))
+    if "recomputed" in scenario:
+        activations = FirstLayers(scenario["recomputed"], activations.chunk_tokens)
+    backbone = Backbone(model, activations)
     length, width = run.prompt_length, config.hidden_size
     engine = Engine(SoftPrompt(torch.zeros(length, width)), backbone, resolved, ranks)
     engine.set_prompt(torch.randn(length, width, generator=torch.Generator().manual_seed(0)))
@@ -126,19 +140,25 @@ def real(scenario: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     ranks = start_processes()
     run, engine = built(scenario, ranks, scenario["rows"] * world)
     shards, model = engine.backbone.shards, engine.backbone.model
-    row = pack(examples_of(scenario["rows"], rank * scenario["rows"], scenario["tokens"]))
-    peak = 0
+    examples, parts = (
+        examples_of(scenario["rows"], rank * scenario["rows"], scenario["tokens"]),
+        scenario.get("parts", 1),
+    )
+    rows, peak = [pack(examples[part::parts]) for part in range(parts)], 0
     for step in range(2):  # the first one makes what stays
         shards.traffic.reset()
         memory = PeakMemory(weights_of(engine.backbone))
         with memory if step else nullcontext():
             settings = settings_of(run, 1.0)
-            optimizer_step(engine, row, run, settings, Noise(0, step), 0.01, global_count=run.batch_size)
+            step_in_parts(
+                engine, rows, [None] * parts, run, settings, Noise(0, step), 0.01, global_count=run.batch_size
+            )
         peak = memory.peak
     kept, whole = engine.sharded_elements()
     report = {
         "gathered_bytes": shards.traffic.gathered_bytes, "peak_elements": shards.traffic.peak_elements, "kept": kept,
-        "whole": whole, "peak_bytes": peak, "tokens": row.num_tokens, "grad_norm": engine.grad_norm(),
+        "whole": whole, "peak_bytes": peak, "tokens": sum(row.num_tokens for row in rows),
+        "grad_norm": engine.grad_norm(),
         "prompt": engine.prompt().flatten().tolist()[:200],
     }  # fmt: skip
     if scenario.get("int8"):
@@ -184,7 +204,7 @@ def dry(scenario: dict[str, Any], rank: int, folder: Path) -> None:
         start = len(collectives.calls)
         whole_step(trainer, progress, meter)
         batch, places = trainer._dealt(progress.step)
-        rows = [batch[place].index for place in places]
+        rows = [batch[place].index for place in places[ranks.rank]]
         steps.append({"rows": rows, "calls": collectives.calls[start:], "bytes": traffic.gathered_bytes})
 
     Trainer._optimizer_step = noting  # type: ignore[method-assign]
@@ -197,7 +217,7 @@ def dry(scenario: dict[str, Any], rank: int, folder: Path) -> None:
         trainer.train(Progress())
     monitor.close()
     dealt = [
-        replace(trainer, ranks=Ranks(r, world, 0, ranks.device))._dealt(0)[1]
+        replace(trainer, ranks=Ranks(r, world, 0, ranks.device))._dealt(0)[1][r]
         for r in (range(world) if rank == 0 else ())
     ]  # fmt: skip
     kept, whole = engine.sharded_elements()

@@ -1,0 +1,89 @@
+"""Bytes of a step's activations, and how it goes through the layers so that they fit."""
+
+from dataclasses import dataclass, replace
+
+from ptp_ds.backbone.activations import kept_layers
+from ptp_ds.backbone.shapes import ModelShape
+from ptp_ds.planning.work import Load
+
+# Tensors [N, H] alive at once beside the layers', as measured on small models: with kept layers, at the ends of a step
+# that recomputes, and while it works on a chunk. (kind of step, whether norms copy to fp32) -> the three.
+_ROWS = {
+    ("none", False): (8.0, 3.9, 3.9), ("noise", False): (8.5, 5.9, 4.3), ("ascent", False): (10.0, 8.7, 7.3),
+    ("none", True): (16.2, 14.0, 6.1), ("noise", True): (17.1, 14.9, 7.0), ("ascent", True): (19.0, 17.9, 10.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """recomputed: the first layers, whose activations are computed again. parts: micro-batches, one after the other
+    through all layers (ptp_ds.training.micro_batches)."""
+
+    recomputed: int = 0
+    parts: int = 1
+
+    def describe(self, layers: int) -> str:
+        """In one word."""
+        if self.parts > 1:
+            return f"parts:{self.parts}"
+        if self.recomputed == layers:
+            return "recompute"
+        return f"recompute:{self.recomputed}/{layers}" if self.recomputed else "keep"
+
+
+KEEP = Way()
+
+
+def layer_bytes(shape: ModelShape, size: int, cuda: bool) -> float:
+    """Bytes that one layer keeps for backward, a token.
+
+    Its input and the sum behind attention (2 H), attention's q, k, v and output, and what the feed-forward keeps; no
+    product keeps its input. In half precision RMS norms keep fp32 copies and a gate its activation; fp32 has
+    ptp_ds.backbone.frozen_ops. On a CPU each query head has keys and values of its own.
+    """
+    half = size == 2
+    stream = 2.0 * shape.width * size
+    if half and shape.rms:
+        stream = shape.width * size + 2.0 * shape.width * 4
+    attention = 2 * shape.queries + 2 * (shape.keys if cuda else shape.queries)
+    forward = (3 if half else 2) * shape.inner if shape.gated else shape.inner
+    return stream + (attention + forward) * size + 4 * shape.heads + 8
+
+
+def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: bool = True) -> float:
+    """Most bytes of a step beside weights on one rank.
+
+    Of several parts those of one. A layer that is kept has all of layer_bytes, but for the last one, which works at
+    scored positions alone; one that is recomputed has its input, and in its turn one chunk's graph with its gradients,
+    when the kept ones behind it are done. All: a few tensors of the row's inputs and outputs.
+    """
+    if way.parts > 1:
+        return activation_bytes(shape, replace(load, tokens=-(-load.tokens // way.parts)), KEEP, world, cuda)
+    tokens, hidden = load.row(world), shape.width * load.size
+    per_layer = layer_bytes(shape, load.size, cuda)
+    kept, whole, working = _ROWS[load.kind, load.size == 2 and shape.rms]
+    before = 0.0
+    if way.recomputed < shape.count:
+        before = tokens * ((shape.count - 1 - way.recomputed) * per_layer + (way.recomputed + kept) * hidden)
+    if not way.recomputed:
+        return before
+    inner = (2 if shape.gated else 1) * shape.inner * load.size  # gradients of what a chunk's feed-forward keeps
+    chunk = min(tokens, load.chunk_tokens) * (per_layer - 2 * hidden + inner)
+    working_bytes = max(tokens * whole * hidden, tokens * working * hidden + chunk)
+    return max(before, tokens * way.recomputed * hidden + working_bytes)
+
+
+def way_that_fits(
+    shape: ModelShape, load: Load, world: int, room: float, resident: bool, schedule: str, cuda: bool = True
+) -> Way:
+    """How a run with --activations auto goes where keeping all does not fit into `room` bytes.
+
+    resident: whether each rank has all weights, so that nothing is gathered for a micro-batch. schedule: the flag.
+    """
+    kept, tokens = activation_bytes(shape, load, KEEP, world, cuda), load.row(world)
+    if schedule == "depth" or (schedule == "auto" and resident):
+        fit = int(room / (kept / tokens)) if room > 0 else 0
+        own = (1 << max(0, fit.bit_length() - 1)) - load.prefix
+        return Way(parts=-(-(tokens - load.prefix) // own)) if own > 0 else Way(shape.count)
+    hidden = float(shape.width * load.size)
+    return Way(shape.count - kept_layers(tokens, shape.count, kept / tokens, hidden, room))
