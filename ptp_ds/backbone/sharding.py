@@ -3,6 +3,10 @@
 DeepSpeed's own partitions and collectives are used (ZeRO-3, hpZ's secondary shards, parameter offload), or memory that
 a host's ranks share (backbone.host_shards), not its module hooks: a hook gathers a layer at every call and can't know
 that the same layer works on both streams, on all rows and micro-batches. Without ZeRO-3 everything here does nothing.
+
+Collectives have a stream of their own, so the next layer's begins before this one's work. A copy from the host's
+memory, or from disk, waits for what the device was given before, or blocks the host: it begins behind this one's
+launch, on a second stream, and so goes on beside the work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,6 +71,8 @@ class Shards:
         }
         self._groups[OUTSIDE_LAYERS] = _sharded(p for p in root.parameters() if id(p) not in in_layers)
         self._handles: dict[int, list[Any]] = {}
+        self.offloaded = any(_is_elsewhere(p) for group in self._groups.values() for p in group)
+        self._copies = torch.cuda.Stream() if self.offloaded and torch.cuda.is_available() else None
         self._outside_users = 0
         self.traffic = Traffic()
 
@@ -81,13 +87,16 @@ class Shards:
 
     @contextmanager
     def layer(self, number: int, following: int | None = None) -> Iterator[None]:
-        """Layer `number` whole inside; the gather of layer `following` starts before the work and goes on beside it."""
+        """Layer `number` whole inside; the gather of layer `following` goes on beside the work."""
         self._start(number)
         self._wait(number)
-        if following is not None and following in self._groups:
-            self._start(following)
+        ahead = [following] if following is not None and following in self._groups else []
+        for other in ahead if not self.offloaded else ():
+            self._start(other)
         try:
             yield
+            for other in ahead if self.offloaded else ():
+                self._start(other)
         finally:
             self._release(number)
 
@@ -116,9 +125,10 @@ class Shards:
         else:
             exact = [parameter for parameter in parameters if not sent_as_int8(parameter)]
             rough = [parameter for parameter in parameters if sent_as_int8(parameter)]
-            self._handles[number] = [
-                part[0].all_gather_coalesced(part, quantize=part is rough) for part in (exact, rough) if part
-            ]
+            with torch.cuda.stream(self._copies):  # as it is without one
+                self._handles[number] = [
+                    part[0].all_gather_coalesced(part, quantize=part is rough) for part in (exact, rough) if part
+                ]
             traffic.gathered_bytes += sum(p.ds_numel * p.element_size() for p in exact) + sum(p.ds_numel for p in rough)
         traffic.gathers[number] = traffic.gathers.get(number, 0) + 1
         traffic.held_elements += size
@@ -126,8 +136,11 @@ class Shards:
         traffic.peak_layers = max(traffic.peak_layers, sum(held != OUTSIDE_LAYERS for held in self._handles))
 
     def _wait(self, number: int) -> None:
-        for handle in self._handles.get(number, ()):
-            handle.wait()
+        with torch.cuda.stream(self._copies):
+            for handle in self._handles.get(number, ()):
+                handle.wait()
+        if self._copies is not None and number in self._handles:
+            torch.cuda.current_stream().wait_stream(self._copies)
         if number in self._handles:
             self._handles[number] = []  # a handle keeps the buffer that the weights were received in
 
@@ -141,6 +154,15 @@ class Shards:
         else:
             parameters[0].partition(parameters)
         self.traffic.held_elements -= sum(parameter.ds_numel for parameter in parameters)
+
+
+def _is_elsewhere(parameter: Any) -> bool:
+    """Whether a shard lies on disk, or in the host's memory and not where it is used."""
+    from deepspeed.accelerator import get_accelerator
+
+    shard = parameter.ds_tensor
+    on_disk = getattr(shard, "final_location", None) == "nvme"
+    return on_disk or shard.device.type != get_accelerator().device_name()
 
 
 def _sharded(parameters: Any) -> list[Any]:

@@ -189,7 +189,7 @@ def seconds_of(
     weights = way.parts * load.gathers * shape.layer_elements * load.size  # read by the products
     copied = gathered / world / cluster.link if layout.offload != "none" else 0.0
     if layout.offload == "nvme":
-        copied = max(copied, gathered / cluster.hosts / cluster.disk)
+        copied += gathered / cluster.hosts / cluster.disk  # read, then copied: one layer after the other
     return {
         "compute": operations_of(shape, load, way, world) / cluster.operations,
         "interconnect": interconnect, "memory": (touched + weights) / cluster.memory, "offload": copied,
