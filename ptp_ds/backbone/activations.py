@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}  # a device's; a GPU's products want more at once
 _SHARE = 0.5  # of the memory that is free at the start: kept activations may fill so much
 
 

@@ -18,7 +18,7 @@ def require_valid(run: RunConfig) -> None:
 
 def _check_ranges(run: RunConfig) -> None:
     for name in ("prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps",
-                 "log_every", "eval_tokens", "keep_checkpoints", "chunk_tokens", "a2t_neighbours"):  # fmt: skip
+                 "log_every", "eval_tokens", "keep_checkpoints", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
     for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "patience", "seed"):
         _require(getattr(run, name) >= 0, name, getattr(run, name), "a whole number of 0 or more")
@@ -34,13 +34,9 @@ def _check_ranges(run: RunConfig) -> None:
     _require(0 < run.holdout < 1, "holdout", run.holdout, "a share between 0 and 1")
     _require(run.max_length is None or run.max_length > run.prompt_length, "max_length", run.max_length,
              f"more than the prompt's {run.prompt_length} tokens")  # fmt: skip
-    _require(run.tokens_per_step is None or run.tokens_per_step >= 1, "tokens_per_step", run.tokens_per_step,
-             "a whole number of 1 or more")  # fmt: skip
-    _require(run.schedule_steps is None or run.schedule_steps >= 1, "schedule_steps", run.schedule_steps,
-             "a whole number of 1 or more")  # fmt: skip
-    for name in ("prompt_mlp", "prompt_residual"):
-        hidden = getattr(run, name)
-        _require(hidden is None or hidden >= 1, name, hidden, "a whole number of 1 or more")
+    for name in ("tokens_per_step", "schedule_steps", "prompt_mlp", "prompt_residual", "chunk_tokens"):
+        count = getattr(run, name)
+        _require(count is None or count >= 1, name, count, "a whole number of 1 or more")
 
 
 def _check_pairs(run: RunConfig) -> None:

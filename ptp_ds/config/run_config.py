@@ -171,9 +171,10 @@ class RunConfig:
         "auto", "breadth: all micro-batches through a layer before the next; depth: one micro-batch through all "
         "layers; auto: depth where each rank has all weights and the activations of a step don't fit", SCHEDULES,
     )  # fmt: skip
-    chunk_tokens: int = _memory(
-        2048, "tokens that a layer handles at a time (whole rows): bounds memory under recompute"
-    )
+    chunk_tokens: int | None = _memory(
+        None, "tokens that a layer handles at a time (whole rows): bounds memory under recompute; default: 2048, on a "
+        "GPU 8192",
+    )  # fmt: skip
     lr: float = _optimisation(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _optimisation(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int = _optimisation(5, "steps over which the learning rate rises linearly from 0")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ptp_ds.backbone.activations import CHUNK_TOKENS
 from ptp_ds.backbone.shapes import ModelShape
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -93,7 +94,7 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
     return Load(
         size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
         prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
-        chunk_tokens=run.chunk_tokens, kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
+        chunk_tokens=run.chunk_tokens or CHUNK_TOKENS["cuda"], kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
     )  # fmt: skip
 
 
