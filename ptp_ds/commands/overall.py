@@ -33,7 +33,8 @@ _NO_METHOD = frozenset({
     "output_dir", "resume", "stall_timeout", "log_every", "save_every", "keep_checkpoints", "report_to", "push_to_hub",
     "hub_visibility",
     # how the same numbers are computed, to rounding
-    "ds_config", "nvme_path", "activations", "schedule", "chunk_tokens", "kernels", "gradient_accumulation_steps", "eval_tokens",
+    "ds_config", "nvme_path", "activations", "schedule", "chunk_tokens", "kernels", "gradient_accumulation_steps",
+    "eval_tokens",
     # what a preset sets is among the settings
     "preset",
 })  # fmt: skip

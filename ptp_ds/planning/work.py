@@ -94,7 +94,8 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
     return Load(
         size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
         prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
-        chunk_tokens=run.chunk_tokens or CHUNK_TOKENS["cuda"], kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
+        chunk_tokens=run.chunk_tokens or CHUNK_TOKENS["cuda"],
+        kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
     )  # fmt: skip
 
 
