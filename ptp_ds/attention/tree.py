@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptp_ds.attention.backends import without_cudnn
 from ptp_ds.attention.dense import dense_attend, dense_serves
 from ptp_ds.attention.flash import flash_attend, flash_serves
 from ptp_ds.attention.plan import ForestPlan, Piece, Plan, Slots, TreePlan
@@ -161,7 +162,8 @@ def _attend(
     sinks: [heads * g], the logit of a key more that has no value, for each query head; Q is then g * queries.
     """
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        with without_cudnn():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     logits = q @ k.transpose(-1, -2) * (scale if softcap is None else scale / softcap)
     if softcap is not None:
         logits = torch.tanh(logits) * softcap

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptp_ds.attention.backends import without_cudnn
 from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
@@ -53,10 +54,11 @@ class PaddedBackbone(Backbone):
         padded = padded.masked_fill(~mask[..., None], 0.0)
         arguments: dict[str, Any] = {"inputs_embeds": padded, "attention_mask": mask.long()}
         if self.head.kind == "seq2seq":
-            return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
+            with without_cudnn():
+                return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
         if self.head.kind == "causal":
             arguments["use_cache"] = False
-        with verbalizers.use_columns(columns):
+        with verbalizers.use_columns(columns), without_cudnn():
             logits = self.call_model(trained, **arguments).logits
         if self.head.kind == "classes":
             return logits
