@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -14,7 +14,10 @@ from ptp_ds.attention.tree import KeysValues, attend_tree
 from ptp_ds.errors import UserError
 
 T = TypeVar("T")
+# transformers makes no mask at all for an attention that has registered none. With one, it first reads on the host
+# whether positions run on, at every forward, which waits for the device; so only the start-up check's has one.
 ATTENTION_NAME = "ptp_tree"
+_CHECKED_NAME = "ptp_tree_with_masks"
 # Keywords that families hand to their attention function and that change nothing here: dropout is checked to be 0,
 # positions are already in the rotated keys, the rest are outputs or hints for other kernels.
 _INERT_KEYWORDS = frozenset(
@@ -45,7 +48,7 @@ class Call:
 
 
 _current: ContextVar[Call | None] = ContextVar("ptp_tree_call", default=None)
-local_sizes: ContextVar[set[int] | None] = ContextVar("ptp_local_sizes", default=None)
+_local_sizes: ContextVar[set[int] | None] = ContextVar("ptp_local_sizes", default=None)
 
 
 @contextmanager
@@ -100,10 +103,23 @@ def _tree_attention(
 
 def _no_mask(*_: object, local_size: int | None = None, **__: object) -> None:
     """The mask hook: the tree needs no mask; a local window that a family asks for is noted for the start-up check."""
-    seen = local_sizes.get()
+    seen = _local_sizes.get()
     if seen is not None and local_size is not None:
         seen.add(int(local_size))
 
 
-AttentionInterface.register(ATTENTION_NAME, _tree_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+@contextmanager
+def masks_seen(model: Any) -> Iterator[set[int]]:
+    """Inside, a model that attends by ATTENTION_NAME asks for its masks, and gets none. Yields the local windows asked
+    for so far."""
+    model.set_attn_implementation(_CHECKED_NAME)
+    try:
+        with use_value(_local_sizes, set()) as seen:
+            yield seen
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+for _name in (ATTENTION_NAME, _CHECKED_NAME):
+    AttentionInterface.register(_name, _tree_attention)
+AttentionMaskInterface.register(_CHECKED_NAME, _no_mask)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ptp_ds.attention.interface import local_sizes, use_value
+from ptp_ds.attention.interface import masks_seen
 from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.layerwise import LayerPass
@@ -87,9 +87,8 @@ def packed_pass(
     rows = backbone.rows
     row = rows.pack(examples).to(backbone.device)
     trained = probe.trained.clone().requires_grad_()
-    seen: set[int] = set()
     saved = SavedBytes(backbone.parameters())
-    with use_value(local_sizes, seen), saved.counting(), torch.enable_grad(), InParts():
+    with _masks_of(backbone) as seen, saved.counting(), torch.enable_grad(), InParts():
         inputs = backbone.inputs(row, trained)
         delta = torch.zeros_like(inputs, requires_grad=True)
         scores = backbone.score(row, inputs + delta, trained, watch=passes.append)[0]
@@ -106,6 +105,16 @@ def packed_pass(
 def hidden_bytes(backbone: Backbone) -> int:
     """Bytes of a token between two layers."""
     return backbone.model.config.get_text_config().hidden_size * backbone.dtype.itemsize
+
+
+@contextmanager
+def _masks_of(backbone: Backbone) -> Iterator[set[int]]:
+    """See masks_seen; a model that attends by its own function makes its own masks."""
+    if not backbone.packs:
+        yield set()
+        return
+    with masks_seen(backbone.model) as seen:
+        yield seen
 
 
 def scores_by_embeddings(backbone: Backbone, probe: Probe, row: PackedRow, jitter: float = 0.0) -> Tensor:
