@@ -10,6 +10,7 @@ alone (VAT, Miyato et al. 2018): a strong perturbation then can't drag the clean
 confident rows may count (UDA, Xie et al. 2020): there is no use in pulling towards a prediction that is a guess.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,7 @@ def js(clean: Tensor, perturbed: Tensor, gold: Tensor) -> Tensor:
     """sum of Jensen-Shannon divergences, at most log 2 an example."""
     middle = torch.logaddexp(
         torch.where(torch.isfinite(clean), clean, -1e4), torch.where(torch.isfinite(clean), perturbed, -1e4)
-    ) - torch.log(torch.tensor(2.0, device=clean.device))
+    ) - math.log(2.0)
     return 0.5 * (_expected_gap(clean, clean, middle) + _expected_gap(perturbed, perturbed, middle))
 
 

@@ -175,7 +175,7 @@ def _make_layout(plan: TreePlan, heads: int, key_heads: int) -> _Layout:
         keys[:, :, prefix : prefix + length] = (own[:, None] + prefix) * key_heads + np.arange(key_heads)[None, :, None]
         visible = np.zeros((bucket.visible.shape[0], length, width), dtype=bool)
         visible[:, :, :prefix] = True
-        visible[:, :, prefix : prefix + length] = bucket.visible
+        visible[:, :, prefix : prefix + length] = bucket.visible.numpy()
         mask = torch.zeros(visible.shape)
         mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(mask.dtype).min)
         query_slots = query_start + np.arange(queries.size).reshape(queries.shape)

@@ -10,7 +10,7 @@ Half precision only. Before it is used it is tried against the reference on the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ptp_ds.attention.plan import ForestPlan, Plan, plan_forest, plan_tree
 from ptp_ds.packing.row import Block
+from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.ranks.log import ANY_RANK, get_logger
 
@@ -46,20 +47,23 @@ class Part:
     causal: bool
     repeats: int = 1
 
+    def mapped(self, move: Move) -> "Part":
+        """See Movable."""
+        queries, keys = (None if places is None else move(places) for places in (self.queries, self.keys))
+        return replace(self, queries=queries, keys=keys, cu_q=move(self.cu_q), cu_k=move(self.cu_k))
 
-def _part(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device, *, gathered: bool, causal: bool
-) -> Part:
+
+def _part(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, gathered: bool, causal: bool) -> Part:
     """pairs: for each sequence the places of its queries and of its keys."""
     sizes = [np.array([len(places) for places in side]) for side in zip(*pairs, strict=True)]
-    cu_q, cu_k = (torch.from_numpy(np.concatenate([[0], np.cumsum(s)]).astype(np.int32)).to(device) for s in sizes)
-    queries, keys = (torch.from_numpy(np.concatenate(side)).to(device) for side in zip(*pairs, strict=True))
+    cu_q, cu_k = (torch.from_numpy(np.concatenate([[0], np.cumsum(s)]).astype(np.int32)) for s in sizes)
+    queries, keys = (torch.from_numpy(np.concatenate(side)) for side in zip(*pairs, strict=True))
     max_q, max_k = (int(size.max()) for size in sizes)
     return Part(queries if gathered else None, keys if gathered else None, cu_q, cu_k, max_q, max_k, causal)
 
 
-def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
-    """The row's own parts: segments against themselves, then against each distance of ancestors."""
+def parts_of(blocks: Sequence[Block]) -> list[Part]:
+    """The row's own parts, on the host: segments against themselves, then against each distance of ancestors."""
     own: list[tuple[np.ndarray, np.ndarray]] = []
     above: dict[int, dict[tuple[int, int], list[np.ndarray]]] = {}
     segments: dict[tuple[int, int], np.ndarray] = {}
@@ -75,15 +79,15 @@ def parts_of(blocks: Sequence[Block], device: torch.device) -> list[Part]:
                 above.setdefault(distance, {}).setdefault((number, parent), []).append(places)
                 distance, parent = distance + 1, block.parents[parent]
         start += block.length
-    parts = [_part(own, device, gathered=False, causal=blocks[0].causal)]
+    parts = [_part(own, gathered=False, causal=blocks[0].causal)]
     for asked in above.values():
         pairs = [(np.concatenate(queries), segments[key]) for key, queries in asked.items()]
-        parts.append(_part(pairs, device, gathered=True, causal=False))
+        parts.append(_part(pairs, gathered=True, causal=False))
     return parts
 
 
-def prefix_part(tokens: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int], device: torch.device) -> Part:
-    """All queries in runs, each against a copy of its prefix's keys.
+def prefix_part(tokens: Sequence[int], prefixes: Sequence[int], lengths: Sequence[int]) -> Part:
+    """All queries in runs, each against a copy of its prefix's keys; on the host.
 
     tokens: queries of each tree; prefixes: the number of its prefix. lengths: keys of every prefix, which lie one
     behind the other.
@@ -97,9 +101,9 @@ def prefix_part(tokens: Sequence[int], prefixes: Sequence[int], lengths: Sequenc
     keys = None
     if len(lengths) > 1 and seen != list(range(len(lengths))):
         starts = np.cumsum([0, *lengths])
-        keys = torch.from_numpy(np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in seen])).to(device)
+        keys = torch.from_numpy(np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in seen]))
     sizes = [lengths[number] for number in seen]
-    cu_q, cu_k = (torch.from_numpy(np.cumsum([0, *each]).astype(np.int32)).to(device) for each in (asking, sizes))
+    cu_q, cu_k = (torch.from_numpy(np.cumsum([0, *each]).astype(np.int32)) for each in (asking, sizes))
     repeats = len(seen) if len(lengths) == 1 else 1
     return Part(None, keys, cu_q, cu_k, max(asking), max(sizes), causal=False, repeats=repeats)
 
@@ -203,22 +207,34 @@ def _add(sums: Tensor, places: Tensor | None, more: Tensor) -> None:
         sums.index_add_(0, places, more.to(sums.dtype))
 
 
+def flash_proven(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels proved right on this device and in this precision (try_flash)."""
+    return _proven.get((device, dtype), False)
+
+
 def flash_serves(plan: Plan, q_THD: Tensor, v_TKD: Tensor) -> bool:
     """Whether FlashTreeAttention serves this call: proven for this device and precision, every token asking."""
     fits = plan.rows_behind_a_prefix and v_TKD.shape[-1] == q_THD.shape[-1] <= _MOST_WIDTH
-    return fits and q_THD.shape[-1] % 8 == 0 and _proven.get((q_THD.device, q_THD.dtype), False)
+    return fits and q_THD.shape[-1] % 8 == 0 and flash_proven(q_THD.device, q_THD.dtype)
+
+
+def add_parts(plan: Plan) -> None:
+    """Gives a plan on the host its parts, which go to the device with it in the place of its buckets."""
+    if plan.parts is None and plan.rows_behind_a_prefix:
+        trees, numbers = (plan.trees, plan.prefixes) if isinstance(plan, ForestPlan) else ((plan,), (0,))
+        lengths = plan.lengths if isinstance(plan, ForestPlan) else (plan.prefix_keys,)
+        tokens = [sum(block.length for block in tree.blocks) for tree in trees]
+        plan.parts = [prefix_part(tokens, numbers, lengths), *parts_of(plan.blocks)]
 
 
 def flash_attend(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: Plan, prefix: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
     """Attention of blocks behind cached prefixes; see ptp_ds.attention.tree.attend_tree."""
-    if plan.parts is None:
-        trees, numbers = (plan.trees, plan.prefixes) if isinstance(plan, ForestPlan) else ((plan,), (0,))
-        lengths = plan.lengths if isinstance(plan, ForestPlan) else (plan.prefix_keys,)
-        tokens = [sum(block.length for block in tree.blocks) for tree in trees]
-        first = prefix_part(tokens, numbers, lengths, q_THD.device)
-        plan.parts = [first, *parts_of(plan.blocks, q_THD.device)]
+    if plan.parts is None:  # a plan from before the kernels proved right
+        add_parts(plan)
+        assert plan.parts is not None
+        plan.parts = [moved(part, q_THD.device) for part in plan.parts]
     return FlashTreeAttention.apply(q_THD, k_TKD, v_TKD, *prefix, plan.parts, scale)
 
 

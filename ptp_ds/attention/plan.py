@@ -1,7 +1,7 @@
 """How a packed row attends: buckets of blocks of similar length, their masks, and where each token lies in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ptp_ds.packing.row import Block
+from ptp_ds.packing.transfer import Move, moved
 
 WORTH_A_CALL = 6000  # hidden entries of a mask that cost as much as one more attention call (fp32, 2 cores)
 _SHRINK = 0.7  # a bucket holds blocks down to this share of its longest: more buckets mean less padding, more calls
 
 
 @dataclass
-class _Bucket:
+class Bucket:
     """R blocks padded to K keys and Q queries a block.
 
     visible [1 or R, Q, K] bool; query_depth [1 or R, Q] and key_depth [1 or R, K]: positions behind the prefix.
@@ -24,9 +25,14 @@ class _Bucket:
     rows: int
     queries: int
     keys: int
-    visible: np.ndarray
-    query_depth: np.ndarray
-    key_depth: np.ndarray
+    visible: Tensor
+    query_depth: Tensor
+    key_depth: Tensor
+
+    def mapped(self, move: Move) -> "Bucket":
+        """See Movable."""
+        visible, query_depth, key_depth = (move(x) for x in (self.visible, self.query_depth, self.key_depth))
+        return replace(self, visible=visible, query_depth=query_depth, key_depth=key_depth)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Slots:
 
     to_padded: Tensor
     to_packed: Tensor
+
+    def mapped(self, move: Move) -> "Slots":
+        """See Movable."""
+        return Slots(move(self.to_padded), move(self.to_packed))
 
 
 @dataclass(frozen=True)
@@ -70,21 +80,34 @@ class TreePlan:
     """How one packed row attends: built once a row on the host, used by every layer.
 
     prefix_length: P tokens at the row's front, 0 where the prefix's keys come from a cache. prefix_keys: P in either
-    case. key_slots, query_slots: the same where every token asks; the last layer asks at scored positions only.
+    case. key_slots, query_slots: the same where every token asks; the last layer asks at scored positions only. All
+    tensors lie on one device, but buckets' on the host where the parts serve in their place.
     """
 
     prefix_length: int
     prefix_keys: int
-    buckets: list[_Bucket]
+    buckets: list[Bucket]
     key_slots: Slots
     query_slots: Slots
-    device: torch.device
     blocks: tuple[Block, ...] = ()
-    parts: list[Any] | None = None  # ptp_ds.attention.flash's, made at first use
+    parts: list[Any] | None = None  # ptp_ds.attention.flash's, made at first use or before
     layouts: dict[tuple[int, int], Any] = field(default_factory=dict)  # ptp_ds.attention.dense's, by heads
     _cover: list[Piece] | None = None
     _inner: list[tuple[slice, slice]] = field(default_factory=list)
     _masks: dict = field(default_factory=dict)
+
+    def mapped(self, move: Move, buckets: bool = True) -> "TreePlan":
+        """See Movable. buckets: whether they go along where there are no parts."""
+        slots = self.key_slots.mapped(move)
+        asking = slots if self.every_token_asks else self.query_slots.mapped(move)
+        parts = None if self.parts is None else [part.mapped(move) for part in self.parts]
+        own = [one.mapped(move) for one in self.buckets] if buckets and parts is None else self.buckets
+        return TreePlan(self.prefix_length, self.prefix_keys, own, slots, asking, self.blocks, parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the row's tokens lie."""
+        return self.key_slots.to_packed.device
 
     @property
     def every_token_asks(self) -> bool:
@@ -124,7 +147,7 @@ class TreePlan:
         return self._cover, self._inner
 
     def block_mask(self, number: int, dtype: torch.dtype) -> Tensor | None:
-        """[1, 1, length, length] additive mask of one block among its own tokens; None where it is plainly causal."""
+        """[1, 1, length, length] additive mask of one block's own tokens, on a CPU; None where it is causal."""
         block = self.blocks[number]
         if len(block.starts) == 1:
             return None
@@ -132,7 +155,7 @@ class TreePlan:
         if key not in self._masks:
             hidden = torch.from_numpy(~block.visible())
             additive = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self._masks[key] = additive[None, None].to(self.device)
+            self._masks[key] = additive[None, None]
         return self._masks[key]
 
     def mask(self, bucket: int, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
@@ -143,21 +166,21 @@ class TreePlan:
         return self._masks[key]
 
     def _make_mask(self, bucket: int, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
-        prefix = np.arange(self.prefix_keys)
+        prefix = torch.arange(self.prefix_keys, device=self.device)
         if bucket < 0:
-            visible, keys, queries = np.tri(self.prefix_keys, dtype=bool)[None], prefix[None], prefix[None]
+            visible = torch.ones(1, self.prefix_keys, self.prefix_keys, dtype=torch.bool, device=self.device).tril()
+            keys = queries = prefix[None]
         else:
-            shape = self.buckets[bucket]
-            to_prefix = np.ones((*shape.visible.shape[:2], self.prefix_keys), dtype=bool)
-            visible = np.concatenate([to_prefix, shape.visible], axis=2)
-            queries = shape.query_depth + self.prefix_keys
-            own = shape.key_depth + self.prefix_keys
-            keys = np.concatenate([np.broadcast_to(prefix, (own.shape[0], self.prefix_keys)), own], axis=1)
+            shape = self.buckets[bucket] = moved(self.buckets[bucket], self.device)
+            to_prefix = shape.visible.new_ones(*shape.visible.shape[:2], self.prefix_keys)
+            visible = torch.cat([to_prefix, shape.visible], dim=2)
+            queries, own = shape.query_depth + self.prefix_keys, shape.key_depth + self.prefix_keys
+            keys = torch.cat([prefix.expand(own.shape[0], -1), own], dim=1)
         if window is not None:
-            visible = visible & (np.abs(queries[:, :, None] - keys[:, None, :]) < window)
-        additive = torch.zeros(visible.shape, dtype=dtype)
-        additive.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
-        return additive.repeat(1, groups, 1)[:, None].to(self.device)
+            visible = visible & ((queries[:, :, None] - keys[:, None, :]).abs() < window)
+        additive = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+        additive.masked_fill_(~visible, torch.finfo(dtype).min)
+        return additive.repeat(1, groups, 1)[:, None]
 
 
 def _bucket_bounds(lengths: Sequence[int]) -> list[list[int]]:
@@ -171,35 +194,40 @@ def _bucket_bounds(lengths: Sequence[int]) -> list[list[int]]:
     return bounds
 
 
-def _make_bucket(members: Sequence[Block]) -> _Bucket:
+def _make_bucket(members: Sequence[Block], asked: Sequence[np.ndarray] | None) -> Bucket:
+    """asked: the places of each member that ask; all of them for None."""
     longest = max(block.length for block in members)
     if all(
         len(block.starts) == 1 and block.causal for block in members
     ):  # causal inside: padding lies behind every real query
-        depth = np.arange(longest)[None]
-        return _Bucket(len(members), longest, longest, np.tri(longest, dtype=bool)[None], depth, depth)
-    visible = np.zeros((len(members), longest, longest), dtype=bool)
-    depth = np.zeros((len(members), longest), dtype=np.int64)
-    for row, block in enumerate(members):
-        visible[row, : block.length, : block.length] = block.visible()
-        visible[row, block.length :, 0] = True  # a padding query must see something, or softmax gives NaN
-        depth[row, : block.length] = block.depths()
-    return _Bucket(len(members), longest, longest, visible, depth, depth)
+        visible, depth = np.tri(longest, dtype=bool)[None], np.arange(longest)[None]
+    else:
+        visible = np.zeros((len(members), longest, longest), dtype=bool)
+        depth = np.zeros((len(members), longest), dtype=np.int64)
+        for row, block in enumerate(members):
+            visible[row, : block.length, : block.length] = block.visible()
+            visible[row, block.length :, 0] = True  # a padding query must see something, or softmax gives NaN
+            depth[row, : block.length] = block.depths()
+    asking = depth
+    if asked is not None:
+        visible, asking = _ask_only(visible, depth, asked)
+    seen, asking_T, depth_T = (torch.from_numpy(x) for x in (visible, asking, depth))
+    return Bucket(len(members), asking.shape[1], longest, seen, asking_T, depth_T)
 
 
-def _ask_only(bucket: _Bucket, asked: Sequence[np.ndarray]) -> _Bucket:
-    """The bucket with queries at some tokens of each member only; a short list is padded with its first token."""
+def _ask_only(visible: np.ndarray, depth: np.ndarray, asked: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(visible, depths) of queries at some tokens of each member only; a short list is padded with its first token."""
     most = max(len(places) for places in asked)
     places_RQ = np.stack([np.concatenate([p, np.repeat(p[:1], most - len(p))]) for p in asked])
-    visible = np.broadcast_to(bucket.visible, (bucket.rows, *bucket.visible.shape[1:]))
-    depth = np.broadcast_to(bucket.query_depth, (bucket.rows, bucket.query_depth.shape[1]))
-    taken = np.take_along_axis(visible, places_RQ[:, :, None], axis=1)
-    return _Bucket(
-        bucket.rows, most, bucket.keys, taken, np.take_along_axis(depth, places_RQ, axis=1), bucket.key_depth
+    visible = np.broadcast_to(visible, (len(asked), *visible.shape[1:]))
+    depth = np.broadcast_to(depth, (len(asked), depth.shape[1]))
+    return (
+        np.take_along_axis(visible, places_RQ[:, :, None], axis=1),
+        np.take_along_axis(depth, places_RQ, axis=1),
     )
 
 
-def _slots(members: Sequence[tuple[np.ndarray, int]], count: int, device: torch.device) -> Slots:
+def _slots(members: Sequence[tuple[np.ndarray, int]], count: int) -> Slots:
     """members: (token numbers, bucket length) of each bucket row in order; padding repeats the row's first token."""
     padded, to_packed, slot = [], np.empty(count, dtype=np.int64), 0
     for tokens, length in members:
@@ -207,7 +235,7 @@ def _slots(members: Sequence[tuple[np.ndarray, int]], count: int, device: torch.
         to_packed[tokens] = slot + np.arange(len(tokens))
         slot += length
     to_padded = np.concatenate(padded) if padded else np.empty(0, dtype=np.int64)
-    return Slots(torch.from_numpy(to_padded).to(device), torch.from_numpy(to_packed).to(device))
+    return Slots(torch.from_numpy(to_padded), torch.from_numpy(to_packed))
 
 
 def plan_tree(
@@ -224,16 +252,14 @@ def plan_tree(
     ask_starts = np.concatenate([[0], np.cumsum(asks)]).astype(np.int64)
     buckets, key_rows, query_rows = [], [], []
     for members in _bucket_bounds(lengths):
-        bucket = _make_bucket([blocks[number] for number in members])
-        if asked is not None:
-            bucket = _ask_only(bucket, [asked[number] for number in members])
+        asking = None if asked is None else [asked[number] for number in members]
+        bucket = _make_bucket([blocks[number] for number in members], asking)
         buckets.append(bucket)
         key_rows += [(starts[number] + np.arange(lengths[number]), bucket.keys) for number in members]
         query_rows += [(ask_starts[number] + np.arange(asks[number]), bucket.queries) for number in members]
-    device = torch.device(device)
-    key_slots = _slots(key_rows, int(starts[-1]), device)
-    query_slots = key_slots if asked is None else _slots(query_rows, int(ask_starts[-1]), device)
-    return TreePlan(prefix_length, prefix_keys, buckets, key_slots, query_slots, device, tuple(blocks))
+    key_slots = _slots(key_rows, int(starts[-1]))
+    query_slots = key_slots if asked is None else _slots(query_rows, int(ask_starts[-1]))
+    return moved(TreePlan(prefix_length, prefix_keys, buckets, key_slots, query_slots, tuple(blocks)), device)
 
 
 @dataclass
@@ -248,6 +274,12 @@ class ForestPlan:
     prefixes: tuple[int, ...]
     lengths: tuple[int, ...]
     parts: list[Any] | None = None  # see TreePlan
+
+    def mapped(self, move: Move) -> "ForestPlan":
+        """See Movable."""
+        trees = tuple(tree.mapped(move, buckets=self.parts is None) for tree in self.trees)
+        parts = None if self.parts is None else [part.mapped(move) for part in self.parts]
+        return ForestPlan(trees, self.prefixes, self.lengths, parts)
 
     @property
     def rows_behind_a_prefix(self) -> bool:

@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.attention.flash import try_flash
+from ptp_ds.attention.flash import flash_proven, try_flash
 from ptp_ds.attention.interface import ATTENTION_NAME
 from ptp_ds.attention.tree import attend_reference
 from ptp_ds.backbone import verbalizers
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.frozen_linear import replace_products
 from ptp_ds.backbone.frozen_ops import replace_frozen
-from ptp_ds.backbone.layerwise import Chunk, LayerPass, LayerStack, PrefixCache, Section, use_layer_pass
+from ptp_ds.backbone.layerwise import LayerPass, LayerStack, PrefixCache, Section, use_layer_pass
 from ptp_ds.backbone.sharding import Shards
-from ptp_ds.backbone.trunks import SharedPrefix, cut_row, prefix_chunk
+from ptp_ds.backbone.trunks import RowPlan, SharedPrefix, plan_row, prefix_chunk
 from ptp_ds.kernels import Sources, pack_embed
 from ptp_ds.models.heads import Head
 from ptp_ds.models.positions import first_position, most_counted_tokens
 from ptp_ds.packing.layouts import Rows, SeparateRows, TreeRows
 from ptp_ds.packing.row import PackedRow, Trunk
+from ptp_ds.packing.transfer import moved
 from ptp_ds.prompts.deep import split_deep
 
 
@@ -148,15 +149,25 @@ class Backbone(nn.Module):
         """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
         return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
-    def chunks(self, row: PackedRow, prefix_keys: int | Sequence[int], max_rows: int | None = None) -> list[Chunk]:
-        """The row cut between blocks: at most activations.chunk_tokens tokens (or one block) and max_rows blocks.
-
-        prefix_keys: tokens of the prefix, or of each trunk's.
+    def plan(
+        self, row: PackedRow, prefixes: Sequence[int], max_rows: int | None = None, device: torch.device | None = None
+    ) -> RowPlan:
+        """How the row goes through the layers, on the host: chunks of at most activations.chunk_tokens tokens (or one
+        block) and max_rows blocks. prefixes: see prefix_lengths. device: where it will go; the row's for None.
         """
-        lengths = (prefix_keys,) if isinstance(prefix_keys, int) else tuple(prefix_keys)
         most = self.activations.chunk_tokens
         most = min(most, most_counted_tokens(self.model.config) or most)
-        return cut_row(row, lengths, most, max_rows)
+        flash = flash_proven(device or row.token_ids.device, self.dtype)
+        return plan_row(row, prefixes, most, max_rows, flash)
+
+    def prefix_lengths(self, row: PackedRow, prompt: int) -> tuple[int, ...]:
+        """Tokens of each prefix that the row's blocks stand on. prompt: rows of the prompt, where it is one."""
+        return self._lengths(row.trunks or (Trunk(0, prompt, row.shared_ids.shape[0]),))
+
+    def _lengths(self, trunks: Sequence[Trunk]) -> tuple[int, ...]:
+        if self.prompt == "soft" and isinstance(self.rows, SeparateRows):
+            return (0,)
+        return tuple(trunk.prompt + trunk.shared for trunk in trunks)
 
     def run(
         self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
@@ -173,7 +184,7 @@ class Backbone(nn.Module):
             "position_ids": positions_T[None] + self.first_position,
         }
         if self.head.kind == "causal":
-            arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored()}
+            arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored}
         with use_layer_pass(layer_pass), verbalizers.use_columns(columns), self.shards.outside_layers():
             out = self.call_model(trained, **arguments)
         return out.logits if self.head.kind == "classes" else out.logits[0]
@@ -196,11 +207,13 @@ class Backbone(nn.Module):
         max_rows: int | None = None,
         watch: Callable[[LayerPass], None] | None = None,
         narrow: bool = False,
+        plan: RowPlan | None = None,
     ) -> Tensor:
         """Candidate log-probabilities [S, B, C] of a packed row in one pass; embeds_TH: see `inputs`.
 
         prefix: a cache of it, to attend to it without computing it again. max_rows: blocks that a layer handles in one
-        go. watch: is handed the pass afterwards. narrow: whether scores may be logits that aren't normalised.
+        go. watch: is handed the pass afterwards. narrow: whether scores may be logits that aren't normalised. plan: the
+        row's (see `plan`), made before.
         """
         row = self.narrow(row) if narrow else row
         if trained is None and prefix is None:
@@ -209,12 +222,12 @@ class Backbone(nn.Module):
         source = SharedPrefix((_prefix_length(prefix or {}),))
         if prefix is None and trained is not None:
             source = self.prefix(trained, row.shared_ids, row.trunks)
-        sections = [
-            Section(chunk, graph, to_prefix=prefix is None) for chunk in self.chunks(row, source.lengths, max_rows)
-        ]
-        inputs, positions = embeds_TH, source.behind(row)
+        plan = plan or self.plan(row, source.lengths, max_rows).to(embeds_TH.device)
+        assert plan.lengths == source.lengths
+        sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in plan.chunks]
+        inputs, positions = embeds_TH, plan.positions(row)
         if source.ids is not None:
-            sections.insert(0, Section(prefix_chunk(source.lengths, embeds_TH.device), graph))
+            sections.insert(0, Section(plan.prefix, graph))
             inputs = torch.cat([self.pack(source.ids, trained), embeds_TH])
             positions = torch.cat([source.positions(positions.device), positions])
         recomputed = self.activations.recomputed(inputs.shape[0], self.stack.count) if graph else 0
@@ -238,22 +251,21 @@ class Backbone(nn.Module):
             if len(tokens):
                 raise ValueError("A deep prompt's prefix holds no tokens; pack the rows with shared=0.")
             keys_values = split_deep(prompt.to(self.dtype), self.model.config)
-            return SharedPrefix(tuple(trunk.prompt for trunk in trunks), keys_values=keys_values)
+            return SharedPrefix(self._lengths(trunks), keys_values=keys_values)
         if isinstance(self.rows, SeparateRows):
-            return SharedPrefix((0,))
+            return SharedPrefix(self._lengths(trunks))
         ids = -1 - torch.arange(prompt.shape[0], device=tokens.device)
         if len(trunks) > 1:
             prompts, shared = ids.split([t.prompt for t in trunks]), tokens.split([t.shared for t in trunks])
             ids = torch.cat([part for pair in zip(prompts, shared, strict=True) for part in pair])
         else:
             ids = torch.cat([ids, tokens])
-        return SharedPrefix(tuple(trunk.prompt + trunk.shared for trunk in trunks), ids=ids)
+        return SharedPrefix(self._lengths(trunks), ids=ids)
 
     def prefix_length(self, trained: Tensor, row: PackedRow) -> int:
         """Tokens that all rows stand on."""
-        if isinstance(self.rows, SeparateRows) and self.prompt == "soft":
-            return 0
-        return trained.shape[0] - self.head.rows(trained.shape[1]) + row.shared_ids.shape[0]
+        prompt = trained.shape[0] - self.head.rows(trained.shape[1])
+        return self._lengths((Trunk(0, prompt, row.shared_ids.shape[0]),))[0]
 
     def cache_prefix(self, trained: Tensor, shared_ids: Tensor | None = None) -> PrefixCache:
         """Keys and values of the shared prefix for every layer, detached: computed once, used by any number of rows.
@@ -268,7 +280,7 @@ class Backbone(nn.Module):
     def keys_of(self, inputs_IH: Tensor, trained: Tensor) -> PrefixCache:
         """Every layer's keys and values of `inputs_IH` as the only row, detached."""
         length, device = inputs_IH.shape[0], inputs_IH.device
-        layer_pass = LayerPass([Section(prefix_chunk((length,), device), graph=False)], {})
+        layer_pass = LayerPass([Section(moved(prefix_chunk((length,)), device), graph=False)], {})
         with torch.no_grad():
             self.run(layer_pass, inputs_IH.to(self.dtype), torch.arange(length, device=device), trained)
         return layer_pass.prefix

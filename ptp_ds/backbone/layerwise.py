@@ -14,8 +14,8 @@ and of the perturbed stream. Each layer is one autograd function over all of the
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ptp_ds.attention.plan import Plan
 from ptp_ds.attention.tree import KeysValues
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.models.heads import HeadInput
+from ptp_ds.packing.transfer import Move
 from ptp_ds.precision import at_least_fp32
 
 
@@ -44,6 +45,11 @@ class Chunk:
     scored: Tensor
     is_prefix: bool = False
     targets: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    def mapped(self, move: Move) -> "Chunk":
+        """See Movable."""
+        last_plan = None if self.last_plan is None else self.last_plan.mapped(move)
+        return replace(self, plan=self.plan.mapped(move), last_plan=last_plan, scored=move(self.scored))
 
 
 @dataclass
@@ -99,6 +105,7 @@ class LayerPass:
     _entered: int = 0
     _outputs: tuple[Tensor, list[Tensor]] | None = None
 
+    @cached_property
     def scored(self) -> Tensor:
         """[N] scored positions among the pass' tokens, in order."""
         places = [section.chunk.scored + start for section, (start, _) in zip(self.sections, self.spans(), strict=True)]
@@ -227,13 +234,13 @@ class _LayerWork:
             return scored.transpose(0, 1)
         if self.layer_pass.head_input == "scored":
             return scored
-        return torch.zeros_like(hidden).index_copy_(1, self.layer_pass.scored(), scored)
+        return torch.zeros_like(hidden).index_copy_(1, self.layer_pass.scored, scored)
 
     def _from_head_input(self, grad: Tensor) -> Tensor:
         """The transpose of _to_head_input."""
         if self.layer_pass.head_input == "columns":
             return grad.transpose(0, 1)
-        return grad if self.layer_pass.head_input == "scored" else grad.index_select(1, self.layer_pass.scored())
+        return grad if self.layer_pass.head_input == "scored" else grad.index_select(1, self.layer_pass.scored)
 
     def given(self) -> list[Tensor]:
         """Keys and values of this layer that are inputs of the pass, flat."""

@@ -5,8 +5,10 @@ the packed path, since nothing of the family's own is replaced; slower, since no
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows, SeparateRows
+from ptp_ds.packing.transfer import to_device
 
 
 class PaddedBackbone(Backbone):
@@ -48,11 +51,10 @@ class PaddedBackbone(Backbone):
     ) -> Tensor:  # fmt: skip
         """Logits [N, V] (or [N, classes]) at the scored positions of the pass' sections, in order."""
         chunks = [section.chunk for section in layer_pass.sections]
-        lengths = [block.length for chunk in chunks for block in chunk.plan.blocks]
-        mask, places = padding(lengths, inputs_TH.device)
-        padded = inputs_TH.index_select(0, places.clamp_min(0).flatten()).view(*places.shape, -1)
-        padded = padded.masked_fill(~mask[..., None], 0.0)
-        arguments: dict[str, Any] = {"inputs_embeds": padded, "attention_mask": mask.long()}
+        layout = padding([block.length for chunk in chunks for block in chunk.plan.blocks], inputs_TH.device)
+        padded = inputs_TH.index_select(0, layout.tokens.flatten()).view(*layout.mask.shape, -1)
+        padded = padded.masked_fill(~layout.mask[..., None], 0.0)
+        arguments: dict[str, Any] = {"inputs_embeds": padded, "attention_mask": layout.mask.long()}
         if self.head.kind == "seq2seq":
             with without_cudnn():
                 return self._decode(arguments, [target for chunk in chunks for target in chunk.targets])
@@ -62,30 +64,39 @@ class PaddedBackbone(Backbone):
             logits = self.call_model(trained, **arguments).logits
         if self.head.kind == "classes":
             return logits
-        return logits[mask].index_select(0, layer_pass.scored())
+        return logits.flatten(0, 1).index_select(0, layout.places.index_select(0, layer_pass.scored))
 
     def _decode(self, arguments: dict[str, Any], targets: Sequence[Sequence[Sequence[int]]]) -> Tensor:
         """Logits [N, V] of every answer's tokens: each row through the encoder once, then once a answer of its own."""
         encoded = self.model.get_encoder()(**arguments)
-        hidden = encoded.last_hidden_state
-        counts = torch.tensor([len(answers) for answers in targets], device=hidden.device)
-        owners = torch.repeat_interleave(torch.arange(len(targets), device=hidden.device), counts)
-        start = self.model.config.decoder_start_token_id
+        hidden, start = encoded.last_hidden_state, self.model.config.decoder_start_token_id
         inputs = [[start, *answer[:-1]] for answers in targets for answer in answers]
-        mask, places = padding([len(ids) for ids in inputs], hidden.device)
-        flat = torch.tensor([token for ids in inputs for token in ids], device=hidden.device)
+        layout = padding([len(ids) for ids in inputs], hidden.device)
+        owners, flat = to_device(
+            [torch.tensor([row for row, answers in enumerate(targets) for _ in answers]),
+             torch.tensor([token for ids in inputs for token in ids])], hidden.device,
+        )  # fmt: skip
         out = self.model(
             encoder_outputs=type(encoded)(last_hidden_state=hidden.index_select(0, owners)),
             attention_mask=arguments["attention_mask"].index_select(0, owners), use_cache=False,
-            decoder_input_ids=flat[places.clamp_min(0)],
+            decoder_input_ids=flat[layout.tokens],
         )  # fmt: skip
-        return out.logits[mask]
+        return out.logits.flatten(0, 1).index_select(0, layout.places)
 
 
-def padding(lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(which places of the padded rows are real [R, L] bool, the token of each, -1 where none [R, L])."""
-    sizes = torch.tensor(lengths, device=device)
-    starts = sizes.cumsum(0) - sizes
-    places = torch.arange(max(lengths), device=device)[None]
-    mask = places < sizes[:, None]
-    return mask, torch.where(mask, starts[:, None] + places, -1)
+@dataclass(frozen=True)
+class Layout:
+    """R rows of different lengths padded to L tokens. mask [R, L] bool: which places are real; tokens [R, L]: the token
+    of each, 0 where none; places [T]: where each token lies among the R * L."""
+
+    mask: Tensor
+    tokens: Tensor
+    places: Tensor
+
+
+def padding(lengths: Sequence[int], device: torch.device) -> Layout:
+    """The layout of rows that lie one behind the other, made on the host: no copy of it is waited for."""
+    sizes, width = np.array(lengths), max(lengths)
+    mask = np.arange(width) < sizes[:, None]
+    tokens = np.where(mask, (np.cumsum(sizes) - sizes)[:, None] + np.arange(width), 0)
+    return Layout(*to_device([torch.from_numpy(x) for x in (mask, tokens, np.flatnonzero(mask))], device))

@@ -11,7 +11,7 @@ Scoring needs no branch token for the last token of a candidate (nothing follows
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ptp_ds.errors import UserError
 from ptp_ds.kernels.perturb_step import add_delta
 from ptp_ds.kernels.places import Places, places_of
+from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.tasks.example import Example
 
@@ -160,11 +161,15 @@ class PackedRow:
         assert self.pick_column is not None, "only rows with verbalizers can be narrowed"
         return replace(self, pick_token=self.pick_column, normalises=False, columns=self.verbalizers)
 
+    def mapped(self, move: Move) -> "PackedRow":
+        """The same row with `move` of its tensors."""
+        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        tensors: dict[str, Any] = {name: move(value) for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
     def to(self, device: torch.device | str) -> "PackedRow":
-        """The same row with its tensors on `device` (asynchronously from pinned memory)."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        """The same row with its tensors on `device`, in one copy that nobody waits for."""
+        return moved(self, device)
 
     def with_twin(self, twin: "PackedRow") -> "PackedRow":
         """This row followed by its perturbed twin (the same examples): streams add up, present and gold stay."""

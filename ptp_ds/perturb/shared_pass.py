@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.layerwise import LayerPass, PrefixCache, Section
-from ptp_ds.backbone.trunks import SharedPrefix, prefix_chunk
+from ptp_ds.backbone.trunks import RowPlan, SharedPrefix
 from ptp_ds.kernels import dual_divergence
 from ptp_ds.kernels.pack_embed import sum_rows
 from ptp_ds.packing.row import PackedRow
@@ -21,12 +21,13 @@ from ptp_ds.precision import at_least_fp32
 class PassOptions:
     """max_rows: rows that a layer handles in one go (a micro-batch). carried: [T, H] deltas of the step before, for a
     perturbation that carries them. ascent_scale: what ascents' losses are multiplied by, for gradients in fp16; the
-    steepest direction is the same.
+    steepest direction is the same. plan: the row's, on its device, where it was made before (Backbone.plan).
     """
 
     max_rows: int | None = None
     carried: Tensor | None = None
     ascent_scale: float = 1.0
+    plan: RowPlan | None = None
 
 
 DEFAULT_PASS = PassOptions()
@@ -57,11 +58,12 @@ class SharedPass:
         self._scored = backbone.narrow(row)
         self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
         self._source = backbone.prefix(trained, row.shared_ids, row.trunks)
-        self._positions = self._source.behind(row)
-        self._chunks = backbone.chunks(row, self._source.lengths, options.max_rows)
+        plan = options.plan or backbone.plan(row, self._source.lengths, options.max_rows).to(clean_TH.device)
+        assert plan.lengths == self._source.lengths
+        self._positions, self._chunks = plan.positions(row), plan.chunks
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:
-            self._shared.insert(0, Section(prefix_chunk(self._source.lengths, clean_TH.device), graph=True))
+            self._shared.insert(0, Section(plan.prefix, graph=True))
         self._prefix: PrefixCache = {}
         tokens = self._source.length + 2 * row.num_tokens
         self._recomputed = backbone.activations.recomputed(tokens, backbone.stack.count)

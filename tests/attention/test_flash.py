@@ -1,7 +1,5 @@
 """The GPU's attention on a CPU: its parts and their joining, the kernels played by plain loops, and its self-test."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -11,51 +9,9 @@ from ptp_ds.attention import flash as flash_attention
 from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
 from ptp_ds.attention.plan import plan_forest
 from ptp_ds.attention.tree import attend_reference
+from ptp_ds.packing.transfer import moved
+from tests.support.played_flash import play_backward, play_forward
 from tests.support.trees import packed_rows
-
-
-def sequences(part):
-    """(query slice, key slice) of each of a part's sequences."""
-    bounds = [cu.tolist() for cu in (part.cu_q, part.cu_k)]
-    assert part.max_q == max(b - a for a, b in pairwise(bounds[0]))
-    assert part.max_k == max(b - a for a, b in pairwise(bounds[1]))
-    return [
-        (slice(*q), slice(*k))
-        for q, k in zip(*(pairwise(b) for b in bounds), strict=True)
-    ]  # fmt: skip
-
-
-def logits_of(q, k, part, scale):
-    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return logits.masked_fill(~torch.ones(logits.shape[1:]).tril().bool(), float("-inf")) if part.causal else logits
-
-
-def play_forward(q, k, v, part, scale):
-    """What the kernel promises: each sequence's attention and its log-sum-exp [heads, T]."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    outs, lses = [], []
-    for asking, seen in sequences(part):
-        logits = logits_of(q[asking], k[seen], part, scale)
-        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[seen]))
-        lses.append(logits.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def play_backward(grad, q, k, v, out, lse, part, scale):
-    """FlashAttention's backward, with the output and log-sum-exp that it is given."""
-    groups, heads = q.shape[1] // k.shape[1], k.shape[1]
-    wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-    for asking, seen in sequences(part):
-        shares = (logits_of(q[asking], wide_k[seen], part, scale) - lse[:, asking, None]).exp()
-        d_v[seen] += torch.einsum("hqk,qhd->khd", shares, grad[asking])
-        d_shares = torch.einsum("qhd,khd->hqk", grad[asking], wide_v[seen])
-        inner = (grad[asking] * out[asking]).sum(-1).T.unsqueeze(-1)
-        d_logits = shares * (d_shares - inner) * scale
-        d_q[asking] += torch.einsum("hqk,khd->qhd", d_logits, wide_k[seen])
-        d_k[seen] += torch.einsum("hqk,qhd->khd", d_logits, q[asking])
-    return d_q, *(x.unflatten(1, (heads, groups)).sum(2) for x in (d_k, d_v))
 
 
 @pytest.fixture
@@ -95,7 +51,7 @@ def test_joined_parts_equal_the_reference(trees, prefix, groups, run, seed):
 
 def test_a_nested_tree_has_a_part_for_each_distance():
     rows = [flash_attention.Block(9, (0, 2, 5), (-1, 0, 1)), flash_attention.Block(4, (0, 2, 3), (-1, 0, 0))]
-    own, parents, grandparents = parts_of(rows, torch.device("cpu"))
+    own, parents, grandparents = parts_of(rows)
     assert own.queries is None
     assert own.causal
     assert own.cu_q.tolist() == [0, 2, 5, 9, 11, 12, 13]
@@ -111,7 +67,8 @@ def test_the_kernels_take_the_arguments_they_are_given():
     rows, meta = [flash_attention.Block(6, (0, 3, 5), (-1, 0, 0))], torch.device("meta")
     shapes = [(6, 4, 64), (6, 2, 64), (6, 2, 64), (5, 2, 64), (5, 2, 64)]
     leaves = [torch.empty(shape, dtype=torch.bfloat16, device=meta).requires_grad_() for shape in shapes]
-    out = FlashTreeAttention.apply(*leaves, [prefix_part([6], [0], [5], meta), *parts_of(rows, meta)], 0.125)
+    parts = [moved(part, meta) for part in (prefix_part([6], [0], [5]), *parts_of(rows))]
+    out = FlashTreeAttention.apply(*leaves, parts, 0.125)
     found = torch.autograd.grad(out.sum(), leaves)
     assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
     assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}

@@ -295,7 +295,7 @@ def test_sections_stay_below_what_a_layer_counts_itself():
     model = build("LlamaForCausalLM", "LlamaConfig", **SIZES)
     model.config.attn_temperature_tuning, model.config.floor_scale = True, 18
     backbone = Backbone(model, Activations("keep", chunk_tokens=1000))
-    lengths = [chunk.length for chunk in backbone.chunks(pack(make_examples("multi") * 4), 4)]
+    lengths = [chunk.length for chunk in backbone.plan(pack(make_examples("multi") * 4), (4,)).chunks]
     assert 11 < max(lengths) <= 17
 
 

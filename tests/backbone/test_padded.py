@@ -77,9 +77,10 @@ def test_causal_families(family, shape, perturbation):
 
 
 def test_padding():
-    mask, places = padding([2, 3], "cpu")
-    assert mask.tolist() == [[True, True, False], [True, True, True]]
-    assert places.tolist() == [[0, 1, -1], [2, 3, 4]]
+    layout = padding([2, 3], torch.device("cpu"))
+    assert layout.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert layout.tokens.tolist() == [[0, 1, 0], [2, 3, 4]]
+    assert layout.places.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_deep_prompts_are_refused():
