@@ -223,7 +223,7 @@ class Backbone(nn.Module):
         if prefix is None and trained is not None:
             source = self.prefix(trained, row.shared_ids, row.trunks)
         plan = plan or self.plan(row, source.lengths, max_rows).to(embeds_TH.device)
-        assert plan.lengths == source.lengths
+        assert plan.is_of(row, source.lengths), "a plan of another row"
         sections = [Section(chunk, graph, to_prefix=prefix is None) for chunk in plan.chunks]
         inputs, positions = embeds_TH, plan.positions(row)
         if source.ids is not None:

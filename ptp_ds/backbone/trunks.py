@@ -66,6 +66,10 @@ class RowPlan:
         """The same with its tensors on `device`, in one copy that nobody waits for."""
         return moved(self, device)
 
+    def is_of(self, row: PackedRow, lengths: Sequence[int]) -> bool:
+        """Whether it was made for such a row behind such prefixes."""
+        return self.lengths == tuple(lengths) and sum(chunk.length for chunk in self.chunks) == row.num_tokens
+
     def positions(self, row: PackedRow) -> Tensor:
         """[T] positions of the row's tokens, each behind its own prefix."""
         return row.position_ids + (self.lengths[0] if self.starts is None else self.starts)

@@ -59,7 +59,7 @@ class SharedPass:
         self._trained, self._in_rows = trained, clean_TH.requires_grad  # the prompt's graph lies in the rows themselves
         self._source = backbone.prefix(trained, row.shared_ids, row.trunks)
         plan = options.plan or backbone.plan(row, self._source.lengths, options.max_rows).to(clean_TH.device)
-        assert plan.lengths == self._source.lengths
+        assert plan.is_of(row, self._source.lengths), "a plan of another row"
         self._positions, self._chunks = plan.positions(row), plan.chunks
         self._shared = [Section(chunk, graph=True, to_input=self._in_rows) for chunk in self._chunks]
         if self._source.ids is not None:

@@ -8,58 +8,16 @@ where the activations of all examples don't fit. The gradients are summed in fp3
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ptp_ds.packing.row import PackedRow
-from ptp_ds.perturb import Noise
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.tasks.data import deal_rows
-from ptp_ds.training.meter import Shares
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a rank trains on in a step, on the host. rows: a packed row for each micro-batch. places: each row's
-    examples among this rank's; lengths: tokens of each of this rank's examples. global_count: the batch's examples on
-    all ranks. carried: [T, H] deltas of the step before, in this rank's order.
-    """
-
-    rows: tuple[PackedRow, ...]
-    places: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
-    shares: Shares
-    noise: Noise
-    global_count: int
-    carried: Tensor | None
-
-    @property
-    def examples(self) -> int:
-        """Examples of this rank."""
-        return len(self.lengths)
-
-    def carried_parts(self) -> list[Tensor | None]:
-        """Each row's carried deltas."""
-        if self.carried is None:
-            return [None] * len(self.rows)
-        parts = self.carried.split(self.lengths)
-        return [torch.cat([parts[place] for place in places]) for places in self.places]
-
-    def joined(self, deltas: Sequence[Tensor | None]) -> Tensor | None:
-        """[T, H] each row's deltas in this rank's order; None where none are carried on."""
-        found: dict[int, Tensor] = {}
-        for places, delta in zip(self.places, deltas, strict=True):
-            if delta is None:
-                return None
-            parts = delta.split([self.lengths[place] for place in places])
-            found |= dict(zip(places, parts, strict=True))
-        return torch.cat([found[place] for place in range(len(self.lengths))])
 
 
 def dealt(lengths: Sequence[int], parts: int) -> tuple[tuple[int, ...], ...]:

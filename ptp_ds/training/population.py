@@ -15,11 +15,12 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks.example import Example
+from ptp_ds.training.drawn import Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
 from ptp_ds.training.member_adamw import MemberRate
 from ptp_ds.training.meter import Meter
-from ptp_ds.training.micro_batches import Drawn, summed
+from ptp_ds.training.micro_batches import summed
 from ptp_ds.training.population_engine import MemberEngine, PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.population_step import MemberStep, PopulationRow, population_loss, population_row
@@ -122,7 +123,8 @@ class PopulationTrainer:
             counts = [one.global_count for one in drawn]
 
             def loss_of(trained: Tensor, row: PopulationRow) -> tuple[Tensor, list[StepLoss]]:
-                losses = population_loss(trained, backbone, row, self._options(row.members, parts))
+                options = PassOptions(self._most_rows(row, parts), plan=row.plan)
+                losses = population_loss(trained, backbone, row, options)
                 total = self.engine.joint([loss.total for loss in losses], counts)
                 return total, [replace(loss, total=loss.total.detach()) for loss in losses]
 
@@ -155,27 +157,37 @@ class PopulationTrainer:
         tokens, prefix = 0, 0
         for member in members:
             member.serve()
-            tokens += member.trainer.tokens(member.progress)
+            tokens += member.trainer.tokens(member.progress.step)
             prefix += member.trainer.prefix
         parts = activations.parts(tokens, prefix, members[0].trainer.run.gradient_accumulation_steps)
-        return min(parts, *(member.trainer.fewest(member.progress) for member in members))
+        return min(parts, *(member.trainer.fewest(member.progress.step) for member in members))
 
     def _rows(self, alive: Sequence[int], drawn: Sequence[Drawn], parts: int) -> list[PopulationRow]:
         """A packed row of all members for each micro-batch, on the device."""
-        lengths, carried = [self.engine.lengths[number] for number in alive], [one.carried_parts() for one in drawn]
-        trainers, shares = [self.members[number].trainer for number in alive], self.engine.backbone.shares_passes
+        members, shares = [self.members[number] for number in alive], self.engine.backbone.shares_passes
+        lengths = [self.engine.lengths[number] for number in alive]
+        carried = [one.parted(m.trainer.carried(m.progress)) for one, m in zip(drawn, members, strict=True)]
         found = []
         for part in range(parts):
             steps = [
-                MemberStep(trainer.run, trainer.settings, one.noise, one.rows[part], deltas[part])
-                for trainer, one, deltas in zip(trainers, drawn, carried, strict=True)
+                MemberStep(member.trainer.run, member.trainer.settings, one.noise, one.rows[part], deltas[part])
+                for member, one, deltas in zip(members, drawn, carried, strict=True)
             ]
-            found.append(population_row(steps, lengths, shares).to(self.ranks.device))
+            found.append(self._planned(population_row(steps, lengths, shares), parts).to(self.ranks.device))
         return found
+
+    def _planned(self, population: PopulationRow, parts: int) -> PopulationRow:
+        """With the joined row's plan, where rows are joined."""
+        backbone, row = self.engine.backbone, population.row
+        if row is None:
+            return population
+        lengths = backbone.prefix_lengths(row, population.prompts[0])
+        plan = backbone.plan(row, lengths, self._most_rows(population, parts), self.ranks.device)
+        return replace(population, plan=plan)
 
     def _drawn(self, member: Member, parts: int) -> Drawn:
         member.serve()
-        return member.trainer.drawn(member.progress, parts)
+        return member.trainer.drawn(member.progress.step, parts)
 
     def _trained(self, alive: Sequence[int]) -> Tensor:
         trained = self.engine.trained()
@@ -184,10 +196,10 @@ class PopulationTrainer:
         parts = trained.split(self.engine.lengths)
         return torch.cat([parts[number] for number in alive])
 
-    def _options(self, steps: Sequence[MemberStep], parts: int) -> PassOptions:
-        """Chunks of a micro-batch's share of all members' rows, where they go side by side."""
-        examples, sections = sum(step.row.num_examples for step in steps), steps[0].run.gradient_accumulation_steps
-        return PassOptions(max_rows=-(-examples // (sections if parts == 1 else 1)))
+    def _most_rows(self, population: PopulationRow, parts: int) -> int:
+        """A micro-batch's share of all members' rows, where they go side by side."""
+        examples = sum(member.row.num_examples for member in population.members)
+        return -(-examples // (population.members[0].run.gradient_accumulation_steps if parts == 1 else 1))
 
     def _rate(self, member: Member) -> MemberRate:
         run = member.trainer.run

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.trunks import RowPlan
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import dual_divergence
 from ptp_ds.objective import confident, cross_entropy_sum
 from ptp_ds.packing.forest import join_rows, parts
 from ptp_ds.packing.row import PackedRow
+from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ascent import moved_delta
 from ptp_ds.perturb.ball import example_norm
@@ -36,17 +38,24 @@ class MemberStep:
 class PopulationRow:
     """members: what each prompt trains on; prompts: the rows of each among all that is trained, in the same order.
 
-    row: all members' rows as one, each behind its own prompt; None where every member takes passes of its own.
+    row: all members' rows as one, each behind its own prompt; None where every member takes passes of its own. plan:
+    the row's, where it was made before.
     """
 
     members: tuple[MemberStep, ...]
     prompts: tuple[int, ...]
     row: PackedRow | None
+    plan: RowPlan | None = None
+
+    def mapped(self, move: Move) -> "PopulationRow":
+        """See Movable; what members carry stays where it is."""
+        members = tuple(replace(member, row=member.row.mapped(move)) for member in self.members)
+        row = None if self.row is None else self.row.mapped(move)
+        return replace(self, members=members, row=row, plan=None if self.plan is None else self.plan.mapped(move))
 
     def to(self, device: torch.device) -> "PopulationRow":
-        """The same on `device`."""
-        members = tuple(replace(member, row=member.row.to(device)) for member in self.members)
-        return replace(self, members=members, row=self.row.to(device) if self.row is not None else None)
+        """The same on `device`, in one copy that nobody waits for."""
+        return moved(self, device)
 
     def split(self, tensor_TH: Tensor) -> tuple[Tensor, ...]:
         """Each member's part of a tensor over the row's tokens."""
@@ -122,7 +131,9 @@ def population_loss(
             clean_BC, perturbed_BC = shared.both(delta_TH)
         else:
             inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=options.max_rows, narrow=True)
+            clean_BC, perturbed_BC = backbone.score(
+                row, inputs_TH, trained, max_rows=options.max_rows, narrow=True, plan=options.plan
+            )
     scores = zip(population.parts(clean_BC), population.parts(perturbed_BC), strict=True)
     streams = 2 if shared is not None else 1
     return [
@@ -172,7 +183,7 @@ def _found(
     for member, prompt, clean in zip(population.members, prompts, population.split(clean_TH), strict=True):
         alone = None
         if shared is not None:
-            how = replace(options, carried=member.carried)
+            how = replace(options, carried=member.carried, plan=None)  # the plan is that of all members' rows
 
             def open_pass(prompt=prompt, member=member, clean=clean, how=how) -> SharedPass:
                 return SharedPass(backbone, prompt.detach(), member.row, clean, how)

@@ -1,12 +1,13 @@
 """The train step: what is computed for one packed row, in the order of the formula in ptp_ds.objective."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.trunks import RowPlan
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import dual_divergence
 from ptp_ds.objective import confident, cross_entropy_sum
@@ -78,7 +79,9 @@ def ptp_loss(
             tokens += row.num_tokens
         else:
             inputs_TH = clean_TH if delta_TH is None else row.moved(clean_TH, delta_TH)
-            clean_BC, perturbed_BC = backbone.score(row, inputs_TH, trained, max_rows=options.max_rows, narrow=True)
+            clean_BC, perturbed_BC = backbone.score(
+                row, inputs_TH, trained, max_rows=options.max_rows, narrow=True, plan=options.plan
+            )
     weight = reg_weight_at(run, noise.step)
     total, cross_entropy, divergence = dual_divergence(
         clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight,
@@ -92,6 +95,11 @@ def ptp_loss(
 def _ascent_scale(engine: Engine) -> float:
     """Under fp16 somewhat below the loss scale, so that ascents don't overflow where training doesn't; else 1."""
     return max(1.0, engine.loss_scale() / 16)
+
+
+def most_rows(row: PackedRow, run: RunConfig, parts: int = 1) -> int:
+    """Rows that a layer handles in one go: a micro-batch, which one of several parts is already."""
+    return -(-row.num_examples // run.gradient_accumulation_steps) if parts == 1 else row.num_examples
 
 
 def optimizer_step(
@@ -110,23 +118,28 @@ def optimizer_step(
 def step_in_parts(
     engine: Engine, rows: Sequence[PackedRow], carried: Sequence[Tensor | None], run: RunConfig,
     settings: PerturbSettings, noise: Noise, lr: float, *, global_count: int,
+    plans: Sequence[RowPlan | None] | None = None, meanwhile: Callable[[], None] | None = None,
 ) -> tuple[StepLoss, list[Tensor | None]]:  # fmt: skip
     """optimizer_step on several rows, a micro-batch each, one after the other through all layers (micro_batches).
 
-    carried: each row's deltas of the step before. Returns the loss of all rows and each one's delta to carry on.
+    carried: each row's deltas of the step before. plans: each row's, on its device, for most_rows of it at a time.
+    meanwhile: what the host does while the device is at the backward: the update waits for it. Returns the loss of all
+    rows and each one's delta to carry on.
     """
     scale = engine.loss_scale()
-    sections = run.gradient_accumulation_steps if len(rows) == 1 else 1
 
-    def loss_of(trained: Tensor, part: tuple[PackedRow, Tensor | None]) -> tuple[Tensor, StepLoss]:
-        row, mine = part
-        options = PassOptions(-(-row.num_examples // sections), mine, _ascent_scale(engine))
+    def loss_of(trained: Tensor, part: tuple[PackedRow, Tensor | None, RowPlan | None]) -> tuple[Tensor, StepLoss]:
+        row, mine, plan = part
+        options = PassOptions(most_rows(row, run, len(rows)), mine, _ascent_scale(engine), plan)
         loss = ptp_loss(trained, engine.backbone, row, run, settings, noise, options)
         return loss.total, replace(loss, total=loss.total.detach())
 
     with engine.backbone.shards.outside_layers():
-        total, losses = summed(engine.trained(), list(zip(rows, carried, strict=True)), loss_of, scale)
+        parts = list(zip(rows, carried, plans or [None] * len(rows), strict=True))
+        total, losses = summed(engine.trained(), parts, loss_of, scale)
         engine.backward_sum(total, global_count)
+    if meanwhile is not None:
+        meanwhile()
     engine.step(lr)
     dtype = engine.backbone.dtype
     deltas = [carried_delta(loss, row, run, settings, dtype) for loss, row in zip(losses, rows, strict=True)]

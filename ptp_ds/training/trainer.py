@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings, Twin
+from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import Neighbours
 from ptp_ds.perturb.perturbation import Attack
 from ptp_ds.perturb.text_scoring import TextScorer
@@ -28,13 +29,14 @@ from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal_rows
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
+from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, evaluate
 from ptp_ds.training.meter import Meter, Shares
-from ptp_ds.training.micro_batches import Drawn, dealt
+from ptp_ds.training.micro_batches import dealt
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.schedules import learning_rate
-from ptp_ds.training.step import step_in_parts
+from ptp_ds.training.step import most_rows, step_in_parts
 
 log = get_logger(__name__)
 
@@ -133,44 +135,69 @@ class Trainer:
     def _optimizer_step(self, progress: Progress, meter: "Meter") -> None:
         step = progress.step
         with self.engine.backbone.shards.outside_layers():  # once for an attack and the step
-            drawn = self.drawn(progress, self.parts(progress))
-            rows = [row.to(self.ranks.device) for row in drawn.rows]
+            drawn = self._ahead.take(step)
             loss, deltas = step_in_parts(
-                self.engine, rows, drawn.carried_parts(), self.run, self.settings, drawn.noise,
-                learning_rate(self.run, step), global_count=drawn.global_count,
+                self.engine, drawn.rows, drawn.parted(self.carried(progress)), self.run, self.settings, drawn.noise,
+                learning_rate(self.run, step), global_count=drawn.global_count, plans=drawn.plans,
+                meanwhile=lambda: self._look_ahead(step + 1),
             )  # fmt: skip
         delta = drawn.joined(deltas)
         progress.carried = Carried(mine=delta) if delta is not None else None
         meter.add(loss, drawn.examples, step, drawn.shares)
 
-    def tokens(self, progress: Progress) -> int:
-        """Packed tokens of the step to come, both streams, on the rank that has most; the same on all ranks."""
-        batch, hands = self._dealt(progress.step)
+    @cached_property
+    def _ahead(self) -> Ahead:
+        return Ahead(lambda step: self._planned(self.drawn(step, self.parts(step))).to(self.ranks.device))
+
+    @cached_property
+    def _may_look_ahead(self) -> bool:
+        """On a GPU, which works on meanwhile, and where rows depend on the step's number alone: not on the prompt, as
+        an attack's, nor on a user's function."""
+        how = self.run.active_perturbation
+        by_number = how is None or not how.in_text or how.twins is mask
+        return by_number and self.ranks.device.type == "cuda"
+
+    def _look_ahead(self, step: int) -> None:
+        if self._may_look_ahead and step < self.run.max_steps:
+            self._ahead.prepare(step)
+
+    def _planned(self, drawn: Drawn) -> Drawn:
+        backbone, count = self.engine.backbone, len(drawn.rows)
+        plans = tuple(
+            backbone.plan(row, backbone.prefix_lengths(row, self.run.prompt_length), most_rows(row, self.run, count),
+                          self.ranks.device)
+            for row in drawn.rows
+        )  # fmt: skip
+        return replace(drawn, plans=plans)
+
+    def tokens(self, step: int) -> int:
+        """Packed tokens of a step, both streams, on the rank that has most; the same on all ranks."""
+        batch, hands = self._dealt(step)
         lengths = self._lengths(batch)
         return self.run.streams * max(sum(lengths[place] for place in hand) for hand in hands)
 
-    def parts(self, progress: Progress) -> int:
-        """Micro-batches that the step to come takes one after the other; the same number on all ranks."""
+    def parts(self, step: int) -> int:
+        """Micro-batches that a step takes one after the other; the same number on all ranks."""
         activations, sections = self.engine.backbone.activations, self.run.gradient_accumulation_steps
         if activations.schedule == "breadth":
             return 1
-        return min(activations.parts(self.tokens(progress), self.prefix, sections), self.fewest(progress))
+        return min(activations.parts(self.tokens(step), self.prefix, sections), self.fewest(step))
 
     @property
     def prefix(self) -> int:
         """Tokens that each packed row begins with."""
         return self.run.prompt_length + self._shared
 
-    def fewest(self, progress: Progress) -> int:
-        """Examples of the step to come on the rank that has fewest."""
-        return min(len(hand) for hand in self._dealt(progress.step)[1])
+    def fewest(self, step: int) -> int:
+        """Examples of a step on the rank that has fewest."""
+        return min(len(hand) for hand in self._dealt(step)[1])
 
-    def drawn(self, progress: Progress, parts: int = 1) -> Drawn:
-        """What this rank trains on in the step to come, in so many micro-batches at most."""
-        batch, hands = self._dealt(progress.step)
+    def drawn(self, step: int, parts: int = 1) -> Drawn:
+        """What this rank trains on in a step, in so many micro-batches at most, on the host and without plans."""
+        batch, hands = self._dealt(step)
         mine = [batch[place] for place in hands[self.ranks.rank]]
         lengths = self._lengths(mine)
-        noise = Noise(self.run.seed, progress.step, self.run.kernels)
+        noise = Noise(self.run.seed, step, self.run.kernels)
         places, rows = dealt(lengths, parts), []
         shares: Shares = {}
         for part in places:
@@ -178,7 +205,7 @@ class Trainer:
             rows.append(packed)
             shares = {name: (a + shares.get(name, (0, 0))[0], b + shares.get(name, (0, 0))[1])
                       for name, (a, b) in told.items()}  # fmt: skip
-        return Drawn(tuple(rows), places, tuple(lengths), shares, noise, len(batch), self._carried(progress))
+        return Drawn(tuple(rows), places, tuple(lengths), shares, noise, len(batch), (None,) * len(rows))
 
     def _packed(self, examples: Sequence[Example], noise: Noise) -> tuple[PackedRow, Shares]:
         """The examples as one row, with twins where the perturbation changes the text, and what an attack tells."""
@@ -232,7 +259,7 @@ class Trainer:
             for first in range(0, len(hands), accumulate)
         ]
 
-    def _carried(self, progress: Progress) -> Tensor | None:
+    def carried(self, progress: Progress) -> Tensor | None:
         """[T, H] this rank's carried deltas for the step to come; None at a batch's first use."""
         if progress.carried is None or progress.step % self.run.batch_repeats == 0:
             return None
@@ -246,7 +273,7 @@ class Trainer:
 
     def _whole_carried(self, progress: Progress) -> Tensor | None:
         """All ranks' carried deltas in the order of the global batch, on the CPU; all ranks must call it."""
-        mine = self._carried(progress)
+        mine = self.carried(progress)
         if mine is None:
             return None
         batch, hands = self._dealt(progress.step)

@@ -12,8 +12,9 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts.deep import deep_width
+from ptp_ds.training.drawn import Drawn
 from ptp_ds.training.meter import Meter
-from ptp_ds.training.micro_batches import Drawn, dealt, summed
+from ptp_ds.training.micro_batches import dealt, summed
 from ptp_ds.training.step import carried_delta, loss_of_all, ptp_loss, settings_of
 from tests.support.reference import make_examples, make_model, relative_error
 from tests.support.runs import QUICK, check, last_prompt
@@ -46,7 +47,7 @@ def found_in(backbone, prompt, parts, run):
     lengths = tuple(len(example.context_ids) for example in EXAMPLES)
     deltas = [carried_delta(loss, row, run, settings_of(run, 1.0), torch.float32)
               for loss, row in zip(losses, rows, strict=True)]  # fmt: skip
-    drawn = Drawn(tuple(rows), tuple(parts), lengths, {}, noise, len(EXAMPLES), None)
+    drawn = Drawn(tuple(rows), tuple(parts), lengths, {}, noise, len(EXAMPLES), (None,) * len(rows))
     return loss_of_all(losses), trained.grad, drawn.joined(deltas)
 
 
