@@ -149,6 +149,10 @@ class Backbone(nn.Module):
         """The row for logits of its verbalizers alone, where it and the head allow that; else the row as it is."""
         return row.narrowed() if self.narrows and row.verbalizers is not None else row
 
+    def recomputed(self, tokens: int) -> int:
+        """The first layers that a step over so many tokens, prompt and both streams, computes again in backward."""
+        return self.activations.recomputed(tokens, self.stack.count)
+
     def plan(
         self, row: PackedRow, prefixes: Sequence[int], max_rows: int | None = None, device: torch.device | None = None
     ) -> RowPlan:
@@ -230,7 +234,7 @@ class Backbone(nn.Module):
             sections.insert(0, Section(plan.prefix, graph))
             inputs = torch.cat([self.pack(source.ids, trained), embeds_TH])
             positions = torch.cat([source.positions(positions.device), positions])
-        recomputed = self.activations.recomputed(inputs.shape[0], self.stack.count) if graph else 0
+        recomputed = self.recomputed(inputs.shape[0]) if graph else 0
         layer_pass = LayerPass(sections, {} if prefix is None else prefix, recomputed, given=source.keys_values)
         scores = row.scores(self.run(layer_pass, inputs, positions, trained, row.columns))
         if watch is not None:

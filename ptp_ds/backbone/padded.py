@@ -45,6 +45,10 @@ class PaddedBackbone(Backbone):
             rows = SeparateRows(kind="causal", prompt_length=prompt_length)
         self.prompt, self.rows = prompt, rows
 
+    def recomputed(self, tokens: int) -> int:
+        """None: layers are the family's own here."""
+        return 0
+
     def run(
         self, layer_pass: LayerPass, inputs_TH: Tensor, positions_T: Tensor, trained: Tensor | None = None,
         columns: Tensor | None = None,

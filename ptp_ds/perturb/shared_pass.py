@@ -66,7 +66,7 @@ class SharedPass:
             self._shared.insert(0, Section(plan.prefix, graph=True))
         self._prefix: PrefixCache = {}
         tokens = self._source.length + 2 * row.num_tokens
-        self._recomputed = backbone.activations.recomputed(tokens, backbone.stack.count)
+        self._recomputed = backbone.recomputed(tokens)
         self._clean_BC: Tensor | None = None
         self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
 
