@@ -1,7 +1,8 @@
 """What a rank trains on in a step, and the next step's made ready while the device is still at this one's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,22 +61,26 @@ class Drawn:
         return torch.cat([found[place] for place in range(len(self.lengths))])
 
 
-class Ahead:
-    """Makes a step's Drawn before the step comes to it: between the launch of a backward and the wait for it.
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
+
+
+class Ahead(Generic[Key, Made]):
+    """Makes what a step trains on before the step comes to it: between the launch of a backward and the wait for it.
 
     The host has nothing to do then. A thread would share the interpreter with the launches, and gain nothing more.
-    make: a step's number -> its Drawn; it must depend on nothing but that number.
+    make: a step's key, its number or more -> what it trains on; it must depend on nothing but that key.
     """
 
-    def __init__(self, make: Callable[[int], Drawn]) -> None:
+    def __init__(self, make: Callable[[Key], Made]) -> None:
         self._make = make
-        self._made: dict[int, Drawn] = {}
+        self._made: dict[Key, Made] = {}
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, key: Key) -> None:
         """Makes what `take` will give for that step."""
-        self._made = {step: self._make(step)}
+        self._made = {key: self._make(key)}
 
-    def take(self, step: int) -> Drawn:
+    def take(self, key: Key) -> Made:
         """The step's, made now where it was not prepared."""
-        made = self._made.pop(step, None)
-        return self._make(step) if made is None else made
+        made, self._made = self._made, {}
+        return made[key] if key in made else self._make(key)

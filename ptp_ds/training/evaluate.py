@@ -126,6 +126,7 @@ def _score_together(
             lengths.append(one.rows.group_length([one.examples[number] for number in group]))
     tables = [_Table.of(one.examples) for one in asked]
     packs = plan_packs(lengths, budget, ranks.world, [owner for owner, _ in units], prefixes)
+    found = []  # read when all passes are launched: a GPU waits for no row's packing
     for pack in packs[ranks.rank :: ranks.world]:
         owned: dict[int, list[list[int]]] = {}
         for unit in pack:
@@ -137,11 +138,13 @@ def _score_together(
         ]  # fmt: skip
         trained = torch.cat([prompts[owner] for owner in owned])
         row = join_rows(rows, [prompts[owner].shape[0] for owner in owned]).to(ranks.device)
-        scores = backbone.score(row, backbone.inputs(row, trained), trained)[0].cpu()
+        scores = backbone.score(row, backbone.inputs(row, trained), trained)[0]
         for (owner, groups), own, scored in zip(owned.items(), rows, parts(row, rows, scores), strict=True):
-            tables[owner].add([number for group in groups for number in group], scored, own.present)
+            found.append((tables[owner], [number for group in groups for number in group], scored, own.present))
         if beat is not None:
             beat()
+    for table, numbers, scored, present in found:
+        table.add(numbers, scored.cpu(), present)
     return _reduced(tables, ranks)
 
 
@@ -192,14 +195,17 @@ def score_examples(
         prefix = backbone.cache_prefix(trained, shared_ids)
         groups = rows.groups(examples, budget)
         lengths = [rows.group_length([examples[number] for number in group]) for group in groups]
+        found = []  # read when all passes are launched: a GPU waits for no row's packing
         for units in plan_packs(lengths, budget, ranks.world)[ranks.rank :: ranks.world]:
             numbers = [number for unit in units for number in groups[unit]]
             row = rows.pack_groups([[examples[number] for number in groups[unit]] for unit in units], shared)
             present, row = row.present, row.to(ranks.device)
-            scores = backbone.score(row, backbone.inputs(row, trained), trained, prefix=prefix)[0].cpu()
-            table.add(numbers, scores, present)
+            scores = backbone.score(row, backbone.inputs(row, trained), trained, prefix=prefix)[0]
+            found.append((numbers, scores, present))
             if beat is not None:
                 beat()
+        for numbers, scores, present in found:
+            table.add(numbers, scores.cpu(), present)
     return _reduced([table], ranks)[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_ds.packing.transfer import to_device
 from ptp_ds.ranks.distributed import Ranks
 
 _SMALL = 1e-6  # beside the norm in the clipping factor, as DeepSpeed has it
@@ -49,9 +50,8 @@ class MemberAdamW(torch.optim.Optimizer):
         offsets = self._offsets_of(part.numel())
         squares = torch.segment_reduce(gradient.float().square(), "sum", offsets=offsets, unsafe=True)[:-1]
         self.norms = self.ranks.sum(squares).sqrt()
-        values = torch.tensor(
-            [(rate.lr, rate.lr * rate.weight_decay, rate.max_norm) for rate in self.rates], device=part.device
-        )
+        rates = torch.tensor([(rate.lr, rate.lr * rate.weight_decay, rate.max_norm) for rate in self.rates])
+        (values,) = to_device([rates], part.device)
         lr, decay, most = values.unbind(1)
         clip = torch.where(most > 0, (most / (self.norms + _SMALL)).clamp(max=1.0), 1.0)
         lr_n, decay_n, clip_n = (self._spread(x, offsets, part.numel()) for x in (lr, decay, clip))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks.example import Example
-from ptp_ds.training.drawn import Drawn
+from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
 from ptp_ds.training.member_adamw import MemberRate
@@ -115,25 +116,28 @@ class PopulationTrainer:
         return 0
 
     def _step(self) -> None:
-        alive, backbone = self.alive, self.engine.backbone
+        alive, backbone = tuple(self.alive), self.engine.backbone
+        members = [self.members[number] for number in alive]
+        step = members[0].progress.step
         with backbone.shards.outside_layers():  # once for attacks and the step
-            parts = self._parts(alive)
-            drawn = [self._drawn(self.members[number], parts) for number in alive]
-            rows = self._rows(alive, drawn, parts)
+            drawn, rows = self._ahead.take((step, alive))
+            carried = [one.parted(self._carried(member)) for one, member in zip(drawn, members, strict=True)]
+            rows = [row.carrying([deltas[part] for deltas in carried]) for part, row in enumerate(rows)]
             counts = [one.global_count for one in drawn]
 
             def loss_of(trained: Tensor, row: PopulationRow) -> tuple[Tensor, list[StepLoss]]:
-                options = PassOptions(self._most_rows(row, parts), plan=row.plan)
+                options = PassOptions(self._most_rows(row, len(rows)), plan=row.plan)
                 losses = population_loss(trained, backbone, row, options)
                 total = self.engine.joint([loss.total for loss in losses], counts)
                 return total, [replace(loss, total=loss.total.detach()) for loss in losses]
 
             total, found = summed(self._trained(alive), rows, loss_of)
             self.engine.backward_joint(total, counts)
+        if all(member.trainer.may_look_ahead for member in members) and step + 1 < members[0].trainer.run.max_steps:
+            self._ahead.prepare((step + 1, alive))
         self.engine.step_members([self._rate(member) for member in self.members])
-        for place, (number, one) in enumerate(zip(alive, drawn, strict=True)):
-            self._record(self.members[number], one, [losses[place] for losses in found],
-                         [row.members[place] for row in rows])  # fmt: skip
+        for place, (member, one) in enumerate(zip(members, drawn, strict=True)):
+            self._record(member, one, [losses[place] for losses in found], [row.members[place] for row in rows])
 
     def _record(self, member: Member, drawn: Drawn, losses: Sequence[StepLoss], steps: Sequence[MemberStep]) -> None:
         """A member's losses and the deltas that it carries on, of each of its rows."""
@@ -148,33 +152,44 @@ class PopulationTrainer:
         member.meter.add(loss_of_all(losses), drawn.examples, member.progress.step, drawn.shares)
         member.progress.step += 1
 
-    def _parts(self, alive: Sequence[int]) -> int:
+    def _carried(self, member: Member) -> Tensor | None:
+        member.serve()
+        return member.trainer.carried(member.progress)
+
+    @cached_property
+    def _ahead(self) -> Ahead[tuple[int, tuple[int, ...]], tuple[list[Drawn], list[PopulationRow]]]:
+        return Ahead(lambda key: self._drawn(*key))
+
+    def _drawn(self, step: int, alive: Sequence[int]) -> tuple[list[Drawn], list[PopulationRow]]:
+        """What the members `alive` train on in optimizer step `step`: each one's, and a row of all of them on the
+        device for each micro-batch."""
+        parts, drawn, members = self._parts(step, alive), [], [self.members[number] for number in alive]
+        for member in members:
+            member.serve()
+            drawn.append(member.trainer.drawn(step, parts))
+        prompts, rows = [self.engine.lengths[number] for number in alive], []
+        for part in range(parts):
+            steps = [
+                MemberStep(member.trainer.run, member.trainer.settings, one.noise, one.rows[part])
+                for member, one in zip(members, drawn, strict=True)
+            ]
+            population = population_row(steps, prompts, self.engine.backbone.shares_passes)
+            rows.append(self._planned(population, parts).to(self.ranks.device))
+        return drawn, rows
+
+    def _parts(self, step: int, alive: Sequence[int]) -> int:
         """Micro-batches that the step takes one after the other, each with rows of all members."""
         activations = self.engine.backbone.activations
         if activations.schedule == "breadth":
             return 1
-        members = [self.members[number] for number in alive]
-        tokens, prefix = 0, 0
-        for member in members:
+        trainers, tokens, prefix = [], 0, 0
+        for member in (self.members[number] for number in alive):
             member.serve()
-            tokens += member.trainer.tokens(member.progress.step)
+            trainers.append(member.trainer)
+            tokens += member.trainer.tokens(step)
             prefix += member.trainer.prefix
-        parts = activations.parts(tokens, prefix, members[0].trainer.run.gradient_accumulation_steps)
-        return min(parts, *(member.trainer.fewest(member.progress.step) for member in members))
-
-    def _rows(self, alive: Sequence[int], drawn: Sequence[Drawn], parts: int) -> list[PopulationRow]:
-        """A packed row of all members for each micro-batch, on the device."""
-        members, shares = [self.members[number] for number in alive], self.engine.backbone.shares_passes
-        lengths = [self.engine.lengths[number] for number in alive]
-        carried = [one.parted(m.trainer.carried(m.progress)) for one, m in zip(drawn, members, strict=True)]
-        found = []
-        for part in range(parts):
-            steps = [
-                MemberStep(member.trainer.run, member.trainer.settings, one.noise, one.rows[part], deltas[part])
-                for member, one, deltas in zip(members, drawn, carried, strict=True)
-            ]
-            found.append(self._planned(population_row(steps, lengths, shares), parts).to(self.ranks.device))
-        return found
+        parts = activations.parts(tokens, prefix, trainers[0].run.gradient_accumulation_steps)
+        return min(parts, *(trainer.fewest(step) for trainer in trainers))
 
     def _planned(self, population: PopulationRow, parts: int) -> PopulationRow:
         """With the joined row's plan, where rows are joined."""
@@ -184,10 +199,6 @@ class PopulationTrainer:
         lengths = backbone.prefix_lengths(row, population.prompts[0])
         plan = backbone.plan(row, lengths, self._most_rows(population, parts), self.ranks.device)
         return replace(population, plan=plan)
-
-    def _drawn(self, member: Member, parts: int) -> Drawn:
-        member.serve()
-        return member.trainer.drawn(member.progress.step, parts)
 
     def _trained(self, alive: Sequence[int]) -> Tensor:
         trained = self.engine.trained()

@@ -57,6 +57,11 @@ class PopulationRow:
         """The same on `device`, in one copy that nobody waits for."""
         return moved(self, device)
 
+    def carrying(self, deltas: Sequence[Tensor | None]) -> "PopulationRow":
+        """The same with each member's deltas of the step before."""
+        members = zip(self.members, deltas, strict=True)
+        return replace(self, members=tuple(replace(member, carried=delta) for member, delta in members))
+
     def split(self, tensor_TH: Tensor) -> tuple[Tensor, ...]:
         """Each member's part of a tensor over the row's tokens."""
         return tensor_TH.split([member.row.num_tokens for member in self.members])

@@ -146,11 +146,11 @@ class Trainer:
         meter.add(loss, drawn.examples, step, drawn.shares)
 
     @cached_property
-    def _ahead(self) -> Ahead:
+    def _ahead(self) -> Ahead[int, Drawn]:
         return Ahead(lambda step: self._planned(self.drawn(step, self.parts(step))).to(self.ranks.device))
 
     @cached_property
-    def _may_look_ahead(self) -> bool:
+    def may_look_ahead(self) -> bool:
         """On a GPU, which works on meanwhile, and where rows depend on the step's number alone: not on the prompt, as
         an attack's, nor on a user's function."""
         how = self.run.active_perturbation
@@ -158,7 +158,7 @@ class Trainer:
         return by_number and self.ranks.device.type == "cuda"
 
     def _look_ahead(self, step: int) -> None:
-        if self._may_look_ahead and step < self.run.max_steps:
+        if self.may_look_ahead and step < self.run.max_steps:
             self._ahead.prepare(step)
 
     def _planned(self, drawn: Drawn) -> Drawn:

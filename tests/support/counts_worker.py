@@ -21,6 +21,8 @@ from ptp_ds.models.heads import Head
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.shared_pass import PassOptions
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training.member_adamw import MemberAdamW, MemberRate
 from ptp_ds.training.population_step import MemberStep, population_loss, population_row
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.chip import Counts, install
@@ -110,6 +112,18 @@ def count(case):
     }  # fmt: skip
 
 
+def update():
+    """What MemberAdamW's steps ask for, after the first."""
+    weight = torch.nn.Parameter(torch.ones(12, device=CHIP))
+    optimizer = MemberAdamW([weight], [4, 8], Ranks(0, 1, 0, CHIP))
+    optimizer.rates = [MemberRate(0.1, 0.01, 1.0), MemberRate(0.2)]
+    for _ in range(2):
+        weight.grad = torch.ones(12, device=CHIP)
+        with Counts() as counts:
+            optimizer.step()
+    return {"waits": dict(counts.waits), "copies": dict(counts.copies), "sent": counts.sent}
+
+
 def instrument():
     """What each of these counts as: one wait, one copy, or nothing."""
     x, numbers, places = torch.ones(4, device=CHIP), torch.tensor([3, 1, 2]), torch.tensor([0, 1])
@@ -137,6 +151,7 @@ def instrument():
 
 if __name__ == "__main__":
     print(json.dumps(instrument()))
+    print(json.dumps(update()))
     for case in json.loads(sys.argv[1]):
         print(json.dumps(count(case)), flush=True)
     os._exit(0)  # autograd's thread for the chip outlives an ordinary end

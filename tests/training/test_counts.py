@@ -49,14 +49,14 @@ DEEPER = {name: [{**LLAMA, "perturbation": name, "shape": "single", "narrows": T
 
 @pytest.fixture(scope="module")
 def counted():
-    """(the instrument's tries, each case's counts by name)."""
+    """(the instrument's tries, each case's counts by name and those of a population's "update")."""
     padded = {family: {"family": family, "perturbation": "gaussian", "shape": "multi"} for family in PADDED}
     cases = {**SILENT, **padded, **{(name, n): case for name, pair in DEEPER.items() for n, case in enumerate(pair)}}
     command = [sys.executable, str(SUPPORT / "counts_worker.py"), json.dumps(list(cases.values()))]
     done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    instrument, *found = map(json.loads, done.stdout.splitlines())
-    return instrument, dict(zip(cases, found, strict=True))
+    instrument, update, *found = map(json.loads, done.stdout.splitlines())
+    return instrument, {"update": update, **dict(zip(cases, found, strict=True))}
 
 
 def test_the_instrument(counted):
@@ -78,6 +78,11 @@ def test_no_pass_waits(name, counted):
     found = counted[1][name]
     assert (found["waits"], found["copies"]) == ({}, {})
     assert found["sent"] <= SENT.get(name, 2)
+
+
+def test_a_populations_update_waits_for_nothing(counted):
+    """Members' rates are sent to the device; a lone prompt's AdamW is torch's."""
+    assert counted[1]["update"] == {"waits": {}, "copies": {}, "sent": 1}
 
 
 @pytest.mark.parametrize("family", PADDED)

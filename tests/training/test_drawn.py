@@ -61,8 +61,8 @@ def order(monkeypatch):
 def look_ahead(monkeypatch):
     """On a CPU, too."""
     may = cached_property(lambda self: True)
-    may.__set_name__(Trainer, "_may_look_ahead")
-    monkeypatch.setattr(Trainer, "_may_look_ahead", may)
+    may.__set_name__(Trainer, "may_look_ahead")
+    monkeypatch.setattr(Trainer, "may_look_ahead", may)
 
 
 def last_state(folder):
@@ -98,6 +98,23 @@ def test_bit_for_bit_the_same_run(tiny_model, tmp_path, monkeypatch, order, pert
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("perturbation", ["free", "mask+gaussian"])
+def test_a_population_bit_for_bit(tiny_model, tmp_path, monkeypatch, order, perturbation):
+    """All members' rows are made before the update, member by member, and joined."""
+    flags = {**QUICK, "model": tiny_model, "perturbation": perturbation, "seeds": "0-1", "max_steps": 3}
+    ptp_ds.train(**flags, output_dir=tmp_path / "plain")
+    assert order == [event for step in range(3) for event in (step, step, "backward", "update")]
+    order.clear()
+    look_ahead(monkeypatch)
+    ptp_ds.train(**flags, output_dir=tmp_path / "ahead")
+    assert order == [0, 0, "backward", 1, 1, "update", "backward", 2, 2, "update", "backward", "update"]
+    members = names_in(tmp_path / "plain" / "members")
+    assert len(members) == 2
+    for member in members:
+        plain, ahead = (last_state(tmp_path / name / "members" / member) for name in ("plain", "ahead"))
+        assert all(torch.equal(ahead[name], tensor) for name, tensor in plain.items())
+
+
 @pytest.mark.parametrize(
     ("perturbation", "device", "may"),
     [("none", "cuda", True), ("pgd", "cuda", True), ("mask", "cuda", True), ("mask+gaussian", "cuda", True),
@@ -116,4 +133,4 @@ def test_only_what_depends_on_the_steps_number_alone_is_made_before(perturbation
     trainer = SimpleNamespace(
         run=RunConfig(perturbation=perturbation), ranks=SimpleNamespace(device=torch.device(device))
     )
-    assert Trainer._may_look_ahead.func(trainer) is may
+    assert Trainer.may_look_ahead.func(trainer) is may

@@ -14,6 +14,7 @@ from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.prompts.deep import deep_width
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.training import evaluate as evaluation
 from ptp_ds.training.evaluate import (
     Evaluation,
     Questions,
@@ -267,3 +268,18 @@ def test_a_pass_holds_its_prompts_too(units, budget):
     for pack in packs:
         used = sum(lengths[number] for number in pack) + sum(prefixes[owner] for owner in {owners[n] for n in pack})
         assert used <= budget or len(pack) == 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_scores_are_read_when_all_passes_are_launched(together, monkeypatch):
+    """A GPU would wait for the next row's packing each time that the host waits for it."""
+    events, score, add = [], Backbone.score, evaluation._Table.add
+    monkeypatch.setattr(Backbone, "score", lambda self, *a, **k: events.append("pass") or score(self, *a, **k))
+    monkeypatch.setattr(evaluation._Table, "add", lambda self, *a: events.append("read") or add(self, *a))
+    backbone, examples = Backbone(make_model("llama")), make_examples("ragged")
+    asked = [Questions(make_prompt(), examples, backbone.rows)] * (1 + together)
+    score_prompts(backbone, asked, ALONE, 20)
+    passes = events.count("pass")
+    assert passes > 2
+    assert events == ["pass"] * passes + ["read"] * (len(events) - passes)
+    assert len(events) >= 2 * passes
