@@ -38,7 +38,7 @@ CHIP = install()
 def make_case(case):
     """(backbone, what is trained) on the host, a case's, always the same."""
     family, prompt, mode = case["family"], case.get("prompt", "soft"), case.get("mode", "keep")
-    if family in ("bert", "modernbert"):
+    if "head" in case:
         backbone = make_backbone(family, case["head"], prompt)
         return backbone, make_values(backbone)
     if family == "bart":
@@ -48,7 +48,7 @@ def make_case(case):
         backbone = PaddedBackbone(Backbone(make_model(family)))
         backbone.serve("soft", TreeRows(), 5)
     else:
-        model = make_model(family)
+        model = make_model(family, getattr(torch, case.get("dtype", "float32")))
         if "layers" in case:
             config = AutoConfig.for_model(family, **{**FAMILIES[family], "num_hidden_layers": case["layers"]})
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -101,7 +101,8 @@ def host(x):
 
 
 def count(case):
-    flash._proven[CHIP, torch.float32] = True  # as on a GPU in half precision, but in one that numbers can be told in
+    for dtype in (torch.bfloat16, torch.float32):  # fp32 as in half precision on a GPU, but numbers can be told in it
+        flash._proven[CHIP, dtype] = True
     counts, forward, loss, gradient = step(case, CHIP)
     *_, known, right = step(case, torch.device("cpu"))
     return {
