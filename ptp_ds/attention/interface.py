@@ -88,7 +88,8 @@ def _tree_attention(
         raise UserError(f"{name} asks for dropout {dropout} or a mask of its own; a frozen packed row has neither.")
     if query.shape[0] != 1:
         raise UserError(f"{name} got {query.shape[0]} rows; a packed batch is one row.")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, not x[0]: the backward of a selection fills a whole tensor with zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     prefix = call.prefix[len(call.recorded)] if call.prefix is not None else None
     call.windows.add(sliding_window)
     call.recorded.append((k, v))

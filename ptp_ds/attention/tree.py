@@ -252,7 +252,7 @@ def attend_alone(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: TreePlan, sc
         F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=piece.causal, scale=scale)
         for piece, (q_b, k_b, v_b) in parts
     ]
-    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+    return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def attend_tree_reference(

@@ -63,6 +63,10 @@ class Backbone(nn.Module):
         self.output = verbalizers.narrow_head(model)
         self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.backbone.check)
 
+    def try_kernels(self) -> None:
+        """Tries what is tried before its first use, once a process: apart from passes whose memory is counted."""
+        try_flash(self.device, self.dtype, attend_reference)
+
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
         """From now on: prompts of this kind and length, rows of this form."""
         self.prompt, self.rows = prompt, rows
@@ -181,7 +185,7 @@ class Backbone(nn.Module):
 
         columns [n]: the tokens whose logits are wanted, for [N, n].
         """
-        try_flash(inputs_TH.device, inputs_TH.dtype, attend_reference)
+        self.try_kernels()
         layer_pass.head_input = self.head.head_input
         arguments: dict[str, Any] = {
             "inputs_embeds": inputs_TH[None].clone(),  # some families scale what they are given in place
@@ -191,7 +195,7 @@ class Backbone(nn.Module):
             arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored}
         with use_layer_pass(layer_pass), verbalizers.use_columns(columns), self.shards.outside_layers():
             out = self.call_model(trained, **arguments)
-        return out.logits if self.head.kind == "classes" else out.logits[0]
+        return out.logits if self.head.kind == "classes" else out.logits.squeeze(0)
 
     def call_model(self, trained: Tensor | None, **arguments: Any) -> Any:
         """The model's own forward, with the trained head's tensors in the place of its own."""

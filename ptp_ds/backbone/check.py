@@ -90,6 +90,7 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe):
             raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
         backbone.narrows = _narrows(backbone, probe)
+    backbone.shards.traffic.reset()  # a run counts its own
 
 
 def _references(backbone: Backbone, probe: Probe, alone: PackedRow) -> tuple[Tensor, Tensor, Found]:

@@ -24,6 +24,7 @@ _LONGEST = (
     768  # terms of a sum in one go: oneDNN adds them in longer chains than MKL, 2 times its rounding at 1536 terms
 )
 _CLOSE = 1e-5  # relative l2 distance between two ways of the same fp32 product
+_TORCHS: Product = torch._C._nn.linear  # F.linear itself, whatever stands in its place
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -36,24 +37,28 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, turned, product):  # type: ignore[override]
         ctx.weight, ctx.turned, ctx.product = weight, turned, product
-        return product(x, weight.t() if turned else weight, bias)
+        return _flat(product, x, weight.t() if turned else weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         weight = ctx.weight if ctx.turned else ctx.weight.t()
-        return ctx.product(grad, weight, None), None, None, None, None
+        return _flat(ctx.product, grad, weight, None), None, None, None, None
+
+
+def _flat(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of x [..., I] as one matrix. No view of it: some families change their layers' outputs in place."""
+    out = product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
 
 def torchs(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] W^T + bias by torch's own product, in two dimensions below F.linear.
+    """x [..., I] W^T + bias by torch's own product.
 
     ZeRO-3 puts DeepSpeed's in F.linear's place, an autograd function whose call takes more of the processor's time than
     a small product, for gradients of weights that are frozen here.
     """
-    if x.dim() != 2:
-        return F.linear(x, weight, bias)
-    return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return _TORCHS(x, weight, bias)
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -159,8 +164,4 @@ def _forward(module: Any, own: Callable[[Tensor], Tensor], product: Product, tur
     weight, bias = module.weight, module.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad) or x.dtype != weight.dtype:
         return own(x)
-    if x.dim() == 2:
-        return FrozenLinear.apply(x, weight, bias, turned, product)
-    # Flat: torch's product of a batch is a view, and some families change their layers' outputs in place.
-    flat = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, turned, product)
-    return flat.view(*x.shape[:-1], flat.shape[-1])
+    return FrozenLinear.apply(x, weight, bias, turned, product)

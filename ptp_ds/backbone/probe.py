@@ -87,6 +87,7 @@ def packed_pass(
     rows = backbone.rows
     row = rows.pack(examples).to(backbone.device)
     trained = probe.trained.clone().requires_grad_()
+    backbone.try_kernels()
     saved = SavedBytes(backbone.parameters())
     with _masks_of(backbone) as seen, saved.counting(), torch.enable_grad(), InParts():
         inputs = backbone.inputs(row, trained)

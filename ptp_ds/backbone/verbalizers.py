@@ -10,10 +10,10 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptp_ds.attention.interface import use_value
+from ptp_ds.backbone.frozen_linear import torchs
 from ptp_ds.precision import at_least_fp32
 
 _columns: ContextVar[Tensor | None] = ContextVar("ptp_verbalizers", default=None)
@@ -48,4 +48,4 @@ def _forward(head: nn.Linear, whole: Callable[[Tensor], Tensor], x: Tensor) -> T
     if columns is None:
         return whole(x)
     bias = at_least_fp32(head.bias.index_select(0, columns)) if head.bias is not None else None
-    return F.linear(at_least_fp32(x), at_least_fp32(head.weight.index_select(0, columns)), bias)
+    return torchs(at_least_fp32(x), at_least_fp32(head.weight.index_select(0, columns)), bias)

@@ -72,7 +72,9 @@ class SharedPass:
 
     def clean(self) -> Tensor:
         """[B, C] clean scores with gradient to the prompt."""
-        return self._scored.scores(self._run(self._shared, self._inputs(self._source, None), self._source, None))[0]
+        return self._scored.scores(
+            self._run(self._shared, self._inputs(self._source, None), self._source, None)
+        ).squeeze(0)
 
     def gradient(self, delta_TH: Tensor, divergence: str) -> Tensor:
         """[T, H] fp32 gradient of the summed divergence at `delta_TH` (summed: rows don't depend on each other)."""
@@ -118,7 +120,7 @@ class SharedPass:
             clean_BC, scores_BC = row.with_twin(row).scores(logits)
             self._clean_BC = clean_BC.detach()
         else:
-            scores_BC = row.scores(self._run(perturbed, inputs, None, live=perturbed, prompt=False))[0]
+            scores_BC = row.scores(self._run(perturbed, inputs, None, live=perturbed, prompt=False)).squeeze(0)
         total = climbed(self._clean_BC, scores_BC) * self._ascent_scale
         gradient = torch.autograd.grad(total, inputs)[0][-row.num_tokens :]
         if row.moves_with is None:

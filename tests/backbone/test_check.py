@@ -10,14 +10,19 @@ import torch
 import transformers
 from torch.nn.functional import log_softmax
 
+from ptp_ds.backbone import backbone as backbone_module
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone, checked_backbone
 from ptp_ds.backbone.probe import InParts
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
+from ptp_ds.backbone.sharding import Traffic
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.heads import Head
 from ptp_ds.models.positions import max_row_length, most_counted_tokens, window_lengths
 from ptp_ds.packing.row import pack
-from tests.support.reference import make_examples, relative_error
+from tests.support.reference import make_examples, make_model, relative_error
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -336,3 +341,34 @@ def test_a_vocabulary_in_parts_is_the_same_product_nearer_to_the_truth(bias):
     torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
     assert relative_error(parts[1].double(), truth[1]) <= 1.5 * relative_error(whole[1].double(), truth[1])
     assert relative_error(parts[1].double(), truth[1]) < 3e-5
+
+
+def test_what_is_tried_at_the_start_is_not_counted_as_kept(monkeypatch):
+    """Kernels are tried, with graphs of their own, before the pass that measures what a token costs."""
+    bytes_per_token = []
+    for tries in (False, True):
+        backbone, tried = Backbone(make_model("llama"), Activations()), []
+
+        def try_once(*_, tries=tries, tried=tried):
+            if tries and not tried:
+                tried.append(torch.randn(1 << 16, requires_grad=True).square().sum())
+
+        monkeypatch.setattr(backbone_module, "try_flash", try_once)
+        check_backbone(backbone)
+        assert bool(tried) == tries
+        bytes_per_token.append(backbone.activations.bytes_per_token)
+    assert bytes_per_token[0] == bytes_per_token[1] > 0
+
+
+def test_a_run_counts_gathers_from_behind_the_check(ranks):
+    run = RunConfig(ds_config="ds_configs/zero3.json", precision="fp32")
+    model = build_sharded(
+        make_model("llama").config, resolve_ds_config(read_ds_config(run.ds_config), run, set(), 1, 32)
+    )
+    fill_randomly(model, 0.2)
+    backbone = Backbone(model)
+    check_backbone(backbone)
+    assert backbone.shards.traffic == Traffic()
+    with backbone.shards.outside_layers():
+        backbone.embed(torch.tensor([1]))
+    assert backbone.shards.traffic.gathered_bytes > 0

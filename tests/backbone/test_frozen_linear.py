@@ -1,5 +1,7 @@
 """Products with frozen weights: torch's own values and gradients, nothing kept but the weight, and where they apply."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,13 @@ from ptp_ds.backbone.frozen_linear import (
     torchs,
     trial,
 )
-from tests.support.reference import make_model, relative_error
+from ptp_ds.backbone.layerwise import _LayerWork
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import pack
+from tests.support.packed import make_prompt
+from tests.support.reference import make_examples, make_model, relative_error
 
 CPU = torch.device("cpu")
 PRODUCTS = [torchs, pytest.param(onednn, marks=pytest.mark.skipif(
@@ -76,6 +84,55 @@ def test_torchs_product_is_f_linear_less_what_deepspeed_puts_there(dtype, biased
     monkeypatch.setattr(F, "linear", None)
     for given, expected in zip((weight, weight.t().contiguous().t()), wanted, strict=True):
         assert torch.equal(torchs(x, given, bias), expected)
+
+
+def test_products_under_zero3_are_one_node_each(ranks):
+    """zero.Init has put DeepSpeed's linear in F.linear's place: no layer of ours, nor the narrowed head, goes there."""
+    run = RunConfig(ds_config="ds_configs/zero3.json", precision="fp32")
+    resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), 1, 32)
+    model = build_sharded(make_model("llama").config, resolved)
+    assert F.linear is not torch._C._nn.linear
+    fill_randomly(model)
+    backbone, made = Backbone(model), []
+    run_section = _LayerWork._run
+
+    def noting(work, section, span, x):
+        held = run_section(work, section, span, x)
+        if not section.chunk.is_prefix and work.number == 0:
+            made.append(nodes_behind(held.output))
+        return held
+
+    prompt = make_prompt().requires_grad_()
+    row = pack(make_examples("single"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_LayerWork, "_run", noting)
+        with backbone.shards.outside_layers():
+            logits = backbone.score(row.narrowed(), backbone.inputs(row, prompt), prompt)
+            outer = nodes_behind(logits)
+    (layer,) = made
+    assert layer["FrozenLinearBackward"] == 7, "q, k, v, o, gate, up, down"
+    assert not any("ZeroStage3" in name for name in [*layer, *outer])
+    # The family's own: q, k and v into heads, and back. None for a product.
+    assert layer["ViewBackward0"] + layer["UnsafeViewBackward0"] <= 4, layer
+
+
+def nodes_behind(tensor):
+    """How many autograd nodes of each name lie behind a tensor."""
+    seen, open_nodes = set(), [tensor.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_nodes += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
+
+
+def test_an_output_may_be_changed_in_place():
+    """Some families add to what a layer gives: it must be no view."""
+    weight, x = numbers(4, 8), numbers(1, 3, 8).requires_grad_()
+    out = FrozenLinear.apply(x, weight, None, False, torchs).add_(1.0)
+    torch.testing.assert_close(out, x @ weight.t() + 1.0)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], weight.sum(0).expand(1, 3, 8))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,11 +1,13 @@
 """Layers by section: kept, recomputed, chunked and shared passes against plain loops in fp64, and what they compute."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.backbone import Backbone
@@ -197,3 +199,27 @@ def test_text_twins_in_double_precision(family, path, shape):
             total, expected = total + (weight * found).sum(), expected + (weight * wanted).sum()
     ours, theirs = torch.autograd.grad(total, prompt)[0], torch.autograd.grad(expected, plain)[0]
     assert relative_error(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_backward_fills_a_tensor_to_take_a_part(family):
+    """The backward of x[0], or of a slice, makes zeros of the whole: squeeze, split and index_select don't."""
+    backbone = Backbone(make_model(family))
+    prompt, row = make_prompt().requires_grad_(), pack(make_examples("ragged"))
+    run, settings, noise = RunConfig(perturbation="pgd"), settings_of(RunConfig(), 1.0), Noise(0, 0)
+    with Operations() as seen:
+        ptp_loss(prompt, backbone, row, run, settings, noise).total.backward()
+    assert seen.names["mm"] + seen.names["addmm"] > 0
+    assert not [name for name in seen.names if name in ("select_backward", "slice_backward")], seen.names
+
+
+class Operations(TorchDispatchMode):
+    """How often each aten operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
