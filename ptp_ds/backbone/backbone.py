@@ -61,7 +61,8 @@ class Backbone(nn.Module):
         replace_products(model.modules(), kernels, self.shards.sharded)
         self.stack = LayerStack(layers, self.shards, getattr(model.config.get_text_config(), "num_hidden_layers", None))
         self.output = verbalizers.narrow_head(model)
-        self.narrows = False  # whether logits of a few tokens alone proved right (ptp_ds.backbone.check)
+        # What ptp_ds.backbone.check proves: logits of a few tokens alone, and less than a row for a causal head.
+        self.narrows, self.head_input = False, self.head.head_input
 
     def try_kernels(self) -> None:
         """Tries what is tried before its first use, once a process: apart from passes whose memory is counted."""
@@ -186,13 +187,17 @@ class Backbone(nn.Module):
         columns [n]: the tokens whose logits are wanted, for [N, n].
         """
         self.try_kernels()
-        layer_pass.head_input = self.head.head_input
+        layer_pass.head_input = self.head_input
         arguments: dict[str, Any] = {
             "inputs_embeds": inputs_TH[None].clone(),  # some families scale what they are given in place
             "position_ids": positions_T[None] + self.first_position,
         }
         if self.head.kind == "causal":
-            arguments |= {"use_cache": False, "logits_to_keep": layer_pass.scored}
+            arguments["use_cache"] = False
+            if not layer_pass.scores_anything:  # some kernels take no empty tensor
+                layer_pass.head_input = "row"
+            if layer_pass.head_input == "row":
+                arguments["logits_to_keep"] = layer_pass.scored
         with use_layer_pass(layer_pass), verbalizers.use_columns(columns), self.shards.outside_layers():
             out = self.call_model(trained, **arguments)
         return out.logits if self.head.kind == "classes" else out.logits.squeeze(0)

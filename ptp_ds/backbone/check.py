@@ -30,6 +30,7 @@ from ptp_ds.backbone.probe import (
     serving,
 )
 from ptp_ds.errors import UserError
+from ptp_ds.models.heads import HeadInput
 from ptp_ds.packing.row import PackedRow
 
 # Bounds of scores and of gradients. In fp32 an exact family is off by about what its own rounding makes of a last digit
@@ -65,7 +66,8 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
 
     Checks that every layer called the tree attention, that no layer asks for a local window that its attention call
     doesn't name, that the prompt gets a finite non-zero gradient, that scores and gradients agree with the family's own
-    eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations).
+    eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations),
+    and whether the head can do with less (Backbone.narrows, head_input).
     """
     if backbone.packs and not backbone.takes_attention:
         raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
@@ -89,6 +91,8 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
     with _family_fails(backbone):
         if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe):
             raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
+        if backbone.packs and backbone.head_input == "row":
+            backbone.head_input = _less_than_a_row(backbone, probe, found)
         backbone.narrows = _narrows(backbone, probe)
     backbone.shards.traffic.reset()  # a run counts its own
 
@@ -172,6 +176,20 @@ def _sees_no_later_token(backbone: Backbone, probe: Probe) -> bool:
         )
     bound = _bounds(backbone)[0] * float((whole - whole.mean()).norm()) / count**0.5
     return all(float((whole[: len(part)] - part).norm()) <= bound * len(part) ** 0.5 for part in parts)
+
+
+def _less_than_a_row(backbone: Backbone, probe: Probe, whole: Found) -> HeadInput:
+    """ "scored" where a pass whose norm and head see scored tokens alone finds what `whole` found; else "row"."""
+    backbone.head_input = "scored"
+    try:
+        with serving(backbone, probe.rows, "soft"), backbone.shards.outside_layers():
+            found, _ = packed_pass(backbone, probe, probe.examples, [])
+    except Exception:  # a family that brings what its layers give into its input's shape
+        return "row"
+    finally:
+        backbone.head_input = "row"
+    errors = _apart(found.scores, whole.scores, _guess(backbone, probe, whole.scores)), _gradient_errors(found, whole)
+    return "scored" if max(errors) <= (_SAME_INPUTS if _bounds(backbone) is _FULL else _SAME_INPUTS_HALF) else "row"
 
 
 @torch.no_grad()

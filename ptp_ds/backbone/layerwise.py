@@ -111,6 +111,11 @@ class LayerPass:
         places = [section.chunk.scored + start for section, (start, _) in zip(self.sections, self.spans(), strict=True)]
         return torch.cat(places)
 
+    @property
+    def scores_anything(self) -> bool:
+        """Whether any position is scored: none is where a pass computes the prefix's keys alone."""
+        return any(section.chunk.scored.shape[0] for section in self.sections)
+
     def spans(self) -> list[tuple[int, int]]:
         """(start, stop) of each section among the pass' tokens."""
         spans, start = [], 0

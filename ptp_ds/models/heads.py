@@ -24,8 +24,9 @@ from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import tail_ids
 
-# What the last layer hands on: "row" [1, T, H], zero where nothing is scored, for heads that keep their input's shape;
-# "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row, for heads that pool there.
+# What the last layer hands on: "scored" [1, N, H]; "columns" [N, 1, H], each scored token as the first of its own row,
+# for heads that pool there; "row" [1, T, H], zero where nothing is scored, for causal models that bring what their
+# layers give into their input's shape (gpt2). A causal model starts with it and gets "scored" if the check proves it.
 HeadInput = Literal["row", "scored", "columns"]
 _AUTO: dict[str, Any] = {
     "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "classes": AutoModelForSequenceClassification,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ptp_ds.errors import UserError
 from ptp_ds.kernels.perturb_step import add_delta
 from ptp_ds.kernels.places import Places, places_of
+from ptp_ds.packing.log_probs import picked_log_probs
 from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.precision import at_least_fp32
 from ptp_ds.tasks.example import Example
@@ -210,10 +211,10 @@ class PackedRow:
 
     def scores(self, logits_NV: Tensor) -> Tensor:
         """[S, B, C] in fp32 or better: log-probability of each candidate, summed over its tokens; -inf where absent."""
-        logits = at_least_fp32(logits_NV)
-        log_probs = logits[self.pick_row, self.pick_token]
         if self.normalises:
-            log_probs = log_probs - torch.logsumexp(logits, dim=-1)[self.pick_row]
+            log_probs = picked_log_probs(logits_NV, self.pick_row, self.pick_token)
+        else:
+            log_probs = at_least_fp32(logits_NV)[self.pick_row, self.pick_token]
         flat = log_probs.new_zeros(self.streams * self.present.numel()).index_add(0, self.pick_cell, log_probs)
         scores = flat.view(self.streams, *self.present.shape)
         return scores.masked_fill(~self.present, float("-inf"))
