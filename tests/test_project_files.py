@@ -184,3 +184,37 @@ def test_the_kubernetes_example_fits_torchrun_and_its_own_runtime(monkeypatch):
     workdir = next(words for name, words in instructions() if name == "WORKDIR")
     assert str(Path(workdir) / run.output_dir).startswith(mounted["runs"])
     assert run.batch_size % (trainer["numNodes"] * gpus) == 0
+
+
+def set_up(folder: Path, cuda: bool, gpu: bool) -> list[str]:
+    """What scripts/setup_env.sh hands to a stand-in for .venv/bin/python in `folder`. gpu: nvidia-smi is there."""
+    (folder / "scripts").mkdir(parents=True, exist_ok=True)
+    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    for name in ("setup.py", "scripts/setup_env.sh"):
+        (folder / name).write_text((ROOT / name).read_text())
+    stand_in = f'#!/bin/sh\ncase "$*" in *is_available*) exit {int(not cuda)} ;; esac\necho "$*" >> {folder}/said\n'
+    (folder / "tools").mkdir(exist_ok=True)
+    (folder / ".venv" / "bin" / "python").write_text(stand_in)
+    (folder / "tools" / "nvidia-smi").unlink(missing_ok=True)
+    if gpu:
+        (folder / "tools" / "nvidia-smi").write_text("#!/bin/sh\n")
+        (folder / "tools" / "nvidia-smi").chmod(0o755)
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    (folder / "said").write_text("")
+    path = f"{folder / 'tools'}:/usr/bin:/bin"
+    subprocess.run(["bash", str(folder / "scripts/setup_env.sh")], env={"PATH": path}, check=True, capture_output=True)
+    return (folder / "said").read_text().splitlines()
+
+
+@pytest.mark.skipif(Path("/usr/bin/nvidia-smi").exists(), reason="a GPU is here, whatever the stand-ins say")
+def test_set_up_installs_ligers_kernels_where_torch_sees_cuda(tmp_path):
+    plain = set_up(tmp_path, cuda=False, gpu=False)
+    assert any(line.endswith("-e .[complete,demo,plot,test]") for line in plain)
+    assert set_up(tmp_path, cuda=False, gpu=False) == [], "once"
+    completed = set_up(tmp_path, cuda=True, gpu=True)
+    assert any(line.endswith("-e .[complete,demo,plot,test,kernels]") for line in completed)
+    assert set_up(tmp_path, cuda=True, gpu=True) == []
+    assert set_up(tmp_path, cuda=True, gpu=False) == [], "a host without a GPU keeps what one with a GPU has set up"
+    other = tmp_path / "cpu_torch"
+    assert any(line.endswith("-e .[complete,demo,plot,test]") for line in set_up(other, cuda=False, gpu=True))
+    assert set_up(other, cuda=False, gpu=True) == []

@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         layers = decoder_layers(model)
         self.shards = Shards(layers, model)
         with self.shards.layer(0):
-            replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
+            self.fused = replace_frozen(layers[0].modules() if layers else (), list(model.modules()), kernels)
         replace_products(model.modules(), kernels, self.shards.sharded)
         self.stack = LayerStack(layers, self.shards, getattr(model.config.get_text_config(), "num_hidden_layers", None))
         self.output = verbalizers.narrow_head(model)

@@ -1,13 +1,13 @@
 """Norms, gated feed-forwards and rotary positions of a frozen model, in fewer passes over memory than its own code.
 
 No gradient for weights, and nothing kept for backward that can be had again at once. On a GPU they are Liger's kernels
-(ptp_ds.kernels.liger), elsewhere those of this file. Something is replaced only where, tried out, it computes the same
-values and gradients; a family's own code runs everywhere else.
+(ptp_ds.kernels.liger) where these are installed, else, and elsewhere, those of this file. Something is replaced only
+where, tried out, it computes the same values and gradients; a family's own code runs everywhere else.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _ROTARY = "apply_rotary_pos_emb"  # the families' common name
+_TOKENS = 5  # of what something is tried on
 
 
 class FrozenRMSNorm(torch.autograd.Function):
@@ -78,9 +79,9 @@ class FrozenRotary(torch.autograd.Function):
         return _turn(grad, cos, second, first, -1.0), None, None
 
 
-def _served(x: Tensor) -> bool:
-    """Whether this file's operations stand in for x: in fp32, in bf16 on a CPU."""
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.device.type == "cpu")
+def _served(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this file's operations stand in for tensors like that: fp32 and bf16, on a GPU fp16 as well."""
+    return dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and device.type == "cuda")
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,15 +99,22 @@ def _turn(x: Tensor, cos: Tensor, to_first: Tensor, to_second: Tensor, sign: flo
 
 
 class _Rotary:
-    """Stands in for a family's apply_rotary_pos_emb(q, k, cos, sin) that is FrozenRotary in other words."""
+    """Stands in for a family's apply_rotary_pos_emb(q, k, cos, sin) that is FrozenRotary in other words.
+
+    fused: by Liger's kernel, which reads the first half of cos and sin alone: the first call looks whether both are
+    the same, as every rotation's are, and goes back to FrozenRotary where they aren't.
+    """
 
     def __init__(self, familys: Callable[..., tuple[Tensor, Tensor]], fused: bool, like: Tensor) -> None:
-        self.familys, self.fused, self.like = familys, fused, like
+        self.familys, self.fused, self.like, self.looked = familys, fused, like, not fused
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        known = (self.fused or _served(q)) and q.dtype == cos.dtype == self.like.dtype
+        known = _served(q.device, q.dtype) and q.dtype == cos.dtype == self.like.dtype
         if args or kwargs or not known or cos.shape[-1] != q.shape[-1]:
             return self.familys(q, k, cos, sin, *args, **kwargs)
+        if not self.looked:
+            self.looked = True
+            self.fused = all(torch.equal(*_halves(x)) for x in (cos, sin))
         return self._ours(q, k, cos, sin)
 
     def _ours(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +123,23 @@ class _Rotary:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return FrozenRotary.apply(q, cos, sin), FrozenRotary.apply(k, cos, sin)
 
-    def agrees(self) -> bool:
-        """Whether both give the same on random numbers, queries and keys alike."""
+    def agrees(self, module: Any) -> bool:
+        """Whether both give the same on random numbers, queries and keys alike, in the heads of an attention module."""
         if list(inspect.signature(self.familys).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
             return False
-        x, c, s = torch.randn(3, 1, 5, 8, generator=torch.Generator(device="cpu").manual_seed(0)).to(self.like)
-        x = x.expand(1, 2, 5, 8)
+        config, width = getattr(module, "config", None), getattr(module, "head_dim", 8)
+        counts = [getattr(config, f"num_{name}_heads", None) or 2 for name in ("attention", "key_value")]
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        x, c, s = torch.randn(3, 1, _TOKENS, width, generator=generator).to(self.like)
+        if self.fused:
+            c, s = (torch.cat([_halves(turn)[0]] * 2, dim=-1) for turn in (c, s))
 
         def one(function: Callable[..., Any], number: int) -> Callable[[Tensor], Tensor]:
-            return lambda x: function(x.clone(), x.clone(), c, s)[number]  # Liger turns them in place
+            def turned(x: Tensor) -> Tensor:
+                q, k = (x.expand(1, count, -1, -1).clone() for count in counts)  # Liger turns them in place
+                return function(q, k, c, s)[number]
+
+            return turned
 
         close = _CLOSE.get(self.like.dtype, 0.0)
         return all(max(_error(x, one(self.familys, number), one(self._ours, number))) <= close for number in (0, 1))
@@ -163,10 +179,13 @@ def _closest(module: nn.Module, fused: bool) -> int | None:
     candidates, weight = _candidates(module, fused) if _takes_one(module) else [], next(module.parameters())
     if not candidates:
         return None
-    x = torch.randn(1, 3, _input_width(module), generator=torch.Generator(device="cpu").manual_seed(0)).to(weight)
-    errors = [_error(x, module, candidate) for candidate in candidates]
+    width, generator = _input_width(module), torch.Generator(device="cpu").manual_seed(0)
+    is_norm = not hasattr(module, "gate_proj")
+    tried = [torch.randn(1, rows, width, generator=generator).to(weight)
+             for rows in (liger.rows_to_try(width) if fused and is_norm else (_TOKENS,))]  # fmt: skip
+    errors = [max(max(_error(x, module, candidate)) for x in tried) for candidate in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
-    return best if max(errors[best]) <= _CLOSE.get(weight.dtype, 0.0) else None
+    return best if errors[best] <= _CLOSE.get(weight.dtype, 0.0) else None
 
 
 def _error(x: Tensor, known: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor]) -> tuple[float, float]:
@@ -185,16 +204,14 @@ def _error(x: Tensor, known: Callable[[Tensor], Tensor], candidate: Callable[[Te
                 return math.inf, math.inf
             (got,) = torch.autograd.grad((found * weight).sum(), x)
         except Exception as error:  # a kernel that doesn't compile here: the family's own code stays
-            log.warning(
-                "ptp_ds: a fused layer fails here (%s); it stays as it is.", type(error).__name__, extra=ANY_RANK
-            )
+            log.warning("ptp_ds: a fused layer fails here (%s); it is left out.", type(error).__name__, extra=ANY_RANK)
             return math.inf, math.inf
     pairs = ((expected, found), (wanted, got))
     of_values, of_gradients = ((a - b).detach().float().norm() / a.detach().float().norm() for a, b in pairs)
     return float(of_values.nan_to_num(math.inf)), float(of_gradients.nan_to_num(math.inf))
 
 
-def _replace_rotary(modules: Iterable[nn.Module], fused: bool, like: Tensor) -> None:
+def _replace_rotary(modules: Iterable[nn.Module], ways: Sequence[bool], like: Tensor) -> None:
     """Modules whose class calls apply_rotary_pos_emb call a _Rotary instead: their own forward, one name rebound."""
     proven: dict[Any, _Rotary | None] = {}
     for module in modules:
@@ -205,8 +222,8 @@ def _replace_rotary(modules: Iterable[nn.Module], fused: bool, like: Tensor) -> 
         if not isinstance(familys, FunctionType):
             continue
         if familys not in proven:
-            stand_in = _Rotary(familys, fused, like)
-            proven[familys] = stand_in if stand_in.agrees() else None
+            stand_ins = (_Rotary(familys, fused, like) for fused in ways)
+            proven[familys] = next((one for one in stand_ins if one.agrees(module)), None)
         if proven[familys] is not None:
             names = {**forward.__globals__, _ROTARY: proven[familys]}
             rebound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -214,28 +231,43 @@ def _replace_rotary(modules: Iterable[nn.Module], fused: bool, like: Tensor) -> 
             module.forward = MethodType(rebound, module)  # type: ignore[method-assign]
 
 
-def replace_frozen(first: Iterable[nn.Module], modules: Sequence[nn.Module], impl: str = "auto") -> set[str]:
+def replace_frozen(first: Iterable[nn.Module], modules: Sequence[nn.Module], impl: str = "auto") -> dict[str, str]:
     """Replaces the forward of every module in `modules` whose class proved replaceable on a module of `first`.
 
     first: modules whose weights are whole at this moment. impl: "torch" leaves Liger out. Returns the replaced classes'
-    names, attention left out.
+    names, attention left out, each with whose code took its place: "Liger's" or "ours".
     """
     first = list(first)
     like = next((weight for module in first for weight in module.parameters()), torch.empty(0))
-    fused = liger.available(impl, like.device, like.dtype)
-    _replace_rotary(modules, fused, like)
-    proven: dict[_Kind, int] = {}
+    _replace_rotary(modules, _ways(impl, like), like)
+    proven: dict[_Kind, tuple[bool, int]] = {}
     for module in first:
         weight = next(module.parameters(), None)
-        if _kind(module) in proven or weight is None or not (fused or _served(weight)):
+        if _kind(module) in proven or weight is None:
             continue
-        number = _closest(module, fused)
-        if number is not None:
-            proven[_kind(module)] = number
+        for fused in _ways(impl, weight):
+            if (number := _closest(module, fused)) is not None:
+                proven[_kind(module)] = fused, number
+                break
     for module in modules:
         if _kind(module) in proven:
-            module.forward = _candidates(module, fused)[proven[_kind(module)]]  # type: ignore[method-assign]
-    return {kind[0].__name__ for kind in proven}
+            fused, number = proven[_kind(module)]
+            module.forward = _candidates(module, fused)[number]  # type: ignore[method-assign]
+    return {kind[0].__name__: "Liger's" if fused else "ours" for kind, (fused, _) in proven.items()}
+
+
+def explain_fused(replaced: Mapping[str, str]) -> str:
+    """Which classes were replaced (replace_frozen) by whose code, in a few words."""
+    by: dict[str, list[str]] = {}
+    for name, whose in sorted(replaced.items()):
+        by.setdefault(whose, []).append(name)
+    return "; ".join(f"{whose} for {', '.join(names)}" for whose, names in by.items()) or "none, the family's own run"
+
+
+def _ways(impl: str, like: Tensor) -> list[bool]:
+    """What is tried for tensors like that, the fastest first: Liger's kernels (True), this file's own (False)."""
+    ways = [True] if liger.available(impl, like.device, like.dtype) else []
+    return ways + ([False] if _served(like.device, like.dtype) else [])
 
 
 _Kind = tuple[type, frozenset[str]]

@@ -31,7 +31,7 @@ class PaddedBackbone(Backbone):
         nn.Module.__init__(self)
         refused.release()
         self.model, self.head, self.shards = refused.model, refused.head, refused.shards
-        self.activations, self.kernels = Activations(), refused.kernels
+        self.activations, self.kernels, self.fused = Activations(), refused.kernels, refused.fused
         self.first_position = refused.first_position
         self.output, self.narrows = verbalizers.narrow_head(self.model), False
         self.serve("soft", refused.rows)

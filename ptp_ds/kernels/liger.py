@@ -14,6 +14,7 @@ from torch import Tensor
 from ptp_ds.kernels.choice import DTYPES
 
 _CASTS = ("llama", "gemma")  # where a family rounds: after the inverse root alone, or behind everything
+_NARROW, _MANY = 256, 1 << 15  # norms of at most so many numbers take another kernel from so many rows on (0.8.5)
 
 
 def available(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -30,6 +31,14 @@ def norms(weight: Callable[[], Tensor], epsilon: float) -> list[Callable[[Tensor
         return lambda x: LigerRMSNormFunction.apply(x, weight(), epsilon, offset, casts, False)
 
     return [norm(offset, casts) for offset in (0.0, 1.0) for casts in _CASTS]
+
+
+def rows_to_try(width: int) -> tuple[int, ...]:
+    """Rows at which a norm of `width` numbers is tried: one number for each kernel that Liger has for it.
+
+    Queries' and keys' norms are narrow and have a row a head: a packed row of a few thousand tokens has that many.
+    """
+    return (5, _MANY + 1) if width <= _NARROW else (5,)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:

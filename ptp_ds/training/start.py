@@ -7,6 +7,7 @@ from ptp_ds.backbone.activations import CHUNK_TOKENS, Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.frozen_linear import explain_product
+from ptp_ds.backbone.frozen_ops import explain_fused
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import explain
@@ -67,8 +68,8 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
         log.info("  shards: whole on this rank, the only one; nothing is gathered")
     place = run.kernels, ranks.device, backbone.dtype
     log.info(
-        "  activations: %s; kernels: %s; frozen products: %s", backbone.activations.describe(), explain(*place),
-        explain_product(*place),
+        "  activations: %s; kernels: %s; frozen products: %s; fused layers: %s", backbone.activations.describe(),
+        explain(*place), explain_product(*place), explain_fused(backbone.fused),
     )  # fmt: skip
     return backbone
 

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
-from ptp_ds.backbone.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, replace_frozen
+from ptp_ds.backbone import frozen_ops
+from ptp_ds.backbone.frozen_ops import FrozenRMSNorm, FrozenRotary, GatedSilu, explain_fused, replace_frozen
 from ptp_ds.kernels import liger
 from tests.support.reference import make_model
+
+HALVES = {torch.bfloat16, torch.float16}
 
 
 def test_gradcheck():
@@ -36,7 +39,7 @@ def test_what_is_replaced(family, expected):
     modules = [module for module in model.modules() if type(module).__name__ in expected]
     widths = {module: getattr(module, "weight", module_weight(module)).shape[-1] for module in modules}
     before = [module(x[..., : widths[module]]) for module in modules]
-    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    assert set(replace_frozen(model.modules(), list(model.modules()))) == expected
     for module, wanted in zip(modules, before, strict=True):
         torch.testing.assert_close(module(x[..., : widths[module]]), wanted, atol=1e-5, rtol=1e-5)
 
@@ -57,19 +60,30 @@ def test_a_norm_that_computes_something_else_is_left_alone():
             return self.weight * (x - x.mean(-1, keepdim=True))
 
     odd = Odd().requires_grad_(False)
-    assert replace_frozen([odd], [odd]) == set()
+    assert replace_frozen([odd], [odd]) == {}
     assert "forward" not in odd.__dict__
 
 
 def test_fp64_stays_the_familys():
     model = make_model("llama", torch.float64)
-    assert replace_frozen(model.modules(), list(model.modules())) == set()
+    assert replace_frozen(model.modules(), list(model.modules())) == {}
 
 
+def test_what_is_served_where():
+    """Half precision on a GPU, as training is there."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    served = {(device.type, dtype) for device in (cpu, gpu) for dtype in HALVES | {torch.float32, torch.float64}
+              if frozen_ops._served(device, dtype)}  # fmt: skip
+    assert served == {("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float32),
+                      ("cuda", torch.bfloat16), ("cuda", torch.float16)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_bf16_on_a_cpu_is_computed_in_fp32_and_rounded_once(family):
-    """Against the same module in fp64: no farther from it than the family's own bf16, values and gradients."""
-    model, own = make_model(family, torch.bfloat16), make_model(family, torch.bfloat16)
+def test_half_precision_is_computed_in_fp32_and_rounded_once(family, dtype, monkeypatch):
+    """Against the same module in fp64: no farther from it than the family's own, values and gradients."""
+    monkeypatch.setattr(frozen_ops, "_served", lambda device, dtype: True)  # fp16 is a GPU's
+    model, own = make_model(family, dtype), make_model(family, dtype)
     assert replace_frozen(model.modules(), list(model.modules()))
     compared = 0
     for ours, familys in zip(model.modules(), own.modules(), strict=True):
@@ -77,7 +91,7 @@ def test_bf16_on_a_cpu_is_computed_in_fp32_and_rounded_once(family):
             continue
         exact = copy.deepcopy(familys).double()
         width = ours.gate_proj.in_features if hasattr(ours, "gate_proj") else ours.weight.shape[-1]
-        x = torch.randn(64, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        x = torch.randn(64, width, generator=torch.Generator().manual_seed(1)).to(dtype)
         results = {}
         for name, module, given in (("ours", ours, x), ("own", familys, x), ("exact", exact, x.double())):
             leaf = given.clone().requires_grad_()
@@ -164,7 +178,7 @@ def test_on_a_gpu_ligers_take_the_place(monkeypatch, family, expected, called, d
     ids = torch.tensor([[5, 9, 2, 7]])
     wanted = make_model(family, dtype)(ids).logits
     model, calls = make_model(family, dtype), liger_in_torch(monkeypatch)
-    assert replace_frozen(model.modules(), list(model.modules())) == expected
+    assert set(replace_frozen(model.modules(), list(model.modules()))) == expected
     calls.clear()
     found = model(ids).logits
     assert set(calls) == called
@@ -176,7 +190,7 @@ def test_on_a_gpu_ligers_take_the_place(monkeypatch, family, expected, called, d
     assert not calls
 
 
-def test_a_kernel_that_fails_here_is_left_out(monkeypatch, capsys):
+def test_where_a_kernel_of_ligers_fails_ours_takes_the_place(monkeypatch, capsys):
     liger_in_torch(monkeypatch)
 
     def fails(*_):
@@ -184,5 +198,54 @@ def test_a_kernel_that_fails_here_is_left_out(monkeypatch, capsys):
 
     monkeypatch.setattr(liger, "gated_silu", fails)
     model = make_model("llama")
-    assert replace_frozen(model.modules(), list(model.modules())) == {"LlamaRMSNorm"}
-    assert "a fused layer fails here (RuntimeError); it stays as it is" in capsys.readouterr().err
+    assert replace_frozen(model.modules(), list(model.modules())) == {"LlamaRMSNorm": "Liger's", "LlamaMLP": "ours"}
+    assert "a fused layer fails here (RuntimeError); it is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_ligers_norms_are_tried_on_both_sides_of_its_switch(monkeypatch, family):
+    """Behind 32768 rows Liger takes another kernel for narrow norms, as a head's are: here one that is wrong."""
+    liger_in_torch(monkeypatch)
+    right = liger.norms
+
+    def wrong_for_many(weight, epsilon):
+        return [lambda x, norm=norm: norm(x) * (2.0 if x.shape[:-1].numel() >= 1 << 15 else 1.0)
+                for norm in right(weight, epsilon)]  # fmt: skip
+
+    monkeypatch.setattr(liger, "norms", wrong_for_many)
+    replaced = replace_frozen(make_model(family).modules(), [])
+    assert {whose for name, whose in replaced.items() if "Norm" in name} == {"ours"}
+    assert liger.rows_to_try(257) == (5,)
+    assert max(liger.rows_to_try(256)) > 1 << 15
+
+
+def liger_rotary(q, k, cos, sin):
+    """Liger's formula: the first half of cos and sin serves both halves."""
+    cos, sin = (torch.cat([x.chunk(2, dim=-1)[0]] * 2, dim=-1) for x in (cos, sin))
+    return llama_rotary(q, k, cos, sin)
+
+
+@pytest.mark.parametrize(("alike", "calls"), [(True, 1), (False, 0)])
+def test_ligers_rotary_is_for_angles_that_come_in_pairs(monkeypatch, alike, calls):
+    """It takes the place of a family's on trial; angles that differ between the halves go to ours."""
+    liger_in_torch(monkeypatch)
+    model, used = make_model("llama"), []
+    monkeypatch.setattr(liger, "rotary", liger_rotary)
+    replace_frozen(model.modules(), list(model.modules()))
+    module = next(module for module in model.modules() if hasattr(module, "q_proj"))
+    rotary = module.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    assert rotary.fused, "the trial's own angles come in pairs"
+    monkeypatch.setattr(liger, "rotary", lambda *given: (used.append(1), liger_rotary(*given))[1])
+    q, k, cos, sin = torch.randn(4, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    cos, sin = cos[:, 0], sin[:, 0]
+    if alike:
+        cos, sin = (torch.cat([x[..., :4]] * 2, dim=-1) for x in (cos, sin))
+    for given, wanted in zip(rotary(q, k, cos, sin), llama_rotary(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(given, wanted)
+    assert len(used) == calls
+
+
+def test_what_the_start_says():
+    assert explain_fused({}) == "none, the family's own run"
+    said = explain_fused({"LlamaRMSNorm": "Liger's", "LlamaMLP": "ours", "Other": "Liger's"})
+    assert said == "ours for LlamaMLP; Liger's for LlamaRMSNorm, Other"

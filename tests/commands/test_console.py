@@ -25,7 +25,7 @@ START = [
     r"  prompt: soft, 5 tokens, starts as vocabulary rows",
     r"  auto: train_batch_size 4, .*, precision fp32 \(no GPU here; .*\), reduce_bucket_size 1024, .*",
     r"  shards: one memory that the 2 ranks of this host share; nothing is sent",
-    r"  activations: keep up to \d+ tokens a step .*; kernels: torch \(.*\); frozen products: .*",
+    r"  activations: keep up to \d+ tokens a step .*; kernels: torch \(.*\); frozen products: .*; fused layers: .*",
     r"  output: \S+run",
     r"  untrained prompt: accuracy \d\.\d+",
     r"step 1/2  loss \d.*  0 s left",
