@@ -1,5 +1,6 @@
 """What scripts/train.py says before it loads the model: the run in a few lines, a fact or two each."""
 
+import os
 import re
 from dataclasses import asdict
 
@@ -7,6 +8,7 @@ import torch
 
 from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.hosts.environment import allocator_settings
 from ptp_ds.models.stored import stored_numbers
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.prepared import Prepared
@@ -36,6 +38,8 @@ def introduction(prepared: Prepared, ranks: Ranks) -> list[str]:
     if run.prompt_residual is not None:
         made = f", with a residual bottleneck of {run.prompt_residual}"
     lines.append(f"prompt: {run.prompt}, {run.prompt_length} tokens, starts as {_START[run.prompt_init]}{made}")
+    if ranks.device.type == "cuda" and (settings := allocator_settings(os.environ)):
+        lines.append(f"GPU allocator: {settings}")
     if prepared.resolved.notes:
         lines.append(f"auto: {', '.join(_note(note) for note in prepared.resolved.notes)}")
     return [lines[0], *(f"  {line}" for line in lines[1:])]

@@ -1,4 +1,4 @@
-"""The environment that all hosts of a run share, and what Open MPI says in variables of its own."""
+"""The environment that all hosts of a run share, what Open MPI says in variables of its own, and torch's allocator."""
 
 import re
 from collections.abc import Mapping, MutableMapping
@@ -14,6 +14,7 @@ _SHARED = (
     "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME",
 )  # fmt: skip
 _SHARED_PREFIXES = ("NCCL_", "MALLOC_")
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # as torch reads them
 
 
 def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -56,3 +57,18 @@ def adopt_mpi(environment: MutableMapping[str, str]) -> None:
     names = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
     for name, theirs in names.items():
         environment[name] = environment[f"OMPI_COMM_WORLD_{theirs}"]
+
+
+def expand_segments(environment: MutableMapping[str, str]) -> None:
+    """Lets torch's allocator on a GPU grow a segment in place of taking another; what a user has set, even "", stays.
+
+    Rows differ in length from step to step, and what fitted one leaves gaps for the next. Heeded before the first
+    tensor on a GPU alone.
+    """
+    if not any(name in environment for name in _ALLOCATOR):
+        environment[_ALLOCATOR[-1]] = "expandable_segments:True"
+
+
+def allocator_settings(environment: Mapping[str, str]) -> str:
+    """What torch's allocator on a GPU is told; "" where nothing is."""
+    return next((environment[name] for name in _ALLOCATOR if environment.get(name)), "")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ptp_ds.hosts.environment import adopt_mpi
+from ptp_ds.hosts.environment import adopt_mpi, expand_segments
 from ptp_ds.hosts.network import choose_interface
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
@@ -88,6 +88,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, 5 % of a step's time
+    elif not torch.cuda.is_initialized():  # a program that has used its GPU has chosen its allocator
+        expand_segments(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -53,6 +53,7 @@ def test_a_run_on_the_gpu(run_train, tiny_model, tmp_path):
     done = run_train([*args, "--output_dir", tmp_path / "run"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "result.json").is_file()
+    assert "GPU allocator: expandable_segments:True" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptp_ds.hosts.environment import adopt_mpi, shared_environment
+from ptp_ds.hosts.environment import adopt_mpi, allocator_settings, expand_segments, shared_environment
 
 pytestmark = pytest.mark.usefixtures("no_environment_files")
 
@@ -40,3 +40,19 @@ def test_mpis_variables_are_adopted_and_a_launchers_kept():
     kept = {**mpi, "RANK": "0"}
     adopt_mpi(kept)
     assert kept == {**mpi, "RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("user", "settings"),
+    [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": ""}, ""),
+     ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+     ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, "backend:cudaMallocAsync")],
+)  # fmt: skip
+def test_segments_grow_where_the_user_has_set_nothing(user, settings):
+    environment = dict(user)
+    expand_segments(environment)
+    assert allocator_settings(environment) == settings
+    assert {name: environment[name] for name in user} == user
+    again = dict(environment)
+    expand_segments(again)
+    assert again == environment
