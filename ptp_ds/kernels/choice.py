@@ -100,3 +100,11 @@ def _trial(device: torch.device) -> str:
 def block_of(size: int, most: int) -> int:
     """The power of two at or above `size`, at most `most`."""
     return min(1 << max(0, size - 1).bit_length(), most)
+
+
+def warps_of(numbers: int) -> int:
+    """Warps of a program that holds so many numbers of each of its tensors: 16 a thread, at least 4 and at most 32.
+
+    A token of 16384 numbers in 4 warps is 128 a thread of each tensor: its registers spill hundreds of bytes.
+    """
+    return min(max(numbers // 512, 4), 32)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptp_ds.kernels.choice import block_of, jit, tl, use_triton
+from ptp_ds.kernels.choice import block_of, jit, tl, use_triton, warps_of
 from ptp_ds.objective import DIVERGENCES, cross_entropy_sum, divergence_sum
 
 _CODES = {"kl": 0, "sym_kl": 1, "js": 2, "ce": 3}
@@ -137,6 +137,7 @@ class _DualDivergence(torch.autograd.Function):
         _dual_kernel[(-(-examples // rows),)](
             clean, perturbed, gold, losses, *gradients, examples, candidates, clean.stride(0), perturbed.stride(0),
             ce_weight, reg_weight, least, KIND=_CODES[kind], FIXED=fixed, ROWS=rows, BLOCK=block,
+            num_warps=warps_of(rows * block),
         )  # fmt: skip
         ctx.save_for_backward(gradients)
         ctx.dtypes = clean.dtype, perturbed.dtype

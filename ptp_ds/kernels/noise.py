@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ptp_ds.kernels.choice import block_of, jit, tl, use_triton
+from ptp_ds.kernels.choice import block_of, jit, tl, use_triton, warps_of
 from ptp_ds.kernels.places import Places
 
 KINDS = ("normal", "uniform")
@@ -184,6 +184,6 @@ def _noise_triton(
     code = {None: 0, "frobenius": 1, "token_l2": 2}[norm]
     _noise_kernel[places.tokens, -(-quads // block)](
         movable, places.example_of, places.starts, places.numbers, sums, out, seed, step, quads, width, scale,
-        NORMAL=normal, NORM=code, SPLIT=_SPLIT, BLOCK=block,
+        NORMAL=normal, NORM=code, SPLIT=_SPLIT, BLOCK=block, num_warps=warps_of(4 * block),
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.choices import NORMS
-from ptp_ds.kernels.choice import block_of, jit, tl, use_triton
+from ptp_ds.kernels.choice import block_of, jit, tl, use_triton, warps_of
 from ptp_ds.kernels.places import Places
 
 INSIDE = 1 - 4e-6  # of the radius: rounding, of the kernel's norms too, never leaves a delta outside its ball
@@ -188,5 +188,6 @@ def _step_triton(
         movable if places.source is None else places.source, places.example_of, sums, new_delta,
         new_delta if moved is None else moved, width, stride, length, ball, NORM={"frobenius": 0, "token_l2": 1,
         "linf": 2}[norm], EMBEDS=embeds is not None, SOURCE=places.source is not None, SPLIT=_SPLIT, BLOCK_H=block,
+        num_warps=warps_of(block),
     )  # fmt: skip
     return new_delta, moved

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ptp_ds.kernels import explain, liger, noise
-from ptp_ds.kernels.choice import block_of, refusal, use_triton
+from ptp_ds.kernels.choice import block_of, refusal, use_triton, warps_of
 from tests.support.kernel_cases import make_places
 from tests.support.paths import ROOT, SUPPORT
 from tests.support.processes import child_environment, worker_environment
@@ -104,3 +104,24 @@ def test_every_kernel_compiles_for_gpus_that_are_not_here():
     }  # fmt: skip
     assert set(found) == named
     assert all(found.values())
+
+
+@pytest.mark.parametrize(("numbers", "warps"), [(1, 4), (2048, 4), (4096, 8), (8192, 16), (16384, 32), (1 << 20, 32)])
+def test_warps_of(numbers, warps):
+    assert warps_of(numbers) == warps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them here")
+def test_a_token_of_a_wide_model_stays_in_registers():
+    """Compiled for Hopper, not run: at 8192 and 16384 numbers a thread has no more on its stack than at 48."""
+    worker = SUPPORT / "compile_worker.py"
+    environment = worker_environment({"TRITON_INTERPRET": "0"})
+    command = [sys.executable, str(worker), "48", "8192", "16384"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3 * 4
+    for name, (warps, stack) in found.items():
+        kernel, width = name.rsplit(" ", 1)
+        assert warps == {"48": 4, "8192": 16, "16384": 32}[width], name
+        assert stack <= found[f"{kernel} 48"][1], name

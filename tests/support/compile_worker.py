@@ -1,10 +1,15 @@
 """Run by tests/kernels/test_choice.py without TRITON_INTERPRET: compiles every kernel's launches for GPUs not at hand.
 
-Launches are caught: their arguments give the signature, nothing runs. Prints one JSON line: kernel -> variants.
+Launches are caught: their arguments give the signature, nothing runs. Prints one JSON line: kernel -> variants. With
+widths as arguments it compiles what handles a whole token, for Hopper: kernel and width -> [warps, bytes of the stack].
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -17,7 +22,10 @@ from ptp_ds.kernels import Sources, dual_divergence, noise, pack_embed, perturb_
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
              torch.uint8: "*u8"}  # fmt: skip
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 compiled: dict[str, set[str]] = {}
+stacks: dict[str, list[int]] = {}
+capabilities, suffix = [80, 90], ""
 
 
 def type_of(value: object) -> str:
@@ -38,11 +46,39 @@ def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool,
     variant = f"{list(signature.values())} {constants}"
     if variant in compiled.setdefault(name, set()):
         return
-    for capability in (80, 90):
+    for capability in capabilities:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        found = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        options = {name: given[name] for name in ("num_warps",) if name in given}
+        found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert found.asm["cubin"], name
     compiled[name].add(variant)
+    if suffix:
+        stacks[f"{name} {suffix}"] = [found.metadata.num_warps, stack_of(found.asm["cubin"])]
+
+
+def stack_of(cubin: bytes) -> int:
+    """Bytes of each thread's stack: what its registers didn't hold."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", said)[-1])
+
+
+def launch_wide(width: int) -> None:
+    """Kernels of which one program handles a whole token."""
+    global suffix
+    lengths = torch.tensor([2, 1])
+    owners = torch.repeat_interleave(torch.arange(2), lengths)
+    places = places_of(torch.ones(3, dtype=torch.bool), owners, torch.arange(2), torch.arange(3))
+    for kind in ("normal", "uniform"):
+        suffix = f"{kind} {width}"
+        noise(kind, 1 << 40, 2, places, width, 0.5, norm="token_l2", impl="triton")
+    delta = torch.zeros(3, width)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows, suffix = delta.to(dtype), f"{dtype} {width}"
+        how = {"norm": "token_l2", "radius": 0.5, "length": 0.5}
+        perturb_step(delta, rows, places, embeds_TH=rows, impl="triton", **how)
 
 
 def launch_all(dtype: torch.dtype) -> None:
@@ -75,6 +111,12 @@ def main() -> None:
     JITFunction.run = compile_only
     for name in ("noise", "perturb_step", "pack_embed", "dual_divergence"):
         sys.modules[f"{ptp_ds.kernels.__name__}.{name}"].use_triton = lambda impl, *tensors: True
+    if sys.argv[1:]:
+        capabilities[:] = [90]
+        for width in sys.argv[1:]:
+            launch_wide(int(width))
+        print(json.dumps(stacks), flush=True)
+        return
     for dtype in (torch.bfloat16, torch.float32):
         launch_all(dtype)
     print(json.dumps({name: len(variants) for name, variants in compiled.items()}), flush=True)
