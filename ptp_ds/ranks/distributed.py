@@ -52,6 +52,15 @@ class Ranks:
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
 
+    def send_main(self, tensor: Tensor) -> None:
+        """Hands a tensor in host memory to rank 0, which must ask for it (received)."""
+        torch.distributed.send(tensor.contiguous(), 0, group=self.host_group)
+
+    def received(self, rank: int, out: Tensor) -> Tensor:
+        """`out`, in host memory, filled with what `rank` hands to rank 0 (send_main)."""
+        torch.distributed.recv(out, rank, group=self.host_group)
+        return out
+
     def from_main(self, value: int) -> int:
         """Rank 0's whole number, on every rank."""
         if self.world == 1:

@@ -47,6 +47,8 @@ def _checkpoint(checkpoint: Checkpoint | None) -> str:
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name in checkpoint.carried.values():
+        digest.update(name.encode())
     return digest.hexdigest()
 
 

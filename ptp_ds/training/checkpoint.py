@@ -4,7 +4,8 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from ptp_ds.files import (
     tensor_shape,
     write_folder,
 )
+from ptp_ds.training.carried import Part, check_part, part_name, write_part
 
 _STATE, _META = "state.safetensors", "state.json"
-_FORMAT = 1
+_PLAIN, _IN_PARTS = 1, 2  # formats: with carried deltas in files of their own, and all others
 _NAME = re.compile(r"step-(\d+)")
 _HINT = "; resume from another checkpoint"
 _LIKE_PROMPT = ("exp_avg", "exp_avg_sq", "average")  # of the prompt's shape
@@ -46,27 +48,39 @@ class OtherFormatError(UserError):
 class Checkpoint:
     """step: optimizer steps done. tensors: Engine.state() and, once chosen, best_prompt. best: its scores or None.
 
-    identity: what must not change between save and resume (model, task, prompt, data, seed ...). micro_tokens: those of
-    a micro-batch, where they go one after the other: sums are the same to the bit only in the same parts.
+    identity: what must not change between save and resume (model, task, prompt, data, seed ...). carried: of one that
+    was read, the files of carried deltas (ptp_ds.training.carried), a rank's each, and their sha256. micro_tokens:
+    those of a micro-batch, where they go one after the other: sums are the same to the bit only in the same parts.
     """
 
     step: int
     tensors: dict[str, Tensor]
     best: dict[str, Any] | None
     identity: dict[str, Any]
+    carried: dict[Path, str] = field(default_factory=dict)
     micro_tokens: int | None = None
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes root/step-NNNNNN and returns it; of the checkpoints up to it, the newest `keep` stay. Rank 0 only."""
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, carried: Iterable[Part] = ()) -> Path:
+    """Writes root/step-NNNNNN and returns it; of the checkpoints up to it, the newest `keep` stay. Rank 0 only.
+
+    carried: each rank's carried deltas, taken one after the other.
+    """
 
     def fill(folder: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, folder / _STATE)
-        meta = {
-            "format": _FORMAT, "step": checkpoint.step, "best": checkpoint.best, "identity": checkpoint.identity,
-            "micro_tokens": checkpoint.micro_tokens, "sha256": sha256_of(folder / _STATE),
+        digests = []
+        for rank, part in enumerate(carried):
+            write_part(folder / part_name(rank), part)
+            digests.append(sha256_of(folder / part_name(rank)))
+        meta: dict[str, Any] = {
+            "format": _IN_PARTS if digests else _PLAIN, "step": checkpoint.step, "best": checkpoint.best,
+            "identity": checkpoint.identity, "micro_tokens": checkpoint.micro_tokens,
+            "sha256": sha256_of(folder / _STATE),
         }  # fmt: skip
+        if digests:
+            meta["carried"] = digests
         (folder / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     target = root / f"step-{checkpoint.step:06d}"
@@ -131,10 +145,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     meta = read_json(folder / _META, f"{where} can't be read", _HINT)
     if not isinstance(meta, dict):
         raise UserError(f"{where} can't be read: no JSON object{_HINT}.")
-    if (found := meta.get("format", _FORMAT)) != _FORMAT:  # another format may have other fields
-        later = _is_count(found) and _FORMAT < found < 1000  # else a damaged number
+    if (found := meta.get("format", _PLAIN)) not in (_PLAIN, _IN_PARTS) or isinstance(found, bool):
+        later = _is_count(found) and _IN_PARTS < found < 1000  # may have other fields; else a damaged number
         error = OtherFormatError if later else UserError
-        raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_FORMAT}.")
+        raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_PLAIN} and {_IN_PARTS}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
     micro_tokens = meta.get("micro_tokens")
     fine = _is_count(step) and (micro_tokens is None or _is_count(micro_tokens))
@@ -142,7 +156,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
-    return Checkpoint(step, _load_tensors(folder / _STATE, best is not None), best, identity, micro_tokens)
+    tensors = _load_tensors(folder / _STATE, best is not None)
+    return Checkpoint(step, tensors, best, identity, _carried(folder, meta, found == _IN_PARTS), micro_tokens)
+
+
+def _carried(folder: Path, meta: dict[str, Any], in_parts: bool) -> dict[Path, str]:
+    """The files of carried deltas and their sha256, each verified."""
+    digests = meta.get("carried", [])
+    if not isinstance(digests, list) or bool(digests) != in_parts:
+        raise UserError(f"{folder / _META} can't be read: its carried deltas are no list of files{_HINT}.")
+    files = {folder / part_name(rank): digest for rank, digest in enumerate(digests)}
+    for file, digest in files.items():
+        _verify(file, digest)
+        check_part(file, _HINT)
+    return files
 
 
 def _is_count(value: Any) -> bool:
@@ -168,7 +195,8 @@ def _is_best(best: Any) -> bool:
         or not isinstance(scores["metrics"], dict)
     ):
         return False
-    return all(isinstance(x, float) or _is_count(x) for x in (*scores["metrics"].values(), *map(scores.get, _NUMBERS)))
+    numbers = (*scores["metrics"].values(), *map(scores.get, _NUMBERS))
+    return all(isinstance(x, float) or _is_count(x) for x in numbers) and scores["examples"] >= 1
 
 
 def _verify(file: Path, digest: Any) -> None:

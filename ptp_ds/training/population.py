@@ -16,6 +16,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks.example import Example
+from ptp_ds.training.carried import Carried
 from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
@@ -28,7 +29,7 @@ from ptp_ds.training.population_step import MemberStep, PopulationRow, populatio
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.schedules import learning_rate
 from ptp_ds.training.step import StepLoss, carried_delta, loss_of_all
-from ptp_ds.training.trainer import Carried, NonFiniteLossError, Progress, Trainer
+from ptp_ds.training.trainer import NonFiniteLossError, Progress, Trainer
 
 log = get_logger(__name__)
 

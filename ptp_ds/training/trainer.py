@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal_rows
 from ptp_ds.tasks.example import Example
+from ptp_ds.training.carried import Carried, Part, gather
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
@@ -63,16 +64,7 @@ class Progress:
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
     ended: bool = False
-    carried: "Carried | None" = None
-
-
-@dataclass
-class Carried:
-    """Deltas for the next step's batch, its second use or later. mine: this rank's [T, H]; whole: all ranks', [T', H],
-    in the order of the global batch, as a checkpoint holds them."""
-
-    mine: Tensor | None = None
-    whole: Tensor | None = None
+    carried: Carried | None = None
 
 
 @dataclass(frozen=True)
@@ -263,26 +255,16 @@ class Trainer:
         """[T, H] this rank's carried deltas for the step to come; None at a batch's first use."""
         if progress.carried is None or progress.step % self.run.batch_repeats == 0:
             return None
-        if progress.carried.mine is None:
-            assert progress.carried.whole is not None
-            batch, hands = self._dealt(progress.step)
-            parts = progress.carried.whole.split(self._lengths(batch))
-            mine = [parts[place] for place in hands[self.ranks.rank]]
-            progress.carried.mine = torch.cat(mine).to(self.ranks.device)
-        return progress.carried.mine
+        batch, hands = self._dealt(progress.step)
+        return progress.carried.of(self._lengths(batch), hands[self.ranks.rank], self.ranks.device)
 
-    def _whole_carried(self, progress: Progress) -> Tensor | None:
-        """All ranks' carried deltas in the order of the global batch, on the CPU; all ranks must call it."""
+    def _carried_parts(self, progress: Progress) -> Iterator[Part]:
+        """On rank 0 each rank's carried deltas, all of which must be taken; all ranks must call it."""
         mine = self.carried(progress)
         if mine is None:
-            return None
+            return iter(())
         batch, hands = self._dealt(progress.step)
-        places, lengths = hands[self.ranks.rank], self._lengths(batch)
-        whole = mine.new_zeros(sum(lengths), mine.shape[1])
-        parts = whole.split(lengths)
-        for place, part in zip(places, mine.split([lengths[place] for place in places]), strict=True):
-            parts[place].copy_(part)
-        return self.ranks.sum(whole).cpu()
+        return gather(self.ranks, mine, hands, self._lengths(batch))
 
     def goes_on(self, progress: Progress) -> bool:
         """Whether there are steps left: neither --max_steps nor --patience nor a listener has ended the run."""
@@ -376,9 +358,7 @@ class Trainer:
         tensors = self.engine.state()
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
-        carried = self._whole_carried(progress)
-        if carried is not None:
-            tensors["carried_delta"] = carried
+        carried = self._carried_parts(progress)
         best = None
         if progress.best is not None:
             best = {
@@ -387,9 +367,11 @@ class Trainer:
             }  # fmt: skip
         if self.ranks.is_main:
             most = self.engine.backbone.activations.most_tokens
-            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, most)
+            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, micro_tokens=most)
             with output.writing():
-                save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints)
+                save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints, carried)
+            for _ in carried:  # where a disk has failed: ranks wait until theirs is taken
+                pass
 
 
 def _due(step: int, every: int) -> bool:
@@ -399,8 +381,8 @@ def _due(step: int, every: int) -> bool:
 def progress_from(checkpoint: Checkpoint) -> Progress:
     """The progress that a checkpoint recorded."""
     progress = Progress(step=checkpoint.step)
-    if "carried_delta" in checkpoint.tensors:
-        progress.carried = Carried(whole=checkpoint.tensors["carried_delta"])
+    if checkpoint.carried or "carried_delta" in checkpoint.tensors:
+        progress.carried = Carried(files=tuple(checkpoint.carried), whole=checkpoint.tensors.get("carried_delta"))
     if checkpoint.best is not None:
         progress.best = Evaluation(**checkpoint.best["evaluation"])
         progress.best_step = int(checkpoint.best["step"])

@@ -36,6 +36,7 @@ from ptp_ds.models.source import load_config
 from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import load_rows, load_split, tokenise
 from ptp_ds.tasks.predictions import prediction_lines
+from ptp_ds.training.carried import part_name
 from ptp_ds.training.checkpoint import (
     Checkpoint,
     OtherFormatError,
@@ -145,17 +146,23 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
         tensors |= {"adam_step": torch.tensor([3.0]), "carried_delta": torch.randn(9, 8), "loss_scaler": torch.ones(4)}
         scores = Evaluation({"accuracy": 0.5}, 0.5, 0.7, 0.4, 6).as_dict()
         best = {"step": 2, "evaluation": scores, "highest": 0.5}
-        save_checkpoint(folder, Checkpoint(5, tensors, best, IDENTITY), keep=1)
+        parts = [([2, 0], torch.randn(5, 8)), ([1], torch.randn(4, 8))]
+        save_checkpoint(folder, Checkpoint(5, tensors, best, IDENTITY), 1, parts)
 
     def read_checkpoint(folder: Path) -> None:
         named = find_checkpoint(str(folder / "step-000005"))
         meta, state = named / "state.json", named / "state.safetensors"
-        if all(file.is_file() and file.stat().st_size < 1 << 30 for file in (meta, state)):
-            resign(meta, state)
+        parts = [named / part_name(rank) for rank in range(2)]
+        if all(file.is_file() and file.stat().st_size < 1 << 30 for file in (meta, state, *parts)):
+            resign(meta, state, parts)
         found = load_checkpoint(named)
         require_same_run(found, IDENTITY, named)
         progress = progress_from(found)
         assert progress.step >= 0
+        if found.carried:
+            assert progress.carried is not None
+            progress.carried.whole = None
+            assert progress.carried.of([3, 4, 2], [1, 2], torch.device("cpu")).isfinite().all()
         assert progress.best is None or progress.best.within_an_error_of(progress.highest) in (True, False)
         assert progress.best is None or math.isfinite(progress.highest)
         prompt = found.tensors["prompt"]
@@ -243,14 +250,15 @@ def targets(tiny_model, tokenizer) -> dict[str, Target]:
     }  # fmt: skip
 
 
-def resign(meta: Path, state: Path) -> None:
+def resign(meta: Path, state: Path, parts: list[Path]) -> None:
     """The sha256 of a damaged state in its state.json, as someone who means harm would write it."""
     try:
         known = json.loads(meta.read_bytes())
     except (ValueError, RecursionError):
         return
     if isinstance(known, dict) and isinstance(known.get("sha256"), str):
-        meta.write_text(json.dumps({**known, "sha256": sha256_of(state)}))
+        carried = {"carried": [sha256_of(part) for part in parts]} if "carried" in known else {}
+        meta.write_text(json.dumps({**known, "sha256": sha256_of(state), **carried}))
 
 
 _RUNS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect",

@@ -151,18 +151,28 @@ def changed_meta(folder: Path, **changes) -> None:
     (folder / "state.json").write_text(json.dumps(kept))
 
 
-@pytest.mark.parametrize("number", [0, 2, None])
+def test_an_evaluation_of_no_example(tmp_path):
+    """Its standard error is none."""
+    best = checkpoint().best
+    assert best is not None
+    folder = save_checkpoint(tmp_path, checkpoint(), keep=1)
+    changed_meta(folder, best={**best, "evaluation": {**best["evaluation"], "examples": 0}})
+    with pytest.raises(ValueError, match="it has no valid step, identity and best"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("number", [0, 3, None, True])
 def test_wrong_format(tmp_path, number):
     folder = save_checkpoint(tmp_path, checkpoint(), keep=1)
     changed_meta(folder, format=number)
-    with pytest.raises(ValueError, match=f"step-000005 has checkpoint format {number}; this version reads 1"):
+    with pytest.raises(ValueError, match=f"step-000005 has checkpoint format {number}; this version reads 1 and 2"):
         load_checkpoint(folder)
 
 
 def test_another_format_with_other_fields(tmp_path):
     folder = save_checkpoint(tmp_path, checkpoint(), keep=1)
-    changed_meta(folder, format=2, sha256=...)
-    with pytest.raises(ValueError, match="has checkpoint format 2; this version reads 1"):
+    changed_meta(folder, format=3, sha256=...)
+    with pytest.raises(ValueError, match="has checkpoint format 3; this version reads 1 and 2"):
         load_checkpoint(folder)
 
 
@@ -222,8 +232,8 @@ def test_only_damaged_checkpoints_are_refused(tmp_path):
 
 def test_another_format_is_not_passed_over(tmp_path):
     save_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=5)
-    changed_meta(save_checkpoint(tmp_path / "checkpoints", checkpoint(2), keep=5), format=2)
-    with pytest.raises(ValueError, match="step-000002 has checkpoint format 2"):
+    changed_meta(save_checkpoint(tmp_path / "checkpoints", checkpoint(2), keep=5), format=3)
+    with pytest.raises(ValueError, match="step-000002 has checkpoint format 3"):
         newest_whole(tmp_path)
 
 
