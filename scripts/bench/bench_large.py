@@ -1,127 +1,133 @@
 #!/usr/bin/env python
-"""One train step of a large random Llama under ZeRO-3: time, memory, tokens per second, no weights needed.
+"""One train step of a large random Llama: time, MFU, memory, and peft's on the same batch; no weights needed.
 
-    python scripts/bench/bench_large.py --shape 8b --json llama8b.json
+    python scripts/bench/bench_large.py --shape 8b --json large.json
 
 The weights are random, so the scores mean nothing; shapes and dtype are the real ones. --shape tiny runs anywhere.
+Every timed step has rows that no step had before. mfu: 4 N T operations a pass with gradient over the step's time, over
+the card's own figure for half precision; rate_share: over the rate of the layers' products, measured in the same run.
+peft's loop (PromptTuning, logits_to_keep) takes the same batch, --peft_rows rows at a time since it keeps every
+activation, or half of that, and so on, until it fits; its MFU counts the tokens that it pads with. planned_bytes:
+ptp_ds.planning's figure for peak_bytes.
 """
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_measure import floor_operations, matrix_rates, wait
+from bench_measure import card_rate, floor_operations, matrices_of, matrix_rates, peak_of
+from bench_random import SHAPES, Opened, config_of_shape, open_random, random_examples, timed_steps
+from gpu_record import NOT_ON_A_CPU, Record
 from peft_loop import PeftLoop
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from ptp_ds.adapters.record import versions
-from ptp_ds.backbone.activations import Activations, memory_budget
-from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.check import check_backbone
-from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
+from ptp_ds.backbone.backbone import decoder_layers
+from ptp_ds.choices import PRECISIONS
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.models.heads import Head
-from ptp_ds.packing.row import pack
-from ptp_ds.perturb import Noise
-from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes
-from ptp_ds.seeding import make_generator
-from ptp_ds.tasks.example import Example
-from ptp_ds.training.engine import Engine
-from ptp_ds.training.monitor import peak_memory_bytes
-from ptp_ds.training.step import optimizer_step, settings_of
 
 METHODS = ("none", "gaussian", "pgd")
-SHAPES = {  # Llama 3 8B's configuration; tiny is for a check of this script itself
-    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0},
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
 
 
-def random_examples(rows: int, vocabulary: int, rank: int) -> list[Example]:
-    """Rows of 40 to 160 random tokens with two one-token answers, as RTE's are."""
-    generator = make_generator(0, "large", rank)
-    sizes = torch.randint(40, 161, (rows,), generator=generator).tolist()
-    return [
-        Example(context_ids=torch.randint(0, vocabulary, (size,), generator=generator).tolist(),
-                movable=[True] * size, candidate_ids=[[1], [2]], gold=number % 2, index=number)
-        for number, size in enumerate(sizes)
-    ]  # fmt: skip
+def share_of(work: float, seconds: float, rate: float | None) -> float | None:
+    """Operations over time over a rate; None where the rate isn't known."""
+    return None if rate is None else work / seconds / rate
 
 
-def seconds_of(call: Callable[[int], float], device: torch.device, steps: int) -> float:
-    """Median seconds of `call(step)`, the first one left out; ValueError where a loss is not finite."""
-    seconds = []
-    for step in range(steps + 1):
-        wait(device)
-        start = time.perf_counter()
-        loss = call(step)
-        wait(device)
-        seconds.append(time.perf_counter() - start)
+def require_finite(losses: list[float]) -> None:
+    """ValueError where a timed step's loss isn't finite."""
+    for number, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise ValueError(f"The loss of step {step} is {loss}; the benchmark's step is broken.")
-    return statistics.median(seconds[1:])
+            raise ValueError(f"The loss of step {number + 1} is {loss}; the benchmark's step is broken.")
 
 
-def measure(engine: Engine, run: RunConfig, unit: float, examples: list[Example], ranks: Ranks, steps: int) -> dict:
-    """Median seconds of a step, tokens per second over all ranks, this rank's peak memory and share of the matrix rate.
-
-    rate_share: 4 N T operations a pass with gradient, over the step's time, over the machine's own matrix rate.
-    """
-    row, settings = pack(examples).to(ranks.device), settings_of(run, unit)
-    tokens = [0]
-
-    def step(number: int) -> float:
-        loss, _ = optimizer_step(engine, row, run, settings, Noise(0, number), 1e-3, global_count=run.batch_size)
-        tokens[0] = loss.tokens
-        return float(loss.total.detach())
-
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    median = seconds_of(step, ranks.device, steps)
-    work = floor_operations(engine.backbone, run.perturbation, run.ascent_steps, engine.shape[0], row.num_tokens)
+def measure(opened: Opened, run: RunConfig, rows: int, steps: int) -> dict[str, Any]:
+    """Median seconds of a step, tokens per second over all ranks, this rank's memory, and its share of two rates."""
+    ranks, backbone = opened.ranks, opened.backbone
+    opened.engine.set_prompt(opened.start)
+    packed = opened.rows(rows, steps + 2)
+    with peak_of(backbone, ranks.device) as peak:  # warms up, too
+        tokens = opened.step(packed[0], 0, run)[1]
+    planned = opened.planned(run, tokens - opened.start.shape[0])
+    seconds, values = timed_steps(lambda number: opened.step(packed[number + 1], number, run), ranks.device, steps)
+    require_finite([loss for loss, _ in values])
+    median, counts = statistics.median(seconds), [count for _, count in values]
+    work = statistics.mean(
+        floor_operations(backbone, run.perturbation, run.ascent_steps, opened.start.shape[0], row.num_tokens)
+        for row in packed[2:]
+    )
+    rate = matrix_rates(backbone, min(packed[0].num_tokens, 8192), ranks.device)["fastest"]
     return {
-        "step_seconds": median, "tokens": tokens[0] * ranks.world,
-        "tokens_per_second": tokens[0] * ranks.world / median,
-        "peak_bytes": peak_memory_bytes(ranks.device), "ratio_peft_keep": None,
-        "rate_share": work / median / matrix_rates(engine.backbone, min(row.num_tokens, 8192), ranks.device)["fastest"],
+        "step_seconds": median, "tokens": statistics.mean(counts) * ranks.world,
+        "tokens_per_second": ranks.world * sum(counts) / sum(seconds), "mfu": share_of(work, median,
+        card_rate(ranks.device)), "rate_share": share_of(work, median, rate), "peak_bytes": peak.allocated,
+        "reserved_bytes": peak.reserved, "planned_bytes": planned.total,
+        "peak_over_plan": peak.allocated / planned.total,
     }  # fmt: skip
 
 
-def measure_peft(config: Any, dtype: torch.dtype, prompt: Tensor, run: RunConfig, unit: float, examples: list[Example],
-                 head: Head, ranks: Ranks, steps: int) -> dict[str, float]:  # fmt: skip
-    """Median seconds of peft's step with logits_to_keep on the same rows, per regulariser; a part of them at a time.
+def open_peft(opened: Opened, peft_rows: int) -> PeftLoop:
+    """peft's side of the same shape, with random weights of its own."""
+    device = opened.ranks.device
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(
+            copy.deepcopy(opened.config), dtype=opened.resolved.dtype, attn_implementation="sdpa"
+        )
+    return PeftLoop(base, opened.start, device, True, peft_rows, opened.backbone.head, "soft")
 
-    peft keeps every activation, so it gets --peft_rows of the rows; the caller compares seconds a row.
-    """
-    with torch.device(ranks.device):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
-    loop, found = PeftLoop(base, prompt, ranks.device, True, len(examples), head, "soft"), {}
-    for method in METHODS:
-        found[method] = seconds_of(lambda _, m=method: loop.step(examples, m, run, unit), ranks.device, steps)
-    return found
+
+def fit_rows(loop: PeftLoop, step: Callable[[], Any]) -> None:
+    """Halves peft's micro-batch until its step fits into the memory."""
+    while True:
+        try:
+            step()
+            return
+        except torch.OutOfMemoryError:
+            if loop.micro_batch == 1:
+                raise
+        loop.micro_batch //= 2
+        loop.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def measure_peft(opened: Opened, loop: PeftLoop, run: RunConfig, rows: int, steps: int) -> dict[str, Any]:
+    """Median seconds of peft's step on batches of the same size, and its MFU over all tokens that it computes."""
+    device, vocabulary = opened.ranks.device, opened.config.vocab_size
+    batches = [random_examples(rows, vocabulary, 0, draw + 1) for draw in range(steps + 1)]
+
+    def step(number: int) -> tuple[float, int]:
+        return loop.step(batches[number], run.perturbation, run, opened.unit), loop.tokens
+
+    fit_rows(loop, lambda: step(0))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, values = timed_steps(step, device, steps)
+    require_finite([loss for loss, _ in values])
+    passes, streams = {"none": (1, 1), "gaussian": (2, 2), "pgd": (run.ascent_steps + 2, 2)}[run.perturbation]
+    counted = passes / streams * statistics.mean(tokens for _, tokens in values)
+    work = 4.0 * sum(a * b for a, b in matrices_of(opened.backbone)) * counted
+    median = statistics.median(seconds)
+    return {"peft_rows": loop.micro_batch, "peft_seconds": median, "peft_tokens": counted,
+            "peft_mfu": share_of(work, median, card_rate(device)),
+            "peft_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="8b", choices=tuple(SHAPES))
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--rows", type=int, default=32, help="rows on each rank")
-    parser.add_argument("--peft_rows", type=int, default=16, help="rows of peft's step, which keeps all activations")
+    parser.add_argument("--peft_rows", type=int, default=16, help="of peft's micro-batch; 0: ours alone")
     parser.add_argument("--prompt_length", type=int, default=100)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write the rows to this file")
@@ -129,46 +135,43 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def bench(args: argparse.Namespace, ranks: Ranks, record: Record) -> None:
+    """Ours, method by method, then peft's beside it: it holds a second model, which our peak must not count."""
+    changes = {"num_hidden_layers": args.layers} if args.layers else {}
+    run = RunConfig(ds_config=args.ds_config, precision=args.precision, prompt_length=args.prompt_length)
+    opened = open_random(config_of_shape(args.shape, **changes), run, ranks)
+    about = {"shape": args.shape, "layers": len(decoder_layers(opened.backbone.model)), "dtype": opened.dtype,
+             "rows": args.rows * ranks.world, "prompt_length": args.prompt_length, "world_size": ranks.world,
+             "activations": opened.backbone.activations.describe()}  # fmt: skip
+    record.add("opened", shape=args.shape, seconds=opened.seconds)
+    ours: dict[str, float] = {}
+    for method in args.methods:
+        with record.case(method):
+            found = measure(opened, replace(run, perturbation=method), args.rows, args.steps)
+            ours[method] = found["step_seconds"]
+            record.add(method, **about, method=method, **found)
+    if ranks.world > 1 or not args.peft_rows:
+        return
+    with record.case("peft"):
+        loop = open_peft(opened, args.peft_rows)
+    for method in ours:
+        with record.case(f"peft {method}"):
+            theirs = measure_peft(opened, loop, replace(run, perturbation=method), args.rows, args.steps)
+            record.add(f"peft {method}", shape=args.shape, method=method, rows=args.rows, **theirs,
+                       ratio_peft_keep=theirs["peft_seconds"] / ours[method])  # fmt: skip
+
+
 def main() -> int:
     prepare_environment()
     args = parse()
     ranks = start_processes()
-    config = LlamaConfig(
-        **SHAPES[args.shape], max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=None
-    )
-    run = RunConfig(ds_config=args.ds_config, batch_size=args.rows * ranks.world)
-    resolved = resolve_ds_config(read_ds_config(args.ds_config), run, set(), ranks.world, config.hidden_size)
-    examples = random_examples(args.rows, config.vocab_size, ranks.rank)
-    generator = make_generator(0, "prompt")
-    start = 0.02 * torch.randn(args.prompt_length, config.hidden_size, generator=generator)
-    model = build_sharded(config, resolved)
-    fill_randomly(model)
-    activations = Activations("auto", budget_bytes=memory_budget(ranks.device))
-    backbone = Backbone(model, activations)
-    backbone.shards.share(ranks)  # as before training
-    check_backbone(backbone)
-    engine = Engine(SoftPrompt(start), backbone, resolved, ranks)
-    unit, table = backbone.mean_embedding_norm(), []
-    for method in METHODS:
-        engine.set_prompt(start)
-        chosen = replace(run, perturbation=method)
-        entry = {"shape": args.shape, "method": method, "dtype": str(resolved.dtype).removeprefix("torch."),
-                 "rows": run.batch_size, "prompt_length": args.prompt_length, "world_size": ranks.world,
-                 "activations": backbone.activations.describe(),
-                 **measure(engine, chosen, unit, examples, ranks, args.steps)}  # fmt: skip
-        table.append(entry)
-    if ranks.world == 1 and args.peft_rows:
-        few = examples[: args.peft_rows]
-        theirs = measure_peft(config, resolved.dtype, start, run, unit, few, backbone.head, ranks, args.steps)
-        for entry in table:  # rows are drawn alike, so seconds a row compare
-            per_row = theirs[entry["method"]] / len(few)
-            entry["ratio_peft_keep"] = per_row / (entry["step_seconds"] / entry["rows"])
-    for entry in table:
-        if ranks.is_main:
-            print(json.dumps(entry), flush=True)
-    if args.json and ranks.is_main:
-        Path(args.json).write_text(json.dumps({"rows": table, "versions": versions()}, indent=2) + "\n")
-    return 0
+    record = Record(args.json if ranks.is_main else None, ranks.is_main)
+    if card_rate(ranks.device) is None:
+        known = torch.cuda.get_device_name() if ranks.device.type == "cuda" else NOT_ON_A_CPU
+        record.absent("mfu", f"{known}: no figure to hold it against; rate_share stands for it")
+    with record.case("all"):
+        bench(args, ranks, record)
+    return record.code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import statistics
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +45,30 @@ class PeakMemory(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.live -= size
+
+
+@dataclass
+class Peak:
+    """Most bytes at once. allocated: of tensors, weights too. reserved: what torch's allocator holds, None on a CPU."""
+
+    allocated: int = 0
+    reserved: int | None = None
+
+
+@contextmanager
+def peak_of(backbone: Backbone, device: torch.device) -> Iterator[Peak]:
+    """The peak of what is done inside, known behind it. On a CPU every operation is watched: don't time it."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.allocated = torch.cuda.max_memory_allocated(device)
+        peak.reserved = torch.cuda.max_memory_reserved(device)
+        return
+    weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in weights_of(backbone)}
+    with PeakMemory(weights_of(backbone)) as memory:
+        yield peak
+    peak.allocated = memory.peak + sum(weights.values())
 
 
 def weights_of(backbone: Backbone) -> list[Tensor]:
@@ -88,6 +115,24 @@ def floor_operations(backbone: Backbone, method: str, ascents: int, prompt: int,
     """4 N T for each pass with gradient over T real tokens, the prompt's once a step; N weights of the layers."""
     passes = {"none": 1, "gaussian": 2, "uniform": 2, "free": 2, "pgd": ascents + 2}[method]
     return 4.0 * sum(a * b for a, b in matrices_of(backbone)) * (passes * tokens + prompt)
+
+
+# Dense matrix products in half precision, operations a second, by a part of the card's name; the first that fits.
+_CARDS = {
+    "B200": 2.25e15, "H100 PCIe": 7.56e14, "H100 NVL": 8.35e14, "H100": 9.89e14, "H200": 9.89e14, "GH200": 9.89e14,
+    "A100": 3.12e14, "L40S": 3.62e14, "L4": 1.21e14, "A10": 1.25e14, "RTX 4090": 1.65e14,
+}  # fmt: skip
+
+
+def card_rate(device: torch.device) -> float | None:
+    """The card's own figure for products in half precision, operations a second: MFU is held against it.
+
+    None on a CPU and for a card that isn't in the table.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in _CARDS.items() if part in name), None)
 
 
 def wait(device: torch.device) -> None:

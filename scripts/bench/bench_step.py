@@ -146,10 +146,13 @@ class Bench:
 
 
 def measure(setting: dict[str, Any], batches: list[list[Example]], benches: Sequence[Bench], run: RunConfig) -> list:
-    """A row of the table for each precision; with several precisions, and peft, two ratios more (see `compare`)."""
-    method = setting["method"]
+    """A row of the table for each precision; with several precisions, and peft, two ratios more (see `compare`).
+
+    The last batch warms up and isn't timed: every timed step has rows that no step of ours had before.
+    """
+    method, (*batches, first) = setting["method"], batches
     for bench in benches:
-        bench.begin(batches[0], method, run)
+        bench.begin(first, method, run)
     for number, batch in enumerate(batches):
         for bench in benches:
             bench.time(batch, method, run, number)
@@ -187,21 +190,30 @@ def check_same_loss(ours: float, theirs: float, dtype: str) -> None:
         )
 
 
-def compare_activations(ours: Ours, examples: list[Example], run: RunConfig, prompt_length: int) -> list[dict]:
-    """keep and recompute on one gaussian step of about 4096 packed tokens, in turn: peak bytes and median seconds."""
+def filled(examples: list[Example], prompt_length: int, number: int) -> list[Example]:
+    """Examples for about 4096 packed tokens in two streams, others for each `number`."""
     chosen: list[Example] = []
-    while prompt_length + 2 * sum(example.packed_length for example in chosen) < 4096 and len(chosen) < len(examples):
-        chosen.append(examples[len(chosen)])
+    for example in draw_batches(examples, len(examples), number + 1, seed=0)[number]:
+        if prompt_length + 2 * sum(one.packed_length for one in chosen) >= 4096:
+            break
+        chosen.append(example)
+    return chosen
+
+
+def compare_activations(ours: Ours, examples: list[Example], run: RunConfig, prompt_length: int) -> list[dict]:
+    """keep and recompute on gaussian steps of about 4096 packed tokens, in turn: peak bytes and median seconds."""
+    drawn = [filled(examples, prompt_length, number) for number in range(4)]
     rows: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {"keep": [], "recompute": []}
     for turn in range(4):
         for mode, timings in seconds.items():
             ours.backbone.activations = Activations(mode)
             if turn == 0:  # warms up as well
-                peak = ours.peak_bytes(chosen, "gaussian", run)
+                peak = ours.peak_bytes(drawn[0], "gaussian", run)
                 rows[mode] = {"activations": mode, "packed_tokens": ours.tokens, "peak_bytes": peak}
             else:
-                timings.append(timed(lambda: ours.step(chosen, "gaussian", run, 0), ours.device)[0])
+                rows_of_turn = drawn[turn]
+                timings.append(timed(lambda rows=rows_of_turn: ours.step(rows, "gaussian", run, 0), ours.device)[0])
     ours.backbone.activations = Activations()
     for mode, row in rows.items():
         row["seconds"] = statistics.median(seconds[mode])
@@ -298,7 +310,7 @@ def bench_length(args: argparse.Namespace, length: int, of_precision: dict[str, 
                 bench.plain_keep = []
             for method in args.methods:
                 setting = {"task": name, "rows": rows, "prompt_length": length, "method": method}
-                table += measure(setting, batches[:-1], benches, run)
+                table += measure(setting, batches, benches, run)
                 for row in table[-len(benches) :]:
                     print_row(row)
         if args.activations:

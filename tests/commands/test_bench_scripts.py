@@ -85,11 +85,15 @@ def test_a_large_step_beside_pefts(tmp_path):
                  "--json", "large"]  # fmt: skip
     done = run_script(BENCH / "bench_large.py", arguments, tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "large").read_text(encoding="utf-8"))["rows"]
-    assert [row["method"] for row in rows] == ["none", "gaussian", "pgd"]
-    for row in rows:
-        assert row["ratio_peft_keep"] > 0
-        assert row["rate_share"] > 0
+    rows = {row["case"]: row for row in json.loads((tmp_path / "large").read_text(encoding="utf-8"))}
+    assert "not on a CPU" in rows["mfu"]["absent"]
+    for method in ("none", "gaussian", "pgd"):
+        ours, theirs = rows[method], rows[f"peft {method}"]
+        assert ours["rate_share"] > 0
+        assert ours["mfu"] is None
+        assert 0.5 < ours["peak_over_plan"] < 2
+        assert ours["rows"] == theirs["rows"] == 4
+        assert theirs["ratio_peft_keep"] == theirs["peft_seconds"] / ours["step_seconds"]
 
 
 def test_a_profile_tells_parts_and_operators(tiny_model, tmp_path):

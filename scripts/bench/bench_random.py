@@ -1,0 +1,173 @@
+"""Large models with random weights, ready to train: real shapes and dtypes, no files. Their scores mean nothing."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from bench_measure import wait
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ptp_ds.backbone.activations import Activations, memory_budget
+from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
+from ptp_ds.backbone.shapes import NAMED, shape_of
+from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
+from ptp_ds.backbone.sharding import ResolvedDeepSpeed
+from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.row import PackedRow
+from ptp_ds.perturb import Noise
+from ptp_ds.planning.plan import Cluster, Memory, layout_of, load_of, memory_of
+from ptp_ds.prompts import SoftPrompt
+from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.seeding import make_generator
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.engine import Engine
+from ptp_ds.training.step import optimizer_step, settings_of
+
+_TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SHAPES = {  # tiny is for checks of the scripts themselves
+    "8b": NAMED["llama-8b"] | {"rope_theta": 500000.0},
+    "smollm2": NAMED["smollm2-135m"],
+    "tiny": _TINY,
+    "tiny-128k": _TINY | {"vocab_size": 128256},
+}  # fmt: skip
+
+
+def config_of_shape(name: str, **changes: Any) -> LlamaConfig:
+    """transformers' configuration of one of SHAPES."""
+    settings = {"tie_word_embeddings": False, **SHAPES[name], **changes}
+    return LlamaConfig(**settings, max_position_embeddings=8192, pad_token_id=None)
+
+
+def random_examples(
+    rows: int, vocabulary: int, rank: int, draw: int = 0, answer_lengths: Sequence[int] = (1, 1)
+) -> list[Example]:
+    """Rows of 40 to 160 random tokens and answers of these lengths, as RTE's are; another `draw` gives other rows."""
+    generator = make_generator(draw, "large", rank)
+    sizes = torch.randint(40, 161, (rows,), generator=generator).tolist()
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+
+    return [
+        Example(context_ids=tokens(size), movable=[True] * size, gold=number % len(answer_lengths), index=number,
+                candidate_ids=[[1 + place, *tokens(length - 1)] for place, length in enumerate(answer_lengths)])
+        for number, size in enumerate(sizes)
+    ]  # fmt: skip
+
+
+@dataclass
+class Opened:
+    """A random model behind the trainer's own engine. start: [P, H] the prompt. seconds: of each phase of opening."""
+
+    config: LlamaConfig
+    run: RunConfig
+    resolved: ResolvedDeepSpeed
+    ranks: Ranks
+    engine: Engine
+    start: Tensor
+    unit: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.engine.backbone
+
+    @property
+    def dtype(self) -> str:
+        """The backbone's, as text."""
+        return str(self.resolved.dtype).removeprefix("torch.")
+
+    def rows(self, count: int, draws: int, answer_lengths: Sequence[int] = (1, 1)) -> list[PackedRow]:
+        """A packed row on the host for each step: `count` examples of this rank, other ones in every row."""
+        of = (self.config.vocab_size, self.ranks.rank)
+        return [
+            self.backbone.rows.pack(random_examples(count, *of, draw, answer_lengths)) for draw in range(draws)
+        ]  # fmt: skip
+
+    def step(self, row: PackedRow, number: int, run: RunConfig | None = None) -> tuple[float, int]:
+        """(the summed loss, packed tokens) of one optimizer step; run: another one than the model was opened for."""
+        run = replace(run or self.run, batch_size=row.num_examples * self.ranks.world)
+        loss, _ = optimizer_step(
+            self.engine, row.to(self.ranks.device), run, settings_of(run, self.unit), Noise(run.seed, number), 1e-3,
+            global_count=run.batch_size,
+        )  # fmt: skip
+        return float(loss.total.detach()), loss.tokens
+
+    def planned(self, run: RunConfig, tokens: int) -> Memory:
+        """ptp_ds.planning's bytes of this rank for a step of `tokens` packed tokens on it, the prefix left out."""
+        cluster = Cluster(hosts=1, gpus=self.ranks.world, gpu_memory=1e12, interconnect=1.0, local=1.0, memory=1.0,
+                          link=1.0, disk=1.0, operations=1.0, cuda=self.ranks.device.type == "cuda")  # fmt: skip
+        shape, size = shape_of(self.config, "causal"), self.resolved.dtype.itemsize
+        load = load_of(run, shape, size, tokens * self.ranks.world)
+        layout = layout_of(run.ds_config, read_ds_config(run.ds_config), cluster)
+        mode = "recompute" if self.backbone.activations.recompute(load.row(self.ranks.world)) else "keep"
+        return memory_of(shape, load, layout, cluster, mode)
+
+
+def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, check: bool = True) -> Opened:
+    """A model of this shape as training opens one: sharded, checked, behind an engine with a random prompt."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        wait(ranks.device)
+        seconds[name] = time.perf_counter() - start
+
+    run = replace(run, batch_size=max(run.batch_size, ranks.world))
+    resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, config.hidden_size)
+    with phase("build"):
+        model = random_model(config, resolved, ranks.device)
+    with phase("backbone"):
+        activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
+        backbone = Backbone(model, activations, kernels=run.kernels)
+        backbone.shards.share(ranks)  # as before training
+    with phase("check"):
+        if check:
+            check_backbone(backbone)
+    with phase("engine"):
+        generator = make_generator(0, "prompt")
+        start = 0.02 * torch.randn(run.prompt_length, config.hidden_size, generator=generator)
+        engine = Engine(SoftPrompt(start.clone()), backbone, resolved, ranks)
+        engine.set_prompt(start)
+        unit = backbone.mean_embedding_norm()
+    return Opened(config, run, resolved, ranks, engine, start, unit, seconds)
+
+
+def random_model(config: LlamaConfig, resolved: ResolvedDeepSpeed, device: torch.device) -> Any:
+    """The model itself, the same on every rank: sharded under ZeRO-3, whole under ZeRO-2."""
+    torch.manual_seed(0)
+    if resolved.stage == 3:
+        model = build_sharded(config, resolved)
+        fill_randomly(model)
+        return model
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=resolved.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def timed_steps(step: Callable[[int], Any], device: torch.device, count: int) -> tuple[list[float], list[Any]]:
+    """(seconds, values) of step(1) to step(count), the device waited for at both ends; step(0) warms up."""
+    seconds, values = [], []
+    for number in range(count + 1):
+        wait(device)
+        start = time.perf_counter()
+        value = step(number)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        values.append(value)
+    return seconds[1:], values[1:]
