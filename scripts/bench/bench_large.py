@@ -15,9 +15,9 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.choices import PRECISIONS
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
-from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes
+from ptp_ds.ranks.distributed import Ranks, exit_process, prepare_environment, start_processes
 
 METHODS = ("none", "gaussian", "pgd")
 
@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="8b", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
-    parser.add_argument("--rows", type=int, default=32, help="rows on each rank")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32], help="rows on each rank, a setting each")
     parser.add_argument("--peft_rows", type=int, default=16, help="of peft's micro-batch; 0: ours alone")
     parser.add_argument("--prompt_length", type=int, default=100)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -136,29 +136,30 @@ def parse() -> argparse.Namespace:
 
 
 def bench(args: argparse.Namespace, ranks: Ranks, record: Record) -> None:
-    """Ours, method by method, then peft's beside it: it holds a second model, which our peak must not count."""
+    """Ours, setting by setting, then peft's beside it: it holds a second model, which our peak must not count."""
     changes = {"num_hidden_layers": args.layers} if args.layers else {}
     run = RunConfig(ds_config=args.ds_config, precision=args.precision, prompt_length=args.prompt_length)
     opened = open_random(config_of_shape(args.shape, **changes), run, ranks)
     about = {"shape": args.shape, "layers": len(decoder_layers(opened.backbone.model)), "dtype": opened.dtype,
-             "rows": args.rows * ranks.world, "prompt_length": args.prompt_length, "world_size": ranks.world,
+             "prompt_length": args.prompt_length, "world_size": ranks.world,
              "activations": opened.backbone.activations.describe()}  # fmt: skip
     record.add("opened", shape=args.shape, seconds=opened.seconds)
-    ours: dict[str, float] = {}
-    for method in args.methods:
-        with record.case(method):
-            found = measure(opened, replace(run, perturbation=method), args.rows, args.steps)
-            ours[method] = found["step_seconds"]
-            record.add(method, **about, method=method, **found)
-    if ranks.world > 1 or not args.peft_rows:
+    ours: dict[tuple[str, int], float] = {}
+    for method, rows in product(args.methods, args.rows):
+        case = f"{method}, {rows} rows"
+        with record.case(case):
+            found = measure(opened, replace(run, perturbation=method), rows, args.steps)
+            ours[method, rows] = found["step_seconds"]
+            record.add(case, **about, method=method, rows=rows * ranks.world, **found)
+    if ranks.world > 1 or not args.peft_rows or not ours:
         return
-    with record.case("peft"):
-        loop = open_peft(opened, args.peft_rows)
-    for method in ours:
-        with record.case(f"peft {method}"):
-            theirs = measure_peft(opened, loop, replace(run, perturbation=method), args.rows, args.steps)
-            record.add(f"peft {method}", shape=args.shape, method=method, rows=args.rows, **theirs,
-                       ratio_peft_keep=theirs["peft_seconds"] / ours[method])  # fmt: skip
+    loop = open_peft(opened, args.peft_rows)
+    for (method, rows), seconds in ours.items():
+        case = f"peft, {method}, {rows} rows"
+        with record.case(case):
+            theirs = measure_peft(opened, loop, replace(run, perturbation=method), rows, args.steps)
+            record.add(case, shape=args.shape, method=method, rows=rows, **theirs,
+                       ratio_peft_keep=theirs["peft_seconds"] / seconds)  # fmt: skip
 
 
 def main() -> int:
@@ -175,4 +176,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    exit_process(run_command(main))

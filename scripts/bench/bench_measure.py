@@ -119,8 +119,8 @@ def floor_operations(backbone: Backbone, method: str, ascents: int, prompt: int,
 
 # Dense matrix products in half precision, operations a second, by a part of the card's name; the first that fits.
 _CARDS = {
-    "B200": 2.25e15, "H100 PCIe": 7.56e14, "H100 NVL": 8.35e14, "H100": 9.89e14, "H200": 9.89e14, "GH200": 9.89e14,
-    "A100": 3.12e14, "L40S": 3.62e14, "L4": 1.21e14, "A10": 1.25e14, "RTX 4090": 1.65e14,
+    "B200": 2.25e15, "H100 PCIe": 7.56e14, "H100 NVL": 8.35e14, "H100": 9.89e14, "H200": 9.89e14, "A100": 3.12e14,
+    "L40S": 3.62e14, "RTX 4090": 1.65e14,
 }  # fmt: skip
 
 

@@ -4,17 +4,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from bench_measure import wait
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.initialization import no_init_weights
 
 from ptp_ds.backbone.activations import Activations, memory_budget
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
-from ptp_ds.backbone.shapes import NAMED, shape_of
+from ptp_ds.backbone.shapes import NAMED, ModelShape, shape_of
 from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
@@ -27,7 +29,7 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
-from ptp_ds.training.step import optimizer_step, settings_of
+from ptp_ds.training.step import StepLoss, optimizer_step, settings_of
 
 _TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -79,6 +81,11 @@ class Opened:
     def backbone(self) -> Backbone:
         return self.engine.backbone
 
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Shapes of its parameters, for plans."""
+        return shape_of(self.config, "causal")
+
     @property
     def dtype(self) -> str:
         """The backbone's, as text."""
@@ -91,28 +98,35 @@ class Opened:
             self.backbone.rows.pack(random_examples(count, *of, draw, answer_lengths)) for draw in range(draws)
         ]  # fmt: skip
 
-    def step(self, row: PackedRow, number: int, run: RunConfig | None = None) -> tuple[float, int]:
-        """(the summed loss, packed tokens) of one optimizer step; run: another one than the model was opened for."""
+    def loss(self, row: PackedRow, number: int, run: RunConfig | None = None) -> StepLoss:
+        """One optimizer step, of which nothing is read; run: another one than the model was opened for."""
         run = replace(run or self.run, batch_size=row.num_examples * self.ranks.world)
         loss, _ = optimizer_step(
             self.engine, row.to(self.ranks.device), run, settings_of(run, self.unit), Noise(run.seed, number), 1e-3,
             global_count=run.batch_size,
         )  # fmt: skip
+        return loss
+
+    def step(self, row: PackedRow, number: int, run: RunConfig | None = None) -> tuple[float, int]:
+        """(the summed loss, packed tokens) of one optimizer step; see loss."""
+        loss = self.loss(row, number, run)
         return float(loss.total.detach()), loss.tokens
 
     def planned(self, run: RunConfig, tokens: int) -> Memory:
         """ptp_ds.planning's bytes of this rank for a step of `tokens` packed tokens on it, the prefix left out."""
         cluster = Cluster(hosts=1, gpus=self.ranks.world, gpu_memory=1e12, interconnect=1.0, local=1.0, memory=1.0,
                           link=1.0, disk=1.0, operations=1.0, cuda=self.ranks.device.type == "cuda")  # fmt: skip
-        shape, size = shape_of(self.config, "causal"), self.resolved.dtype.itemsize
-        load = load_of(run, shape, size, tokens * self.ranks.world)
+        load = load_of(run, self.shape, self.resolved.dtype.itemsize, tokens * self.ranks.world)
         layout = layout_of(run.ds_config, read_ds_config(run.ds_config), cluster)
         mode = "recompute" if self.backbone.activations.recompute(load.row(self.ranks.world)) else "keep"
-        return memory_of(shape, load, layout, cluster, mode)
+        return memory_of(self.shape, load, layout, cluster, mode)
 
 
-def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, check: bool = True) -> Opened:
-    """A model of this shape as training opens one: sharded, checked, behind an engine with a random prompt."""
+def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool = False) -> Opened:
+    """A model of this shape as training opens one: sharded, checked, behind an engine with a random prompt.
+
+    alike: with the same weights whatever the number of ranks, the stage and where shards lie; slower.
+    """
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -125,14 +139,13 @@ def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, check: bool =
     run = replace(run, batch_size=max(run.batch_size, ranks.world))
     resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, config.hidden_size)
     with phase("build"):
-        model = random_model(config, resolved, ranks.device)
+        model = random_model(config, resolved, ranks.device, alike)
     with phase("backbone"):
         activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
         backbone = Backbone(model, activations, kernels=run.kernels)
         backbone.shards.share(ranks)  # as before training
     with phase("check"):
-        if check:
-            check_backbone(backbone)
+        check_backbone(backbone)  # which also proves what a head may leave out
     with phase("engine"):
         generator = make_generator(0, "prompt")
         start = 0.02 * torch.randn(run.prompt_length, config.hidden_size, generator=generator)
@@ -142,22 +155,33 @@ def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, check: bool =
     return Opened(config, run, resolved, ranks, engine, start, unit, seconds)
 
 
-def random_model(config: LlamaConfig, resolved: ResolvedDeepSpeed, device: torch.device) -> Any:
-    """The model itself, the same on every rank: sharded under ZeRO-3, whole under ZeRO-2."""
-    torch.manual_seed(0)
+def random_model(config: LlamaConfig, resolved: ResolvedDeepSpeed, device: torch.device, alike: bool) -> Any:
+    """The model itself, sharded under ZeRO-3, whole under ZeRO-2; alike: see open_random."""
     if resolved.stage == 3:
         model = build_sharded(config, resolved)
+    else:
+        with torch.device(device), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=resolved.dtype)
+        model.tie_weights()
+    torch.manual_seed(0)
+    if resolved.stage == 3 and not alike:
         fill_randomly(model)
-        return model
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=resolved.dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
+    else:
+        fill_alike(model, resolved.stage == 3)
+    return model
+
+
+@torch.no_grad()
+def fill_alike(model: Any, sharded: bool) -> None:
+    """fill_randomly, but every tensor is drawn whole, on rank 0 where it is sharded."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter] if sharded else [], modifier_rank=0):
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    return model
 
 
 def timed_steps(step: Callable[[int], Any], device: torch.device, count: int) -> tuple[list[float], list[Any]]:

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import DEFAULT_DS_CONFIG, RunConfig
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.models.positions import row_room
-from ptp_ds.ranks.distributed import prepare_environment, start_processes
+from ptp_ds.ranks.distributed import exit_process, prepare_environment, start_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tokenise
@@ -346,4 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    exit_process(run_command(main))
