@@ -52,16 +52,18 @@ def measure(opened: Opened, run: RunConfig, rows: int, steps: int) -> dict[str, 
     """Median seconds of a step, tokens per second over all ranks, this rank's memory, and its share of two rates."""
     ranks, backbone = opened.ranks, opened.backbone
     opened.engine.set_prompt(opened.start)
-    packed = opened.rows(rows, steps + 2)
+    packed = opened.rows(rows, steps + 1)
     with peak_of(backbone, ranks.device) as peak:  # warms up, too
         tokens = opened.step(packed[0], 0, run)[1]
     planned = opened.planned(run, tokens - opened.start.shape[0])
-    seconds, values = timed_steps(lambda number: opened.step(packed[number + 1], number, run), ranks.device, steps)
+    seconds, values = timed_steps(
+        lambda number: opened.step(packed[number], number, run), ranks.device, steps, warm=True
+    )
     require_finite([loss for loss, _ in values])
     median, counts = statistics.median(seconds), [count for _, count in values]
     work = statistics.mean(
         floor_operations(backbone, run.perturbation, run.ascent_steps, opened.start.shape[0], row.num_tokens)
-        for row in packed[2:]
+        for row in packed[1:]
     )
     rate = matrix_rates(backbone, min(packed[0].num_tokens, 8192), ranks.device)["fastest"]
     return {
@@ -105,10 +107,10 @@ def measure_peft(opened: Opened, loop: PeftLoop, run: RunConfig, rows: int, step
     def step(number: int) -> tuple[float, int]:
         return loop.step(batches[number], run.perturbation, run, opened.unit), loop.tokens
 
-    fit_rows(loop, lambda: step(0))
+    fit_rows(loop, lambda: step(0))  # warms up, too
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, values = timed_steps(step, device, steps)
+    seconds, values = timed_steps(step, device, steps, warm=True)
     require_finite([loss for loss, _ in values])
     passes, streams = {"none": (1, 1), "gaussian": (2, 2), "pgd": (run.ascent_steps + 2, 2)}[run.perturbation]
     counted = passes / streams * statistics.mean(tokens for _, tokens in values)

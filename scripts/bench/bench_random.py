@@ -184,14 +184,20 @@ def fill_alike(model: Any, sharded: bool) -> None:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def timed_steps(step: Callable[[int], Any], device: torch.device, count: int) -> tuple[list[float], list[Any]]:
-    """(seconds, values) of step(1) to step(count), the device waited for at both ends; step(0) warms up."""
+def timed_steps(
+    step: Callable[[int], Any], device: torch.device, count: int, warm: bool = False
+) -> tuple[list[float], list[Any]]:
+    """(seconds, values) of step(1) to step(count), the device waited for at both ends.
+
+    warm: whether a step has been done already; else step(0) comes first.
+    """
     seconds, values = [], []
-    for number in range(count + 1):
+    if not warm:
+        step(0)
+    for number in range(1, count + 1):
         wait(device)
         start = time.perf_counter()
-        value = step(number)
+        values.append(step(number))
         wait(device)
         seconds.append(time.perf_counter() - start)
-        values.append(value)
-    return seconds[1:], values[1:]
+    return seconds, values

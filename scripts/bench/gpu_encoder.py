@@ -47,10 +47,10 @@ def open_encoder(model: BertForMaskedLM, precision: str, prompt: Tensor, ranks: 
 
 def measure(opened: Opened, rows: int, steps: int) -> dict[str, Any]:
     """Seconds and memory of a gaussian step on fresh rows."""
-    device, packed = opened.ranks.device, opened.rows(rows, steps + 2)
+    device, packed = opened.ranks.device, opened.rows(rows, steps + 1)
     with peak_of(opened.backbone, device) as peak:
         opened.step(packed[0], 0)
-    seconds, values = timed_steps(lambda number: opened.step(packed[number + 1], number), device, steps)
+    seconds, values = timed_steps(lambda number: opened.step(packed[number], number), device, steps, warm=True)
     median = statistics.median(seconds)
     return {"step_seconds": median, "tokens_per_second": values[0][1] / median, "peak_bytes": peak.allocated,
             "reserved_bytes": peak.reserved}  # fmt: skip

@@ -31,7 +31,7 @@ def rate(opened: Opened, rows: int, budget: int, lengths: tuple[int, ...], steps
 
     with peak_of(opened.backbone, device) as peak:
         score(0)
-    seconds, scores = timed_steps(score, device, steps)
+    seconds, scores = timed_steps(score, device, steps, warm=True)
     for found in scores:
         if not found.isfinite().all():
             raise ValueError("An evaluation's scores aren't finite; the benchmark's model is broken.")
@@ -43,10 +43,10 @@ def rate(opened: Opened, rows: int, budget: int, lengths: tuple[int, ...], steps
 
 def step(opened: Opened, rows: int, lengths: tuple[int, ...], steps: int) -> dict[str, Any]:
     """Seconds and memory of a gaussian train step on such rows."""
-    run, packed = replace(opened.run, perturbation="gaussian"), opened.rows(rows, steps + 2, lengths)
+    run, packed = replace(opened.run, perturbation="gaussian"), opened.rows(rows, steps + 1, lengths)
     with peak_of(opened.backbone, opened.ranks.device) as peak:
         opened.step(packed[0], 0, run)
-    seconds, values = timed_steps(lambda n: opened.step(packed[n + 1], n, run), opened.ranks.device, steps)
+    seconds, values = timed_steps(lambda n: opened.step(packed[n], n, run), opened.ranks.device, steps, warm=True)
     median = statistics.median(seconds)
     return {"step_seconds": median, "tokens_per_second": values[0][1] / median, "peak_bytes": peak.allocated,
             "reserved_bytes": peak.reserved}  # fmt: skip

@@ -66,15 +66,15 @@ def work(case: Case, dry: bool, file: Path) -> None:
     run = RunConfig(ds_config=f"ds_configs/{case.ds_config}.json", precision=case.precision, prompt_length=20)
     opened = open_random(config_of_shape(shape, **changes), run, ranks, alike=True)
     shards, packed = opened.backbone.shards, []
-    for draw in range(steps + 2):
+    for draw in range(steps + 1):
         examples = random_examples(rows, opened.config.vocab_size, 0, draw)[ranks.rank :: ranks.world]
         packed.append(opened.backbone.rows.pack(examples))
     with peak_of(opened.backbone, ranks.device) as peak:
         opened.step(packed[0], 0)
     gradient = opened.engine.state()["exp_avg"]  # of the first step: a tenth of it, clipped
     shards.traffic.reset()
-    seconds, _ = timed_steps(lambda number: opened.step(packed[number + 1], number + 1), ranks.device, steps)
-    median, gathered = statistics.median(seconds), shards.traffic.gathered_bytes / (steps + 1)
+    seconds, _ = timed_steps(lambda number: opened.step(packed[number], number), ranks.device, steps, warm=True)
+    median, gathered = statistics.median(seconds), shards.traffic.gathered_bytes / steps
     if ranks.is_main:
         torch.save(gradient, file.with_suffix(".pt"))
         found = {"world_size": ranks.world, "rows": rows, "step_seconds": median, "gathered_bytes": gathered,

@@ -9,14 +9,18 @@ import warnings
 from dataclasses import fields
 from types import SimpleNamespace
 
+import bench_large
+import bench_step
 import gpu_sweep
 import pytest
 import torch
+from bench_random import Opened, config_of_shape, open_random
 from gpu_parts import BY_NAME, PARTS
-from gpu_profile import Work, busy_of, kind_of
+from gpu_profile import Work, busy_of, kind_of, works_of
 from gpu_record import Record
 from gpu_syncs import watching
 from gpu_tests import counts_of
+from torch.autograd import DeviceType
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import liger
@@ -134,6 +138,45 @@ def test_every_part_leaves_its_rows_by_a_dry_run_and_a_failing_one_is_told(tmp_p
     assert all("flash_ms" not in row for row in report["parts"]["flash"]["rows"]), "no number where there is no kernel"
 
 
+def test_every_timed_step_has_rows_of_its_own(ranks, monkeypatch):
+    opened = open_random(config_of_shape("tiny"), RunConfig(prompt_length=3, precision="fp32"), ranks)
+    seen, step = [], Opened.step
+
+    def noting(self, row, *more):
+        seen.append(tuple(row.token_ids.tolist()))
+        return step(self, row, *more)
+
+    monkeypatch.setattr(Opened, "step", noting)
+    found = bench_large.measure(opened, opened.run, 3, 4)
+    assert len(set(seen)) == len(seen) == 5, "one step that warms up and is measured for memory, four that are timed"
+    assert found["peak_bytes"] > found["planned_bytes"] / 2
+
+
+def test_the_step_benchmark_warms_up_on_a_batch_that_it_does_not_time():
+    begun, timed = [], []
+    bench = SimpleNamespace(
+        begin=lambda batch, *_: begun.append(batch), time=lambda batch, *_: timed.append(batch), row=lambda *_: {},
+        precision="fp32", times=bench_step.Timings(), peft={}, plain_keep=[],
+    )  # fmt: skip
+    bench_step.measure({"method": "none"}, [["a"], ["b"], ["c"]], [bench], RunConfig())
+    assert (begun, timed) == ([["c"]], [["a"], ["b"]])
+
+
+def test_weights_are_alike_on_any_stage(ranks):
+    """What lets gradients of two ranks, of ZeRO-2 and of offloaded weights be held against those of one rank."""
+    sums = []
+    for name in ("zero3", "zero2", "zero3_offload"):
+        run = RunConfig(ds_config=f"ds_configs/{name}.json", prompt_length=3, precision="fp32")
+        opened = open_random(config_of_shape("tiny"), run, ranks, alike=True)
+        with opened.backbone.shards.layer(1), opened.backbone.shards.outside_layers():
+            weights = [p.detach().clone() for p in (*opened.backbone.model.model.layers[1].parameters(),
+                                                    *opened.backbone.model.lm_head.parameters())]  # fmt: skip
+        sums.append(torch.cat([weight.flatten() for weight in weights]))
+    assert sums[0].abs().sum() > 0
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
 def test_a_case_that_raises_leaves_the_others(tmp_path):
     record = Record(tmp_path / "rows.json", speaks=False)
     with record.case("one"):
@@ -168,6 +211,18 @@ def test_a_case_that_raises_leaves_the_others(tmp_path):
 )
 def test_kinds_of_kernels(name, kind):
     assert kind_of(name) == kind
+
+
+def test_a_gpus_works_are_its_kernels_alone():
+    def event(name, device_type, start, end, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=device_type, time_range=span, is_user_annotation=annotation,
+                               self_cpu_time_total=1.0)  # fmt: skip
+
+    events = [event("gemm", DeviceType.CUDA, 0, 4), event("step", DeviceType.CUDA, 0, 9, annotation=True),
+              event("aten::mm", DeviceType.CPU, 0, 6), event("MyFunction", DeviceType.CPU, 0, 7)]  # fmt: skip
+    assert works_of(events, cuda=True) == [Work("gemm", 0, 4, 4)]
+    assert works_of(events, cuda=False) == [Work("aten::mm", 0, 6, 1.0)]
 
 
 def test_busy_time_counts_overlaps_once():
