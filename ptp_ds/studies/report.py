@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ptp_ds.studies.statistics import Comparison, Spread, compare, holm, spread_of
+from ptp_ds.studies.statistics import Comparison, Spread, compare, compare_all, holm, spread_of
 from ptp_ds.studies.study import Row
 
 ALL = "all tasks"
@@ -37,11 +37,11 @@ class Cells:
 
     def comparison(self, task: str, method: str) -> Comparison | None:
         """The method against the baseline, over the seeds that both have; over pairs of task and seed for ALL."""
-        sides: list[dict[object, float]] = []
-        for name in (method, self.baseline):
-            tasks = self.tasks if task == ALL else [task]
-            sides.append({(one, seed): score for one in tasks for seed, score in self.scores(one, name).items()})
-        return compare(sides[0], sides[1])
+        sides = [
+            (self.scores(one, method), self.scores(one, self.baseline))
+            for one in (self.tasks if task == ALL else [task])
+        ]
+        return compare_all(sides) if task == ALL else compare(*sides[0])
 
 
 def markdown(cells: Cells, title: str, pictures: Sequence[str] = ()) -> str:
@@ -95,7 +95,8 @@ def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
     lines = [
         f"Against {cells.baseline} on the same seeds: mean gain and ratio of standard deviations with 95 % bootstrap "
         "intervals over pairs; p by sign flips, two-sided, then with Holm's correction over the tasks of a method; the "
-        "worst seed's gain.", "",
+        "worst seed's gain. Over all tasks: pairs of task and seed, standard deviations within tasks, the mean of the "
+        "worst seeds' gains.", "",
         "| task | method | pairs | gain | interval | std ratio | interval | p | p (Holm) | worst seed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -7,6 +7,7 @@ since SciPy has none.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -58,8 +59,8 @@ def spread_of(scores: Sequence[float]) -> Spread:
     return Spread(float(np.mean(scores)), std, min(scores), max(scores), len(scores))
 
 
-def compare(ours: Mapping[object, float], theirs: Mapping[object, float], seed: int = 0) -> Comparison | None:
-    """Scores by seed (or by task and seed) of a method and of what it is held against; None without a common one."""
+def compare(ours: Mapping[Any, float], theirs: Mapping[Any, float], seed: int = 0) -> Comparison | None:
+    """Scores by seed of a method and of what it is held against; None without a common one."""
     common = [key for key in ours if key in theirs]
     if not common:
         return None
@@ -74,6 +75,50 @@ def compare(ours: Mapping[object, float], theirs: Mapping[object, float], seed: 
         spread_interval=intervals[1] if base > 0 else None, p=sign_flip_p(differences, seed) if several else None,
         worst_gain=float(left.min() - right.min()), pairs=len(common),
     )  # fmt: skip
+
+
+def compare_all(by_task: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]]]) -> Comparison | None:
+    """`compare` over several tasks at once; None where no task has a common seed.
+
+    gain, p: over all pairs of task and seed. spread_ratio: of standard deviations within tasks, their variances pooled,
+    since tasks differ from each other by more than seeds do. worst_gain: mean over the tasks. Intervals: pairs are
+    resampled within their task.
+    """
+    sides = []
+    for ours, theirs in by_task:
+        if common := [key for key in ours if key in theirs]:
+            sides.append(tuple(np.array([side[key] for key in common]) for side in (ours, theirs)))
+    if not sides:
+        return None
+    differences = np.concatenate([left - right for left, right in sides])
+    several = any(len(left) > 1 for left, _ in sides)
+    base = _within([right for _, right in sides])
+    ratio = float(_within([left for left, _ in sides]) / base) if base > 0 else None
+    generator = np.random.default_rng(0)
+    drawn = [generator.integers(len(left), size=(_RESAMPLES, len(left))) for left, _ in sides]
+    resampled = [(left[rows], right[rows]) for (left, right), rows in zip(sides, drawn, strict=True)]
+    gains = np.concatenate([left - right for left, right in resampled], axis=-1).mean(-1)
+    below = _within([right for _, right in resampled])
+    ratios = _within([left for left, _ in resampled])[below > 0] / below[below > 0]
+    return Comparison(
+        gain=float(differences.mean()), gain_interval=_bounds(gains) if several else None, spread_ratio=ratio,
+        spread_interval=_bounds(ratios) if ratio is not None else None, p=sign_flip_p(differences) if several else None,
+        worst_gain=float(np.mean([left.min() - right.min() for left, right in sides])), pairs=len(differences),
+    )  # fmt: skip
+
+
+def _within(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Standard deviation within tasks over the last axis: the root of their pooled variance; 0 of single scores."""
+    squares = sum(((one - one.mean(-1, keepdims=True)) ** 2).sum(-1) for one in scores)
+    return np.sqrt(squares / max(1, sum(one.shape[-1] - 1 for one in scores)))
+
+
+def _bounds(resampled: np.ndarray) -> tuple[float, float] | None:
+    """The percentiles that hold 95 % of what was resampled; None of nothing."""
+    if not len(resampled):
+        return None
+    low, high = np.percentile(resampled, [50 * (1 - _SHARE), 50 * (1 + _SHARE)])
+    return float(low), float(high)
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float:
@@ -118,7 +163,5 @@ def _intervals(
                 (left, right), statistic, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
                 confidence_level=_SHARE, rng=np.random.default_rng(seed),
             ).bootstrap_distribution  # fmt: skip
-        resampled = resampled[np.isfinite(resampled)]
-        bounds = np.percentile(resampled, [50 * (1 - _SHARE), 50 * (1 + _SHARE)]) if len(resampled) else None
-        found.append((float(bounds[0]), float(bounds[1])) if bounds is not None else None)
+        found.append(_bounds(resampled[np.isfinite(resampled)]))
     return found[0], found[1]

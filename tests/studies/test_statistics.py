@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ptp_ds.studies.statistics import compare, holm, sign_flip_p, spread_of
+from ptp_ds.studies.statistics import compare, compare_all, holm, sign_flip_p, spread_of
 
 
 def test_a_spread():
@@ -68,3 +68,31 @@ def test_intervals_cover_as_often_as_they_say():
         low, high = compare(dict(enumerate(better)), dict(enumerate(base))).gain_interval
         covered += low <= 0.03 <= high
     assert 85 <= covered <= 99
+
+
+def test_over_tasks_spread_is_that_within_them():
+    """By hand: task a has deviations of 1 and 2, task b, 100 points higher, of 3 and 6."""
+    a = ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 2.0, 2: 4.0})
+    b = ({0: 107.0, 1: 110.0, 2: 113.0}, {0: 104.0, 1: 110.0, 2: 116.0})
+    found = compare_all([a, b])
+    assert found.pairs == 6
+    assert found.gain == pytest.approx(0.0)
+    assert found.spread_ratio == pytest.approx(0.5)
+    assert found.worst_gain == pytest.approx((1.0 + 3.0) / 2)
+    assert found.p == pytest.approx(1.0)
+    low, high = found.spread_interval
+    assert low == pytest.approx(0.5)
+    assert high == pytest.approx(0.5), "each resampled pair keeps the ratio"
+
+
+def test_over_one_task_it_is_the_tasks_comparison():
+    scores = np.random.default_rng(3).normal(size=(2, 12))
+    ours, theirs = (dict(enumerate(side)) for side in scores)
+    one, all_tasks = compare(ours, theirs), compare_all([(ours, theirs)])
+    for name in ("gain", "spread_ratio", "p", "worst_gain", "pairs"):
+        assert getattr(all_tasks, name) == pytest.approx(getattr(one, name)), name
+    for name in ("gain_interval", "spread_interval"):
+        assert getattr(all_tasks, name) == pytest.approx(getattr(one, name), rel=0.1, abs=0.03), name
+    assert compare_all([({0: 1.0}, {1: 1.0})]) is None
+    single = compare_all([({0: 1.0}, {0: 0.5})])
+    assert (single.gain, single.p, single.spread_ratio, single.gain_interval) == (0.5, None, None, None)
