@@ -23,7 +23,9 @@ from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise
-from ptp_ds.planning.plan import Cluster, Memory, layout_of, load_of, memory_of
+from ptp_ds.planning.plan import Memory, memory_of
+from ptp_ds.planning.way import Way
+from ptp_ds.planning.work import Cluster, layout_of, load_of
 from ptp_ds.prompts import SoftPrompt
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.seeding import make_generator
@@ -118,8 +120,8 @@ class Opened:
                           link=1.0, disk=1.0, operations=1.0, cuda=self.ranks.device.type == "cuda")  # fmt: skip
         load = load_of(run, self.shape, self.resolved.dtype.itemsize, tokens * self.ranks.world)
         layout = layout_of(run.ds_config, read_ds_config(run.ds_config), cluster)
-        mode = "recompute" if self.backbone.activations.recompute(load.row(self.ranks.world)) else "keep"
-        return memory_of(self.shape, load, layout, cluster, mode)
+        way = Way(self.backbone.recomputed(load.row(self.ranks.world)))
+        return memory_of(self.shape, load, layout, cluster, way)
 
 
 def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool = False) -> Opened:

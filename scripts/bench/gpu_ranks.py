@@ -22,6 +22,7 @@ from bench_measure import peak_of
 from bench_random import config_of_shape, open_random, random_examples, timed_steps
 from gpu_check import run as run_logged
 from gpu_record import NOT_ON_A_CPU, Record, part_parser
+from safetensors.torch import load_file, save_file
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import RunConfig
@@ -76,7 +77,7 @@ def work(case: Case, dry: bool, file: Path) -> None:
     seconds, _ = timed_steps(lambda number: opened.step(packed[number], number), ranks.device, steps, warm=True)
     median, gathered = statistics.median(seconds), shards.traffic.gathered_bytes / steps
     if ranks.is_main:
-        torch.save(gradient, file.with_suffix(".pt"))
+        save_file({"gradient": gradient.contiguous()}, file.with_suffix(".safetensors"))
         found = {"world_size": ranks.world, "rows": rows, "step_seconds": median, "gathered_bytes": gathered,
                  "gathered_gb_per_second": gathered / median / 1e9, "peak_bytes": peak.allocated,
                  "reserved_bytes": peak.reserved, "shared_memory": shards.shared and ranks.world > 1}  # fmt: skip
@@ -98,7 +99,7 @@ def try_case(number: int, args: argparse.Namespace, gradients: dict[str, torch.T
             how = f"was ended behind {_LIMIT:.0f} s" if code is None else f"ended with exit code {code}"
             raise RuntimeError(f"a case's ranks: {how}; see {file.with_suffix('.log').name}")
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        gradient = gradients[case.name] = torch.load(file.with_suffix(".pt"), weights_only=True)
+        gradient = gradients[case.name] = load_file(file.with_suffix(".safetensors"))["gradient"]
         wanted = gradients[ALONE[case.precision].name]
         apart = float((gradient - wanted).norm() / wanted.norm())
         record.add(case.name, ds_config=case.ds_config, precision=case.precision, difference=apart, bound=case.bound,
