@@ -90,6 +90,12 @@ def kept_layers(tokens: float, layers: int, bytes_per_token: float, input_bytes:
     return max(0, min(layers - 1, int(left / more))) if more > 0 else 0
 
 
+def activations_on(device: torch.device, mode: str, chunk_tokens: int | None = None) -> Activations:
+    """Activations within this rank's memory_budget; chunk_tokens: None for the device's own."""
+    chunk = chunk_tokens or CHUNK_TOKENS[device.type]
+    return Activations(mode, chunk, budget_bytes=memory_budget(device))
+
+
 class SavedBytes:
     """Counts what autograd saves inside `counting`: each storage once, parameters left out."""
 

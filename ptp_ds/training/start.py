@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ptp_ds.backbone.activations import CHUNK_TOKENS, Activations, memory_budget
+from ptp_ds.backbone.activations import Activations, activations_on
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.frozen_linear import explain_product
@@ -54,8 +54,7 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     """The backbone, loaded, checked and serving the run's rows; says which path, activations and kernels it takes."""
     run, source = prepared.run, prepared.source
     backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels, share=True)
-    chunk = run.chunk_tokens or CHUNK_TOKENS[ranks.device.type]
-    backbone.activations = Activations(run.activations, chunk, budget_bytes=memory_budget(ranks.device))
+    backbone.activations = activations_on(ranks.device, run.activations, run.chunk_tokens)
     longest = run.prompt_length + prepared.examples.longest + prepared.rows.extra_tokens
     backbone, refused = checked_backbone(backbone, longest)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)

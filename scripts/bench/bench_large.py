@@ -52,7 +52,11 @@ def measure(opened: Opened, run: RunConfig, rows: int, steps: int) -> dict[str, 
     """Median seconds of a step, tokens per second over all ranks, this rank's memory, and its share of two rates."""
     ranks, backbone = opened.ranks, opened.backbone
     opened.engine.set_prompt(opened.start)
-    packed = opened.rows(rows, steps + 1)
+    depth = run.schedule == "depth"
+    packed: list[Any] = (
+        opened.parted(rows, steps + 1, run.gradient_accumulation_steps) if depth else opened.rows(rows, steps + 1)
+    )
+    held = [sum(one.num_tokens for one in row) if depth else row.num_tokens for row in packed]
     with peak_of(backbone, ranks.device) as peak:  # warms up, too
         tokens = opened.step(packed[0], 0, run)[1]
     planned = opened.planned(run, tokens - opened.start.shape[0])
@@ -62,10 +66,10 @@ def measure(opened: Opened, run: RunConfig, rows: int, steps: int) -> dict[str, 
     require_finite([loss for loss, _ in values])
     median, counts = statistics.median(seconds), [count for _, count in values]
     work = statistics.mean(
-        floor_operations(backbone, run.perturbation, run.ascent_steps, opened.start.shape[0], row.num_tokens)
-        for row in packed[1:]
+        floor_operations(backbone, run.perturbation, run.ascent_steps, opened.start.shape[0], count)
+        for count in held[1:]
     )
-    rate = matrix_rates(backbone, min(packed[0].num_tokens, 8192), ranks.device)["fastest"]
+    rate = matrix_rates(backbone, min(held[0], 8192), ranks.device)["fastest"]
     return {
         "step_seconds": median, "tokens": statistics.mean(counts) * ranks.world,
         "tokens_per_second": ranks.world * sum(counts) / sum(seconds), "mfu": share_of(work, median,

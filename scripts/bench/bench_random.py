@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
-from ptp_ds.backbone.activations import Activations, memory_budget
+from ptp_ds.backbone.activations import activations_on
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone
 from ptp_ds.backbone.shapes import NAMED, ModelShape, shape_of
@@ -31,7 +31,7 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
-from ptp_ds.training.step import StepLoss, optimizer_step, settings_of
+from ptp_ds.training.step import StepLoss, settings_of, step_in_parts
 
 _TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -100,16 +100,30 @@ class Opened:
             self.backbone.rows.pack(random_examples(count, *of, draw, answer_lengths)) for draw in range(draws)
         ]  # fmt: skip
 
-    def loss(self, row: PackedRow, number: int, run: RunConfig | None = None) -> StepLoss:
-        """One optimizer step, of which nothing is read; run: another one than the model was opened for."""
-        run = replace(run or self.run, batch_size=row.num_examples * self.ranks.world)
-        loss, _ = optimizer_step(
-            self.engine, row.to(self.ranks.device), run, settings_of(run, self.unit), Noise(run.seed, number), 1e-3,
-            global_count=run.batch_size,
+    def parted(self, count: int, draws: int, parts: int) -> list[tuple[PackedRow, ...]]:
+        """Rows of as many examples, each in micro-batches for a step depth first."""
+        of = (self.config.vocab_size, self.ranks.rank)
+        drawn = [random_examples(count, *of, draw, (1, 1)) for draw in range(draws)]
+        pack = self.backbone.rows.pack
+        return [tuple(pack(examples[part::parts]) for part in range(parts)) for examples in drawn]
+
+    def loss(self, row: PackedRow | Sequence[PackedRow], number: int, run: RunConfig | None = None) -> StepLoss:
+        """One optimizer step, of which nothing is read; run: another one than the model was opened for.
+
+        row: or several, micro-batches that go one after the other through all layers.
+        """
+        rows = [row] if isinstance(row, PackedRow) else list(row)
+        examples = sum(one.num_examples for one in rows)
+        run = replace(run or self.run, batch_size=examples * self.ranks.world)
+        loss, _ = step_in_parts(
+            self.engine, [one.to(self.ranks.device) for one in rows], [None] * len(rows), run,
+            settings_of(run, self.unit), Noise(run.seed, number), 1e-3, global_count=run.batch_size,
         )  # fmt: skip
         return loss
 
-    def step(self, row: PackedRow, number: int, run: RunConfig | None = None) -> tuple[float, int]:
+    def step(
+        self, row: PackedRow | Sequence[PackedRow], number: int, run: RunConfig | None = None
+    ) -> tuple[float, int]:
         """(the summed loss, packed tokens) of one optimizer step; see loss."""
         loss = self.loss(row, number, run)
         return float(loss.total.detach()), loss.tokens
@@ -120,7 +134,8 @@ class Opened:
                           link=1.0, disk=1.0, operations=1.0, cuda=self.ranks.device.type == "cuda")  # fmt: skip
         load = load_of(run, self.shape, self.resolved.dtype.itemsize, tokens * self.ranks.world)
         layout = layout_of(run.ds_config, read_ds_config(run.ds_config), cluster)
-        way = Way(self.backbone.recomputed(load.row(self.ranks.world)))
+        parts = run.gradient_accumulation_steps if run.schedule == "depth" else 1
+        way = Way(0 if parts > 1 else self.backbone.recomputed(load.row(self.ranks.world)), parts)
         return memory_of(self.shape, load, layout, cluster, way)
 
 
@@ -143,7 +158,7 @@ def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool =
     with phase("build"):
         model = random_model(config, resolved, ranks.device, alike)
     with phase("backbone"):
-        activations = Activations(run.activations, run.chunk_tokens, budget_bytes=memory_budget(ranks.device))
+        activations = activations_on(ranks.device, run.activations, run.chunk_tokens)
         backbone = Backbone(model, activations, kernels=run.kernels)
         backbone.shards.share(ranks)  # as before training
     with phase("check"):

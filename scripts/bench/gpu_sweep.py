@@ -8,7 +8,7 @@ import gc
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -16,13 +16,14 @@ from bench_large import measure
 from bench_random import Opened, config_of_shape, open_random
 from gpu_record import NOT_ON_A_CPU, Record, part_parser
 
+from ptp_ds.backbone.activations import CHUNK_TOKENS
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import liger
 from ptp_ds.ranks.distributed import Ranks, exit_process, prepare_environment, start_processes
 
 SCHEDULES = ("breadth", "depth")
-_LATER = ("chunk_tokens", "activations")  # what a model that is built takes
+_LATER = ("chunk_tokens", "activations", "schedule", "gradient_accumulation_steps")  # what a model that is built takes
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,8 @@ def settings_of(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"chunk_tokens {chunk}, {mode}", {"chunk_tokens": chunk, "activations": mode}
     wide = {"chunk_tokens": max(size.chunks), "activations": "keep"}
     yield "zero2", {**wide, "ds_config": "ds_configs/zero2.json"}
-    if has_schedule():
-        for schedule in SCHEDULES:
-            yield f"schedule {schedule}", {**wide, "schedule": schedule}
-
-
-def has_schedule() -> bool:
-    """Whether this version can choose how micro-batches are walked."""
-    return any(field.name == "schedule" for field in fields(RunConfig))
+    for schedule in SCHEDULES:
+        yield f"schedule {schedule}", {**wide, "schedule": schedule, "gradient_accumulation_steps": 4}
 
 
 @contextmanager
@@ -81,9 +76,8 @@ class Bench:
         run = RunConfig(perturbation="gaussian", prompt_length=100, **settings)
         with self.record.case(case, may_not_fit=True):
             opened = self.open(run, fused, {name: settings[name] for name in settings if name not in _LATER})
-            opened.backbone.activations = replace(
-                opened.backbone.activations, mode=run.activations, chunk_tokens=run.chunk_tokens
-            )
+            chunk = run.chunk_tokens or CHUNK_TOKENS[self.ranks.device.type]
+            opened.backbone.activations = replace(opened.backbone.activations, mode=run.activations, chunk_tokens=chunk)
             self.record.add(case, **settings, dtype=opened.dtype, **measure(opened, run, size.rows, size.steps))
 
     def open(self, run: RunConfig, fused: bool, built: dict[str, Any]) -> Opened:
@@ -101,8 +95,6 @@ def main() -> int:
     prepare_environment()
     args = part_parser(__doc__).parse_args()
     ranks, record = start_processes(), Record(args.json)
-    if not has_schedule():
-        record.absent("schedule", "this version has no --schedule")
     installed = importlib.util.find_spec("liger_kernel") is not None
     if not installed:
         record.absent("liger", "liger_kernel isn't installed (pip install ptp_ds[kernels])")

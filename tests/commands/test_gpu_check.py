@@ -258,12 +258,15 @@ def test_warnings_of_waiting_are_counted_by_operation_and_line(monkeypatch):
     assert modes == ["warn", "default"]
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_the_schedule_is_swept_where_there_is_one(there, monkeypatch):
-    monkeypatch.setattr(gpu_sweep, "has_schedule", lambda: there)
-    swept = [settings.get("schedule") for _, settings in gpu_sweep.settings_of(gpu_sweep.DRY[0])]
-    assert [name for name in swept if name] == (["breadth", "depth"] if there else [])
-    assert len(swept) >= 5
+def test_both_schedules_are_swept_and_depth_takes_its_micro_batches_one_after_the_other(ranks):
+    swept = [settings for _, settings in gpu_sweep.settings_of(gpu_sweep.DRY[0])]
+    assert [settings["schedule"] for settings in swept if "schedule" in settings] == ["breadth", "depth"]
+    opened = open_random(config_of_shape("tiny"), RunConfig(precision="fp32"), ranks)
+    run = RunConfig(perturbation="gaussian", schedule="depth", gradient_accumulation_steps=2)
+    whole, parts = opened.rows(5, 1)[0], opened.parted(5, 1, 2)[0]
+    assert sum(row.num_tokens for row in parts) == whole.num_tokens
+    one, several = opened.loss(whole, 0, run), opened.loss(parts, 0, run)
+    assert several.tokens == one.tokens + opened.start.shape[0]  # each part has the prompt in front
 
 
 def test_ligers_kernels_can_be_left_out(monkeypatch):
