@@ -39,10 +39,12 @@ class Backbone(nn.Module):
 
     def __init__(
         self, model: Any, activations: Activations | None = None, prompt: str = "soft", head: Head | None = None,
-        rows: Rows | None = None, kernels: str = "auto",
+        rows: Rows | None = None, kernels: str = "auto", joint: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.kernels = kernels  # which implementation of ptp_ds.kernels runs
+        # Whether products of one input are one (ptp_ds.backbone.joint_products), None: on a GPU; then which ones are.
+        self.joint, self.joined = joint, ""
         self.prompt = prompt  # "soft": the prompt is token embeddings [P, H]; "deep": every layer's keys and values
         self.head = head or Head()
         self.rows: Rows = rows or TreeRows(prompt)

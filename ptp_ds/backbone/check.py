@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_ds.backbone.backbone import Backbone, refusal
+from ptp_ds.backbone.joint_products import join_products
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.backbone.plain import eager, ids_of, plain_scores
@@ -67,11 +68,12 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
     Checks that every layer called the tree attention, that no layer asks for a local window that its attention call
     doesn't name, that the prompt gets a finite non-zero gradient, that scores and gradients agree with the family's own
     eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations),
-    and whether the head can do with less (Backbone.narrows, head_input).
+    and whether the head can do with less (Backbone.narrows, head_input). Joins products before that (Backbone.joint).
     """
     if backbone.packs and not backbone.takes_attention:
         raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
     before = _state(backbone.model)
+    join_products(backbone)  # so that what is checked is what runs
     with _family_fails(backbone), backbone.shards.outside_layers():
         probe = make_probe(backbone, longest)
         passes: list[LayerPass] = []

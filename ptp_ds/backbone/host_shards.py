@@ -28,7 +28,7 @@ def share_on_host(model: nn.Module, ranks: Ranks) -> bool:
     False, and nothing changed, where several ranks aren't all on one host without GPUs, the shards are not in the
     memory of the device that computes, or the mapping can't be made.
     """
-    parameters: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    parameters = _in_order(model)
     fit = bool(parameters) and all(_stays(parameter, ranks.device) for parameter in parameters)
     if ranks.world == 1:
         for parameter in parameters if fit else ():
@@ -53,6 +53,15 @@ def share_on_host(model: nn.Module, ranks: Ranks) -> bool:
         parameter.ptp_whole = _whole(parameter, whole)
     ranks.barrier()
     return True
+
+
+def _in_order(model: nn.Module) -> list[Any]:
+    """The sharded parameters, weights of one module's layers side by side: one product may then take several of them
+    (ptp_ds.backbone.adjacent)."""
+    modules = list(model.modules())
+    beside = [child._parameters.get(kind) for module in modules for kind in ("weight", "bias")
+              for child in module.children()]  # fmt: skip
+    return list({id(p): p for p in (*beside, *model.parameters()) if hasattr(p, "ds_tensor")}.values())
 
 
 def show_wholes(parameters: Sequence[Any]) -> None:

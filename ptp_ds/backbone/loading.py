@@ -18,13 +18,13 @@ from ptp_ds.ranks.distributed import Ranks
 
 def load_backbone(
     folder: Path, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, plan: HeadPlan | None = None,
-    kernels: str = "auto", share: bool = False,
+    kernels: str = "auto", share: bool = False, joint: bool | None = None,
 ) -> Backbone:  # fmt: skip
     """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3.
 
     plan: the head it predicts with, a causal one by default. Tensors that a checkpoint lacks are refused, but for those
     of a classifier, which is trained. kernels: see ptp_ds.kernels. share: whether ranks of one host without GPUs may
-    keep their shards in one memory (see Shards.share).
+    keep their shards in one memory (see Shards.share). joint: see Backbone.
     """
     plan, config = plan or HeadPlan(), load_config(folder)
     files = tensor_files(folder)
@@ -51,7 +51,7 @@ def load_backbone(
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
     head = Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {})
-    backbone = Backbone(model, head=head, kernels=kernels)
+    backbone = Backbone(model, head=head, kernels=kernels, joint=joint)
     if share:
         backbone.shards.share(ranks)
     return backbone

@@ -32,6 +32,7 @@ class PaddedBackbone(Backbone):
         refused.release()
         self.model, self.head, self.shards = refused.model, refused.head, refused.shards
         self.activations, self.kernels, self.fused = Activations(), refused.kernels, refused.fused
+        self.joint, self.joined = refused.joint, refused.joined
         self.first_position = refused.first_position
         self.output, self.narrows = verbalizers.narrow_head(self.model), False
         self.serve("soft", refused.rows)

@@ -67,8 +67,8 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
         log.info("  shards: whole on this rank, the only one; nothing is gathered")
     place = run.kernels, ranks.device, backbone.dtype
     log.info(
-        "  activations: %s; kernels: %s; frozen products: %s; fused layers: %s", backbone.activations.describe(),
-        explain(*place), explain_product(*place), explain_fused(backbone.fused),
+        "  activations: %s; kernels: %s; frozen products: %s, %s; fused layers: %s", backbone.activations.describe(),
+        explain(*place), explain_product(*place), backbone.joined, explain_fused(backbone.fused),
     )  # fmt: skip
     return backbone
 
