@@ -139,10 +139,13 @@ class Opened:
         return memory_of(self.shape, load, layout, cluster, way)
 
 
-def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool = False) -> Opened:
+def open_random(
+    config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool = False, joint: bool | None = None
+) -> Opened:
     """A model of this shape as training opens one: sharded, checked, behind an engine with a random prompt.
 
-    alike: with the same weights whatever the number of ranks, the stage and where shards lie; slower.
+    alike: with the same weights whatever the number of ranks, the stage and where shards lie; slower. joint: see
+    Backbone.
     """
     seconds: dict[str, float] = {}
 
@@ -159,7 +162,7 @@ def open_random(config: LlamaConfig, run: RunConfig, ranks: Ranks, alike: bool =
         model = random_model(config, resolved, ranks.device, alike)
     with phase("backbone"):
         activations = activations_on(ranks.device, run.activations, run.chunk_tokens)
-        backbone = Backbone(model, activations, kernels=run.kernels)
+        backbone = Backbone(model, activations, kernels=run.kernels, joint=joint)
         backbone.shards.share(ranks)  # as before training
     with phase("check"):
         check_backbone(backbone)  # which also proves what a head may leave out

@@ -69,7 +69,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Sides:
-    """What both sides share. prompt: soft or deep. peft_rows: examples of peft's micro-batch. kernels: ours."""
+    """What both sides share. prompt: soft or deep. peft_rows: examples of peft's micro-batch. kernels, joint: ours."""
 
     folder: Path
     config: Any
@@ -81,9 +81,13 @@ class Sides:
     prompt: str
     peft_rows: int
     kernels: str
+    joint: bool | None = None
 
     @classmethod
-    def of(cls, model: str, task: Task, run: RunConfig, ranks: Ranks, prompt: str, peft_rows: int) -> "Sides":
+    def of(
+        cls, model: str, task: Task, run: RunConfig, ranks: Ranks, prompt: str, peft_rows: int,
+        joint: bool | None = None,
+    ) -> "Sides":  # fmt: skip
         """From a model's name; ValueError for a head that peft has no loop for."""
         folder = resolve_model(model)
         config = load_config(folder)
@@ -92,7 +96,9 @@ class Sides:
             raise UserError("peft has no loop for this; give a causal model, or an encoder and a task of classes.")
         width = config.get_text_config().hidden_size
         resolved = resolve_ds_config(read_ds_config(run.ds_config), run, set(), ranks.world, width)
-        return cls(folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows, run.kernels)
+        return cls(
+            folder, config, load_tokenizer(folder), task, plan, resolved, ranks, prompt, peft_rows, run.kernels, joint
+        )
 
     @property
     def dtype(self) -> str:
@@ -101,7 +107,9 @@ class Sides:
 
     def open_ours(self, length: int) -> tuple[Ours, Tensor]:
         """Our side, and what is trained (prompt and head) that both start from."""
-        backbone = load_backbone(self.folder, self.resolved, self.ranks, self.plan, self.kernels, share=True)
+        backbone = load_backbone(
+            self.folder, self.resolved, self.ranks, self.plan, self.kernels, share=True, joint=self.joint
+        )
         check_backbone(backbone)  # as before training: narrow heads are proven by it
         head = backbone.head
         start = backbone.embed_ids(initial_ids("vocab", length, self.tokenizer, backbone.vocabulary, seed=0))

@@ -274,6 +274,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--activations", action="store_true", help="also compare kept and recomputed activations")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="of both sides")
     parser.add_argument("--kernels", default="auto", choices=IMPLS, help="of our side")
+    parser.add_argument("--joint", action=argparse.BooleanOptionalAction,
+                        help="whether our frozen products of one input are one (default: on a GPU)")  # fmt: skip
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG)
     parser.add_argument("--json", help="write one row a setting to this file")
     return parser.parse_args()
@@ -287,6 +289,7 @@ def run_of(args: argparse.Namespace, precision: str) -> RunConfig:
 def open_bench(args: argparse.Namespace, length: int, precision: str, sides: Sides) -> Bench:
     """Both sides in one precision, with one prompt."""
     ours, prompt = sides.open_ours(length)
+    print(f"frozen products of ours, {sides.dtype}, prompt {length}: {ours.backbone.joined}")
     peft = {SIDES[side]: sides.open_peft(prompt, ours.backbone.head, side == "b") for side in sorted(args.against)}
     return Bench(precision, sides, ours, peft, prompt)
 
@@ -326,7 +329,7 @@ def main() -> int:
     ranks = start_processes()
     task = load_task(args.tasks[0])
     of_precision = {
-        precision: Sides.of(args.model, task, run_of(args, precision), ranks, args.prompt, args.peft_rows)
+        precision: Sides.of(args.model, task, run_of(args, precision), ranks, args.prompt, args.peft_rows, args.joint)
         for precision in args.precisions
     }
     dtypes = ", ".join(sides.dtype for sides in of_precision.values())

@@ -58,7 +58,7 @@ PARTS = (
          arguments=("--model", "{model}", "--folder", "{out}/equal"),
          dry=("--dry", "--model", "{model}", "--folder", "{out}/equal"), usual=90,
          columns=("equal", "largest_difference")),
-    Part(name="sweep", asks="chunk_tokens, keep and recompute, zero2 and zero3, the schedule, Liger's kernels",
+    Part(name="sweep", asks="chunk_tokens, keep and recompute, zero2 and zero3, schedule, joint products, Liger's",
          script="gpu_sweep.py", usual=150,
          columns=("step_seconds", "tokens_per_second", "rate_share", "peak_bytes", "reserved_bytes",
                   "peak_over_plan")),

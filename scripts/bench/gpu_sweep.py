@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""What a run's settings do to a step: chunk_tokens, keep and recompute, zero2 and zero3, the schedule, Liger's kernels.
+"""What settings do to a step: chunk_tokens, keep and recompute, zero2 and zero3, the schedule, joint products, Liger's
+kernels.
 
 One setting differs from the first row at a time, but for chunk_tokens, which is tried with both kinds of activations.
 """
@@ -70,24 +71,31 @@ class Bench:
         self.opened: Opened | None = None
         self.built: Any = None
 
-    def try_setting(self, name: str, settings: dict[str, Any], fused: bool = True) -> None:
-        """One row; a setting that the device has no memory for is told as such. fused: with Liger's kernels."""
+    def try_setting(
+        self, name: str, settings: dict[str, Any], fused: bool = True, joint: bool | None = None
+    ) -> None:  # fmt: skip
+        """One row; a setting that the device has no memory for is told as such. fused: with Liger's kernels. joint:
+        with one product for layers that share an input, None: as a run has it.
+        """
         size, case = self.size, f"{self.size.shape}, {name}"
         run = RunConfig(perturbation="gaussian", prompt_length=100, **settings)
         with self.record.case(case, may_not_fit=True):
-            opened = self.open(run, fused, {name: settings[name] for name in settings if name not in _LATER})
+            built = {name: settings[name] for name in settings if name not in _LATER}
+            opened = self.open(run, fused, joint, built)
             chunk = run.chunk_tokens or CHUNK_TOKENS[self.ranks.device.type]
             opened.backbone.activations = replace(opened.backbone.activations, mode=run.activations, chunk_tokens=chunk)
-            self.record.add(case, **settings, dtype=opened.dtype, **measure(opened, run, size.rows, size.steps))
+            about = {"dtype": opened.dtype, "joined": opened.backbone.joined}
+            self.record.add(case, **settings, **about, **measure(opened, run, size.rows, size.steps))
 
-    def open(self, run: RunConfig, fused: bool, built: dict[str, Any]) -> Opened:
+    def open(self, run: RunConfig, fused: bool, joint: bool | None, built: dict[str, Any]) -> Opened:
         """The model for these settings, the one at hand where it was built with the same ones."""
-        if self.opened is None or self.built != (fused, built):
+        if self.opened is None or self.built != (fused, joint, built):
             self.opened = None
             gc.collect()
             with nullcontext() if fused else without_liger():
-                self.opened = open_random(config_of_shape(self.size.shape, **self.size.changes), run, self.ranks)
-            self.built = fused, built
+                config = config_of_shape(self.size.shape, **self.size.changes)
+                self.opened = open_random(config, run, self.ranks, joint=joint)
+            self.built = fused, joint, built
         return self.opened
 
 
@@ -104,8 +112,10 @@ def main() -> int:
         bench = Bench(size, ranks, record)
         for name, settings in settings_of(size):
             bench.try_setting(name, settings)
+        wide = {"chunk_tokens": max(size.chunks), "activations": "keep"}
+        for name, joint in (("joint products", True), ("products apart", False)):
+            bench.try_setting(name, wide, joint=joint)
         if installed and ranks.device.type == "cuda":
-            wide = {"chunk_tokens": max(size.chunks), "activations": "keep"}
             for name, fused in (("with Liger", True), ("without Liger", False)):
                 bench.try_setting(name, wide, fused)
     return record.code

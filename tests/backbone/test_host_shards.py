@@ -8,7 +8,7 @@ import torch
 
 from ptp_ds.backbone.host_shards import share_on_host
 from ptp_ds.ranks.distributed import Ranks
-from tests.support.host_shards_worker import facts
+from tests.support.host_shards_worker import facts, joint_facts
 from tests.support.paths import SUPPORT
 from tests.support.zygote import run_script
 
@@ -50,6 +50,25 @@ def test_one_rank_alone_has_the_whole_in_its_shards(precision, tiny_model, ranks
     assert found.pop("gathers") > 0
     assert (found.pop("shared"), found.pop("bytes"), found.pop("descriptors")) == ([False, True], 0, 0)
     assert all(found.values()), found
+
+
+def check_joint(found, precision):
+    """One product for several layers: the same numbers but for rounding, in the same memory, each weight the file's."""
+    assert found.pop("joined") == "one for q_proj+k_proj+v_proj (2 times), gate_proj+up_proj (2 times)"
+    assert max(found.pop("errors")) < (1e-5 if precision == "fp32" else 0.05)
+    assert found.pop("more_memory") == 0
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_joint_products_of_shared_weights(reports, precision):
+    for report in reports:
+        check_joint(report["joint"][precision], precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_joint_products_of_one_rank_alone(precision, tiny_model, ranks):
+    check_joint(joint_facts(tiny_model, precision, ranks), precision)
 
 
 def test_a_model_without_shards_shares_nothing():

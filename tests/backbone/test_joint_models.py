@@ -24,10 +24,13 @@ from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.deep_prompts import WINDOWED, cached_scores, deep_prompt
 from tests.support.memory import peak_of
 from tests.support.packed import divergence, make_prompt, plain_step, symmetric_run
+from tests.support.paths import ROOT, SUPPORT
 from tests.support.products import Products
 from tests.support.reference import FAMILIES as SHAPES
 from tests.support.reference import make_examples, make_model, plain_scores, relative_error
+from tests.support.runs import QUICK, check, last_prompt
 from tests.support.seq2seq import make_seq2seq
+from tests.support.zygote import run_script
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt2")
 GATED, QKV = "gate_proj+up_proj (2 times)", "q_proj+k_proj+v_proj (2 times)"
@@ -239,3 +242,19 @@ def test_a_model_that_tokens_alone_dont_run_keeps_its_own(monkeypatch):
     join_products(backbone)
     assert backbone.joined == "each alone, since no two share an input"
     assert not any(module._forward_pre_hooks for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("zero3", 1), ("zero3", 2), ("zero2", 1)])
+def test_training_with_joint_products(stage, ranks, tiny_model, tmp_path):
+    """The prompt of a run without them, but for rounding."""
+    prompts = {}
+    for name, script in (("apart", "train.py"), ("joint", SUPPORT / "joint_train.py")):
+        out = tmp_path / name
+        flags = [*QUICK, "--model", tiny_model, "--max_steps", "3", "--perturbation", "pgd", "--precision", "fp32",
+                 "--lr", "0.01", "--ds_config", ROOT / "ds_configs" / f"{stage}.json", "--output_dir", out]  # fmt: skip
+        done = check(run_script(script, flags, tmp_path, ranks))
+        assert ("one for q_proj+k_proj+v_proj (2 times)" in done.stdout) is (name == "joint")
+        assert ("each alone" in done.stdout) is (name == "apart")
+        prompts[name] = last_prompt(out)
+    assert not torch.equal(prompts["joint"], prompts["apart"]), "rounding differs"
+    assert relative_error(prompts["joint"], prompts["apart"]) < 1e-4

@@ -24,9 +24,11 @@ def test_it_explains_itself(name, tmp_path):
 def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
     """bench_step itself refuses sides whose first losses differ."""
     arguments = ["--model", tiny_model, "--tasks", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--pairs", 1,
-                 "--methods", "none", "pgd", "--json", "table.json", "--data_dir", ""]  # fmt: skip
+                 "--methods", "none", "pgd", "--json", "table.json", "--data_dir", "",
+                 "--joint"]  # fmt: skip
     done = run_script(BENCH / "bench_step.py", arguments, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "prompt 3: one for q_proj+k_proj+v_proj (2 times), gate_proj+up_proj (2 times)" in done.stdout
     rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert [(row["dtype"], row["method"]) for row in rows] == [
         ("float32", "none"), ("bfloat16", "none"), ("float32", "pgd"), ("bfloat16", "pgd")

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptp_ds.backbone import host_shards
+from ptp_ds.backbone.adjacent import joined
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.joint_products import join_products
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
@@ -33,10 +35,37 @@ def computed(backbone: Backbone) -> list[torch.Tensor]:
         return [scores.detach(), torch.autograd.grad(scores[scores.isfinite()].sum(), prompt)[0]]
 
 
-def opened(folder: Path, precision: str, ranks: Ranks, share: bool) -> Backbone:
+def opened(folder: Path, precision: str, ranks: Ranks, share: bool, joint: bool = False) -> Backbone:
     run = RunConfig(precision=precision)
     config = read_ds_config(str(ROOT / "ds_configs" / "zero3.json"))
-    return load_backbone(folder, resolve_ds_config(config, run, set(), ranks.world, 32), ranks, share=share)
+    resolved = resolve_ds_config(config, run, set(), ranks.world, 32)
+    return load_backbone(folder, resolved, ranks, share=share, joint=joint)
+
+
+def joint_facts(folder: Path, precision: str, ranks: Ranks) -> dict[str, Any]:
+    """What must hold of a shared backbone whose products are joined."""
+    apart, joint = (opened(folder, precision, ranks, True, wanted) for wanted in (False, True))
+    plain = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=joint.dtype).named_parameters())
+    named: dict[str, Any] = dict(joint.model.named_parameters())
+    before = sum(memories(joint).values())
+    join_products(joint)
+    attention = joint.model.model.layers[0].self_attn
+    pairs = list(zip(computed(apart), computed(joint), strict=True))
+    return {
+        "joined": joint.joined, "more_memory": sum(memories(joint).values()) - before,
+        "errors": [float((b - a)[a.isfinite()].float().norm() / a[a.isfinite()].float().norm()) for a, b in pairs],
+        "as_one": joined([getattr(attention, f"{name}_proj").weight.ptp_whole for name in "qkv"]) is not None,
+        "wholes": all(torch.equal(p.ptp_whole, plain[name]) for name, p in named.items()),
+        "shards": all(p.ds_tensor.data_ptr() == p.ptp_whole.data_ptr() + ranks.rank * p.ds_tensor.nbytes
+                      for p in named.values()),
+        "nothing_left_whole": all(p.numel() == 0 and p.ds_status.name == "NOT_AVAILABLE" for p in named.values()),
+    }  # fmt: skip
+
+
+def memories(backbone: Backbone) -> dict[int, int]:
+    """Bytes of each memory that a shard or a whole lies in."""
+    tensors = [t for p in backbone.model.parameters() for t in (p.ds_tensor, p.ptp_whole)]  # type: ignore[attr-defined]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def memory_files() -> int:
@@ -72,6 +101,7 @@ def facts(folder: Path, precision: str, ranks: Ranks) -> dict[str, Any]:
 def main(folder: Path, out: Path) -> None:
     ranks = start_processes()
     report: dict[str, Any] = {name: facts(folder, name, ranks) for name in ("fp32", "bf16")}
+    report["joint"] = {name: joint_facts(folder, name, ranks) for name in ("fp32", "bf16")}
     before = computed(opened(folder, "fp32", ranks, False))
     map_file = torch.from_file
 
