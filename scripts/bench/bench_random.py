@@ -43,6 +43,11 @@ SHAPES = {  # tiny is for checks of the scripts themselves
 }  # fmt: skip
 
 
+def deviation_of(config: LlamaConfig) -> float:
+    """Of random weights: logits of every width then differ as an 8B model's do at 0.02, far above fp32's rounding."""
+    return 0.02 * (4096 / config.hidden_size) ** 0.5
+
+
 def config_of_shape(name: str, **changes: Any) -> LlamaConfig:
     """transformers' configuration of one of SHAPES."""
     settings = {"tie_word_embeddings": False, **SHAPES[name], **changes}
@@ -168,7 +173,7 @@ def open_random(
         check_backbone(backbone)  # which also proves what a head may leave out
     with phase("engine"):
         generator = make_generator(0, "prompt")
-        start = 0.02 * torch.randn(run.prompt_length, config.hidden_size, generator=generator)
+        start = deviation_of(config) * torch.randn(run.prompt_length, config.hidden_size, generator=generator)
         engine = Engine(SoftPrompt(start.clone()), backbone, resolved, ranks)
         engine.set_prompt(start)
         unit = backbone.mean_embedding_norm()
@@ -185,21 +190,21 @@ def random_model(config: LlamaConfig, resolved: ResolvedDeepSpeed, device: torch
         model.tie_weights()
     torch.manual_seed(0)
     if resolved.stage == 3 and not alike:
-        fill_randomly(model)
+        fill_randomly(model, deviation_of(config))
     else:
-        fill_alike(model, resolved.stage == 3)
+        fill_alike(model, deviation_of(config), resolved.stage == 3)
     return model
 
 
 @torch.no_grad()
-def fill_alike(model: Any, sharded: bool) -> None:
+def fill_alike(model: Any, deviation: float, sharded: bool) -> None:
     """fill_randomly, but every tensor is drawn whole, on rank 0 where it is sharded."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter] if sharded else [], modifier_rank=0):
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02)
+                parameter.normal_(0.0, deviation)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
