@@ -67,7 +67,8 @@ class Activations:
     def describe(self) -> str:
         """One line for the run's start."""
         if self.mode != "auto" or not self.bytes_per_token:
-            return self.mode
+            depth = ", micro-batches one after the other (depth first)" if self.schedule == "depth" else ""
+            return f"{self.mode}{depth}"
         most = int(self.budget_bytes / self.bytes_per_token)
         beyond = "recompute layers until the rest fits"
         if self.most_tokens is not None:

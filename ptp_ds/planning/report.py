@@ -113,6 +113,12 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 
     else:
         name = f"ds_configs/{best.layout.name}.json"
         lines.append(f"recommended: {name} ({best.bound} bound)")
+        depth = estimate(shape, load, best.layout, cluster, run.activations, "depth")
+        if depth.way.parts > 1 and best.way.parts == 1 and depth.fits and depth.step_seconds < 0.95 * best.step_seconds:
+            lines.append(
+                f"with --schedule depth, {depth.way.parts} micro-batches of which each gathers all layers, it would "
+                f"take {depth.step_seconds:.2f} s instead of {best.step_seconds:.2f}"
+            )
         most = {way: tokens // members for way, tokens in best.most_tokens.items()}
         ways = ", ".join(f"{most[way]} with --activations {way}" for way in ("keep", "recompute"))
         each = " for each prompt" if members > 1 else ""

@@ -1,6 +1,7 @@
 """plan.py against measurement: bytes exactly, memory within 15 %, on 1, 2 and 4 CPU ranks; on 8 to 1024 fake ones."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from ptp_ds.planning.plan import (
     shard_elements,
 )
 from ptp_ds.planning.report import plans
+from ptp_ds.planning.report import report as plan_of
 from ptp_ds.planning.way import KEEP, Way
 from ptp_ds.planning.work import Cluster, Layout, layout_of, load_of
 from tests.support.paths import ROOT
@@ -203,6 +205,15 @@ def test_a_step_that_does_not_fit_takes_micro_batches_or_computes_some_layers_ag
     outside = elements(shape.outside_layers) * load.size
     assert forced.gathered_bytes - outside == forced.way.parts * (gathered_bytes(shape, load, offloaded) - outside)
     few = load_of(RunConfig(), shape, 2, 1 << 10)
+    flags = ["--model", "llama-8b", "--hosts", "1", "--gpus", "8", "--gpu_memory", "14", "--local_interconnect", "900"]
+    cluster_8, run, explicit, *_ = parse_plan([*flags, "--tokens_per_step", "131072"])
+    said = plan_of(cluster_8, run, explicit)[0]
+    quick, slow = (float(word) for word in re.search(r"take ([\d.]+) s instead of ([\d.]+)$", said, re.M).groups())
+    assert quick < 0.95 * slow
+    far = parse_plan([*flags[:-1], "5", "--tokens_per_step", "131072"])
+    assert "--schedule depth" not in plan_of(far[0], far[1], far[2])[0], (
+        "gathers would take longer than computing again"
+    )
     assert estimate(shape, few, resident, cluster).way == KEEP
 
 
