@@ -194,6 +194,8 @@ def join_products(backbone: Backbone) -> None:
     made = [Siblings(group, product) for group in groups if all(map(lay_together, _parameters(group)))]
     if not made:
         return
+    if backbone.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the weights lay in before is of other sizes than what comes
     try:
         same = _all_agree(made, backbone) and _distance(_logits(backbone), before) <= _CLOSE.get(backbone.dtype, 1e-4)
     except RuntimeError:  # a family that views what it is given in a way that columns don't allow
@@ -286,7 +288,7 @@ def _all_agree(made: Sequence[Siblings], backbone: Backbone) -> bool:
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
     """Relative, in l2."""
-    return float((found - wanted).float().norm() / wanted.float().norm())
+    return float((found - wanted).float().norm() / wanted.float().norm().clamp_min(1e-30))
 
 
 def _names(made: Sequence[Siblings], model: nn.Module) -> str:

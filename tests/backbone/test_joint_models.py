@@ -21,6 +21,7 @@ from ptp_ds.packing.row import pack
 from ptp_ds.perturb import PERTURBATIONS, Noise, SharedPass
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.training.step import ptp_loss, settings_of
+from tests.support.chip import WAITS
 from tests.support.deep_prompts import WINDOWED, cached_scores, deep_prompt
 from tests.support.memory import peak_of
 from tests.support.packed import divergence, make_prompt, plain_step, symmetric_run
@@ -122,10 +123,11 @@ def groups_of(backbone):
 
 
 @pytest.mark.parametrize(("activations", "alone", "together"), [
-    ("keep", (7, 7), (4, 5)), ("recompute", (7, 13), (4, 8)),
+    ("keep", (7, 7, 5), (4, 5, 2)), ("recompute", (7, 13, 6), (4, 8, 3)),
 ])  # fmt: skip
-def test_products_a_layer(activations, alone, together):
-    """Of the forward and of the backward of one section behind a given prompt: the layers that four have more than two.
+def test_products_and_sums_a_layer(activations, alone, together):
+    """The forward's products, the backward's products and sums, of one section behind a given prompt: what four layers
+    have more than two. Nothing is read by the host.
 
     Of seven, queries', keys' and values' are one, gate's and up's are one; backward those of gate and up are two, the
     second added to the first. Recomputation stops before the last one, behind which nothing is kept.
@@ -142,7 +144,8 @@ def test_products_a_layer(activations, alone, together):
                 total = backbone.score(row, embeds, prefix=cache)[0][0].cos().sum()
             with Products() as backward:
                 total.backward()
-            found.append((forward.products, backward.products))
+            assert not (forward.times.keys() | backward.times.keys()) & WAITS
+            found.append((forward.products, backward.products, backward.times["add"]))
         assert tuple((more - less) / 2 for less, more in zip(*found, strict=True)) == counts
 
 

@@ -67,7 +67,10 @@ def test_values_and_gradients_are_the_layers_own(sizes, biased, shape, product):
         (expected,) = torch.autograd.grad(wanted, x, grads)
         assert [out.shape for out in found] == [out.shape for out in wanted]
         if x.numel():
-            errors = [relative_error(a.float(), b.float()) for a, b in zip((*found, to_x), (*wanted, expected))]  # noqa: B905
+            errors = [
+                relative_error(a.detach().float(), b.detach().float())
+                for a, b in zip((*found, to_x), (*wanted, expected), strict=True)
+            ]
             assert max(errors) < most
 
 
