@@ -166,8 +166,7 @@ def _as_one(x: Tensor, parameters: Sequence[tuple[Any, Any]]) -> tuple[Tensor | 
 
 
 def join_products(backbone: Backbone) -> None:
-    """Joins products of the backbone where that is wanted (Backbone.joint) and possible; fills
-    Backbone.joined.
+    """Joins products of the backbone where that is wanted (Backbone.joint) and possible; says in Backbone.joined which.
 
     The model is run on a few tokens to see which layers share an input, and once more to see that it still computes the
     same. A second call does nothing.
@@ -191,7 +190,7 @@ def join_products(backbone: Backbone) -> None:
         calls.remove()
     product = product_for(backbone.kernels, backbone.device, backbone.dtype)[0]
     groups = [group for group in calls.groups() if _may_join(group, backbone.model)]
-    made = [Siblings(group, product) for group in groups if all(map(lay_together, _parameters(group)))]
+    made = [Siblings(group, product) for group in groups if _lie_together(group)]
     if not made:
         return
     if backbone.device.type == "cuda":
@@ -213,7 +212,7 @@ class _Calls:
 
     def __init__(self, model: nn.Module) -> None:
         self._inputs: list[Tensor] = []  # alive, so that no other tensor is taken for one of them
-        self._of: dict[tuple[int, int], list[nn.Linear]] = {}
+        self._of: dict[tuple[int, int, int], list[nn.Linear]] = {}
         pairs = {(id(parent), id(child)): (parent, child) for parent in model.modules()
                  for child in parent.children() if type(child) is nn.Linear}  # fmt: skip
         self._places = {child: place for place, (_, child) in enumerate(pairs)}
@@ -224,7 +223,7 @@ class _Calls:
     def _note(self, parent: int, module: nn.Linear, inputs: tuple[Any, ...]) -> None:
         if len(inputs) == 1 and isinstance(inputs[0], Tensor):
             self._inputs.append(inputs[0])
-            self._of.setdefault((parent, id(inputs[0])), []).append(module)
+            self._of.setdefault((parent, id(inputs[0]), inputs[0]._version), []).append(module)
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -244,6 +243,14 @@ def _parameters(group: Sequence[nn.Linear]) -> list[list[Any]]:
     """The group's weights and, if it has any, its biases."""
     kinds: list[list[Any]] = [[module.weight for module in group], [module.bias for module in group]]
     return [kind for kind in kinds if kind[0] is not None]
+
+
+def _lie_together(group: Sequence[nn.Linear]) -> bool:
+    """Whether one product can take the group's parameters; they are moved where the device has memory for a copy."""
+    try:
+        return all(map(lay_together, _parameters(group)))
+    except torch.OutOfMemoryError:
+        return False
 
 
 def _may_join(group: Sequence[nn.Linear], model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_ds.backbone import joint_products
 from ptp_ds.backbone.activations import Activations
-from ptp_ds.backbone.adjacent import joined
+from ptp_ds.backbone.adjacent import joined, lay_together
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import check_backbone, checked_backbone
 from ptp_ds.backbone.frozen_linear import torchs
@@ -236,6 +236,22 @@ def test_a_family_that_computes_something_else_then_keeps_its_own(how, monkeypat
     join_products(backbone)
     assert backbone.joined == "each alone, since one for all differs here"
     assert {name: vars(module).get("forward") for name, module in backbone.model.named_modules()} == before
+    check_backbone(backbone)
+
+
+def test_layers_whose_weights_cant_be_moved_keep_their_own(monkeypatch):
+    """For want of memory: the rest is joined."""
+
+    def lay(parameters):
+        if parameters[0].shape[0] == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lay_together(parameters)
+
+    monkeypatch.setattr(joint_products, "lay_together", lay)
+    backbone = joint("llama")
+    assert backbone.joined == f"one for {QKV}"
+    assert all(torch.equal(a, b) for a, b in zip(backbone.model.parameters(), make_model("llama").parameters(),
+                                                 strict=True))  # fmt: skip
     check_backbone(backbone)
 
 

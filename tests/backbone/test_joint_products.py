@@ -239,10 +239,14 @@ class Attention(nn.Module):
         self.other, self.again, self.plain = nn.Linear(WIDE, 4), nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 4, bias=False)
         self.tied, self.second = nn.Linear(WIDE, 4), nn.Linear(WIDE, 4)
         self.second.weight = self.tied.weight
+        self.before, self.behind = nn.Linear(WIDE, 4), nn.Linear(WIDE, 4)
 
     def forward(self, x):
         y, z, w = x + 1, x + 2, x + 3
         kept = self.a(x) + self.b(y) + self.c(y) + self.again(self.again(z))
+        changed = x + 5
+        self.before(changed)
+        self.behind(changed.mul_(2.0))
         return kept, self.other(w), self.plain(w), self.tied(x + 4), self.second(x + 4)
 
 
