@@ -46,11 +46,11 @@ class Case:
             return plan_tree(self.blocks, 0, self.prefixes[0], device)
         return plan_forest(self.trees(), self.prefixes, device)
 
-    def parts(self, device: torch.device) -> list[Part]:
-        """The flash kernels' sequences."""
+    def parts(self) -> list[Part]:
+        """The flash kernels' sequences, on the host."""
         trees = self.trees()
         tokens = [sum(block.length for block in blocks) for _, blocks in trees]
-        return [prefix_part(tokens, [n for n, _ in trees], self.prefixes, device), *parts_of(self.blocks, device)]
+        return [prefix_part(tokens, [n for n, _ in trees], self.prefixes), *parts_of(self.blocks)]
 
 
 def cases(examples: int, length: int) -> list[Case]:
@@ -91,7 +91,7 @@ def describe(case: Case) -> str:
     """The kernels' sequences in words."""
     return "; ".join(
         f"{part.cu_q.shape[0] - 1} runs of up to {part.max_q} queries on up to {part.max_k} keys"
-        f"{', causal' if part.causal else ''}" for part in case.parts(torch.device("cpu"))
+        f"{', causal' if part.causal else ''}" for part in case.parts()
     )  # fmt: skip
 
 
