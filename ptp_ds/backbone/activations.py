@@ -1,5 +1,6 @@
 """Whether layers keep their activations for backward or compute them again, and how many tokens they take at a time."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ class Activations:
             return layers if self.mode == "recompute" else 0
         return layers - kept_layers(tokens, layers, self.bytes_per_token, self.input_bytes, self.budget_bytes)
 
+    @property
+    def fit(self) -> int:
+        """Tokens whose activations fit into the budget; 0 where it or what a token costs isn't known."""
+        known = self.bytes_per_token > 0 and math.isfinite(self.budget_bytes)
+        return int(self.budget_bytes / self.bytes_per_token) if known else 0
+
     def parts(self, tokens: int, prefix: int, sections: int) -> int:
         """Micro-batches that a step over `tokens` tokens, both streams, takes one after the other.
 
@@ -59,22 +66,21 @@ class Activations:
         if wanted == "breadth" or (wanted == "auto" and not resident):
             return replace(self, schedule="breadth")
         most = None
-        if self.mode == "auto" and self.bytes_per_token:
+        if self.mode == "auto" and fit:
             most = 1 << max(0, fit.bit_length() - 1)  # a power of two, which a little memory more or less leaves alone
             most = before if before is not None and before <= most else most
         return replace(self, schedule=wanted, most_tokens=most)
 
     def describe(self) -> str:
         """One line for the run's start."""
-        if self.mode != "auto" or not self.bytes_per_token:
+        if self.mode != "auto" or not self.fit:
             depth = ", micro-batches one after the other (depth first)" if self.schedule == "depth" else ""
             return f"{self.mode}{depth}"
-        most = int(self.budget_bytes / self.bytes_per_token)
         beyond = "recompute layers until the rest fits"
         if self.most_tokens is not None:
             beyond = f"micro-batches of up to {self.most_tokens}, one after the other (depth first)"
         return (
-            f"keep up to {most} tokens a step ({self.bytes_per_token / 2**20:.2f} MiB each of "
+            f"keep up to {self.fit} tokens a step ({self.bytes_per_token / 2**20:.2f} MiB each of "
             f"{self.budget_bytes / 2**30:.1f} GiB), else {beyond}"
         )
 

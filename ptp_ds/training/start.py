@@ -77,8 +77,7 @@ def _scheduled(prepared: Prepared, backbone: Backbone, ranks: Ranks) -> Activati
     """How micro-batches go through the layers, the same on all ranks; all ranks must call it."""
     activations, checkpoint = backbone.activations, prepared.continuation.checkpoint
     resident = backbone.shards.shared or not backbone.shards.sharded
-    fit = int(activations.budget_bytes / activations.bytes_per_token) if activations.bytes_per_token else 0
-    fit = -ranks.host_max(-fit)
+    fit = -ranks.host_max(-activations.fit)
     before = checkpoint.micro_tokens if checkpoint is not None else None
     return activations.scheduled(prepared.run.schedule, resident, fit, before)
 

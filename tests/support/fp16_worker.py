@@ -15,7 +15,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.ranks.distributed import Ranks, start_processes, stop_processes
+from ptp_ds.ranks.distributed import Ranks, exit_process, start_processes, stop_processes
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.step import optimizer_step, settings_of
 from tests.support.reference import make_examples, make_model
@@ -75,3 +75,4 @@ def main(stage: int, perturbation: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
+    exit_process(0)  # see there: a rank now and then aborts in the interpreter's own teardown

@@ -15,7 +15,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.ranks.distributed import Ranks, start_processes, stop_processes
+from ptp_ds.ranks.distributed import Ranks, exit_process, start_processes, stop_processes
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
@@ -152,3 +152,4 @@ def main(perturbation: str, stage: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    exit_process(0)  # see there: a rank now and then aborts in the interpreter's own teardown

@@ -20,7 +20,7 @@ from ptp_ds.perturb import Noise
 from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.prompts import SoftPrompt
-from ptp_ds.ranks.distributed import start_processes, stop_processes
+from ptp_ds.ranks.distributed import exit_process, start_processes, stop_processes
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.step import settings_of, step_in_parts
@@ -113,3 +113,4 @@ def main(perturbation: str, activations: str, folder: Path, parts: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    exit_process(0)  # see there: a rank now and then aborts in the interpreter's own teardown

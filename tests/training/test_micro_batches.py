@@ -121,6 +121,16 @@ def test_micro_batches_by_what_fits(wanted, resident, mode, tokens, parts):
     assert given.parts(tokens, 10, sections=2) == parts
 
 
+def test_what_fits_is_known_or_nothing():
+    """The generic path has no budget: it keeps everything, whatever a token costs."""
+    assert Activations("auto", bytes_per_token=2.0, budget_bytes=3001.0).fit == 1500
+    for unknown in (Activations("auto", budget_bytes=3000.0), Activations(bytes_per_token=2.0)):
+        assert unknown.fit == 0
+        given = unknown.scheduled("auto", True, unknown.fit)
+        assert (given.most_tokens, given.parts(10**9, 5, sections=1)) == (None, 1)
+        assert given.describe() == given.mode
+
+
 def test_a_resumed_run_takes_the_same_micro_batches():
     given = Activations("auto", bytes_per_token=2.0, budget_bytes=3000.0)
     assert given.scheduled("auto", True, 1500, before=512).most_tokens == 512
