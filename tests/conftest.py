@@ -25,7 +25,7 @@ from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes
 from ptp_ds.ranks.log import log_to_console
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
-from tests.support.tiny import CONTEXT, make_tokenizer
+from tests.support.tiny import write_tiny_model
 from tests.support.two_hosts import TwoHosts, why_not
 from tests.support.zygote import run_script
 
@@ -38,19 +38,8 @@ settings.load_profile("fixed")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as save_pretrained writes it: random Llama (width 32, 2 layers, 512 positions) and its tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=None,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_tiny_model(folder)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ptp_ds.backbone.activations import kept_layers
+from ptp_ds.backbone.activations import Activations
 from ptp_ds.backbone.shapes import ModelShape
 from ptp_ds.planning.work import Load
 
@@ -76,14 +76,15 @@ def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: 
 def way_that_fits(
     shape: ModelShape, load: Load, world: int, room: float, resident: bool, schedule: str, cuda: bool = True
 ) -> Way:
-    """How a run with --activations auto goes where keeping all does not fit into `room` bytes.
+    """How a run with --activations auto goes where keeping all does not fit into `room` bytes: by its own arithmetic.
 
     resident: whether each rank has all weights, so that nothing is gathered for a micro-batch. schedule: the flag.
     """
     kept, tokens = activation_bytes(shape, load, KEEP, world, cuda), load.row(world)
-    if schedule == "depth" or (schedule == "auto" and resident):
-        fit = int(room / (kept / tokens)) if room > 0 else 0
-        own = (1 << max(0, fit.bit_length() - 1)) - load.prefix
-        return Way(parts=-(-(tokens - load.prefix) // own)) if own > 0 else Way(shape.count)
-    hidden = float(shape.width * load.size)
-    return Way(shape.count - kept_layers(tokens, shape.count, kept / tokens, hidden, room))
+    hidden, budget = float(shape.width * load.size), max(0.0, room)
+    run = Activations("auto", bytes_per_token=kept / tokens, input_bytes=hidden, budget_bytes=budget)
+    run = run.scheduled(schedule, resident, run.fit)
+    if run.schedule == "breadth":
+        return Way(run.recomputed(tokens, shape.count))
+    parts = run.parts(tokens - load.prefix, load.prefix, sections=1)
+    return Way(parts=parts) if parts > 1 else Way(shape.count)

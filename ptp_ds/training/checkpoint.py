@@ -30,7 +30,7 @@ from ptp_ds.files import (
 from ptp_ds.training.carried import Part, check_part, part_name, write_part
 
 _STATE, _META = "state.safetensors", "state.json"
-_PLAIN, _IN_PARTS = 1, 2  # formats: with carried deltas in files of their own, and all others
+_PLAIN, _IN_PARTS = 1, 2  # formats: 2 has carried deltas in files of their own
 _NAME = re.compile(r"step-(\d+)")
 _HINT = "; resume from another checkpoint"
 _LIKE_PROMPT = ("exp_avg", "exp_avg_sq", "average")  # of the prompt's shape

@@ -183,14 +183,13 @@ class PopulationTrainer:
         activations = self.engine.backbone.activations
         if activations.schedule == "breadth":
             return 1
-        trainers, tokens, prefix = [], 0, 0
+        shares, prefix, sections = [], 0, self.members[alive[0]].trainer.run.gradient_accumulation_steps
         for member in (self.members[number] for number in alive):
             member.serve()
-            trainers.append(member.trainer)
-            tokens += member.trainer.tokens(step)
+            shares.append(member.trainer.share(step))
             prefix += member.trainer.prefix
-        parts = activations.parts(tokens, prefix, trainers[0].run.gradient_accumulation_steps)
-        return min(parts, *(trainer.fewest(step) for trainer in trainers))
+        tokens, fewest = zip(*shares, strict=True)
+        return min(activations.parts(sum(tokens), prefix, sections), *fewest)
 
     def _planned(self, population: PopulationRow, parts: int) -> PopulationRow:
         """With the joined row's plan, where rows are joined."""

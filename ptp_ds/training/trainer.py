@@ -162,27 +162,25 @@ class Trainer:
         )  # fmt: skip
         return replace(drawn, plans=plans)
 
-    def tokens(self, step: int) -> int:
-        """Packed tokens of a step, both streams, on the rank that has most; the same on all ranks."""
+    def share(self, step: int) -> tuple[int, int]:
+        """(packed tokens of a step, both streams, on the rank that has most; examples on the one that has fewest)."""
         batch, hands = self._dealt(step)
         lengths = self._lengths(batch)
-        return self.run.streams * max(sum(lengths[place] for place in hand) for hand in hands)
+        most = max(sum(lengths[place] for place in hand) for hand in hands)
+        return self.run.streams * most, min(len(hand) for hand in hands)
 
     def parts(self, step: int) -> int:
         """Micro-batches that a step takes one after the other; the same number on all ranks."""
         activations, sections = self.engine.backbone.activations, self.run.gradient_accumulation_steps
         if activations.schedule == "breadth":
             return 1
-        return min(activations.parts(self.tokens(step), self.prefix, sections), self.fewest(step))
+        tokens, fewest = self.share(step)
+        return min(activations.parts(tokens, self.prefix, sections), fewest)
 
     @property
     def prefix(self) -> int:
         """Tokens that each packed row begins with."""
         return self.run.prompt_length + self._shared
-
-    def fewest(self, step: int) -> int:
-        """Examples of a step on the rank that has fewest."""
-        return min(len(hand) for hand in self._dealt(step)[1])
 
     def drawn(self, step: int, parts: int = 1) -> Drawn:
         """What this rank trains on in a step, in so many micro-batches at most, on the host and without plans."""

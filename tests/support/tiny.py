@@ -1,6 +1,7 @@
 """The tiny model's tokenizer, and the texts it is trained on."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from ptp_ds.tasks.data import DEMO_DATA
@@ -28,3 +29,19 @@ def make_tokenizer() -> Any:
     )  # fmt: skip
     bpe.train_from_iterator(demo_texts(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", model_max_length=CONTEXT)
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A random Llama (width 32, 2 layers, 512 positions) and its tokenizer, as save_pretrained writes them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=None,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
