@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "A saved adapter's answers to rows of your own, with the probability of each answer.",
     "push": "Pushes a saved adapter (ours or peft's) to the hub.",
     "overall": "SuperGLUE's overall score of several runs: mean and standard deviation over seeds.",
+    "draw": "Few-shot draws of your rows: K a label to train on, K to select on, and test rows.",
     "study": "Trains methods x tasks x seeds, and writes tables, comparisons and pictures.",
     "landscape": "Draws the cross-entropy around trained prompts, in input-embedding space and in prompt space.",
     "robustness": "Scores trained prompts on rows under noise, masks, typos and word attacks of rising size.",

@@ -104,6 +104,22 @@ def overall_parser(description: str = "") -> StrictParser:
     return parser
 
 
+def draw_parser(description: str = "") -> StrictParser:
+    """scripts/draw.py."""
+    parser = StrictParser(description=description, allow_abbrev=False)
+    parser.add_argument("file", help="labelled rows: JSON lines, or .csv or .tsv with a header")
+    parser.add_argument("--output_dir", required=True, help="few<K>-<draw>.jsonl, dev<K>-<draw>.jsonl and "
+                        "test<N>.jsonl go here; the task's folder below --data_dir")  # fmt: skip
+    parser.add_argument("--label", default="label", metavar="FIELD", help="the label's field (default: label)")
+    parser.add_argument("--rows", type=int, metavar="K", default=16, help="rows of each label to train on, and as many "
+                        "others to select on (default: 16)")  # fmt: skip
+    parser.add_argument("--draws", nargs="+", metavar="NAME", default=["13", "21", "42", "87", "100"],
+                        help="names of the draws, which decide what each takes (default: 13 21 42 87 100)")  # fmt: skip
+    parser.add_argument("--test", type=int, metavar="N", default=0, help="also N test rows that no draw holds "
+                        "(default: 0, for rows whose test split is a file of its own)")  # fmt: skip
+    return parser
+
+
 def study_parser(description: str = "") -> StrictParser:
     """scripts/study.py."""
     parser = StrictParser(description=description, allow_abbrev=False)
@@ -212,5 +228,5 @@ def doctor_parser(description: str = "") -> argparse.ArgumentParser:
 PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "train": build_parser, "evaluate": evaluate_parser, "predict": predict_parser, "overall": overall_parser,
     "study": study_parser, "landscape": landscape_parser, "robustness": robustness_parser, "plan": plan_parser,
-    "doctor": doctor_parser, "push": push_parser,
+    "doctor": doctor_parser, "push": push_parser, "draw": draw_parser,
 }  # fmt: skip

@@ -1,0 +1,40 @@
+"""scripts/draw.py: few-shot draws of a user's rows, as files that a study names with {draw}."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptp_ds.commands.exits import run_command
+from ptp_ds.config.parsers import draw_parser
+from ptp_ds.errors import UserError
+from ptp_ds.files import is_folder, plain_name, write_jsonl
+from ptp_ds.tasks.draws import draw_splits
+from ptp_ds.tasks.rows import rows_of_file
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Returns the exit code; user errors are one sentence."""
+    return run_command(lambda: _draw(sys.argv[1:] if argv is None else argv, description))
+
+
+def _draw(argv: Sequence[str], description: str) -> None:
+    args = draw_parser(description).parse_args(argv)
+    for flag, value, least in (("--rows", args.rows, 1), ("--test", args.test, 0)):
+        if value < least:
+            raise UserError(f"{flag} is {value}; expected {least} or more.")
+    draws = [plain_name(draw, "--draws") for draw in args.draws]
+    if twice := next((draw for place, draw in enumerate(draws) if draw in draws[:place]), None):
+        raise UserError(f"--draws has {twice} twice; give each once.")
+    out = Path(args.output_dir)
+    splits, repeated = draw_splits(rows_of_file(Path(args.file)), args.label, args.rows, draws, args.test)
+    files = {name: out / f"{name}.jsonl" for name in splits}
+    if there := next((file for file in files.values() if file.exists()), None):
+        raise UserError(f"{there} is there already; give another --output_dir.")
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not is_folder(above):
+        raise UserError(f"--output_dir {args.output_dir}: {above} is a file; give a folder.")
+    for name, rows in splits.items():
+        write_jsonl(files[name], rows)
+        print(f"{files[name]}: {len(rows)} rows")
+    if repeated:
+        print(f"{repeated} rows were left out: an earlier one says the same.")
