@@ -38,6 +38,7 @@ from ptp_ds.packing.row import PackedRow
 # of its inputs, which is measured (_own_rounding); what leaks between rows can be far below any fixed bound.
 _FULL, _HALF = (1e-3, 1e-2), (0.25, 0.5)  # at most, for fp32 or better and below
 _SURE, _MARGIN, _LAST_DIGIT = 1e-5, 20.0, 2.0**-23  # nobody asks below; times of its own rounding
+_SCORE_DIGITS = 4  # last digits by which a score may be off: a model that knows little of many words has few others
 # Of scores by embeddings against those by tokens, whose passes are otherwise the same.
 _SAME_INPUTS, _SAME_INPUTS_HALF = 1e-5, 1e-2
 
@@ -118,7 +119,8 @@ def _compare(backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, p
     bounds = _bounds(backbone)
     if bounds is _FULL and max(errors) > _SURE:
         own = _own_rounding(backbone, probe, alone, plain, by_ids)
-        bounds = min(bounds[0], max(_SURE, _MARGIN * own[0])), min(bounds[1], max(_SURE, _MARGIN * own[1]))
+        digits = _apart(by_ids * (1 + _SCORE_DIGITS * _LAST_DIGIT), by_ids, _guess(backbone, probe, by_ids))
+        bounds = min(bounds[0], max(_SURE, _MARGIN * own[0], digits)), min(bounds[1], max(_SURE, _MARGIN * own[1]))
     for what, error, allowed in zip(("scores", "gradients"), errors, bounds, strict=True):
         if not error <= allowed:
             reason = f"its packed {what} differ from plain ones by {error:.1e} (allowed: {allowed:.0e})"
