@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Few-shot draws of a file of labelled rows, for a study over draws.
 
-    python scripts/draw.py rows.jsonl --rows 16 --test 300 --output_dir data/Tone
+    python scripts/draw.py rows.jsonl --task tone.json --rows 16 --test 300 --data_dir data
 
 A draw is 16 rows of each label to train on and 16 others to select on. The same file gives the same draws everywhere.
 """

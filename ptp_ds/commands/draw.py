@@ -8,6 +8,7 @@ from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import draw_parser
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_folder, plain_name, write_jsonl
+from ptp_ds.tasks import load_task
 from ptp_ds.tasks.draws import draw_splits
 from ptp_ds.tasks.rows import rows_of_file
 
@@ -25,16 +26,19 @@ def _draw(argv: Sequence[str], description: str) -> None:
     draws = [plain_name(draw, "--draws") for draw in args.draws]
     if twice := next((draw for place, draw in enumerate(draws) if draw in draws[:place]), None):
         raise UserError(f"--draws has {twice} twice; give each once.")
-    out = Path(args.output_dir)
-    splits, repeated = draw_splits(rows_of_file(Path(args.file)), args.label, args.rows, draws, args.test)
-    files = {name: out / f"{name}.jsonl" for name in splits}
+    task = load_task(args.task)
+    out = Path(args.data_dir) / task.name
+    found = draw_splits(task, rows_of_file(Path(args.file)), args.rows, draws, args.test)
+    files = {name: out / f"{name}.jsonl" for name in found.splits}
     if there := next((file for file in files.values() if file.exists()), None):
-        raise UserError(f"{there} is there already; give another --output_dir.")
+        raise UserError(f"{there} is there already; give another --data_dir.")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not is_folder(above):
-        raise UserError(f"--output_dir {args.output_dir}: {above} is a file; give a folder.")
-    for name, rows in splits.items():
+        raise UserError(f"--data_dir {args.data_dir}: {above} is a file; give a folder.")
+    for name, rows in found.splits.items():
         write_jsonl(files[name], rows)
         print(f"{files[name]}: {len(rows)} rows")
-    if repeated:
-        print(f"{repeated} rows were left out: an earlier one says the same.")
+    if found.repeated:
+        print(f"{found.repeated} rows were left out: another says the same.")
+    if found.disputed:
+        print(f"{found.disputed} rows were left out: another says the same and has another label.")

@@ -108,9 +108,9 @@ def draw_parser(description: str = "") -> StrictParser:
     """scripts/draw.py."""
     parser = StrictParser(description=description, allow_abbrev=False)
     parser.add_argument("file", help="labelled rows: JSON lines, or .csv or .tsv with a header")
-    parser.add_argument("--output_dir", required=True, help="few<K>-<draw>.jsonl, dev<K>-<draw>.jsonl and "
-                        "test<N>.jsonl go here; the task's folder below --data_dir")  # fmt: skip
-    parser.add_argument("--label", default="label", metavar="FIELD", help="the label's field (default: label)")
+    parser.add_argument("--task", required=True, help="task name or template .json: what a row says, and its label")
+    parser.add_argument("--data_dir", required=True, help="few<K>-<draw>.jsonl, dev<K>-<draw>.jsonl and test<N>.jsonl "
+                        "go into its folder of the task's name, where train's --data_dir finds them")  # fmt: skip
     parser.add_argument("--rows", type=int, metavar="K", default=16, help="rows of each label to train on, and as many "
                         "others to select on (default: 16)")  # fmt: skip
     parser.add_argument("--draws", nargs="+", metavar="NAME", default=["13", "21", "42", "87", "100"],

@@ -6,17 +6,21 @@ import json
 import pytest
 
 from ptp_ds.commands.draw import main
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split
 
 
 @pytest.fixture
-def table(tmp_path):
-    """A CSV of 30 rows, 15 a label."""
-    file = tmp_path / "rows.csv"
+def given(tmp_path):
+    """A CSV of 30 rows, 15 a label, and the flag that names its task."""
+    file, template = tmp_path / "rows.csv", tmp_path / "tone.json"
     with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["line", "tone"])
         writer.writerows([f"row {n}", ("warm", "cold")[n % 2]] for n in range(30))
-    return str(file)
+    spec = {"name": "Tone", "text": "{line}:", "label": "tone", "metrics": ["accuracy"]}
+    template.write_text(json.dumps({**spec, "verbalizers": {"warm": " warm", "cold": " cold"}}), encoding="utf-8")
+    return [str(file), "--task", str(template)]
 
 
 def draw(*argv: str, capsys) -> tuple[int, str, str]:
@@ -25,17 +29,19 @@ def draw(*argv: str, capsys) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-def test_a_table_becomes_the_splits_of_two_draws(table, tmp_path, capsys):
+def test_a_table_becomes_the_splits_of_two_draws(given, tmp_path, capsys):
     out = tmp_path / "data" / "Tone"
-    flags = ["--label", "tone", "--rows", "3", "--draws", "13", "21", "--test", "10", "--output_dir", str(out)]
-    code, said, _ = draw(table, *flags, capsys=capsys)
+    flags = ["--rows", "3", "--draws", "13", "21", "--test", "5", "--data_dir", str(tmp_path / "data")]
+    code, said, _ = draw(*given, *flags, capsys=capsys)
     assert code == 0
-    names = ["few3-13", "dev3-13", "few3-21", "dev3-21", "test10"]
-    assert said.splitlines() == [f"{out / name}.jsonl: {10 if name == 'test10' else 6} rows" for name in names]
+    names = ["few3-13", "dev3-13", "few3-21", "dev3-21", "test5"]
+    assert said.splitlines() == [f"{out / name}.jsonl: {5 if name == 'test5' else 6} rows" for name in names]
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{name}.jsonl" for name in names)
     rows = [json.loads(line) for line in (out / "few3-13.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["tone"] for row in rows) == ["cold"] * 3 + ["warm"] * 3
     assert all(row["line"].startswith("row ") for row in rows)
+    task = load_task(given[2])
+    assert len(load_split(task, "dev3-21", str(tmp_path / "data"), None).rows) == 6, "train finds them by their name"
 
 
 @pytest.mark.parametrize(
@@ -45,28 +51,29 @@ def test_a_table_becomes_the_splits_of_two_draws(table, tmp_path, capsys):
         (["--test", "-1"], "--test is -1; expected 0 or more."),
         (["--draws", "../x"], "--draws is '../x'; expected a plain name"),
         (["--draws", "13", "13"], "--draws has 13 twice; give each once."),
-        (["--rows", "8"], "' has 15 rows; expected 16 or more of each label"),
-        (["--label", "mood"], "the label is None; expected text or a whole number in the field 'mood', of line, tone."),
-        (["--output_dir", "{table}"], "is a file; give a folder."),
+        (["--rows", "8"], "has 15 rows; expected 16 or more of each label"),
+        (["--task", "Tony"], "Unknown task 'Tony'"),
+        (["--task", "CB"], "rows.csv:2: the row has no field 'premise'; task CB needs it."),
+        (["--data_dir", "{file}"], "is a file; give a folder."),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(table, tmp_path, capsys, flags, message):
+def test_bad_input_is_one_sentence_and_nothing_is_written(given, tmp_path, capsys, flags, message):
     out = tmp_path / "out"
-    given = {"--label": ["tone"], "--rows": ["3"], "--output_dir": [str(out)]}
-    given[flags[0]] = [flag.format(table=table) for flag in flags[1:]]
-    code, _, said = draw(table, *(word for flag, values in given.items() for word in (flag, *values)), capsys=capsys)
+    all_flags = {"--task": [given[2]], "--rows": ["3"], "--data_dir": [str(out)]}
+    all_flags[flags[0]] = [flag.format(file=given[0]) for flag in flags[1:]]
+    code, _, said = draw(given[0], *(w for flag, values in all_flags.items() for w in (flag, *values)), capsys=capsys)
     assert code != 0
     assert message in said
     assert said.count("\n") == 1
     assert not out.exists()
 
 
-def test_files_that_are_there_are_left_alone(table, tmp_path, capsys):
-    flags = [table, "--label", "tone", "--rows", "3", "--output_dir", str(tmp_path)]
-    kept = tmp_path / "dev3-21.jsonl"
+def test_files_that_are_there_are_left_alone(given, tmp_path, capsys):
+    kept = tmp_path / "Tone" / "dev3-21.jsonl"
+    kept.parent.mkdir()
     kept.write_text("mine", encoding="utf-8")
-    code, _, said = draw(*flags, capsys=capsys)
+    code, _, said = draw(*given, "--rows", "3", "--data_dir", str(tmp_path), capsys=capsys)
     assert code != 0
-    assert f"{kept} is there already; give another --output_dir." in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev3-21.jsonl", "rows.csv"]
+    assert f"{kept} is there already; give another --data_dir." in said
+    assert [path.name for path in kept.parent.iterdir()] == ["dev3-21.jsonl"]
     assert kept.read_text(encoding="utf-8") == "mine"
