@@ -137,7 +137,9 @@ class RunConfig:
         0.0,
         "least probability of the clean prediction's likeliest answer at which a row's divergence counts; 0: all do",
     )
-    mask_share: float = _perturbation(0.15, "mask: share of a row's words that the second stream hides, at least one")
+    mask_share: float = _perturbation(
+        0.15, "mask: share of a row's words that the second stream hides, at least one; 0: none"
+    )
     mask_token: str | None = _perturbation(
         None, "mask: what stands for a hidden word, one token; default: the model's own mask token, else ' _'"
     )

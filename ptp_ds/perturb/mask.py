@@ -16,7 +16,10 @@ _NEUTRAL = " _"  # where a tokenizer has no mask token
 
 
 def mask(examples: Sequence[Example], settings: PerturbSettings, noise: Noise) -> list[Twin]:
-    """Each word that may move is masked with probability mask_share, at least one a row; a token stays a token."""
+    """Each word that may move is masked with probability mask_share, at least one a row, none for a share of 0.
+
+    A token stays a token.
+    """
     return [_masked(example, settings, noise) for example in examples]
 
 
@@ -26,7 +29,7 @@ def _masked(example: Example, settings: PerturbSettings, noise: Noise) -> Twin:
     generator = make_generator(noise.seed, "mask", noise.step, example.index)
     draws = torch.rand(len(free) + 1, generator=generator).tolist()
     hidden = {word for word, draw in zip(free, draws, strict=False) if draw < settings.mask_share}
-    if free and not hidden:
+    if free and not hidden and settings.mask_share > 0:
         hidden = {free[int(draws[-1] * len(free))]}
     ids, movable = [], []
     for token, word, moves in zip(example.context_ids, words, example.movable, strict=True):

@@ -125,6 +125,14 @@ def test_masking_hides_at_least_one_word_where_one_may_move():
     assert list(PERTURBATIONS["mask"].twins([still], settings, Noise(0, 0))[0].context_ids) == list(still.context_ids)
 
 
+def test_masking_a_share_of_0_hides_nothing():
+    """mask+gaussian then adds noise to every word that may move, and that is all."""
+    settings, rows = settings_of(RunConfig(mask_share=0.0, sigma=0.5), 1.0, 9), [worded(index) for index in range(3)]
+    twins = PERTURBATIONS["mask+gaussian"].twins(rows, settings, Noise(0, 0))
+    assert [list(twin.context_ids) for twin in twins] == [list(row.context_ids) for row in rows]
+    assert [list(twin.movable) for twin in twins] == [list(row.movable) for row in rows]
+
+
 def test_the_token_that_masks(tokenizer):
     assert tokenizer.mask_token_id is None
     assert tokenizer.decode([mask_token_id(tokenizer, None)]) == "_"

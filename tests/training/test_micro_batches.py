@@ -11,12 +11,13 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.row import pack, pack_text_twins
 from ptp_ds.perturb import Noise
+from ptp_ds.perturb.ascent import start_delta
 from ptp_ds.prompts.deep import deep_width
 from ptp_ds.training.drawn import Drawn
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.micro_batches import dealt, summed
 from ptp_ds.training.step import carried_delta, loss_of_all, ptp_loss, settings_of
-from tests.support.reference import make_examples, make_model, relative_error
+from tests.support.reference import make_examples, make_model, plain_scores, relative_error
 from tests.support.runs import QUICK, check, last_prompt
 
 EXAMPLES = [
@@ -70,6 +71,23 @@ def test_gradient_losses_and_carried_deltas_are_those_of_one_row(perturbation, k
         assert (moved is None) == (carried is None) == (perturbation != "free")
         if moved is not None:
             torch.testing.assert_close(moved, carried, rtol=1e-4, atol=1e-6)
+
+
+def test_free_moves_the_deltas_of_rows_that_count():
+    """The others stay where they are: their divergence has no gradient."""
+    model, everything = make_model("llama"), [tuple(range(len(EXAMPLES)))]
+    prompt = 0.5 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    sure = [float(plain_scores(model, prompt, example).softmax(-1).max()) for example in EXAMPLES]
+    run = RunConfig(perturbation="free", epsilon=0.5)
+    some = replace(run, min_confidence=sum(sorted(sure)[2:4]) / 2)  # three rows are left out
+    row, lengths = pack(EXAMPLES), [len(example.context_ids) for example in EXAMPLES]
+    starts = start_delta(row, 32, settings_of(run, 1.0), Noise(0, 4)).split(lengths)
+    everyone, counting = (
+        found_in(Backbone(make_model("llama")), prompt, everything, one)[2].split(lengths) for one in (run, some)
+    )
+    for example, confidence, start, free, found in zip(EXAMPLES, sure, starts, everyone, counting, strict=True):
+        torch.testing.assert_close(found, free if confidence >= some.min_confidence else start)
+        assert torch.equal(free, start) == (not any(example.movable))
 
 
 def test_one_part_is_the_loss_itself():
