@@ -37,7 +37,7 @@ from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
-from ptp_ds.tasks import load_task
+from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.checkpoint import set_aside
 from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
@@ -65,6 +65,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     require_trackers(run.report_to)
     raw = read_ds_config(run.ds_config)
     task = load_task(run.task)
+    _require_class_words(run, task)
     output_dir = checked_output_dir(run)
     continuation = continuation_of(run, output_dir)
     splits = load_splits(run, task)
@@ -86,6 +87,15 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
         identity=identity, mask_id=mask_id, output_dir=output_dir, adapter=adapter,
         digests={name: split.digest for name, split in splits.items()},
     )  # fmt: skip
+
+
+def _require_class_words(run: RunConfig, task: Task) -> None:
+    """UserError where --prompt_init labels has no words to start at."""
+    if run.prompt_init == "labels" and task.choice:
+        raise UserError(
+            f"--prompt_init labels starts at a task's class words, and {task.name} has none: its answers differ from "
+            "row to row; give --prompt_init vocab or text."
+        )
 
 
 def _resolved(raw: dict, run: RunConfig, explicit: Collection[str], source: BackboneSource) -> ResolvedDeepSpeed:

@@ -14,12 +14,12 @@ from ptp_ds.seeding import make_generator
 
 def initial_ids(
     kind: str, length: int, tokenizer: Any, vocabulary: int, *, seed: int, text: str | None = None,
-    answers: Sequence[str] = (),
+    answers: Sequence[Sequence[int]] = (),
 ) -> list[int]:  # fmt: skip
     """`length` token ids whose embeddings a prompt starts at. vocabulary: rows of the model's embedding.
 
-    kind: vocab, text (needs `text`) or labels (the answers' words). Raises ValueError for another kind, no text, and a
-    prompt longer than the vocabulary.
+    kind: vocab, text (needs `text`) or labels (needs `answers`: the tokens of each, as they are scored). ValueError
+    for another kind, no text, and a prompt longer than the vocabulary.
     """
     if kind == "vocab":
         return vocab_ids(length, tokenizer, vocabulary, seed)
@@ -54,7 +54,7 @@ def repeat_to_length(ids: list[int], length: int) -> list[int]:
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def label_ids(length: int, tokenizer: Any, vocabulary: int, seed: int, answers: Sequence[str]) -> list[int]:
-    """The class words' tokens first, seeded vocabulary rows behind them (Lester et al.: repeat no class word)."""
-    words = text_ids(tokenizer, answers)[:length]
+def label_ids(length: int, tokenizer: Any, vocabulary: int, seed: int, answers: Sequence[Sequence[int]]) -> list[int]:
+    """The answers' tokens first, seeded vocabulary rows behind them (Lester et al.: repeat no class word)."""
+    words = [token for answer in answers for token in answer][:length]
     return words + vocab_ids(length - len(words), tokenizer, vocabulary, seed)

@@ -33,7 +33,7 @@ def initial_trained(prepared: Prepared, backbone: Backbone) -> Tensor:
         return head.join(prepared.adapter.to(backbone.device), tensors)
     ids = initial_ids(
         run.prompt_init, run.prompt_length, prepared.source.tokenizer, backbone.vocabulary, seed=run.seed,
-        text=run.init_text, answers=[answer.strip() for answer in prepared.task.answers.values()],
+        text=run.init_text, answers=prepared.examples.train[0].candidate_ids,  # the same in every row
     )  # fmt: skip
     prompt = backbone.embed_ids(ids)
     if run.prompt == "soft":

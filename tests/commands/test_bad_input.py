@@ -95,6 +95,12 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--prompt_length", "512"], "--prompt_length 512 leaves no room in the backbone's context of 512 tokens."),
         (["--max_length", "513"], "--max_length 513 must lie between the prompt's"),
         (["--prompt_init", "adapter", "--init_adapter", "no"], "Adapter no: there is no such folder; "),
+        (
+            ["--task", "COPA", "--prompt_init", "labels"],
+            "--prompt_init labels starts at a task's class words, and COPA has none: its answers differ from row to "
+            "row; give --prompt_init vocab or text.",
+        ),
+        (["--task", "WSC", "--prompt_init", "labels"], "--prompt_init labels starts at a task's class words, and WSC"),
         (["--dataset", "no-such-folder"], "--dataset no-such-folder: can't load configuration 'cb', split 'train' "),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_malformed_hostfile_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "wanted"),
     [
-        (["--perturbation", "none", "--prompt", "deep", "--prompt_init", "labels"],
+        (["--task", "CB", "--perturbation", "none", "--prompt", "deep", "--prompt_init", "labels"],
          [r"  perturbation: none", r"  prompt: deep, 5 tokens, starts as the class words"]),
         (["--sigma", "0", "--tokens_per_step", "900", "--prompt_mlp", "8"],
          [r"  steps: 1 of 900 tokens over all ranks",

@@ -15,7 +15,8 @@ def backbone(tiny_model):
 
 
 def start(kind, length, backbone, tokenizer, seed=0, text=None):
-    ids = initial_ids(kind, length, tokenizer, backbone.vocabulary, seed=seed, text=text, answers=["true", "false"])
+    answers = [text_ids(tokenizer, [answer]) for answer in (" true", " false")]
+    ids = initial_ids(kind, length, tokenizer, backbone.vocabulary, seed=seed, text=text, answers=answers)
     return backbone.embed_ids(ids)
 
 
@@ -30,7 +31,7 @@ def test_every_row_is_a_vocabulary_row(kind, backbone, tokenizer):
 
 def test_text_and_labels_start_with_their_words(backbone, tokenizer):
     table = backbone.model.get_input_embeddings().weight
-    words = text_ids(tokenizer, ["true", "false"])
+    words = text_ids(tokenizer, [" true", " false"])
     assert torch.equal(start("labels", len(words) + 3, backbone, tokenizer)[: len(words)], table[words])
     ids = text_ids(tokenizer, ["a b"])
     assert torch.equal(start("text", 2 * len(ids), backbone, tokenizer, text="a b"), table[ids + ids])
@@ -42,7 +43,7 @@ def test_vocab_is_seeded_without_specials_or_repeats(tokenizer):
     assert len(set(ids)) == 50
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert max(vocab_ids(90, tokenizer, 100, 0)) < 100
-    assert len(label_ids(4, tokenizer, 10**6, 0, ["true", "false"])) == 4
+    assert len(label_ids(4, tokenizer, 10**6, 0, [[1, 2, 3], [4, 5]])) == 4
 
 
 def test_errors(backbone, tokenizer):
