@@ -124,14 +124,17 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
 
 
 def open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
-    """The run's folder with its config.json; checkpoints that were passed over are set aside."""
+    """The run's folder with its config.json; checkpoints that it doesn't go on from are set aside."""
     if ranks.is_main:
         description, continuation = config_record(prepared, ranks), prepared.continuation
+        damaged, left = bool(continuation.skipped), []
         with output.writing():
             output.folder.mkdir(parents=True, exist_ok=True)
             write_json(output.folder / "config.json", description)
-            if continuation.skipped and continuation.checkpoint is not None:
-                set_aside(output.folder / "checkpoints", continuation.checkpoint.step)
+            if continuation.folder is not None:
+                left = set_aside(output.folder / "checkpoints", continuation.folder, damaged)
+        if left and not damaged:
+            log.info("going on from %s: set aside %s", continuation.folder, ", ".join(left))
     output.agree()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: safetensors and JSON of the trained part only, written beside and renamed, for any number of ranks."""
 
+import itertools
 import json
 import math
 import re
@@ -118,14 +119,24 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list
     return None, None, told
 
 
-def set_aside(root: Path, newest: int) -> None:
-    """Renames checkpoints behind step `newest`, which --resume auto passed over, to step-....damaged. Rank 0 only."""
-    for folder in list_checkpoints(root):
-        match = _NAME.fullmatch(folder.name)
-        if match and int(match[1]) > newest:
-            aside = folder.with_name(f"{folder.name}.damaged")
+def set_aside(root: Path, resumed: Path, damaged: bool) -> list[str]:
+    """Renames what a run that goes on from checkpoint `resumed` leaves behind, and returns the new names. Rank 0 only.
+
+    These are the checkpoints behind it, or all where it isn't one of root's: they are of a run that was left, and
+    --resume auto would take the newest of them for this one's. damaged: it has passed over them as damaged.
+    """
+    found, names = list_checkpoints(root), []
+    own = [number for number, folder in enumerate(found) if folder.samefile(resumed)]
+    for folder in found[own[0] + 1 :] if own else found:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        if damaged:
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+        else:
+            free = (f"{folder.name}.left{number or ''}" for number in itertools.count())
+            aside = next(path for path in map(folder.with_name, free) if not path.exists())
+        folder.rename(aside)
+        names.append(aside.name)
+    return names
 
 
 def find_checkpoint(resume: str) -> Path:

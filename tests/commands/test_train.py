@@ -147,6 +147,24 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_train, t
     assert (settings["max_steps"], settings["schedule_steps"], settings["perturbation"]) == (8, None, "pgd")
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_gone_on_from(run_train, tiny_model, tmp_path):
+    """It is left at step 6, between the older checkpoint and the newest of the run before: auto takes its own."""
+    args = [*QUICK, "--model", tiny_model, "--save_every", "4", "--keep_checkpoints", "9", "--output_dir"]
+    long = ["--schedule_steps", "20", "--max_steps"]
+    branch, plain = tmp_path / "branch", tmp_path / "plain"
+    check(run_train([*args, branch, "--max_steps", "8"]))
+    four = branch / "checkpoints" / "step-000004"
+    done = check(run_train([*args, branch, *long, "6", "--resume", four]))
+    assert f"going on from {four}: set aside step-000008.left" in done.stdout
+    done = check(run_train([*args, branch, *long, "10", "--resume", "auto"]))
+    assert "resumed behind step 6" in done.stdout
+    check(run_train([*args, plain, *long, "10", "--resume", four]))
+    newest = "checkpoints/step-000010/state.safetensors"
+    assert torch.equal(load_file(branch / newest)["prompt"], load_file(plain / newest)["prompt"])
+    lines = map(json.loads, (branch / "log.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 11))
+
+
 @pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
 def test_the_folder_of_a_run_that_failed_before_it_saved_is_used_again(run_train, tiny_model, tmp_path, resume):
     """Its steps are gone from the log and from TensorBoard; the run that follows is as in a folder of its own."""

@@ -215,12 +215,38 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(tmp_path, dama
     assert (folder, read and read.step) == (good, 1)
     assert len(told) == 1
     assert told[0].startswith(str(bad))
-    set_aside(root, 1)
+    assert set_aside(root, good, damaged=True) == ["step-000002.damaged"]
     assert names_in(root) == ["step-000001", "step-000002.damaged"]
     damage(save_checkpoint(root, checkpoint(2), keep=5))
-    set_aside(root, 1)  # a second time
+    set_aside(root, good, damaged=True)  # a second time
     assert names_in(root) == ["step-000001", "step-000002.damaged"]
     assert list_checkpoints(root) == [good]
+
+
+def test_checkpoints_behind_the_one_that_is_named_are_set_aside(tmp_path):
+    """Each time, and none is lost."""
+    root = tmp_path / "checkpoints"
+    five = save_checkpoint(root, checkpoint(5), keep=5)
+    for step in (8, 10):
+        save_checkpoint(root, checkpoint(step), keep=5)
+    (tmp_path / "link").symlink_to(root)
+    assert set_aside(root, tmp_path / "link" / five.name, damaged=False) == ["step-000008.left", "step-000010.left"]
+    assert set_aside(root, five, damaged=False) == []
+    save_checkpoint(root, checkpoint(10), keep=5)
+    assert set_aside(root, five, damaged=False) == ["step-000010.left1"]
+    assert names_in(root) == ["step-000005", "step-000008.left", "step-000010.left", "step-000010.left1"]
+    assert newest_whole(tmp_path)[0] == five
+
+
+def test_beside_a_checkpoint_from_elsewhere_all_are_set_aside(tmp_path):
+    """Also beside one that was set aside before."""
+    root = tmp_path / "checkpoints"
+    three = save_checkpoint(root, checkpoint(3), keep=5)
+    elsewhere = save_checkpoint(tmp_path / "other", checkpoint(5), keep=5)
+    assert set_aside(root, elsewhere, damaged=False) == ["step-000003.left"]
+    save_checkpoint(root, checkpoint(2), keep=5)
+    assert set_aside(root, three.with_name("step-000003.left"), damaged=False) == ["step-000002.left"]
+    assert set_aside(tmp_path / "new", elsewhere, damaged=False) == []
 
 
 def test_only_damaged_checkpoints_are_refused(tmp_path):
