@@ -43,7 +43,7 @@ from ptp_ds.training.checkpoint import set_aside
 from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, score_examples
-from ptp_ds.training.examples import load_splits, run_examples
+from ptp_ds.training.examples import load_splits, require_rows_for, run_examples
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
@@ -79,6 +79,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
+    require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
     identity = identity_of(run, task, source.config, splits)
     changes = continuation.require_same(identity)
     _warn(run, explicit, continuation, changes)

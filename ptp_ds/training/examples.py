@@ -1,4 +1,4 @@
-"""A run's data: the splits it reads, and the examples that train, select, are reported and are predicted."""
+"""A run's data: the splits it reads, the examples that train, select, are reported and are predicted; their batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.packing.layouts import Rows
 from ptp_ds.tasks import Task
-from ptp_ds.tasks.data import Split, Tokenised, hold_out, load_split, tokenise
+from ptp_ds.tasks.data import BatchOrder, BudgetOrder, Split, Tokenised, hold_out, load_split, tokenise
 from ptp_ds.tasks.example import Example
 from ptp_ds.tasks.predictions import check_numbers
 
@@ -72,3 +73,38 @@ def _train_and_select(
     if not train:
         raise UserError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
     return train, select
+
+
+def batch_order(run: RunConfig, rows: Rows, train: Sequence[Example]) -> BatchOrder:
+    """The batches of the run's optimizer steps, the same on any number of ranks and micro-batches."""
+    if run.tokens_per_step is None:
+        return BatchOrder(len(train), run.batch_size, run.seed)
+    return BudgetOrder(_step_tokens(run, rows, train), run.tokens_per_step, 1, run.seed)
+
+
+def _step_tokens(run: RunConfig, rows: Rows, train: Sequence[Example]) -> list[int]:
+    """Packed tokens of each example in a step, all streams."""
+    shared = rows.shared_start(train)
+    return [run.streams * (rows.length(example) - shared) for example in train]
+
+
+def require_rows_for(run: RunConfig, rows: Rows, train: Sequence[Example], hands: int) -> None:
+    """UserError where a batch of --tokens_per_step holds fewer rows than hands: a rank's micro-batch needs one.
+
+    hands: ranks times micro-batches of each.
+    """
+    if run.tokens_per_step is None or hands == 1:
+        return
+    lengths = sorted(_step_tokens(run, rows, train))
+    enough = sum(lengths[-hands:])
+    if len(train) >= hands and enough <= run.tokens_per_step:
+        return
+    order = batch_order(run, rows, train)
+    count, step = min((len(order.batch(step)), step) for step in range(-(-run.max_steps // run.batch_repeats)))
+    if count < hands:
+        more = f"--tokens_per_step {enough}, which is always enough, or " if len(train) >= hands else ""
+        raise UserError(
+            f"--tokens_per_step {run.tokens_per_step} holds {count} of the {len(train)} training rows in batch "
+            f"{step + 1}, and each of the {hands} micro-batches (ranks times --gradient_accumulation_steps) needs a "
+            f"row; give {more}fewer ranks or a smaller --gradient_accumulation_steps."
+        )

@@ -26,13 +26,14 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks import Task
-from ptp_ds.tasks.data import BatchOrder, BudgetOrder, deal_rows
+from ptp_ds.tasks.data import BatchOrder, deal_rows
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.carried import Carried, Part, gather
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, evaluate
+from ptp_ds.training.examples import batch_order
 from ptp_ds.training.meter import Meter, Shares
 from ptp_ds.training.micro_batches import dealt
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
@@ -233,11 +234,7 @@ class Trainer:
 
     @cached_property
     def _order(self) -> BatchOrder:
-        run, count = self.run, len(self.train_examples)
-        if run.tokens_per_step is None:
-            return BatchOrder(count, run.batch_size, run.seed)
-        lengths = [run.streams * length for length in self._lengths(self.train_examples)]
-        return BudgetOrder(lengths, run.tokens_per_step, self.ranks.world * run.gradient_accumulation_steps, run.seed)
+        return batch_order(self.run, self._rows, self.train_examples)
 
     def _dealt(self, step: int) -> tuple[list[Example], list[list[int]]]:
         """The global batch of optimizer step `step` and each rank's places in it, section by section."""

@@ -101,6 +101,10 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
             "row; give --prompt_init vocab or text.",
         ),
         (["--task", "WSC", "--prompt_init", "labels"], "--prompt_init labels starts at a task's class words, and WSC"),
+        (
+            ["--tokens_per_step", "60", "--gradient_accumulation_steps", "4"],
+            "--tokens_per_step 60 holds 1 of the 82 training rows in batch 1, and each of the 4 micro-batches (ranks ",
+        ),
         (["--dataset", "no-such-folder"], "--dataset no-such-folder: can't load configuration 'cb', split 'train' "),
     ],
 )

@@ -1,0 +1,84 @@
+"""Batches of --tokens_per_step: the same however many share them, and what is refused."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.packing.layouts import TreeRows
+from ptp_ds.tasks.example import Example
+from ptp_ds.training.examples import batch_order, require_rows_for
+
+LENGTHS = [120, 300, 180, 240, 100, 260, 140, 280, 160, 220]  # packed tokens of a row, one stream
+
+
+def rows_of(lengths=LENGTHS):
+    return [
+        Example(
+            context_ids=[number + 1] * length, movable=[True] * length, candidate_ids=[[1], [2]], gold=0, index=number
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def budget(tokens, **changes):
+    return RunConfig(tokens_per_step=tokens, **{"perturbation": "none", "max_steps": 30, **changes})
+
+
+def test_a_batch_is_what_fits_the_budget():
+    """Counted by hand, in the seeded order: the next row would be too many."""
+    order = batch_order(budget(600), TreeRows(), rows_of())
+    batches = [order.batch(step) for step in range(30)]
+    for batch, following in itertools.pairwise(batches):
+        tokens = sum(LENGTHS[number] for number in batch)
+        assert tokens <= 600 < tokens + LENGTHS[following[0]]
+
+
+def test_both_streams_count():
+    """--perturbation none has one."""
+    plain = batch_order(budget(600), TreeRows(), rows_of())
+    noisy = batch_order(budget(1200, perturbation="gaussian"), TreeRows(), rows_of())
+    assert [noisy.batch(step) for step in range(9)] == [plain.batch(step) for step in range(9)]
+
+
+@pytest.mark.parametrize(("tokens", "hands"), [(600, 1), (600, 2), (1080, 4), (100, 1)])
+def test_batches_with_a_row_for_each(tokens, hands):
+    """Longest rows: 300, 280, 260, 240, so 1080 tokens always hold four; alone, any budget does."""
+    require_rows_for(budget(tokens), TreeRows(), rows_of(), hands)
+
+
+def test_a_batch_that_holds_fewer_rows_than_there_are_hands():
+    run, order = budget(600), batch_order(budget(600), TreeRows(), rows_of())
+    sizes = [len(order.batch(step)) for step in range(30)]
+    fewest, first = min(sizes), sizes.index(min(sizes)) + 1
+    with pytest.raises(ValueError, match=(
+        rf"^--tokens_per_step 600 holds {fewest} of the 10 training rows in batch {first}, and each of the 4 micro-batches "
+        r"\(ranks times --gradient_accumulation_steps\) needs a row; give --tokens_per_step 1080, which is always enough, "
+        r"or fewer ranks or a smaller --gradient_accumulation_steps\.$"
+    )):  # fmt: skip
+        require_rows_for(run, TreeRows(), rows_of(), 4)
+    require_rows_for(run, TreeRows(), rows_of(), fewest)
+
+
+def test_steps_that_the_run_does_not_take_do_not_count():
+    run = budget(600, seed=1)
+    sizes = [len(batch_order(run, TreeRows(), rows_of()).batch(step)) for step in range(30)]
+    narrow = sizes.index(min(sizes))
+    assert narrow > 0, "else nothing is tested"
+    require_rows_for(replace(run, max_steps=narrow), TreeRows(), rows_of(), min(sizes) + 1)
+    require_rows_for(
+        replace(run, max_steps=2 * narrow, perturbation="free", reg_weight=1.0, tokens_per_step=1200),
+        TreeRows(),
+        rows_of(),
+        min(sizes) + 1,
+    )  # each batch is used twice
+    with pytest.raises(ValueError, match=f"in batch {narrow + 1}, "):
+        require_rows_for(replace(run, max_steps=narrow + 1), TreeRows(), rows_of(), min(sizes) + 1)
+
+
+def test_fewer_rows_than_hands():
+    with pytest.raises(
+        ValueError, match=r"holds 10 of the 10 training rows.* needs a row; give fewer ranks or a smaller --grad"
+    ):
+        require_rows_for(budget(10**6), TreeRows(), rows_of(), 11)
