@@ -80,7 +80,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
-    identity = identity_of(run, task, source.config, splits)
+    identity = identity_of(run, task, source.config, splits, adapter, resolved.dtype)
     changes = continuation.require_same(identity)
     _warn(run, explicit, continuation, changes)
     return Prepared(

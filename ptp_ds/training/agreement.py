@@ -29,8 +29,8 @@ def fingerprints(
     found = {f"the {name} split's rows": digest for name, digest in digests.items()}
     found["the model's files"] = _model_files(model_folder)
     found["the checkpoint to resume from"] = _checkpoint(checkpoint)
+    found[_PRECISION] = str(dtype)  # before the settings, which hold it, too
     found["the run's settings"] = json.dumps(identity, sort_keys=True)
-    found[_PRECISION] = str(dtype)
     return found
 
 

@@ -38,6 +38,7 @@ _LIKE_PROMPT = ("exp_avg", "exp_avg_sq", "average")  # of the prompt's shape
 _TENSORS = ("prompt", "exp_avg", "exp_avg_sq", "adam_step", "best_prompt", "carried_delta", "loss_scaler", "average")
 _VECTORS = {"adam_step": (1,), "loss_scaler": (4,)}  # and their shapes
 _REQUIRED = _TENSORS[:4]
+_LATER = {"selection data", "prompt_init", "init_text", "prompt in --init_adapter"}  # older ones don't tell: any fits
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
 
@@ -246,6 +247,8 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs between a checkpoint and this run."""
     for name, value in identity.items():
+        if name in _LATER and name not in checkpoint.identity:
+            continue
         saved = checkpoint.identity.get(name, BEFORE.get(name))
         if saved != value:
             if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates

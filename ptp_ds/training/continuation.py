@@ -1,10 +1,14 @@
 """Whether a run starts or goes on: its output folder, the checkpoint to resume from, what both must share."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -15,7 +19,8 @@ from ptp_ds.tasks.data import Split
 from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
 
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
-_LENGTHS = ("max_steps", "schedule_steps")  # may differ between a checkpoint and the run that goes on from it
+_MAY_DIFFER = ("max_steps", "schedule_steps", "precision")  # between a checkpoint and the run that goes on from it
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,26 @@ class Continuation:
     def require_same(self, identity: Mapping[str, Any]) -> list[str]:
         """ValueError that names what differs between the checkpoint and the run that would go on from it.
 
-        How long the run trains may differ, and where its learning rate ends: a sentence for each that does.
+        How long the run trains may differ, where its learning rate ends, and the precision: a sentence for each that
+        does.
         """
         if self.checkpoint is None:
             return []
         assert self.folder is not None
         saved = self.checkpoint.identity
-        require_same_run(self.checkpoint, {n: v for n, v in identity.items() if n not in _LENGTHS}, self.folder)
+        require_same_run(self.checkpoint, {n: v for n, v in identity.items() if n not in _MAY_DIFFER}, self.folder)
         if identity["max_steps"] < self.checkpoint.step:
             raise UserError(
                 f"--max_steps is {identity['max_steps']} and {self.folder} has {self.checkpoint.step} steps behind it; "
                 "give more steps, or evaluate its adapter with scripts/evaluate.py."
             )
         changes = []
+        now = identity["precision"]
+        if (before := saved.get("precision", now)) != now:
+            changes.append(
+                f"the backbone's precision was {before} and is {now} now: the steps from {self.checkpoint.step + 1} on "
+                f"are not those of the run before (--precision {before} keeps it)"
+            )
         if saved.get("max_steps") != identity["max_steps"]:
             changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
         end, now = saved.get("schedule_steps", saved.get("max_steps")), identity["schedule_steps"]
@@ -89,14 +101,19 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
     return Continuation(checkpoint, newest, tuple(skipped))
 
 
-def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split]) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it."""
+def identity_of(
+    run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split], adapter: Tensor | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it. adapter: the prompt that --init_adapter holds.
+
+    dtype: the backbone's; it may differ, see Continuation.
+    """
     names = (
         "model", "head", "prompt", "prompt_length", "prompt_mlp", "prompt_residual", "perturbation", "divergence",
         "divergence_gradient", "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "sigma", "epsilon",
         "alpha", "ascent_steps", "norm", "units", "target", "mask_share", "mask_token", "batch_size",
         "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "average",
-        "max_steps", "seed", "holdout", "max_length",
+        "max_steps", "seed", "holdout", "max_length", "prompt_init", "init_text",
     )  # fmt: skip
     attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()
@@ -110,4 +127,9 @@ def identity_of(run: RunConfig, task: Task, config: Any, splits: Mapping[str, Sp
         identity["perturbation_args"] = run.own_settings
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
+    identity["selection data"] = splits["select"].digest if "select" in splits else None
+    identity["prompt in --init_adapter"] = (
+        None if adapter is None else hashlib.sha256(adapter.float().contiguous().numpy().tobytes()).hexdigest()
+    )
+    identity["precision"] = _PRECISIONS[dtype]
     return redacted(json.loads(json.dumps(identity)))

@@ -240,6 +240,8 @@ def test_a_checkpoint_of_the_same_run_is_accepted(base, saved):
             ["--max_steps was 2 and is 30 now", "--schedule_steps 2 ends before --max_steps 30"],
         ),
         (["--schedule_steps", "9"], ["from step 2 on it is another (--schedule_steps 2 keeps the old)"]),
+        (["--precision", "bf16"], ["precision was fp32 and is bf16 now: the steps from 2 on are not those"]),
+        (["--patience", "3", "--save_every", "1"], []),
     ],
 )
 def test_a_resumed_run_may_be_longer_and_says_what_changes(base, saved, extra, said, capsys):
@@ -282,6 +284,8 @@ def test_a_resumed_run_may_not_end_before_its_checkpoint(base, tmp_path, monkeyp
         (["--prompt_length", "5"], "its prompt_length is 4, this run's is 5."),
         (["--perturbation", "pgd"], "its perturbation is 'gaussian', this run's is 'pgd'."),
         (["--train_split", "val", "--eval_split", "train"], "its training data is '"),
+        (["--select_split", "train"], "its selection data is None, this run's is '"),
+        (["--prompt_init", "labels"], "its prompt_init is 'vocab', this run's is 'labels'."),
     ],
 )
 def test_checkpoint_of_another_run(base, refuse, saved, extra, named):

@@ -39,8 +39,9 @@ def test_what_differs_and_where_is_named(gathered):
 
 def test_processors_that_differ_are_told_to_choose(gathered, tmp_path):
     """--precision auto takes bf16 where a host's processor has it; gathers of two dtypes would hang."""
-    seen = [fingerprints({}, tmp_path, None, {}, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    (name,) = (name for name in seen[0] if seen[0][name] != seen[1][name])
+    dtypes = (torch.float32, torch.bfloat16)
+    seen = [fingerprints({}, tmp_path, None, {"precision": str(dtype)}, dtype) for dtype in dtypes]
+    name = next(name for name in seen[0] if seen[0][name] != seen[1][name])
     with pytest.raises(ValueError, match=r"precision that auto chooses than rank 0 does; the hosts' proc.*--precision"):
         require_agreement(gathered(change_second), {"the data": "a", name: seen[0][name]})
 

@@ -52,11 +52,12 @@ def test_a_batch_that_holds_fewer_rows_than_there_are_hands():
     run, order = budget(600), batch_order(budget(600), TreeRows(), rows_of())
     sizes = [len(order.batch(step)) for step in range(30)]
     fewest, first = min(sizes), sizes.index(min(sizes)) + 1
-    with pytest.raises(ValueError, match=(
-        rf"^--tokens_per_step 600 holds {fewest} of the 10 training rows in batch {first}, and each of the 4 micro-batches "
-        r"\(ranks times --gradient_accumulation_steps\) needs a row; give --tokens_per_step 1080, which is always enough, "
-        r"or fewer ranks or a smaller --gradient_accumulation_steps\.$"
-    )):  # fmt: skip
+    message = (
+        rf"^--tokens_per_step 600 holds {fewest} of the 10 training rows in batch {first}, and each of the 4 "
+        r"micro-batches \(ranks times --gradient_accumulation_steps\) needs a row; give --tokens_per_step 1080, "
+        r"which is always enough, or fewer ranks or a smaller --gradient_accumulation_steps\.$"
+    )
+    with pytest.raises(ValueError, match=message):
         require_rows_for(run, TreeRows(), rows_of(), 4)
     require_rows_for(run, TreeRows(), rows_of(), fewest)
 

@@ -1,0 +1,70 @@
+"""What a run must share with the checkpoint that it goes on from, beside its settings: rows, and where it started."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.commands.train import prepare
+from ptp_ds.config.flags import parse_run
+from ptp_ds.models.source import load_config
+from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
+
+ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
+
+
+@pytest.fixture
+def base(tiny_model) -> list[str]:
+    """Flags of a run of two steps on the demo data."""
+    return ["--model", str(tiny_model), "--task", "CB", "--prompt_length", "4", "--max_steps", "2"]
+
+
+@pytest.fixture
+def saved_by(tmp_path, monkeypatch) -> Callable[[list[str]], Path]:
+    """saved_by(flags): a checkpoint of step 1 of that run, in out."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(flags: list[str]) -> Path:
+        tensors = {name: torch.zeros(4, 32) for name in ("prompt", "exp_avg", "exp_avg_sq")}
+        checkpoint = Checkpoint(1, {**tensors, "adam_step": torch.zeros(1)}, None, prepare(*parse_run(flags)).identity)
+        return save_checkpoint(Path("out/checkpoints"), checkpoint, keep=1)
+
+    return save
+
+
+def test_other_selection_rows(base, saved_by, write_rows):
+    """Scores of different rows would be compared."""
+    rows = [{**ROW, "premise": f"It rains, he said {number} times."} for number in range(3)]
+    for split in ("train", "val", "dev"):
+        write_rows(Path("data/CB") / f"{split}.jsonl", rows)
+    run = [*base, "--data_dir", "data", "--select_split", "dev", "--output_dir", "out"]
+    saved_by(run)
+    prepare(*parse_run([*run, "--resume", "auto"]))
+    write_rows(Path("data/CB/dev.jsonl"), rows[:2])
+    with pytest.raises(ValueError, match="is a checkpoint of another run: its selection data is '"):
+        prepare(*parse_run([*run, "--resume", "auto"]))
+
+
+def test_another_adapter_to_start_from(base, saved_by, tiny_model):
+    """Its numbers count, not its place: what the untrained prompt scores is reported behind the resumed run, too."""
+    for name, value in (("one", 0.0), ("moved", 0.0), ("other", 1.0)):
+        write_adapter(Path(name), torch.full((4, 32), value), "model", load_config(tiny_model), {})
+    run = [*base, "--output_dir", "out", "--prompt_init", "adapter", "--init_adapter"]
+    saved_by([*run, "one"])
+    prepare(*parse_run([*run, "moved", "--resume", "auto"]))
+    with pytest.raises(ValueError, match="is a checkpoint of another run: its prompt in --init_adapter is '"):
+        prepare(*parse_run([*run, "other", "--resume", "auto"]))
+
+
+def test_what_an_older_checkpoint_does_not_tell_may_be_anything(base, saved_by, capsys):
+    saved = saved_by(base)
+    meta = json.loads((saved / "state.json").read_text())
+    for name in ("selection data", "prompt_init", "init_text", "prompt in --init_adapter", "precision"):
+        del meta["identity"][name]
+    (saved / "state.json").write_text(json.dumps(meta))
+    others = ["--select_split", "train", "--prompt_init", "text", "--init_text", "words", "--precision", "bf16"]
+    prepare(*parse_run([*base, *others, "--output_dir", "out", "--resume", "auto"]))
+    assert capsys.readouterr().err == ""
