@@ -63,11 +63,16 @@ def gender_parity(outcome: Outcome) -> float:
 
 
 def matthews(outcome: Outcome) -> float:
-    """Matthews correlation of two labels, 0 where either side has only one of them."""
-    cells = Counter(zip(outcome.predicted, outcome.gold, strict=True))
-    tp, tn, fp, fn = cells[1, 1], cells[0, 0], cells[1, 0], cells[0, 1]
-    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / product**0.5 if product else 0.0
+    """Matthews correlation over all labels that occur, 0 where either side has only one of them.
+
+    (c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k t_k^2)) with c right ones of n rows, p_k of them
+    predicted as label k and t_k that are k (Gorodkin 2004); the usual one of two labels, as scikit-learn's.
+    """
+    count, right = len(outcome.gold), sum(p == g for p, g in zip(outcome.predicted, outcome.gold, strict=True))
+    predicted, gold = Counter(outcome.predicted), Counter(outcome.gold)
+    product = (count**2 - sum(p**2 for p in predicted.values())) * (count**2 - sum(t**2 for t in gold.values()))
+    shared = right * count - sum(predicted[label] * gold[label] for label in gold)
+    return shared / product**0.5 if product else 0.0
 
 
 def _plain(text: str) -> str:

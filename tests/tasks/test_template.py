@@ -267,10 +267,11 @@ def test_metrics_are_scikit_learns(seed):
     generator = np.random.default_rng(seed)
     labels, rows = int(generator.integers(2, 5)), int(generator.integers(1, 40))
     gold, predicted = (generator.integers(0, labels, rows).tolist() for _ in range(2))
-    found = compute_metrics(("accuracy", "macro_f1"), Outcome(predicted, gold))
-    assert list(found) == ["accuracy", "macro_f1"]
+    found = compute_metrics(("accuracy", "macro_f1", "matthews"), Outcome(predicted, gold))
+    assert list(found) == ["accuracy", "macro_f1", "matthews"]
     assert found["accuracy"] == pytest.approx(accuracy_score(gold, predicted), abs=1e-12)
     assert found["macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro"), abs=1e-12)
+    assert found["matthews"] == pytest.approx(matthews_corrcoef(gold, predicted), abs=1e-12)
 
 
 def test_metrics_refuse_lists_of_two_lengths():
