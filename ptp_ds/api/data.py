@@ -2,6 +2,7 @@
 resumed and its adapter evaluated like any other.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ptp_ds.files import brief, plain_name, write_json, write_jsonl
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.tasks import Task, load_task
+from ptp_ds.tasks.data import with_class_labels
 from ptp_ds.tasks.readers import OWN_ANSWERS
 from ptp_ds.tasks.rows import ENDINGS, rows_of_file
 from ptp_ds.tasks.template import parse_task
@@ -60,11 +62,14 @@ def rows_by_split(data: Any, task: Task, splits: tuple[str, str], seed: int) -> 
     """
     train, reported = splits
     if isinstance(data, Mapping):  # a DatasetDict, too
-        found = {plain_name(name, "data: a split"): _rows(one, task, f"data[{name!r}]") for name, one in data.items()}
+        found = {
+            plain_name(name, "data: a split"): _rows_of_split(one, task, f"data[{name!r}]")
+            for name, one in data.items()
+        }
         if missing := [name for name in splits if name not in found]:
             raise UserError(f"data has the splits {', '.join(found) or 'of none'}; expected {missing[0]!r}, too.")
         return found
-    whole = _rows(data, task, "data")
+    whole = _rows_of_split(data, task, "data")
     if len(whole) < 3:
         raise UserError(f"data has {len(whole)} rows; give three or more, or a dict of {train!r} and {reported!r}.")
     held = set(random.Random(seed).sample(range(len(whole)), max(1, round(_REPORTED * len(whole)))))
@@ -84,8 +89,8 @@ def write_rows(by_split: Mapping[str, Rows], task: Task, folder: Path) -> str:
     return str(folder)
 
 
-def _rows(data: Any, task: Task, where: str) -> Rows:
-    """A split's rows as plain dicts."""
+def _rows(data: Any, where: str) -> Rows:
+    """A split's rows as dicts."""
     if isinstance(data, str | Path):
         path = Path(data)
         if path.suffix.lower() not in ENDINGS:
@@ -93,28 +98,48 @@ def _rows(data: Any, task: Task, where: str) -> Rows:
                 f"{where} is {brief(str(data))}; expected a folder, a file in {', '.join(ENDINGS)}, or rows."
             )
         return rows_of_file(path)[0]
-    features = getattr(data, "features", None)
-    rows = []
     try:
-        for number, row in enumerate(data):
-            if not isinstance(row, Mapping):
-                raise UserError(f"{where}: row {number} is {brief(row)}; expected a dict of the task's fields.")
-            rows.append(_named_label(dict(row), task, features))
+        each = iter(data)
     except TypeError:
         raise UserError(
             f"{where} is {brief(data)}; expected a path, a list of dicts, a datasets.Dataset, or a dict of these by "
             "split."
         ) from None
+    rows = []
+    for number, row in enumerate(each):
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: row {number} is {brief(row)}; expected a dict of the task's fields.")
+        rows.append(dict(row))
     return rows
 
 
-def _named_label(row: dict[str, Any], task: Task, features: Any) -> dict[str, Any]:
-    """The row with its label by the name that its datasets.ClassLabel has, where the template knows that one."""
-    kind = features.get(task.label) if isinstance(features, Mapping) and task.label is not None else None
-    value = row.get(task.label or "")
-    if kind is not None and hasattr(kind, "int2str") and isinstance(value, int) and str(value) not in task.answers:
-        row[task.label or ""] = kind.int2str(value) if value >= 0 else value
-    return row
+def _rows_of_split(data: Any, task: Task, where: str) -> Rows:
+    """A split's rows as its file will hold them, with the template's labels."""
+    rows = [_as_json(row, task, f"{where}: row {number}") for number, row in enumerate(_rows(data, where))]
+    return with_class_labels(rows, getattr(data, "features", None), task, where)
+
+
+def _as_json(row: Mapping[str, Any], task: Task, where: str) -> dict[str, Any]:
+    """The row in JSON's values. What JSON can't hold is left out where the template doesn't read that field."""
+    read = {*task.fields, task.label, "idx"} if task.of_fields else row.keys()
+    found = {}
+    for name, value in row.items():
+        try:
+            found[name] = value if isinstance(value, str | int) else json.loads(json.dumps(value, default=_from_array))
+        except (TypeError, ValueError):
+            if name in read:
+                raise UserError(
+                    f"{where}: field {brief(name)} is {brief(value)}, of type {type(value).__name__}; expected text, a "
+                    "number or what else JSON holds."
+                ) from None
+    return found
+
+
+def _from_array(value: Any) -> Any:
+    """A number or lists of them, for a scalar or an array of numpy's or torch's."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(type(value).__name__)
+    return value.tolist()
 
 
 def rows_of(given: Any, task: Task) -> Rows:
@@ -129,4 +154,4 @@ def rows_of(given: Any, task: Task) -> Rows:
         return [dict(given)]
     if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
         return [row for one in given for row in rows_of(one, task)]
-    return _rows(given, task, "rows")
+    return _rows(given, "rows")

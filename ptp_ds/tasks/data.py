@@ -101,14 +101,43 @@ def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[st
             f"--dataset {dataset}: can't load configuration {task.name.lower()!r}, split {name!r} "
             f"({type(error).__name__}: {first})."
         ) from None
-    rows = [dict(row) for row in table]
-    names = getattr(table.features.get(task.label), "names", None) if task.label else None
-    if names:  # the hub stores class numbers; the files store the class's name, or its number where that is the label
-        by_lower = {label.lower(): label for label in task.labels}
-        for row in rows:
-            if row[task.label] is not None and row[task.label] >= 0:
-                row[task.label] = by_lower.get(names[row[task.label]].lower(), str(row[task.label]))
+    rows = with_class_labels([dict(row) for row in table], table.features, task, f"--dataset {dataset}")
     return rows, [f"{dataset}/{task.name.lower()}/{name} row {number}" for number in range(len(rows))]
+
+
+def with_class_labels(rows: list[dict], features: Any, task: Task, where: str) -> list[dict]:
+    """The rows of a `datasets` table with the template's labels in the place of a datasets.ClassLabel's numbers.
+
+    Numbers without a class, as unlabelled rows have, stay. features: the table's, None for rows that have none.
+    """
+    names = getattr(features.get(task.label), "names", None) if isinstance(features, Mapping) and task.label else None
+    if not names:
+        return rows
+    assert task.label is not None
+    labels = _labels_of_classes(names, task, where)
+    for row in rows:
+        value = row.get(task.label)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+            row[task.label] = labels[value]
+    return rows
+
+
+def _labels_of_classes(names: Sequence[str], task: Task, where: str) -> list[str]:
+    """The label of each class: its name, in any case, or its number; one of the two for all classes of a table.
+
+    A name may be another class's number ("1" to "5"), so the two can't be told apart class by class.
+    """
+    by_lower = {label.lower(): label for label in task.labels}
+    by_name = [name if name in task.labels else by_lower.get(name.lower()) for name in names]
+    by_number = [str(number) if str(number) in task.labels else None for number in range(len(names))]
+    if None not in by_name or not any(by_number):  # a class that the template lacks is an error where a row has it
+        return [label or name for label, name in zip(by_name, names, strict=True)]
+    if None not in by_number:
+        return [str(number) for number in range(len(names))]
+    raise UserError(
+        f"{where}: the classes of {task.label!r} are {listed(names)}, the labels of task {task.name} "
+        f"{listed(task.labels)}; give the template the classes' names as labels, or their numbers from 0 on."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """ptp_ds.train: a run as the command makes it, data in memory, callbacks, and a process left as it was."""
 
+import datetime
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +154,57 @@ def test_data_of_every_kind_gives_the_same_rows(tmp_path):
     assert (tmp_path / "out/Mood/val.jsonl").read_text().splitlines() == [json.dumps(row) for row in ROWS]
     assert parse_task(template_of(task), "again") == task
     assert parse_task(template_of(ptp_ds.load_task("ReCoRD")), "again") == ptp_ds.load_task("ReCoRD")
+
+
+STARS = {**TEMPLATE, "name": "Stars", "label": "stars", "verbalizers": {str(n): f" {n}" for n in range(1, 6)}}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        ("12345", "12345", "12345"),  # a name may be another class's number: names are looked for first
+        ("12345", "01234", "01234"),
+        (["one", "two"], "01", "01"),
+        (["True", "False"], ["false", "true"], ["true", "false"]),
+        (["up", "down", "none"], ["up", "down"], ["up", "down", "none"]),  # an error where a row is of that class
+    ],
+)
+def test_the_classes_of_a_table_are_the_templates_labels(names, labels, expected):
+    """All by their names, or all by their numbers, in a DatasetDict and in numpy's form, too."""
+    import datasets
+
+    task = parse_task({**STARS, "verbalizers": {label: f" {label}" for label in labels}}, "test")
+    features = datasets.Features({"line": datasets.Value("string"), "stars": datasets.ClassLabel(names=list(names))})
+    rows = [{"line": name, "stars": number} for number, name in enumerate(names)] + [{"line": "?", "stars": -1}]
+    table = datasets.Dataset.from_list(rows, features=features)
+    for data in (table, table.with_format("numpy")):
+        found = rows_by_split(datasets.DatasetDict({"train": data, "val": data}), task, ("train", "val"), 0)
+        wanted = [{"line": n, "stars": label} for n, label in zip(names, expected, strict=True)]
+        assert found == {split: [*wanted, {"line": "?", "stars": -1}] for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("names", [["1 star", "2 stars", "3 stars", "4 stars", "5 stars"], ["0", "1", "2", "3", "4"]])
+def test_classes_that_might_be_either_are_refused(names):
+    import datasets
+
+    features = datasets.Features({"line": datasets.Value("string"), "stars": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_list([{"line": "x", "stars": n} for n in range(5)], features=features)
+    with pytest.raises(UserError, match=r"data: the classes of 'stars' are .*, the labels of task Stars 1, 2, 3, 4, 5"):
+        rows_by_split(table, parse_task(STARS, "test"), ("train", "val"), 0)
+
+
+def test_rows_of_other_types_than_jsons(tmp_path):
+    """Arrays' numbers are numbers; a date that the template doesn't read is left out, one that it reads is refused."""
+    task = parse_task({**STARS, "values": {}}, "test")
+    day = datetime.date(2026, 11, 30)
+    rows = [{"line": "x", "stars": np.int64(3), "size": np.float32(0.5), "tags": np.array(["a"]), "day": day}] * 3
+    found = rows_by_split({"train": rows, "val": rows}, task, ("train", "val"), 0)
+    write_rows(found, task, tmp_path)
+    lines = (tmp_path / "Stars" / "val.jsonl").read_text().splitlines()
+    assert lines == ['{"line": "x", "stars": 3, "size": 0.5, "tags": ["a"]}'] * 3
+    for name in ("line", "stars"):
+        with pytest.raises(UserError, match=rf"data\['train'\]: row 0: field '{name}' is datetime.*, of type date"):
+            rows_by_split({"train": [{**rows[0], name: day}], "val": rows}, task, ("train", "val"), 0)
 
 
 @pytest.mark.parametrize(

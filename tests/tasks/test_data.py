@@ -198,6 +198,15 @@ def test_hub_layout_with_false_and_true(tmp_path, write_rows, hub_folder, tokeni
     same_examples("BoolQ", tmp_path, hub, tokenizer, "train")
 
 
+def test_hub_classes_whose_names_and_numbers_are_both_labels(hub_folder):
+    """COPA's labels are 0 and 1: classes named 1 and 2 are told by their numbers, all of them."""
+    import datasets
+
+    hub = hub_folder("copa", {"train": COPA_ROWS}, datasets.ClassLabel(names=["1", "2"]))
+    rows = load_split(load_task("COPA"), "train", None, str(hub)).rows
+    assert [row["label"] for row in rows] == ["0", "1"]
+
+
 def test_hub_rows_without_a_label_are_refused(hub_folder, tokenizer):
     import datasets
 
