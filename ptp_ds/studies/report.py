@@ -36,12 +36,16 @@ class Cells:
         return spread_of(scores) if scores else None
 
     def comparison(self, task: str, method: str) -> Comparison | None:
-        """The method against the baseline, over the seeds that both have; over pairs of task and seed for ALL."""
+        """The method against the baseline, over the seeds that both have, None without any; over pairs of task and seed
+        for ALL, None where a task has no pair.
+        """
         sides = [
             (self.scores(one, method), self.scores(one, self.baseline))
             for one in (self.tasks if task == ALL else [task])
         ]
-        return compare_all(sides) if task == ALL else compare(*sides[0])
+        if task != ALL:
+            return compare(*sides[0])
+        return compare_all(sides) if all(ours.keys() & theirs.keys() for ours, theirs in sides) else None
 
 
 def markdown(cells: Cells, title: str, pictures: Sequence[str] = ()) -> str:
@@ -55,7 +59,7 @@ def markdown(cells: Cells, title: str, pictures: Sequence[str] = ()) -> str:
 
 
 def _scores(cells: Cells) -> list[str]:
-    """Mean, spread and worst seed of every cell; the last lines are means over the tasks that all methods have."""
+    """Mean, spread and worst seed of every cell; the last lines are means over all tasks, of methods that have them."""
     lines = [
         "Scores of the kept prompts on the reported rows (mean of the task's metrics) over seeds: mean, standard "
         "deviation, worst seed and how far it lies below the mean.", "",
@@ -96,7 +100,7 @@ def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
         f"Against {cells.baseline} on the same seeds: mean gain and ratio of standard deviations with 95 % bootstrap "
         "intervals over pairs; p by sign flips, two-sided, then with Holm's correction over the tasks of a method; the "
         "worst seed's gain. Over all tasks: pairs of task and seed, standard deviations within tasks, the mean of the "
-        "worst seeds' gains.", "",
+        "worst seeds' gains; only where the method has every task.", "",
         "| task | method | pairs | gain | interval | std ratio | interval | p | p (Holm) | worst seed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

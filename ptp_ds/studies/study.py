@@ -14,6 +14,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, plain_name, read_json
 from ptp_ds.settings_file import read_settings
+from ptp_ds.tasks.template import builtin_templates
 
 _KEYS = ("settings", "seeds", "draws", "tasks", "methods", "baseline")
 _OF_A_JOB = ("output_dir", "resume", "seed", "seeds", "population", "config")
@@ -149,7 +150,16 @@ def _settings(value: Any, where: str) -> dict[str, Any]:
 def _cell(
     method: str, task: str, settings: dict[str, Any], seeds: Sequence[int], draws: Sequence[Any], where: str
 ) -> Cell:
-    """The cell whose members are the seeds, each with its draw in the place of {draw}."""
+    """The cell whose members are the seeds, each with its draw in the place of {draw}. Without a setting `task` it is
+    of the built-in task that has its name.
+    """
+    if "task" not in settings:
+        if task not in builtin_templates():
+            raise UserError(
+                f"{where}: tasks: {task} is no built-in task{nearest(task, builtin_templates())}; say which one it is "
+                "of, by `task: NAME` or the path of a template."
+            )
+        settings = {**settings, "task": task}
     drawn = [name for name, value in settings.items() if isinstance(value, str) and _DRAW in value]
     if drawn and not draws:
         raise UserError(f"{where}: {task}: {drawn[0]} has {_DRAW}, and there are no draws; list them under draws.")

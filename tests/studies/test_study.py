@@ -50,9 +50,17 @@ def test_a_study_is_its_cells(tmp_path):
         study.part(["nose"], None)
 
 
+def test_a_task_without_a_template_is_the_built_in_one_of_its_name(tmp_path):
+    text = "tasks: {CB: {}, RTE.pet: {train_split: a}}\nmethods: {plain: {}}"
+    assert [cell.run.task for cell in read_study(written(tmp_path, text)).cells] == ["CB", "RTE.pet"]
+    shared = f"settings: {{task: COPA}}\n{text}"
+    assert [cell.run.task for cell in read_study(written(tmp_path, shared)).cells] == ["COPA", "COPA"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("task: Reviews, ", "", "tasks: SST2 is no built-in task; say which one it is of, by `task: NAME`"),
         ("settings:", "setings:", r"unknown key 'setings' \(did you mean 'settings'\?\)"),
         ("lr: 1e-2", "lr: fast", "settings: 'lr' must be float, not 'fast'"),
         ("lr: 1e-2", "seed: 3", "settings: unknown setting 'seed'"),
@@ -138,6 +146,21 @@ def test_tables_of_a_small_study(tmp_path):
     lines = (tmp_path / "rows.csv").read_text().splitlines()
     assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,seconds,failed,accuracy"
     assert lines[11] == "B,noise,1,,0.25,0.5,2,3,,The loss is not finite at step 2,"
+
+
+def test_all_tasks_are_every_task(tmp_path):
+    """A method that has run on one task of two, or has no pair on one, is not told of all tasks."""
+    rows = [row(task, "plain", seed, 0.5) for task in "AB" for seed in range(3)]
+    rows += [row("A", method, seed, 0.6) for method in ("noise", "both") for seed in range(3)]
+    rows += [row("B", "both", 0, 0.7), row("B", "failing", 0, None, "The loss is not finite at step 2")]
+    rows += [row("A", "failing", 0, 0.6)]
+    text = markdown(Cells(rows, ["A", "B"], ["plain", "noise", "both", "failing"], "plain"), "study")
+    _, compared = text.split("Against plain")
+    lines = [line.split(" | ")[:3] for line in compared.splitlines() if line.startswith("| ")][1:]
+    assert lines == [
+        ["| A", "noise", "3"], ["| A", "both", "3"], ["| B", "both", "1"], [f"| {ALL}", "both", "4"],
+        ["| A", "failing", "1"],
+    ]  # fmt: skip
 
 
 def test_the_docs_study_is_the_file_that_they_name():
