@@ -105,12 +105,11 @@ def _settings(config: Any, task: Any, settings: Mapping[str, Any]) -> tuple[RunC
             raise UserError(f"train() has no setting {name!r}{nearest(name, known)}; see `ptp train --help`.")
         given[name] = _plain(name, value)
         require_type("train()", name, given[name])
-    if isinstance(config, RunConfig):
-        explicit = {field.name for field in fields(RunConfig) if getattr(config, field.name) != field.default}
-        run = replace(config, **given)
+    if isinstance(config, RunConfig):  # one that has its default is as one that wasn't given
+        held = {n: getattr(config, n) for n in known if getattr(config, n) != getattr(RunConfig(), n)}
     else:
         held = {} if config is None else read_config(str(config))
-        explicit, run = set(held), RunConfig(**with_preset({**held, **given}))
+    explicit, run = set(held), RunConfig(**with_preset({**held, **given}))
     if isinstance(task, str | Path):
         run, explicit = replace(run, task=str(task)), explicit | {"task"}
     require_valid(run)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ import torch
 
 import ptp_ds
 from ptp_ds.api.data import rows_by_split, rows_of, template_of, write_rows
+from ptp_ds.api.run import _settings
+from ptp_ds.config.presets import PRESETS
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.tasks.data import DEMO_DATA
 from ptp_ds.tasks.template import parse_task
@@ -226,6 +230,25 @@ def test_what_is_wrong_is_one_sentence(tmp_path, given, said):
     with pytest.raises(UserError, match=said):
         ptp_ds.train(**given, output_dir=tmp_path / "run", verbose=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "wanted"),
+    [
+        (RunConfig(max_steps=20), {"preset": "ptp-adv"}, {}),
+        (RunConfig(max_steps=20, preset="ptp-adv"), {}, {}),
+        (RunConfig(max_steps=20, preset="ptp-adv", epsilon=0.3), {}, {"epsilon": 0.3}),
+        (RunConfig(max_steps=20, preset="ptp-rn", epsilon=0.3), {"preset": "ptp-adv", "alpha": 0.5, "epsilon": 0.1},
+         {"alpha": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_preset_sets_what_a_config_left_as_it_was(config, given, wanted):
+    """As on a command line: the preset's settings, before them what the config changed, before that the keywords."""
+    run, explicit = _settings(config, None, given)
+    expected = {**asdict(RunConfig()), "max_steps": 20, "preset": "ptp-adv", **PRESETS["ptp-adv"], **wanted}
+    assert asdict(run) == expected
+    changed = {name for name, value in asdict(config).items() if value != getattr(RunConfig(), name)}
+    assert explicit == changed | set(given)
 
 
 def test_rows_to_answer():
