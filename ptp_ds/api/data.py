@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, plain_name, write_json, write_jsonl
+from ptp_ds.files import brief, is_file, plain_name, write_json, write_jsonl
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.tasks import Task, load_task
@@ -20,6 +20,9 @@ from ptp_ds.tasks.template import parse_task
 
 log = get_logger(__name__)
 _REPORTED = 0.2  # share of the rows of a single list that is reported
+_OF_A_RUN = ("result.json", "population.json", "adapter", "checkpoints/*", "members/*/result.json",
+             "members/*/checkpoints/*")  # fmt: skip
+_TASK = "task.json"
 Rows = list[dict[str, Any]]
 
 
@@ -34,11 +37,36 @@ def read_task(task: Any) -> Task:
     return parse_task(dict(task), "task")
 
 
+def require_unchanged(task: Any, named: Task, by_split: Mapping[str, Rows], folder: Path) -> None:
+    """UserError where a run in `folder` has another template or other rows, which these would be written over.
+
+    task: as it was given, named: what it is. What ended before its first checkpoint holds nothing that could be lost.
+    """
+    if not any(any(folder.glob(pattern)) for pattern in _OF_A_RUN):
+        return
+    advice = "give what the run there began with, its seed too, or another output_dir."
+    file = folder / _TASK
+    if not isinstance(task, str | Path | None) and is_file(file) and load_task(str(file)).spec() != named.spec():
+        raise UserError(f"{file} is another template than task: {advice}")
+    for name, rows in by_split.items():
+        file = _split_file(folder, named, name)
+        if is_file(file) and _canonical(rows_of_file(file)[0]) != _canonical(rows):
+            raise UserError(f"{file} holds other rows than data: {advice}")
+
+
+def _canonical(rows: Rows) -> list[str]:
+    return [json.dumps(row, sort_keys=True) for row in rows]
+
+
+def _split_file(folder: Path, task: Task, split: str) -> Path:
+    return folder / "data" / task.name / f"{split}.jsonl"
+
+
 def task_file(task: Any, folder: Path) -> str:
-    """What --task names: a name or path as it is; a template as a dict, or a Task, as a file in `folder`."""
+    """What --task names: a name or path as it is; a template as a dict, or a Task, as a file in the run's `folder`."""
     if isinstance(task, str | Path):
         return str(task)
-    file = folder / "task.json"
+    file = folder / _TASK
     with first_of_host(str(file.absolute())) as first:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +109,12 @@ def rows_by_split(data: Any, task: Task, splits: tuple[str, str], seed: int) -> 
 
 
 def write_rows(by_split: Mapping[str, Rows], task: Task, folder: Path) -> str:
-    """The rows as <folder>/<Task>/<split>.jsonl, by one process of a host; what --data_dir names."""
-    with first_of_host(str(folder.absolute())) as first:
+    """The rows as data/<Task>/<split>.jsonl in the run's `folder`, by one process of a host; what --data_dir names."""
+    with first_of_host(str((folder / "data").absolute())) as first:
         if first:
             for name, rows in by_split.items():
-                write_jsonl(folder / task.name / f"{name}.jsonl", rows)
-    return str(folder)
+                write_jsonl(_split_file(folder, task, name), rows)
+    return str(folder / "data")
 
 
 def _rows(data: Any, where: str) -> Rows:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ptp_ds.api.data import read_task, rows_by_split, task_file, write_rows
+from ptp_ds.api.data import read_task, require_unchanged, rows_by_split, task_file, write_rows
 from ptp_ds.api.manners import as_it_was
 from ptp_ds.commands.train import train as train_on_ranks
 from ptp_ds.config.checks import require_valid
@@ -143,10 +143,11 @@ def _with_data(run: RunConfig, data: Any, task: Any) -> RunConfig:
     named = read_task(run.task if task is None else task)
     in_memory = data is not None and not (isinstance(data, str | Path) and is_folder(data))
     rows = rows_by_split(data, named, (run.train_split, run.eval_split), run.seed) if in_memory else {}
+    require_unchanged(task, named, rows, folder)
     if task is not None:  # nothing is written before all is read
         run = replace(run, task=task_file(task, folder))
     if data is not None:
-        run = replace(run, data_dir=write_rows(rows, named, folder / "data") if in_memory else str(data))
+        run = replace(run, data_dir=write_rows(rows, named, folder) if in_memory else str(data))
     return run
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ptp_ds
-from ptp_ds.api.data import rows_by_split, rows_of, template_of, write_rows
+from ptp_ds.api.data import require_unchanged, rows_by_split, rows_of, template_of, write_rows
 from ptp_ds.api.run import _settings
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
@@ -138,6 +138,48 @@ def test_rows_and_a_template_in_memory(tiny_model, tmp_path, monkeypatch):
     assert longer.record["steps"] == 3
 
 
+@pytest.mark.parametrize("seeds", [None, "0"])
+def test_a_runs_rows_are_not_written_over(tiny_model, tmp_path, seeds):
+    """Other rows, another draw of the same, another template: refused before anything is written; the same go on."""
+    out = tmp_path / "run"
+    given = {**QUICK, "max_steps": 1, "model": str(tiny_model), "task": TEMPLATE, "data": ROWS, "verbose": False}
+    given |= {"output_dir": out, "seeds": seeds}
+    ptp_ds.train(**given)
+    files = [out / "task.json", *sorted((out / "data" / "Mood").iterdir())]
+    before = {file: file.read_bytes() for file in files}
+    others = [
+        (
+            {"data": ROWS[1:]},
+            r"data/Mood/train\.jsonl holds other rows than data: give what the run there began",
+        ),
+        ({"seed": 1}, "holds other rows than data: .* began with, its seed too, or another output_dir"),
+        (
+            {"task": {**TEMPLATE, "text": "{line} Mood:"}},
+            r"task\.json is another template than task: give what the run",
+        ),
+    ]
+    for other, said in others:
+        with pytest.raises(UserError, match=said):
+            ptp_ds.train(**{**given, **other}, resume="auto")
+        if seeds is not None:
+            with pytest.raises(UserError, match=said):  # each prompt's folder is refused, but later
+                ptp_ds.train(**{**given, **other})
+        assert {file: file.read_bytes() for file in files} == before
+    with pytest.raises(UserError, match="holds another run; continue it with --resume auto"):
+        ptp_ds.train(**given)
+    reordered = [dict(reversed(row.items())) for row in ROWS]
+    ptp_ds.train(**{**given, "data": reordered, "max_steps": 2}, resume="auto")
+
+
+def test_what_failed_before_its_first_checkpoint_is_written_over(tmp_path):
+    task = parse_task(TEMPLATE, "test")
+    write_rows({"train": ROWS}, task, tmp_path)
+    require_unchanged(TEMPLATE, task, {"train": ROWS[1:]}, tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds other rows"):
+        require_unchanged(TEMPLATE, task, {"train": ROWS[1:]}, tmp_path)
+
+
 def test_data_of_every_kind_gives_the_same_rows(tmp_path):
     import datasets
 
@@ -155,7 +197,7 @@ def test_data_of_every_kind_gives_the_same_rows(tmp_path):
     by_split = datasets.DatasetDict({"train": kinds["dataset"], "val": kinds["dataset"]})
     assert rows_by_split(by_split, task, ("train", "val"), 3) == {"train": ROWS, "val": ROWS}
     write_rows({"val": ROWS}, task, tmp_path / "out")
-    assert (tmp_path / "out/Mood/val.jsonl").read_text().splitlines() == [json.dumps(row) for row in ROWS]
+    assert (tmp_path / "out/data/Mood/val.jsonl").read_text().splitlines() == [json.dumps(row) for row in ROWS]
     assert parse_task(template_of(task), "again") == task
     assert parse_task(template_of(ptp_ds.load_task("ReCoRD")), "again") == ptp_ds.load_task("ReCoRD")
 
@@ -204,7 +246,7 @@ def test_rows_of_other_types_than_jsons(tmp_path):
     rows = [{"line": "x", "stars": np.int64(3), "size": np.float32(0.5), "tags": np.array(["a"]), "day": day}] * 3
     found = rows_by_split({"train": rows, "val": rows}, task, ("train", "val"), 0)
     write_rows(found, task, tmp_path)
-    lines = (tmp_path / "Stars" / "val.jsonl").read_text().splitlines()
+    lines = (tmp_path / "data/Stars/val.jsonl").read_text().splitlines()
     assert lines == ['{"line": "x", "stars": 3, "size": 0.5, "tags": ["a"]}'] * 3
     for name in ("line", "stars"):
         with pytest.raises(UserError, match=rf"data\['train'\]: row 0: field '{name}' is datetime.*, of type date"):
