@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import Served
+from ptp_ds.adapters.task import adapter_task
 from ptp_ds.commands.exits import run_command
 from ptp_ds.commands.landscape import Opened, open_adapters, require_counts
 from ptp_ds.config.parsers import LEVELS, robustness_parser
@@ -41,6 +43,20 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
             if not 0 <= level <= most:
                 raise UserError(f"--{kind} {level:g}: expected numbers from 0 to {most:g}.")
     return args
+
+
+def _kinds(args: argparse.Namespace) -> list[str]:
+    """The kinds of changes that the adapters' task has; UserError where it has none of --kinds, by its card alone."""
+    task = adapter_task(adapter_folder(args.adapters[0]), None)
+    if task.of_fields or "typos" not in args.kinds:
+        return list(args.kinds)
+    if kinds := [kind for kind in args.kinds if kind != "typos"]:
+        log.warning("warning: rows of task %s are more than fields of text; typos are left out", task.name)
+        return kinds
+    raise UserError(
+        f"--kinds typos: rows of task {task.name} are more than fields of text, which alone can be misspelt; give "
+        f"{', '.join(kind for kind in LEVELS if kind != 'typos')}."
+    )
 
 
 def _bench(args: argparse.Namespace, served: Served, opened: Opened) -> Bench:
@@ -88,8 +104,6 @@ def _rows(args: argparse.Namespace, changes: _Changes, subjects: Sequence[Subjec
     """One line a prompt, kind and level: its score, mean over draws."""
     for subject in subjects:
         for kind in args.kinds:
-            if kind == "typos" and not changes.bench.task.of_fields:
-                continue
             of_kind: Scores = getattr(changes, kind)
             for level in getattr(args, kind):
                 draws = 1 if kind == "attack" or level == 0 else args.draws
@@ -112,9 +126,8 @@ def _shown(line: dict[str, Any]) -> str:
 
 def _robustness(args: argparse.Namespace) -> None:
     figure(1)  # no matplotlib: said before anything is computed
+    args.kinds = _kinds(args)
     served, opened = open_adapters(args)
-    if "typos" in args.kinds and not served.task.of_fields:
-        log.warning("warning: rows of task %s are more than fields of text; typos are left out", served.task.name)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     log.info("%s, %d rows, %d prompts", served.task.name, len(opened.examples), len(opened.subjects))

@@ -1,5 +1,6 @@
 """scripts/study.py: methods x tasks x seeds, a population each cell, then tables, pictures and comparisons."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -72,7 +73,9 @@ def _picture(cells: Cells, task: str, out: Path) -> str:
 
 
 def _write_hparams(cells: Sequence[Cell], rows: Sequence[Row], out: Path) -> None:
-    """Every prompt as a run of TensorBoard's hparams page: what differs between cells, and its score."""
+    """Every prompt as a run of TensorBoard's hparams page: what differs between cells, and its score. Written anew with
+    each report: a cell may have been run again, and what differs depends on all of them.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     settings = {(cell.task, cell.method): asdict(cell.run) for cell in cells}
@@ -81,13 +84,13 @@ def _write_hparams(cells: Sequence[Cell], rows: Sequence[Row], out: Path) -> Non
         for name in next(iter(settings.values()))
         if len({str(one[name]) for one in settings.values()}) > 1 and name not in ("seed", "output_dir")
     ]
+    for task in {row.task for row in rows}:
+        shutil.rmtree(out / "tensorboard" / task, ignore_errors=True)
     for row in rows:
         if row.score is None:
             continue
         own = {name: str(settings[row.task, row.method][name]) for name in differing}
         folder = out / "tensorboard" / row.task / row.method / f"seed-{row.seed}"
-        if folder.exists():
-            continue  # on record since an earlier report
         with SummaryWriter(str(folder)) as board:
             hparams = {"task": row.task, "method": row.method, "seed": row.seed, **own}
             board.add_hparams(hparams, {"hparam/score": row.score, "hparam/steps": float(row.steps)}, run_name=".")

@@ -148,15 +148,9 @@ def test_a_runs_rows_are_not_written_over(tiny_model, tmp_path, seeds):
     files = [out / "task.json", *sorted((out / "data" / "Mood").iterdir())]
     before = {file: file.read_bytes() for file in files}
     others = [
-        (
-            {"data": ROWS[1:]},
-            r"data/Mood/train\.jsonl holds other rows than data: give what the run there began",
-        ),
+        ({"data": ROWS[1:]}, r"data/Mood/train\.jsonl holds other rows than data: give what the run there began"),
         ({"seed": 1}, "holds other rows than data: .* began with, its seed too, or another output_dir"),
-        (
-            {"task": {**TEMPLATE, "text": "{line} Mood:"}},
-            r"task\.json is another template than task: give what the run",
-        ),
+        ({"task": {**TEMPLATE, "text": "{line} Mood:"}}, r"task\.json is another template than task: give what"),
     ]
     for other, said in others:
         with pytest.raises(UserError, match=said):

@@ -3,12 +3,17 @@
 import csv
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ptp_ds.commands.robustness import _kinds
+from ptp_ds.commands.study import write_report
+from ptp_ds.studies.study import read_study
+from ptp_ds.tasks import load_task
 from tests.support.runs import check
 from tests.support.zygote import run_script
 
@@ -86,6 +91,27 @@ def test_a_report_of_what_is_there_and_refusals(study):
         assert message in done.stderr
 
 
+def test_a_cell_that_is_run_again_has_its_new_score_on_tensorboard(study, tmp_path):
+    """A cell's folder removed and trained again is another outcome: played here by changing what is on record."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("study.yaml", "out"):
+        (shutil.copytree if name == "out" else shutil.copy)(study[0] / name, tmp_path / name)
+    file = tmp_path / "out" / "cells" / "COPA" / "plain" / "population.json"
+    record = json.loads(file.read_text())
+    record["members"][0]["metrics"] = {"accuracy": 0.125}
+    record["members"][1] |= {"metrics": None, "failed": "The loss is not finite at step 2"}
+    file.write_text(json.dumps(record))
+    part = read_study(str(tmp_path / "study.yaml"))
+    write_report(part, tmp_path / "out", "study")
+    boards = tmp_path / "out" / "tensorboard" / "COPA"
+    board = EventAccumulator(str(boards / "plain" / "seed-0")).Reload()
+    assert [event.value for event in board.Scalars("hparam/score")] == [0.125]
+    assert sorted(str(path.relative_to(boards)) for path in boards.glob("*/*")) == [
+        "noise/seed-0", "noise/seed-1", "plain/seed-0",
+    ]  # fmt: skip
+
+
 def test_a_landscape_of_two_adapters(study):
     folder, _ = study
     given = ["--adapters", member(study, "plain"), member(study, "noise"), "--output_dir", "landscape", "--grid", "5",
@@ -129,14 +155,20 @@ def test_what_the_pictures_scripts_refuse(study, tmp_path):
     card = json.loads((other / "ptp_ds.json").read_text())
     card["task"]["text"] = "{premise} {question}"
     (other / "ptp_ds.json").write_text(json.dumps(card))
+    spans = tmp_path / "spans"
+    shutil.copytree(other, spans)
+    (spans / "ptp_ds.json").write_text(json.dumps({**card, "task": load_task("WSC").spec()}))
+    assert _kinds(Namespace(adapters=[spans], kinds=["noise", "typos"])) == ["noise"]
     wrong = [
         ("landscape.py", ["--adapters", plain, other], "its task isn't that of"),
         ("landscape.py", ["--adapters", tmp_path / "none"], str(tmp_path / "none")),
         ("landscape.py", ["--adapters", plain, "--grid", "4"], "--grid is 4; expected an odd number"),
         ("landscape.py", ["--adapters", plain, "--radius", "0"], "--radius is 0.0; expected a number above 0"),
         ("robustness.py", ["--adapters", plain, "--masks", "1.5"], "--masks 1.5: expected numbers from 0 to 1"),
+        ("robustness.py", ["--adapters", spans, "--kinds", "typos", "--model", "nowhere"],  # before it is looked for
+         "--kinds typos: rows of task WSC are more than fields of text"),
         ("robustness.py", ["--adapters", plain, "--rows", "0"], "--rows is 0; expected a whole number"),
-    ]
+    ]  # fmt: skip
     for script, argv, message in wrong:
         done = run_script(script, [*argv, "--output_dir", "wrong"], folder)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
