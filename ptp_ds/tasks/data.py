@@ -322,12 +322,12 @@ class BatchOrder:
 class BudgetOrder(BatchOrder):
     """The same sequence cut into batches that fill a token budget, whatever their number of rows.
 
-    lengths: packed tokens of each row, all streams. fewest: rows of a batch at least, even where they exceed the
-    budget. The cuts follow from the seed and the lengths alone, so a step is found again without any state.
+    lengths: packed tokens of each row, all streams; a row that exceeds the budget is a batch of its own. The cuts follow
+    from the seed and the lengths alone, so a step is found again without any state.
     """
 
-    def __init__(self, lengths: Sequence[int], budget: int, fewest: int, seed: int) -> None:
-        super().__init__(len(lengths), fewest, seed)
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int) -> None:
+        super().__init__(len(lengths), 1, seed)
         self.lengths, self.budget = lengths, budget
         self._cuts = [0]
 
@@ -339,9 +339,9 @@ class BudgetOrder(BatchOrder):
 
     def _next_cut(self, start: int) -> int:
         stop, tokens = start, 0
-        while stop - start < max(self.count, self.batch_size):
+        while stop - start < self.count:
             tokens += self.lengths[self._at(stop)]
-            if tokens > self.budget and stop - start >= self.batch_size:
+            if tokens > self.budget and stop > start:
                 break
             stop += 1
         return stop

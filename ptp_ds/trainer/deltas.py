@@ -52,13 +52,14 @@ def climbed_delta(
 
 
 def masked_ids(input_ids: Tensor, movable_BT: Tensor, numbers_B: Tensor, settings: PTPSettings, step: int) -> Tensor:
-    """[B, T] ids in which each row's share of movable tokens, at least one where there are any, is hidden."""
+    """[B, T] ids in which each row's share of movable tokens is hidden: at least one, none for a share of 0."""
     assert settings.mask_token_id is not None
     places = batch_places(movable_BT, numbers_B)
     drawn = noise("uniform", derive_seed(settings.seed, "mask"), step, places, 1, 1.0).reshape(movable_BT.shape)
     ranked = torch.where(movable_BT, drawn, torch.inf).argsort(-1).argsort(-1)
     counts = movable_BT.sum(-1, keepdim=True)
-    hidden = (ranked < (counts * settings.mask_share).round().clamp_min(1)) & movable_BT
+    least = int(settings.mask_share > 0)
+    hidden = (ranked < (counts * settings.mask_share).round().clamp_min(least)) & movable_BT
     return torch.where(hidden, settings.mask_token_id, input_ids)
 
 

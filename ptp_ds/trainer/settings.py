@@ -16,8 +16,9 @@ PERTURBATIONS = ("none", "gaussian", "uniform", "mask", "pgd")
 class PTPSettings:
     """Names, defaults and meanings are those of `ptp train`; sizes are in `units`, mean embedding norms by default.
 
-    perturbation: none, gaussian, uniform, mask or pgd. mask_share: here of a row's tokens, at least one; mask_token_id:
-    what stands for a hidden one. seed: of noise, masks and pgd's starts. Raises UserError for what is out of range.
+    perturbation: none, gaussian, uniform, mask or pgd. mask_share: here of a row's tokens, at least one, 0 for none;
+    mask_token_id: what stands for a hidden one. seed: of noise, masks and pgd's starts. Raises UserError for what is
+    out of range.
     """
 
     perturbation: str = "gaussian"

@@ -79,7 +79,7 @@ def batch_order(run: RunConfig, rows: Rows, train: Sequence[Example]) -> BatchOr
     """The batches of the run's optimizer steps, the same on any number of ranks and micro-batches."""
     if run.tokens_per_step is None:
         return BatchOrder(len(train), run.batch_size, run.seed)
-    return BudgetOrder(_step_tokens(run, rows, train), run.tokens_per_step, 1, run.seed)
+    return BudgetOrder(_step_tokens(run, rows, train), run.tokens_per_step, run.seed)
 
 
 def _step_tokens(run: RunConfig, rows: Rows, train: Sequence[Example]) -> list[int]:

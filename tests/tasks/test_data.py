@@ -321,19 +321,19 @@ LENGTHS = [7, 3, 12, 5, 9, 4, 30, 6]
 
 @pytest.mark.parametrize("budget", [1, 20, 33, 1000])
 def test_budget_batches_are_full_and_miss_no_row(budget):
-    order = BudgetOrder(LENGTHS, budget, fewest=2, seed=3)
+    order = BudgetOrder(LENGTHS, budget, seed=3)
     batches = [order.batch(step) for step in range(12)]
     drawn = [number for batch in batches for number in batch]
     assert drawn == BatchOrder(len(LENGTHS), 1, seed=3)._rows(0, len(drawn))  # the same rows in the same order
     for batch, following in itertools.pairwise(batches):
         tokens = sum(LENGTHS[number] for number in batch)
-        assert tokens <= budget or len(batch) == 2
+        assert tokens <= budget or len(batch) == 1
         assert len(batch) == len(LENGTHS) or tokens + LENGTHS[following[0]] > budget
-        assert 2 <= len(batch) <= len(LENGTHS)
+        assert 1 <= len(batch) <= len(LENGTHS)
 
 
 def test_a_budget_step_is_found_without_the_steps_before():
-    whole = BudgetOrder(LENGTHS, 25, fewest=1, seed=0)
+    whole = BudgetOrder(LENGTHS, 25, seed=0)
     batches = [whole.batch(step) for step in range(9)]
-    assert BudgetOrder(LENGTHS, 25, fewest=1, seed=0).batch(8) == batches[8]
-    assert batches != [BudgetOrder(LENGTHS, 25, fewest=1, seed=1).batch(step) for step in range(9)]
+    assert BudgetOrder(LENGTHS, 25, seed=0).batch(8) == batches[8]
+    assert batches != [BudgetOrder(LENGTHS, 25, seed=1).batch(step) for step in range(9)]

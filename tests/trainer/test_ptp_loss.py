@@ -1,5 +1,7 @@
 """ptp_loss: the packed step's loss and gradients, by padded passes over a peft model; every kind of model, adapter."""
 
+import dataclasses
+
 import peft
 import pytest
 import torch
@@ -153,6 +155,8 @@ def test_masks_hide_a_share_of_the_movable_tokens_and_no_other():
     hidden = masked_ids(ids, movable, torch.arange(2), settings, STEP) == 0
     assert hidden.sum(-1).tolist() == [4, 1]
     assert not (hidden & ~movable).any()
+    none = dataclasses.replace(settings, mask_share=0.0)
+    assert torch.equal(masked_ids(ids, movable, torch.arange(2), none, STEP), ids)
     again = masked_ids(ids, movable, torch.arange(2), settings, STEP + 1) == 0
     assert not torch.equal(hidden, again)
     assert torch.equal(
