@@ -322,7 +322,7 @@ class BatchOrder:
 class BudgetOrder(BatchOrder):
     """The same sequence cut into batches that fill a token budget, whatever their number of rows.
 
-    lengths: packed tokens of each row, all streams; a row that exceeds the budget is a batch of its own. The cuts follow
+    lengths: packed tokens of each row, all streams; one that exceeds the budget is a batch of its own. The cuts follow
     from the seed and the lengths alone, so a step is found again without any state.
     """
 
