@@ -3,9 +3,9 @@
     found = ptp_loss(model, batch, PTPSettings(perturbation="pgd"), step=step)
     found.loss.backward()
 
-The model is any of transformers' with `inputs_embeds`, alone or under peft (soft prompts, prefixes, LoRA): causal,
-masked, or a classifier. The perturbed pass replaces embeddings, or tokens. In train mode dropout differs between the
-passes, and its noise counts as divergence: turn it off where that isn't wanted.
+The model is any of transformers', alone or under peft (soft prompts, prefixes, LoRA): causal, masked, or a classifier
+of rows or tokens. The perturbed pass moves the embeddings of the batch's tokens, or replaces tokens. In train mode
+dropout differs between the passes, and its noise counts as divergence: turn it off where that isn't wanted.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from ptp_ds.errors import UserError
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.perturb.units import unit_of
 from ptp_ds.trainer.deltas import batch_places, climbed_delta, example_norms, masked_ids, noisy_delta
+from ptp_ds.trainer.moved import moved_pass, mover_of
 from ptp_ds.trainer.settings import PTPSettings
 from ptp_ds.training.schedules import reg_weight_at
 
@@ -77,12 +81,13 @@ def ptp_loss(
 
     batch: what the model takes: input_ids [B, T], attention_mask, labels [B, T] with -100 where there is no answer, or
     [B] classes. step: of the optimizer; noise differs from step to step, lambda may warm up. numbers [B]: of the rows
-    in their data set, so that an example's noise doesn't depend on its batch; default: their places. movable [B, T]:
-    the tokens that may be perturbed; default: those that are attended to, no special ones and no answers. answer_ids:
-    token ids of the possible answers, [C] or [B, C], one labelled token a row: the prediction is then the softmax over
-    them, as in `ptp train`. Without a perturbation the model's own loss, of one pass. Raises UserError for what doesn't
-    fit.
+    in their data set, so that an example's noise doesn't depend on its batch; default: their places, which repeat
+    from one of a step's micro-batches, or ranks, to the next. movable [B, T]: the tokens that may be perturbed;
+    default: those that are attended to, no special ones and no answers that stand in the text. answer_ids: token ids
+    of the possible answers, [C] or [B, C], one labelled token a row: the prediction is then the softmax over them, as
+    in `ptp train`. Without a perturbation the model's own loss, of one pass. Raises UserError for what doesn't fit.
     """
+    expect_perturbed(model, batch, settings)
     outputs = model(**batch)
     logits = logits_of(outputs)
     answers = answers_of(model, batch["labels"], logits, answer_ids)
@@ -97,6 +102,16 @@ def ptp_loss(
     divergence = total / answers.count
     loss = cross_entropy + reg_weight_at(settings.run, step) * divergence
     return PTPLoss(loss, cross_entropy.detach(), divergence.detach(), norm, outputs)
+
+
+def expect_perturbed(model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings) -> None:
+    """Before the clean pass: UserError where the batch can't be perturbed; the hook of the pass that moves it."""
+    if not settings.perturbs:
+        return
+    if not all(isinstance(batch.get(name), Tensor) for name in ("input_ids", "labels")):
+        raise UserError("A batch needs input_ids and labels to be perturbed; see docs/own_loop.md.")
+    if settings.perturbation != "mask":
+        mover_of(embedding_of(model))
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -130,25 +145,37 @@ def divergence_of(
         perturbed_NC = answers.scores(logits_of(outputs))
         return total_of(perturbed_NC), logits.new_zeros(())
     embedding = embedding_of(model)
-    embeds_BTH = embedding(ids).detach()
-    width, places = embeds_BTH.shape[-1], batch_places(movable, numbers)
-    unit = unit_of(settings.units, mean_norm_of(embedding), width)
+    width, places = width_of(embedding), batch_places(movable, numbers)
+    unit = unit_of(settings.units, mean_norm_of(embedding) if settings.units == "relative" else 1.0, width)
 
     def scores(delta_NH: Tensor) -> Tensor:
-        moved = (embeds_BTH + delta_NH.reshape(embeds_BTH.shape)).to(embeds_BTH.dtype)
-        return answers.scores(logits_of(model(inputs_embeds=moved, **rest)))
+        outputs = moved_pass(model, embedding, delta_NH.reshape(*ids.shape, width), {"input_ids": ids, **rest})
+        return answers.scores(logits_of(outputs))
 
     def gradient(delta_NH: Tensor) -> Tensor:
         with torch.enable_grad():
             delta = delta_NH.detach().requires_grad_()
             climbed = divergence_sum(settings.divergence, clean_NC.detach(), scores(delta), answers.gold)
-            return torch.autograd.grad(climbed, delta)[0]
+            return gradient_of(climbed, delta)
 
     if settings.perturbation == "pgd":
         delta_NH = climbed_delta(places, width, unit, settings, step, gradient)
     else:
         delta_NH = noisy_delta(places, width, unit, settings, step)
     return total_of(scores(delta_NH)), example_norms(delta_NH, rows).mean()
+
+
+def gradient_of(climbed: Tensor, delta: Tensor) -> Tensor:
+    """Of the divergence with respect to delta alone; UserError under reentrant checkpointing, which can't give it."""
+    try:
+        return torch.autograd.grad(climbed, delta)[0]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UserError(
+            "pgd needs a gradient that reentrant gradient checkpointing can't give; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or take another perturbation."
+        ) from error
 
 
 def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Tensor | None = None) -> Answers:
@@ -161,7 +188,9 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
         raise UserError(
             f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected classes [B] or tokens [B, T]."
         )
-    shift = 0 if is_masked_lm(model) else 1
+    if answer_ids is not None and is_token_classifier(model):
+        raise UserError("answer_ids are for language models; a token classifier's answers are its classes.")
+    shift = 0 if answers_in_place(model) else 1
     front = logits.shape[1] - labels.shape[1]  # a soft prompt's tokens
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     places = columns + front - shift
@@ -179,14 +208,14 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
 
 
 def movable_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """[B, T] tokens that are attended to, no special ones and no answers."""
+    """[B, T] tokens that are attended to, no special ones and no answers; a token classifier's labels are no tokens."""
     ids, labels = batch["input_ids"], batch.get("labels")
     found = torch.ones_like(ids, dtype=torch.bool)
     if batch.get("attention_mask") is not None:
         found &= batch["attention_mask"].bool()
     for special in special_ids(model):
         found &= ids != special
-    if labels is not None and labels.dim() == 2:
+    if labels is not None and labels.dim() == 2 and not is_token_classifier(model):
         found &= labels == IGNORED
     return found
 
@@ -199,10 +228,11 @@ def special_ids(model: nn.Module) -> set[int]:
 
 
 def base_of(model: Any) -> Any:
-    """transformers' model below wrappers of peft, DDP and the like."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """transformers' model below wrappers of peft, torch.compile, DDP and the like."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return base_of(inner)
+    return base_of(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def embedding_of(model: nn.Module) -> Any:
@@ -210,12 +240,33 @@ def embedding_of(model: nn.Module) -> Any:
     return base_of(model).get_input_embeddings()
 
 
-def is_masked_lm(model: nn.Module) -> bool:
-    """Whether an answer is predicted where it stands, not one token before. UserError for encoder-decoders."""
+def width_of(embedding: Any) -> int:
+    """H of the input embeddings, packed or sharded."""
+    return int(getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1])
+
+
+def answers_in_place(model: nn.Module) -> bool:
+    """Whether an answer is predicted where it stands, as by masked models and token classifiers, not one token before.
+    UserError for encoder-decoders.
+    """
     base = base_of(model)
     if base.config.is_encoder_decoder:
         raise UserError(f"{type(base).__name__} is an encoder-decoder; train it by `ptp train`, which knows them.")
-    return type(base).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return is_token_classifier(model) or _is_kind(
+        base, "ForMaskedLM", frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    )
+
+
+def is_token_classifier(model: nn.Module) -> bool:
+    """Whether the model predicts a class of each token."""
+    return _is_kind(
+        base_of(model), "ForTokenClassification", frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
+    )
+
+
+def _is_kind(base: nn.Module, ending: str, names: frozenset[str]) -> bool:
+    """Whether the model's class, or one that it derives from, has one of transformers' names for a kind of head."""
+    return any(kind.__name__ in names or kind.__name__.endswith(ending) for kind in type(base).__mro__)
 
 
 @torch.no_grad()
