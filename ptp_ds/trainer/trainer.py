@@ -7,6 +7,7 @@ The clean pass and its loss are the Trainer's own, label smoothing and all; trai
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,24 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ptp_ds.errors import UserError
-from ptp_ds.trainer.loss import answers_of, divergence_of, logits_of, movable_tokens
+from ptp_ds.trainer.loss import answers_of, divergence_of, expect_perturbed, logits_of, movable_tokens
 from ptp_ds.trainer.settings import PTPSettings
 from ptp_ds.training.schedules import reg_weight_at
+
+
+@dataclass
+class Dealt:
+    """Which micro-batch of its step is dealt (micro_batch, from 0), and the most rows that one had."""
+
+    most: int = 0
+    micro_batch: int = 0
+    _step: tuple[Any, int] | None = None
+
+    def next(self, state: Any, step: int) -> None:
+        """The step's next micro-batch. state: of a Trainer's loop; another begins at its first."""
+        same = self._step is not None and self._step[0] is state and self._step[1] == step
+        self.micro_batch = self.micro_batch + 1 if same else 0
+        self._step = (state, step)
 
 
 class PTPMixin:
@@ -27,6 +43,7 @@ class PTPMixin:
         self._told: dict[str, Tensor] = {}
         self._told_passes = 0
         self._special: set[int] = set()
+        self._dealt = Dealt()
         super().__init__(*args, **kwargs)
         tokenizer = getattr(self, "processing_class", None)
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
@@ -38,19 +55,26 @@ class PTPMixin:
         """The Trainer's loss plus lambda times the divergence, scaled for accumulation as that loss is."""
         if not model.training or not self.ptp.perturbs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not isinstance(inputs.get("labels"), Tensor) or not isinstance(inputs.get("input_ids"), Tensor):
-            raise UserError("PTPTrainer's batches need input_ids and labels; see docs/own_loop.md.")
+        expect_perturbed(model, inputs, self.ptp)
         batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
         logits, movable = logits_of(outputs), self._movable(model, batch)
         answers = answers_of(model, batch["labels"], logits)
-        step, rows = self.state.global_step, batch["labels"].shape[0]
-        numbers = torch.arange(rows, device=logits.device) + self.accelerator.process_index * rows
+        step, numbers = self.state.global_step, self._numbers(batch["labels"].shape[0]).to(logits.device)
         total, norm = divergence_of(model, batch, logits, answers, self.ptp, step, numbers, movable)
         divergence = total * self._scale(answers.count, num_items_in_batch)
         self._tell(total.detach() / answers.count, norm)
         loss = loss + reg_weight_at(self.ptp.run, step) * divergence
         return (loss, outputs) if return_outputs else loss
+
+    def _numbers(self: Any, rows: int) -> Tensor:
+        """[rows] of this micro-batch among all rows of the step, over its micro-batches and ranks: each its own noise.
+        A step's rows get the same numbers however many micro-batches they come in.
+        """
+        dealt, rank, ranks = self._dealt, self.accelerator.process_index, self.accelerator.num_processes
+        dealt.next(self.state, self.state.global_step)
+        dealt.most = max(dealt.most, rows, self._train_batch_size)
+        return torch.arange(rows) + (dealt.micro_batch * ranks + rank) * dealt.most
 
     def _scale(self: Any, answers: int, num_items: Tensor | int | None) -> Any:
         """What a sum over this batch's answers is multiplied by, as the Trainer's own loss is (transformers 5.23)."""

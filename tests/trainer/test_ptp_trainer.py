@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,6 +17,8 @@ from transformers import (
 
 from ptp_ds.errors import UserError
 from ptp_ds.trainer import PTPMixin, PTPSettings, PTPTrainer, ptp_loss
+from ptp_ds.trainer import loss as loss_module
+from ptp_ds.trainer.trainer import Dealt
 from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
 
@@ -80,35 +83,55 @@ def test_the_first_steps_gradient_is_ptp_losss(lively_model, rows, tokenizer, tm
     assert line["delta_norm"] == pytest.approx(float(found.delta_norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd", "mask"])
 def test_accumulated_batches_give_one_batchs_gradient(lively_model, rows, tokenizer, tmp_path, perturbation):
-    """Rows are the same, in the same order; noise is drawn by a row's place, so the batches hold equal rows."""
-    equal = [rows[0], rows[1]] * 6
-    ptp = PTPSettings(perturbation=perturbation, epsilon=0.5)
+    """Rows of one step get noise of their own, the same from one batch of four as from four micro-batches."""
+    ptp = PTPSettings(perturbation=perturbation, epsilon=0.5, mask_token_id=5)
+    equal = [max(rows, key=lambda row: len(row["input_ids"]))] * 4  # one length: noise is drawn by a token's place
     found = {}
-    for size, parts in ((4, 1), (2, 2)):
+    for size, parts in ((4, 1), (2, 2), (1, 4)):
         model = model_of(lively_model)
         trainer = trainer_of(PTPTrainer, model, equal, tokenizer, tmp_path / str(size), ptp, max_steps=1,
                              per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_grad_norm=0.0,
                              optim="sgd", lr_scheduler_type="constant")  # fmt: skip
-        numbers = torch.tensor([0, 1, 0, 1])
-        import ptp_ds.trainer.trainer as module
-
-        before = module.divergence_of
-
-        def same_noise(*args, before=before, numbers=numbers, **kwargs):
-            args = (*args[:6], numbers[: args[1]["input_ids"].shape[0]], *args[7:])
-            return before(*args, **kwargs)
-
-        module.divergence_of = same_noise
-        try:
-            start = prompt_of(model)
-            trainer.train()
-        finally:
-            module.divergence_of = before
+        start = prompt_of(model)
+        trainer.train()
         found[size] = prompt_of(model) - start
     assert float(found[4].norm()) > 0
-    torch.testing.assert_close(found[4], found[2], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[2], found[4], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[1], found[4], rtol=1e-4, atol=1e-7)
+
+
+def test_the_rows_of_a_step_have_noise_of_their_own(lively_model, rows, tokenizer, tmp_path, monkeypatch):
+    """Seven equal rows by two, in steps of two micro-batches: no delta comes twice in a run, and a second run draws
+    the same ones.
+    """
+    deltas = []
+    moved_pass = loss_module.moved_pass
+    monkeypatch.setattr(loss_module, "moved_pass", lambda *given: deltas.append(given[2]) or moved_pass(*given))
+    trainer = trainer_of(PTPTrainer, model_of(lively_model), [rows[0]] * 7, tokenizer, tmp_path, PTPSettings(),
+                         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)  # fmt: skip
+    trainer.train()
+    first = [row.clone() for delta in deltas for row in delta]
+    assert [delta.shape[0] for delta in deltas] == [2, 2, 2, 1, 2, 2]
+    assert all(not torch.equal(one, other) for n, one in enumerate(first) for other in first[:n])
+    deltas.clear()
+    trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(first, [r for d in deltas for r in d], strict=True))
+
+
+def test_the_ranks_of_a_step_number_their_rows_apart():
+    """Two ranks, three micro-batches of at most four rows; the last ones are smaller."""
+    numbers = []
+    for rank in range(2):
+        trainer = PTPMixin.__new__(PTPMixin)
+        trainer._dealt, trainer._train_batch_size = Dealt(), 4
+        trainer.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        trainer.state = SimpleNamespace(global_step=0)
+        numbers.append([trainer._numbers(size).tolist() for size in (4, 4, 3 - rank)])
+        trainer.state.global_step = 1
+        assert trainer._numbers(4).tolist() == numbers[rank][0]
+    assert numbers == [[[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18]], [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21]]]
 
 
 def test_it_trains_logs_and_evaluates_plainly(lively_model, rows, tokenizer, tmp_path):
