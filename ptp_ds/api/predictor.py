@@ -67,6 +67,8 @@ class Predictor:
         of a pass. Raises UserError for a row without a field.
         """
         split = _split(rows_of(rows, self.task))
+        if not split.rows:
+            return []
         with as_it_was(verbose=False):
             prepare_environment()
             examples = self.served.examples(split)
@@ -84,7 +86,10 @@ class Predictor:
         """
         self._require_causal("generate")
         single = isinstance(rows, str | Mapping)
-        examples = self._contexts(rows_of(rows, self.task), max_new_tokens)
+        given = rows_of(rows, self.task)
+        if not given:
+            return []
+        examples = self._contexts(given, max_new_tokens)
         tokenizer, model = self.served.source.tokenizer, self._plain()
         copies = max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
         inputs = generation_inputs(model, self.served.prompts[0], self.served.kind, examples, copies)

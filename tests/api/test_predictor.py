@@ -93,6 +93,22 @@ def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, l
     assert torch.equal(rows_TH[:4], predictor.served.prompts[0])
 
 
+def test_embeddings_of_a_row_are_those_of_its_filled_template(saved, lively_model):
+    """By serving.md's client: the prompt, then the embeddings of the rendered text's tokens; a task with two fields."""
+    task, row = ptp_ds.load_task("CB"), {"premise": "It rains.", "hypothesis": "It is wet."}
+    predictor = ptp_ds.Predictor.from_pretrained(saved("soft", task), precision="fp32", task=task)
+    model = AutoModelForCausalLM.from_pretrained(lively_model)
+    ids = predictor.served.source.tokenizer(task.render(row, "row 0", labelled=False).context)["input_ids"]
+    rows_TH = model.get_input_embeddings()(torch.tensor(ids))
+    assert torch.equal(predictor.embeds(row), torch.cat([predictor.served.prompts[0], rows_TH]))
+
+
+def test_no_rows_have_no_answers(saved):
+    predictor = ptp_ds.Predictor.from_pretrained(saved())
+    assert predictor.predict([]) == []
+    assert predictor.generate([]) == []
+
+
 def test_a_prompt_inside_the_text_stands_there(saved, lively_model):
     spec = json.loads((DEMO_DATA.parent / "templates" / "Reviews.json").read_text())
     task = parse_task({**spec, "text": "Review: {review}\n<prompt>Sentiment:"}, "test")
