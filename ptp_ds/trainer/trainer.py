@@ -73,7 +73,7 @@ class PTPMixin:
         """
         dealt, rank, ranks = self._dealt, self.accelerator.process_index, self.accelerator.num_processes
         dealt.next(self.state, self.state.global_step)
-        dealt.most = max(dealt.most, rows, self._train_batch_size)
+        dealt.most = max(dealt.most, rows, self.args.train_batch_size)
         return torch.arange(rows) + (dealt.micro_batch * ranks + rank) * dealt.most
 
     def _scale(self: Any, answers: int, num_items: Tensor | int | None) -> Any:

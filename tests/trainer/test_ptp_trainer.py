@@ -125,7 +125,7 @@ def test_the_ranks_of_a_step_number_their_rows_apart():
     numbers = []
     for rank in range(2):
         trainer = PTPMixin.__new__(PTPMixin)
-        trainer._dealt, trainer._train_batch_size = Dealt(), 4
+        trainer._dealt, trainer.args = Dealt(), SimpleNamespace(train_batch_size=4)
         trainer.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
         trainer.state = SimpleNamespace(global_step=0)
         numbers.append([trainer._numbers(size).tolist() for size in (4, 4, 3 - rank)])
