@@ -32,7 +32,9 @@ _GRACE_SECONDS = 30.0  # how long the other hosts' ranks may take to notice that
 
 
 def run_job(job: Job, launch: Callable[[], None]) -> int:
-    """Runs `launch` (DeepSpeed's launcher) in a child and waits for it; returns its exit code."""
+    """Runs `launch` (DeepSpeed's launcher) in a child and waits for it; returns its exit code, or that of the host whose
+    ranks failed first: pdsh tells the largest of all hosts', which may be that of ranks that were ended for it.
+    """
     signals: SimpleQueue[int] = SimpleQueue()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, frame: signals.put(received))
@@ -45,9 +47,10 @@ def run_job(job: Job, launch: Callable[[], None]) -> int:
     failures: SimpleQueue[tuple[str, int]] = SimpleQueue()
     relay = threading.Thread(target=_relay, args=(os.fdopen(reader, errors="replace"), failures), daemon=True)
     relay.start()
-    code = _Watch(job, child, signals, failures).wait()
+    watch = _Watch(job, child, signals, failures)
+    code = watch.wait()
     relay.join(timeout=5)
-    return code
+    return watch.cause_of(code)
 
 
 def _become(launch: Callable[[], None], errors: int) -> NoReturn:
@@ -102,6 +105,7 @@ class _Watch:
         self.asked_at = 0.0
         self.stopping = False  # ranks were asked to stop: the first host to end hasn't failed, others may still save
         self.failed_at: float | None = None
+        self.first_code = 0  # of the host that failed first
         self.sent = 0  # how often ranks of a failed job were told to end
 
     def wait(self) -> int:
@@ -116,6 +120,11 @@ class _Watch:
             self._serve_signals()
             self._serve_failures()
             time.sleep(_POLL_SECONDS)
+
+    def cause_of(self, code: int) -> int:
+        """The first failed host's code in the place of the child's, which ended with `code`; a stop keeps its own."""
+        self._note_failures()
+        return self.first_code if code and self.first_code and not self.stopping else code
 
     def _serve_signals(self) -> None:
         received = _next(self.signals)
@@ -132,10 +141,13 @@ class _Watch:
             os.killpg(self.child, signal.SIGTERM)
             self.asked = None
 
+    def _note_failures(self) -> None:
+        while (failure := _next(self.failures)) is not None:
+            if self.failed_at is None:
+                self.failed_at, self.first_code = time.monotonic(), failure[1]
+
     def _serve_failures(self) -> None:
-        failure = _next(self.failures)
-        if failure is not None and self.failed_at is None:
-            self.failed_at = time.monotonic()
+        self._note_failures()
         if (
             self.failed_at is None
             or self.stopping

@@ -11,6 +11,7 @@ from ptp_ds.hosts.remote import HostError
 from ptp_ds.launch import job as job_module
 from ptp_ds.launch.job import run_job, tell_ranks
 from ptp_ds.launch.job_plan import Job
+from ptp_ds.launch.restarts import should_restart
 from ptp_ds.ranks.faults import STOP_SIGNALS
 from tests.support.two_hosts import TwoHosts, why_not
 
@@ -108,6 +109,33 @@ def test_no_host_has_failed_when_all_were_asked_to_stop(told, monkeypatch):
 
     assert run_job(JOB, launch) == 0
     assert told.calls == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("cause", "restarted"), [(137, True), (1, True), (2, False)])
+@pytest.mark.parametrize("last_words", [0.8, 0.0])
+def test_the_host_that_failed_first_decides_what_the_job_ended_with(told, monkeypatch, cause, restarted, last_words):
+    """node1 still loads and is ended by our SIGTERM; pdsh -S then tells the larger code of the two, here node1's."""
+    monkeypatch.setattr(job_module, "_GRACE_SECONDS", 0.3)
+
+    def launch():
+        os.write(2, b"pdsh@node1: node2: ssh exited with exit code %d\n" % cause)
+        time.sleep(last_words)
+        os.write(2, b"pdsh@node1: node1: ssh exited with exit code 143\n")
+        raise SystemExit(max(cause, 143))
+
+    code = run_job(JOB, launch)
+    assert (code, should_restart(code)) == (cause, restarted)
+
+
+def test_a_stop_of_all_keeps_its_code_whoever_ends_first(told):
+    def launch():
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.5)
+        os.write(2, b"pdsh@node1: node2: ssh exited with exit code 76\n")
+        os.write(2, b"pdsh@node1: node1: ssh exited with exit code 143\n")
+        raise SystemExit(143)
+
+    assert run_job(JOB, launch) == 143
 
 
 def test_a_host_without_an_answer_is_named(monkeypatch, capfd):
