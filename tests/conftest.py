@@ -89,6 +89,15 @@ def write_rows() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch's operators on two threads, whatever this process has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     """The process group of this process alone, for a module; gone behind it."""

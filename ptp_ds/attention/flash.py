@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptp_ds.attention.backends import in_one_order
 from ptp_ds.attention.plan import ForestPlan, Plan, plan_forest, plan_tree
+from ptp_ds.kernels.places import add_at
 from ptp_ds.packing.row import Block
 from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.precision import at_least_fp32
@@ -119,13 +121,17 @@ def flash_forward(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, part: Part, scale
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of one part, given the joined output and log-sum-exp."""
+    """Gradients of q, k and v of one part, given the joined output and log-sum-exp; in every run the same, to the bit.
+
+    Else the kernel adds up a query's gradient from runs of keys as they come, by atomics.
+    """
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, no_dropout, unused,
-        scale=scale,
-    )  # fmt: skip
+    with in_one_order():
+        return torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, no_dropout, unused,
+            scale=scale,
+        )  # fmt: skip
 
 
 def _copies(x: Tensor, part: Part) -> Tensor:
@@ -140,8 +146,7 @@ def _from_copies(grad: Tensor, part: Part, rows: int) -> Tensor:
     if part.keys is None:
         return grad
     sums = torch.zeros(rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
-    # accumulate sorts its places: the same sums in every run, which index_add's atomics don't give
-    return sums.index_put_((part.keys,), grad.to(sums.dtype), accumulate=True).to(grad.dtype)
+    return add_at(sums, part.keys, grad.to(sums.dtype)).to(grad.dtype)
 
 
 def _of(x: Tensor, places: Tensor | None, axis: int = 0) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.kernels.choice import block_of, jit, tl, use_triton
+from ptp_ds.kernels.places import add_at
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def _forward_torch(table: Tensor, prompt: Tensor, ids: Tensor, delta: Tensor | N
 def _sum_rows_torch(grad: Tensor, target: Tensor, count: int) -> Tensor:
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     sums, places = grad.new_zeros(count + 1, grad.shape[1]), torch.where(target < 0, count, target)
-    if grad.is_cuda:  # sorts first: index_add_ adds in any order there
-        return sums.index_put_((places,), grad, accumulate=True)[:count]
-    return sums.index_add_(0, places, grad)[:count]
+    return add_at(sums, places, grad)[:count]
 
 
 @jit

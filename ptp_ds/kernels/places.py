@@ -36,6 +36,17 @@ class Places:
         return torch.arange(self.tokens, device=self.movable.device) - self.starts[self.example_of]
 
 
+def add_at(sums_N: Tensor, places_M: Tensor, values_M: Tensor) -> Tensor:
+    """sums[places] += values, in place, the same to the bit in every run; rows alike, where both have rows.
+
+    On a GPU index_put_ sorts its places first and index_add_ adds by atomics; on a CPU it is index_put_ that does,
+    from 32768 values on.
+    """
+    if sums_N.is_cuda:
+        return sums_N.index_put_((places_M,), values_M, accumulate=True)
+    return sums_N.index_add_(0, places_M, values_M)
+
+
 def places_of(movable: Tensor, example_of: Tensor, numbers: Tensor, source: Tensor | None = None) -> Places:
     """Places whose starts are found on the device, without waiting for it."""
     firsts = torch.arange(numbers.shape[0] + 1, device=example_of.device)

@@ -32,8 +32,8 @@ _GRACE_SECONDS = 30.0  # how long the other hosts' ranks may take to notice that
 
 
 def run_job(job: Job, launch: Callable[[], None]) -> int:
-    """Runs `launch` (DeepSpeed's launcher) in a child and waits for it; returns its exit code, or that of the host whose
-    ranks failed first: pdsh tells the largest of all hosts', which may be that of ranks that were ended for it.
+    """Runs `launch` (DeepSpeed's launcher) in a child and waits for it; returns its exit code, or that of the host
+    whose ranks failed first: pdsh tells the largest of all hosts', which may be that of ranks that were ended for it.
     """
     signals: SimpleQueue[int] = SimpleQueue()
     for number in STOP_SIGNALS:

@@ -8,6 +8,7 @@ number a row.
 import torch
 from torch import Tensor
 
+from ptp_ds.kernels.places import add_at
 from ptp_ds.precision import at_least_fp32
 
 _NUMBERS = 1 << 24  # fp32 numbers of a part: 64 MiB
@@ -32,16 +33,15 @@ class _PickedLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         logits, rows, tokens, normaliser = ctx.saved_tensors
-        # index_put_ adds picks of one place in one order on a GPU, too.
-        of_rows = torch.zeros_like(normaliser).index_put_((rows,), grad, accumulate=True)
+        of_rows = add_at(torch.zeros_like(normaliser), rows, grad)
         found, start = torch.empty_like(logits), 0
         for part, out in zip(_parts(logits), _parts(found), strict=True):
             count = part.shape[0]
             stop = start + count
-            weights = (part - normaliser[start:stop, None]).exp_().mul_(-of_rows[start:stop, None])
+            weights = (part - normaliser[start:stop, None]).contiguous().exp_().mul_(-of_rows[start:stop, None])
             inside = (rows >= start) & (rows < stop)
-            here = torch.where(inside, rows - start, 0), tokens
-            weights.index_put_(here, torch.where(inside, grad, 0.0), accumulate=True)
+            here = torch.where(inside, rows - start, 0) * part.shape[1] + tokens
+            add_at(weights.view(-1), here, torch.where(inside, grad, 0.0))
             out.copy_(weights)
             start = stop
         return found, None, None

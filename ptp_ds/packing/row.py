@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptp_ds.errors import UserError
 from ptp_ds.kernels.perturb_step import add_delta
-from ptp_ds.kernels.places import Places, places_of
+from ptp_ds.kernels.places import Places, add_at, places_of
 from ptp_ds.packing.log_probs import picked_log_probs
 from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.precision import at_least_fp32
@@ -215,7 +215,7 @@ class PackedRow:
             log_probs = picked_log_probs(logits_NV, self.pick_row, self.pick_token)
         else:
             log_probs = at_least_fp32(logits_NV)[self.pick_row, self.pick_token]
-        flat = log_probs.new_zeros(self.streams * self.present.numel()).index_add(0, self.pick_cell, log_probs)
+        flat = add_at(log_probs.new_zeros(self.streams * self.present.numel()), self.pick_cell, log_probs)
         scores = flat.view(self.streams, *self.present.shape)
         return scores.masked_fill(~self.present, float("-inf"))
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils import deterministic
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptp_ds.attention import flash as flash_attention
 from ptp_ds.attention.flash import FlashTreeAttention, flash_attend, largest_error, parts_of, prefix_part, try_flash
@@ -72,6 +74,50 @@ def test_the_kernels_take_the_arguments_they_are_given():
     found = torch.autograd.grad(out.sum(), leaves)
     assert [gradient.shape for gradient in found] == [leaf.shape for leaf in leaves]
     assert {gradient.dtype for gradient in (out, *found)} == {torch.bfloat16}
+
+
+class Orders(TorchDispatchMode):
+    """Whether torch was asked for the same bits in every run, and for filled memory, at each flash backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_flash_attention_backward":
+            self.seen.append((torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_backward_adds_in_one_order_and_leaves_the_programs_choice(mode):
+    """A program's "warn" would not do: the kernel then warns and adds in any order."""
+    meta, torchs_own = torch.device("meta"), (torch.get_deterministic_debug_mode(), True)
+    q, k, v = (torch.empty(6, 2, 64, dtype=torch.bfloat16, device=meta) for _ in range(3))
+    lse, (part,) = torch.empty(2, 6, device=meta), parts_of([flash_attention.Block(6, (0,), (-1,))])
+    torch.set_deterministic_debug_mode(mode)
+    try:
+        with Orders() as orders:
+            flash_attention.flash_backward(q, q, k, v, q, lse, moved(part, meta), 0.125)
+        after = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    finally:
+        torch.set_deterministic_debug_mode(torchs_own[0])
+    assert (orders.seen, after) == ([(2, False)], (mode, True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_long_rows_have_the_same_gradients_in_every_run():
+    """Many runs of keys add to a query's gradient; short rows have one, and any order is the same."""
+    rows, generator = [flash_attention.Block(2000, (0, 900), (-1, 0))], torch.Generator().manual_seed(0)
+    shapes = [(2000, 4, 64), (2000, 2, 64), (2000, 2, 64), (700, 2, 64), (700, 2, 64)]
+    leaves = [torch.randn(s, generator=generator).to("cuda", torch.bfloat16).requires_grad_() for s in shapes]
+    parts = [moved(part, torch.device("cuda")) for part in (prefix_part([2000], [0], [700]), *parts_of(rows))]
+    found = []
+    for _ in range(10):
+        out = FlashTreeAttention.apply(*leaves, parts, 0.125)
+        found.append(torch.autograd.grad(out.float().cos().sum(), leaves))
+    assert all(torch.equal(one, first) for run in found for one, first in zip(run, found[0], strict=True))
 
 
 def test_the_self_test_passes_right_kernels_and_finds_wrong_ones(played, monkeypatch):

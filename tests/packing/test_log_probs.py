@@ -34,6 +34,15 @@ def test_equals_log_softmax(numbers, dtype, monkeypatch):
     assert not got[1].any(), "a row that nobody reads gets no gradient"
 
 
+def test_many_picks_of_a_place_have_the_same_gradient_in_every_run(two_threads):
+    """Answers of many candidates begin at one place; from 32768 picks on torch's index_put_ adds in any order."""
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens = torch.randint(3, (40_000,), generator=generator), torch.randint(4, (40_000,), generator=generator)
+    weight, x = torch.randn(40_000, generator=generator), logits(3, 4)
+    found = [torch.autograd.grad(picked_log_probs(x, rows, tokens), x, weight)[0] for _ in range(30)]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_gradcheck(monkeypatch):
     monkeypatch.setattr(log_probs, "_NUMBERS", 25)
     x = logits(dtype=torch.float64)

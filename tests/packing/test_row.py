@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptp_ds.packing import row as row_module
 from ptp_ds.packing.row import Block, pack, pack_text_twins, shared_start
 from ptp_ds.tasks.example import Example
 
@@ -39,6 +42,40 @@ def test_scores_sum_log_probabilities_and_mark_absent_answers():
     torch.testing.assert_close(scores[0, 0], torch.stack([log_probs[0, 1] + log_probs[1, 2], log_probs[0, 3]]))
     torch.testing.assert_close(scores[0, 1, 0], log_probs[2, 0])
     assert scores[0, 1, 1] == float("-inf")
+
+
+class Names(TorchDispatchMode):
+    """The operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scores_are_added_in_one_order(device, monkeypatch):
+    """Shapes alone: index_add_ takes any order on a GPU, index_put_ with many values on a CPU."""
+    monkeypatch.setattr(row_module, "picked_log_probs", lambda logits, rows, tokens: logits.new_empty(rows.shape))
+    monkeypatch.setattr(torch.Tensor, "__invert__", lambda x: x.eq(0))  # the one that asks for a real GPU
+    row = pack([example([5], [[1, 2, 3], [3, 4, 5]])] * 20)
+    with FakeTensorMode(allow_non_fake_inputs=True), Names() as names:
+        logits = torch.empty(sum(map(len, row.scored)), 10, device=device)
+        row.mapped(lambda x: torch.empty_like(x, device=device)).scores(logits)
+    added = [name for name in names.called if name.startswith(("index_add", "index_put", "_index_put", "scatter_add"))]
+    assert added == [{"cpu": "index_add_", "cuda": "index_put_"}[device]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_scores_on_a_gpu_are_the_same_in_every_run():
+    row = pack([example([5], [list(range(9))] * 8)] * 40).to("cuda")
+    logits = torch.randn(sum(map(len, row.scored)), 10, generator=torch.Generator().manual_seed(0)).cuda()
+    found = [row.scores(logits) for _ in range(20)]
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_twin_doubles_streams():
