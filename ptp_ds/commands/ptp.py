@@ -97,7 +97,8 @@ def _launch(argv: Sequence[str]) -> int:
             f"usage: ptp launch [launcher's flags] {{{','.join(_ON_RANKS)}}} [flags]\n\n{LAUNCH}\n\n"
             "  ptp launch --hostfile local train --task CB     the hostfile of that name, or a path\n"
             "  ptp launch --num_gpus 2 train --task CB         two ranks of this machine\n\n"
-            "--max_restarts N starts a run again whose ranks died. All other flags are DeepSpeed's: deepspeed --help."
+            "--max_restarts N starts a train or study again whose ranks died. All other flags are DeepSpeed's: "
+            "deepspeed --help."
         )
         return 0 if set(_HELP) & set(own) else 2
     for number, word in enumerate(own[:-1]):

@@ -37,6 +37,7 @@ from ptp_ds.redact import is_secret
 log = get_logger(__name__)
 
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed 0.19.8 exports to other hosts
+_NO_VARIABLE = "PTP_DS_NOT_SET"
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -119,10 +120,20 @@ class Launcher:
         return shell_code(self._child.returncode) if self._child is not None else 0
 
     def _deepspeed(self, argv: Sequence[str], environment_file: Path | None = None) -> None:
-        """DeepSpeed's launcher; environment_file stands in for the user's .deepspeed_env, whose lines it repeats."""
+        """DeepSpeed's launcher; environment_file stands in for the user's .deepspeed_env, whose lines it repeats.
+
+        It would take CUDA_VISIBLE_DEVICES for slots, or drop it, and the next attempt would find none; launch.node
+        keeps to it.
+        """
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.launcher import runner
 
         runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": self.spawn})
+        accelerator = get_accelerator()
+        runner.get_accelerator = lambda: SimpleNamespace(
+            device_count=accelerator.device_count, export_envs=accelerator.export_envs,
+            visible_devices_envs=lambda: [_NO_VARIABLE],
+        )  # fmt: skip
         if environment_file is not None:
             runner.DEEPSPEED_ENVIRONMENT_NAME = str(environment_file)
         with deepspeed_refusals():
@@ -173,14 +184,14 @@ def _notice_lost_hosts() -> None:
 
 
 def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Sequence[str]) -> int:
-    """The first attempt and, where ranks die, up to `count` more from the newest checkpoint; the last one's code."""
+    """The first attempt and, where ranks die, up to `count` more that go on from it; the last one's code."""
     if not count:
         return launcher.attempt([*own, *script])
     from ptp_ds.launch.restarts import (  # takes seconds
         check_script,
-        newest_checkpoint,
         on_hosts_left,
         should_restart,
+        start_of,
         with_resume,
     )
 
@@ -193,10 +204,9 @@ def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Seq
             left, told = on_hosts_left(own, script, Path(folder) / "hostfile")
             for sentence in told:
                 log.warning("restart %d of %d: %s", number, count, sentence, extra=ANY_RANK)
-            start = newest_checkpoint(script) or "the start, there is no checkpoint yet"
             log.warning(
-                "restart %d of %d: the ranks ended with code %d; going on from %s", number, count, code, start,
-                extra=ANY_RANK,
+                "restart %d of %d: the ranks ended with code %d; going on from %s", number, count, code,
+                start_of(script), extra=ANY_RANK,
             )  # fmt: skip
             code = launcher.attempt([*left, *with_resume(script)])
     return code

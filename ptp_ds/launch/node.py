@@ -5,6 +5,7 @@ neither SIGUSR1 nor that its launcher died, and doesn't say which rank failed. H
 once and the ranks end themselves. Only where one has failed, the others get 30 seconds.
 """
 
+import itertools
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from ptp_ds.errors import UserError
 from ptp_ds.launch.quiet import hush_echoes, quiet_flags
 from ptp_ds.ranks.faults import STOP_SIGNALS, USER_ERROR, explain_code, is_stop, shell_code
 from ptp_ds.ranks.log import ANY_RANK, get_logger, log_to_console
@@ -27,6 +29,7 @@ from ptp_ds.ranks.signals import ECHO_SECONDS
 
 log = get_logger(__name__)
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 GRACE_SECONDS = 30.0  # what ranks get to end, once one has failed
 LEAVE_SECONDS = 60.0  # what ranks get to leave, once one has left after an agreed stop
 
@@ -41,10 +44,12 @@ class Host:
         self._ended = False
 
     def spawn(self, command: Sequence[str], env: Mapping[str, str], **more: Any) -> subprocess.Popen:
-        """Starts one rank, as subprocess.Popen; none after a stop signal."""
+        """Starts one rank, as subprocess.Popen, on GPUs of the user's own list; none after a stop signal."""
         if self.received:
             self.end_ranks()
             raise SystemExit(128 + self.received)
+        if VISIBLE in env:
+            env = {**env, VISIBLE: visible_gpus(env[VISIBLE], os.environ.get(VISIBLE))}
         process = subprocess.Popen(command, env=env, **more)
         self.ranks[int(env["RANK"])] = process
         return process
@@ -98,6 +103,32 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
         time.sleep(0.1)
 
 
+def visible_gpus(slots: str, own: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of ranks on these slots, where the user's own is `own`: slot n is its n-th GPU.
+
+    DeepSpeed counts all GPUs of the machine, whichever were chosen. Raises UserError for a slot beyond the list.
+    """
+    if own is None or own == slots:
+        return slots
+    listed = list(itertools.takewhile(lambda name: name not in ("", "-1"), (name.strip() for name in own.split(","))))
+    places = [int(slot) for slot in slots.split(",")]
+    if not listed:
+        return own  # no GPU: the ranks are on the CPU
+    if max(places) >= len(listed):
+        if not has_gpu():
+            return slots
+        raise UserError(f"{VISIBLE}={own} names {len(listed)} GPU(s), and the launcher was given the slots {slots}, "
+                        f"counted from 0 among them; start {len(listed)} rank(s), or name more GPUs.")  # fmt: skip
+    return ",".join(listed[place] for place in places)
+
+
+def has_gpu() -> bool:
+    """Whether torch can use a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def launcher_is_gone(parent: int) -> bool:
     """Whether the process that started this one has ended, or nobody reads its output any more (ssh has dropped)."""
     if os.getppid() != parent:
@@ -135,6 +166,9 @@ def main() -> int:
         setattr(launch, name, value)
     try:
         launch.main()
+    except UserError as error:
+        log.error("error: %s", error, extra=ANY_RANK)
+        return USER_ERROR
     except SystemExit as stopped:
         return shell_code(stopped.code) if isinstance(stopped.code, int) else 1
     return 0

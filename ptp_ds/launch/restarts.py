@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.config.flags import given_settings
+from ptp_ds.config.parsers import PARSERS, study_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.hostfile import deepspeed_refusals
 from ptp_ds.hosts.remote import ssh_command
 from ptp_ds.ranks.faults import USER_ERROR, is_stop
+from ptp_ds.settings_file import read_settings
 from ptp_ds.training.checkpoint import list_checkpoints
 
 _SECONDS = 30
@@ -24,9 +26,43 @@ def should_restart(code: int) -> bool:
 
 
 def check_script(script: Sequence[str]) -> None:
-    """ValueError where the script's arguments leave no folder to go on from. script: its name and its arguments."""
-    if not given_settings(script[1:]).get("output_dir"):
+    """UserError where there is nothing to go on from: another command than train and study, or no folder of train's.
+
+    script: its name and its arguments. A script of the user's own is taken to have train's.
+    """
+    name = _name(script)
+    if name in PARSERS and name not in ("train", "study"):
+        raise UserError(f"--max_restarts is for train and study, which go on where they were left; {name} starts anew "
+                        "each time, so give none.")  # fmt: skip
+    if name == "study":
+        study_parser().parse_args(script[1:])
+    elif not given_settings(script[1:]).get("output_dir"):
         raise UserError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
+
+
+def _name(script: Sequence[str]) -> str:
+    return Path(script[0]).stem if script else ""
+
+
+def settings_of_runs(script: Sequence[str]) -> list[dict[str, Any]]:
+    """What is set of each run that the script starts: one of train's, a cell each of a study's file."""
+    if _name(script) != "study":
+        return [given_settings(script[1:])]
+    file = study_parser().parse_args(script[1:]).study
+    given = _mapping(read_settings(file, f"Study {file}"))
+    common, tasks, methods = (_mapping(given.get(name)) for name in ("settings", "tasks", "methods"))
+    return [{**common, **_mapping(m), **_mapping(t)} for t in tasks.values() for m in methods.values()]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}  # what else it is, the study itself refuses
+
+
+def start_of(script: Sequence[str]) -> str:
+    """What the next attempt goes on from, in words."""
+    if _name(script) == "study":
+        return "the cells that aren't finished"
+    return newest_checkpoint(script) or "the start, there is no checkpoint yet"
 
 
 def newest_checkpoint(script: Sequence[str]) -> str | None:
@@ -37,10 +73,12 @@ def newest_checkpoint(script: Sequence[str]) -> str | None:
 
 
 def with_resume(script: Sequence[str]) -> list[str]:
-    """The script and its arguments with --resume auto.
+    """The script and its arguments with --resume auto; a study's as they are, whose cells always go on.
 
     A folder that --resume names stays as long as --output_dir has no checkpoint of its own.
     """
+    if _name(script) == "study":
+        return list(script)
     named = given_settings(script[1:]).get("resume") not in (None, "auto")
     if named and newest_checkpoint(script) is None:
         return list(script)
@@ -62,7 +100,7 @@ def on_hosts_left(
 ) -> tuple[list[str], list[str]]:  # fmt: skip
     """The launcher's own flags without lost hosts, and what changed; `hostfile` is written where one was lost."""
     slots, port = asked_slots([*own, *script])
-    left, told = slots_left(slots, port, given_settings(script[1:]), reaches) if slots else (slots, [])
+    left, told = slots_left(slots, port, settings_of_runs(script), reaches) if slots else (slots, [])
     if not told:
         return list(own), []
     return flags_for(own, left, hostfile, new_first=next(iter(slots)) not in left), told
@@ -90,13 +128,13 @@ def asked_slots(argv: Sequence[str]) -> tuple[Slots, int | None]:
 
 
 def slots_left(
-    slots: Slots, port: int | None, settings: Mapping[str, Any],
+    slots: Slots, port: int | None, runs: Sequence[Mapping[str, Any]],
     reaches: Callable[[str, int | None], bool],
 ) -> tuple[Slots, list[str]]:  # fmt: skip
     """The slots on hosts that can be reached, and a sentence for each thing that changed.
 
-    Where the batch doesn't deal out in equal parts to the ranks that are left, the last slots stay free. Raises
-    ValueError where no host is left.
+    Where a run's batch doesn't deal out in equal parts to the ranks that are left, the last slots stay free. runs: the
+    settings of each. Raises ValueError where no host is left.
     """
     with ThreadPoolExecutor(32) as pool:
         reached = dict(zip(slots, pool.map(lambda host: reaches(host, port), slots), strict=True))
@@ -108,7 +146,7 @@ def slots_left(
         raise UserError(f"None of the hosts {', '.join(lost)} can be reached by ssh; there is none to go on with.")
     told = [f"{host} can't be reached by ssh and is left out" for host in lost]
     ranks = sum(map(len, left.values()))
-    wanted = dealt_ranks(ranks, settings)
+    wanted = next(number for number in range(ranks, 0, -1) if all(dealt_ranks(number, run) == number for run in runs))
     if wanted < ranks:
         told.append(f"the batch deals out in equal parts to {wanted} of the {ranks} ranks that are left")
     surplus = ranks - wanted

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ptp_ds.errors import UserError
 from ptp_ds.hosts.environment import adopt_mpi, expand_segments
 from ptp_ds.hosts.network import choose_interface
 
@@ -130,12 +131,26 @@ def _stand_alone(backend: str, timeout: timedelta) -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
+def _require_gpu(local_rank: int) -> None:
+    """UserError where this host's ranks outnumber its GPUs. DeepSpeed's launcher says how many they are (LOCAL_SIZE),
+    so that they all know; any other's rank beyond the last GPU knows of itself.
+    """
+    found, needed = torch.cuda.device_count(), max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", "1")))
+    if needed > found:
+        raise UserError(f"This host shows {found} GPU(s) to {needed} ranks; start a rank a GPU: --num_gpus {found}, or "
+                        f"slots={found} in the hostfile (torchrun: --nproc_per_node {found}).")  # fmt: skip
+
+
 def start_processes() -> Ranks:
     """Joins the process group through DeepSpeed and returns this rank's place and device.
 
-    Raises ValueError where the network interface that leads to the other hosts can't be told.
+    Raises ValueError where there is no GPU for this rank, or where the network interface that leads to the other hosts
+    can't be told.
     """
     prepare_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        _require_gpu(local_rank)
     choose_interface(os.environ)
     import deepspeed
     import deepspeed.ops
@@ -143,7 +158,6 @@ def start_processes() -> Ranks:
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 renames, at every step.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

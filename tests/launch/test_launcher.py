@@ -1,10 +1,14 @@
 """The launcher: which hosts a hostfile names, and when ssh is left out."""
 
+import base64
+import json
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from ptp_ds.hosts.hostfile import hosts_of
 from ptp_ds.launch import launcher as launch
@@ -152,10 +156,39 @@ def test_attempts(tmp_path, capsys, codes, count, attempts):
         assert line.startswith(f"restart {number} of {count}: the ranks ended with code {codes[number - 1]}; going on")
 
 
+def test_a_study_is_repeated_with_its_own_arguments(tmp_path, capsys):
+    launcher, script = Scripted([137, 0]), ["scripts/study.py", "study.json", "--output_dir", str(tmp_path)]
+    assert run_attempts(launcher, 2, [], script) == 0
+    assert launcher.commands == [script, script]
+    assert capsys.readouterr().err == (
+        "restart 1 of 2: the ranks ended with code 137; going on from the cells that aren't finished\n"
+    )
+
+
 def test_a_signal_to_the_launcher_ends_the_attempts(tmp_path):
     launcher = Scripted([137, 0], stop_in=1)
     assert run_attempts(launcher, 3, [], ["train.py", "--output_dir", str(tmp_path)]) == 137
     assert len(launcher.commands) == 1
+
+
+@pytest.mark.parametrize(("given", "slots"), [([], None), (["--num_gpus", "2"], [0, 1])])
+def test_chosen_gpus_are_left_to_each_host_at_every_attempt(given, slots, monkeypatch):
+    """Without a hostfile DeepSpeed would make slots of CUDA_VISIBLE_DEVICES, or ignore it, and unset it for good."""
+    seen: list[tuple[list[int], str | None]] = []
+
+    def spawn(command, env):
+        words = next(word for word in command if word.startswith("--world_info=")).split("=", 1)[1]
+        seen.append((json.loads(base64.urlsafe_b64decode(words))["localhost"], env.get("CUDA_VISIBLE_DEVICES")))
+        launcher._child = subprocess.Popen(["true"])
+        return launcher._child
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    launcher = Launcher({})
+    monkeypatch.setattr(launcher, "spawn", spawn)
+    counted = list(range(get_accelerator().device_count()))
+    for _ in range(2):
+        assert launcher.attempt([*given, "train.py"]) == 0
+    assert seen == [(slots or counted, "6,7")] * 2
 
 
 def test_a_lost_host_is_left_out(tmp_path, monkeypatch, capsys):

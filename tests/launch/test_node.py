@@ -1,6 +1,7 @@
 """A host's ranks: signals reach all at once, ranks that save are waited for, the others of a failed one end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,34 @@ def test_no_rank_starts_after_a_signal(host):
         spawn(host, 1, SLEEP)
     assert stopped.value.code == 143
     assert first.wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("slots", "own", "seen"),
+    [("0,1", None, "0,1"), ("0,1", "2,3", "2,3"), ("1", "2,3", "3"), ("0,2", "7, 5,3,1", "7,3"),
+     ("0", "GPU-5b1c,GPU-77aa", "GPU-5b1c"), ("0,1", "", ""), ("0,1", "-1", "-1"), ("0", "4,-1,5", "4"),
+     ("1", "1", "1")],
+)  # fmt: skip
+def test_a_slot_is_a_place_in_the_users_own_list(slots, own, seen):
+    assert node.visible_gpus(slots, own) == seen
+
+
+@pytest.mark.parametrize(("slots", "own", "count"), [("0,1", "3", 1), ("0,2", "4,5", 2), ("1", "4,-1,5", 1)])
+def test_a_slot_beyond_the_users_list_is_refused_where_there_are_gpus(slots, own, count, monkeypatch):
+    monkeypatch.setattr(node, "has_gpu", lambda: False)
+    assert node.visible_gpus(slots, own) == slots, "without a GPU the list means nothing"
+    monkeypatch.setattr(node, "has_gpu", lambda: True)
+    told = f"CUDA_VISIBLE_DEVICES={own} names {count} GPU(s), and the launcher was given the slots {slots}, "
+    with pytest.raises(ValueError, match=re.escape(told)):
+        node.visible_gpus(slots, own)
+
+
+def test_a_rank_sees_the_users_own_gpus(host, monkeypatch):
+    """DeepSpeed hands each rank the host's slots as CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    command = [sys.executable, "-S", "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    rank = host.spawn(command, {"RANK": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, stdout=subprocess.PIPE, text=True)
+    assert rank.communicate(timeout=20)[0] == "5,3\n"
 
 
 def test_a_reader_that_goes_away_is_noticed(tmp_path):

@@ -11,8 +11,10 @@ from ptp_ds.launch.restarts import (
     dealt_ranks,
     flags_for,
     newest_checkpoint,
+    settings_of_runs,
     should_restart,
     slots_left,
+    start_of,
     with_resume,
 )
 from ptp_ds.ranks.faults import LOST_RANK, STALLED, explain_code, shell_code
@@ -72,15 +74,49 @@ SLOTS = {"a": [0, 1], "b": [0, 1], "c": [1, 2]}
 
 
 def test_hosts_that_are_left():
-    assert slots_left(SLOTS, None, {}, lambda host, port: True) == (SLOTS, [])
-    left, told = slots_left(SLOTS, 22, {}, lambda host, port: host != "a" and port == 22)
+    assert slots_left(SLOTS, None, [{}], lambda host, port: True) == (SLOTS, [])
+    left, told = slots_left(SLOTS, 22, [{}], lambda host, port: host != "a" and port == 22)
     assert left == {"b": [0, 1], "c": [1, 2]}
     assert told == ["a can't be reached by ssh and is left out"]
-    left, told = slots_left(SLOTS, None, {"batch_size": 9}, lambda host, port: host != "b")
+    left, told = slots_left(SLOTS, None, [{"batch_size": 9}], lambda host, port: host != "b")
     assert left == {"a": [0, 1], "c": [1]}
     assert told[1] == "the batch deals out in equal parts to 3 of the 4 ranks that are left"
     with pytest.raises(ValueError, match="None of the hosts a, b, c can be reached by ssh"):
-        slots_left(SLOTS, None, {}, lambda host, port: False)
+        slots_left(SLOTS, None, [{}], lambda host, port: False)
+
+
+def test_a_studys_cells_all_deal_out_to_the_ranks_that_are_left(tmp_path):
+    """Batches of 12 and 8 on the four ranks that are left; of 9 and 6 on three; of 9 and 8 on one alone."""
+    for common, of_task, ranks in ((12, 8, 4), (9, 6, 3), (9, 8, 1)):
+        study = {"settings": {"batch_size": common}, "tasks": {"A": None, "B": {"batch_size": of_task}},
+                 "methods": {"plain": {"perturbation": "none"}}}  # fmt: skip
+        (tmp_path / "study.json").write_text(json.dumps(study))
+        script = ["scripts/study.py", str(tmp_path / "study.json"), "--output_dir", "out"]
+        found = settings_of_runs(script)
+        assert [run["batch_size"] for run in found] == [common, of_task]
+        left, _ = slots_left(SLOTS, None, found, lambda host, port: host != "b")
+        assert sum(map(len, left.values())) == ranks
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"tasks": 3, "settings": [1]}', '{"tasks": {"A": 1}, "methods": {"m": 2}}']
+)
+def test_a_study_that_is_none_is_left_to_the_study_to_refuse(tmp_path, text):
+    (tmp_path / "study.json").write_text(text)
+    found = settings_of_runs(["study.py", str(tmp_path / "study.json"), "--output_dir", "out"])
+    assert slots_left(SLOTS, None, found, lambda host, port: host != "a")[0] == {"b": [0, 1], "c": [1, 2]}
+
+
+def test_a_study_is_started_again_as_it_was_and_other_commands_are_refused(tmp_path):
+    study = ["study.py", "study.yaml", "--output_dir", str(tmp_path), "--tasks", "A"]
+    check_script(study)
+    assert with_resume(study) == study
+    assert start_of(study) == "the cells that aren't finished"
+    with pytest.raises(ValueError, match="--output_dir"):
+        check_script(study[:2])
+    with pytest.raises(ValueError, match=r"--max_restarts is for train and study, .*; evaluate starts anew"):
+        check_script(["scripts/evaluate.py", "--adapter", "runs/cb"])
+    check_script(["my_own.py", "--output_dir", "out"])
 
 
 @pytest.mark.parametrize("given", [[], ["--include", "a@b:0"], ["--exclude", "c"], ["--num_nodes", "2"]])

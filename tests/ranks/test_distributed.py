@@ -25,6 +25,21 @@ def test_the_allocator_is_told_before_it_starts_or_not_at_all(available, initial
     assert distributed.os.environ.get("PYTORCH_ALLOC_CONF") == settings
 
 
+@pytest.mark.parametrize(("variable", "value"), [("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")])
+def test_more_ranks_than_gpus_are_refused_before_anything_else(variable, value, monkeypatch):
+    """The rank beyond the last GPU knows it; where DeepSpeed's launcher has told their number, each rank does."""
+    for name in ("LOCAL_RANK", "LOCAL_SIZE", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "0")  # so that it is as it was behind the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ValueError, match=r"^This host shows 1 GPU\(s\) to 2 ranks; start a rank a GPU: --num_gpus 1, or "
+    ):
+        distributed.start_processes()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_torch_heeds_it():
