@@ -33,6 +33,7 @@ from ptp_ds.backbone.probe import (
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadInput
 from ptp_ds.packing.row import PackedRow
+from ptp_ds.ranks.faults import befell
 
 # Bounds of scores and of gradients. In fp32 an exact family is off by about what its own rounding makes of a last digit
 # of its inputs, which is measured (_own_rounding); what leaks between rows can be far below any fixed bound.
@@ -188,7 +189,9 @@ def _less_than_a_row(backbone: Backbone, probe: Probe, whole: Found) -> HeadInpu
     try:
         with serving(backbone, probe.rows, "soft"), backbone.shards.outside_layers():
             found, _ = packed_pass(backbone, probe, probe.examples, [])
-    except Exception:  # a family that brings what its layers give into its input's shape
+    except Exception as error:  # a family that brings what its layers give into its input's shape
+        if befell(error):
+            raise
         return "row"
     finally:
         backbone.head_input = "row"
@@ -212,7 +215,9 @@ def _narrows(backbone: Backbone, probe: Probe) -> bool:
         backbone.narrows = True
         try:
             narrow = backbone.score(row, inputs, probe.trained, narrow=True)[0]
-        except RuntimeError:  # something of the vocabulary's size behind the head
+        except RuntimeError as error:  # something of the vocabulary's size behind the head
+            if befell(error):
+                raise
             return False
         finally:
             backbone.narrows = False
@@ -223,7 +228,7 @@ def _narrows(backbone: Backbone, probe: Probe) -> bool:
 
 @contextmanager
 def _family_fails(backbone: Backbone) -> Iterator[None]:
-    """What a family's own code raises inside is the reason for which it is refused."""
+    """What a family's own code raises inside is why it is refused; full memory and a lost rank pass as they are."""
     try:
         yield
     except ValueError as error:
@@ -231,6 +236,8 @@ def _family_fails(backbone: Backbone) -> Iterator[None]:
             raise
         raise UserError(refusal(backbone.model, _first_line(error))) from error
     except Exception as error:  # masks of the whole row, arguments that it lacks, operations in place
+        if befell(error):
+            raise
         raise UserError(refusal(backbone.model, _first_line(error))) from error
 
 

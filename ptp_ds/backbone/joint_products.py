@@ -22,6 +22,7 @@ from ptp_ds.backbone.adjacent import joined, lay_together
 from ptp_ds.backbone.backbone import Backbone, decoder_layers
 from ptp_ds.backbone.frozen_linear import Product, product_for, torchs
 from ptp_ds.backbone.plain import eager
+from ptp_ds.ranks.faults import befell
 
 _TOKENS = 4  # of the run that shows which layers share an input
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative l2 distance of logits, 1e-4 in fp32 or better
@@ -184,7 +185,9 @@ def join_products(backbone: Backbone) -> None:
     calls = _Calls(backbone.model)
     try:
         before = _logits(backbone)
-    except Exception:  # a forward that wants more than tokens
+    except Exception as error:  # a forward that wants more than tokens
+        if befell(error):
+            raise
         return
     finally:
         calls.remove()
@@ -197,7 +200,9 @@ def join_products(backbone: Backbone) -> None:
         torch.cuda.empty_cache()  # what the weights lay in before is of other sizes than what comes
     try:
         same = _all_agree(made, backbone) and _distance(_logits(backbone), before) <= _CLOSE.get(backbone.dtype, 1e-4)
-    except RuntimeError:  # a family that views what it is given in a way that columns don't allow
+    except RuntimeError as error:  # a family that views what it is given in a way that columns don't allow
+        if befell(error):
+            raise
         same = False
     if same:
         backbone.joined = _names(made, backbone.model)

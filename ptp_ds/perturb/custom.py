@@ -28,7 +28,7 @@ from ptp_ds.perturb import PERTURBATIONS, Noise, Perturbation, PerturbSettings, 
 from ptp_ds.perturb.ball import movable_only
 from ptp_ds.perturb.parameters import check_parameters
 from ptp_ds.perturb.perturbation import Find, Twin, Twins
-from ptp_ds.ranks.faults import is_lost_rank
+from ptp_ds.ranks.faults import befell
 from ptp_ds.tasks.example import Example
 
 _VARIABLE = "PERTURBATION"
@@ -100,7 +100,7 @@ def _running(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError | torch.OutOfMemoryError) or is_lost_rank(error):
+        if isinstance(error, UserError) or befell(error):
             raise
         raise UserError(f"--perturbation {path}: {what} failed{_fault(error, path)}") from error
 

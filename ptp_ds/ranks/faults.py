@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ptp_ds.errors import UserError
@@ -21,6 +22,7 @@ LOST_RANK = 76  # another rank's connection broke
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors names errno
 _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "Timed out",
            "timed out", "Connection refused", "communicator was aborted", "ncclRemoteError")  # fmt: skip
+_FULL = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # where it is no OutOfMemoryError
 
 
 class OutputError(UserError):
@@ -53,6 +55,12 @@ def explain_code(code: int) -> str:
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error out of a collective means that another rank is gone."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _BROKEN)
+
+
+def befell(error: BaseException) -> bool:
+    """Whether an error tells of full memory or of a lost rank, and so nothing of the code that it came out of."""
+    full = isinstance(error, RuntimeError) and any(part in str(error) for part in _FULL)
+    return full or isinstance(error, torch.OutOfMemoryError | MemoryError) or is_lost_rank(error)
 
 
 def disk_sentence(error: Exception, folder: Path) -> str:

@@ -10,7 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.ranks.faults import OutputError, OutputGuard, disk_sentence, explain_code, is_lost_rank, is_stop
+from ptp_ds.ranks.faults import (
+    OutputError,
+    OutputGuard,
+    befell,
+    disk_sentence,
+    explain_code,
+    is_lost_rank,
+    is_stop,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,17 @@ def test_lost_ranks_are_told_from_other_errors():
     assert is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:33731"))
     assert not is_lost_rank(RuntimeError("CUDA out of memory"))
     assert not is_lost_rank(ValueError("Connection closed by peer"))
+
+
+def test_full_memory_is_told_from_other_errors():
+    """Torch's own on a CPU is no OutOfMemoryError."""
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert befell(full.value)
+    assert befell(torch.OutOfMemoryError("CUDA out of memory."))
+    assert befell(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert befell(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:33731"))
+    assert not befell(RuntimeError("shape '[2, 3]' is invalid for input of size 5"))
 
 
 def test_stops_and_codes():
