@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.backbone.backbone import Backbone
-from ptp_ds.backbone.sharded_loading import absent_parameters, build_sharded, fill_from_files
+from ptp_ds.backbone.sharded_loading import absent_parameters, build_sharded, fill_from_files, untied_in_files
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
@@ -43,7 +43,9 @@ def load_backbone(
         model = model.to(ranks.device)
     else:
         with _transformers_refusals(folder):
-            model = build_sharded(config, deepspeed_config, auto)
+            model = build_sharded(
+                config, deepspeed_config, auto, lambda new: untied_in_files(new, StoredTensors(new, files), ranks)
+            )
         stored = StoredTensors(model, files)
         absent = absent_parameters(model, stored)
         _refuse_absent(absent, plan, folder)

@@ -1,7 +1,7 @@
 """Building and filling a backbone under ZeRO-3: no rank holds more than a tensor, or one layer's experts, whole."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,19 @@ from ptp_ds.backbone.sharding import ResolvedDeepSpeed, send_as_int8
 from ptp_ds.errors import UserError
 from ptp_ds.models.stored import StoredTensors
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.log import get_logger
+
+log = get_logger(__name__)
 
 
-def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = AutoModelForCausalLM) -> Any:
-    """The model with its parameters partitioned as they are made, values unset: no rank holds more than a tensor."""
+def build_sharded(
+    config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = AutoModelForCausalLM,
+    untied: Callable[[Any], Collection[str]] = lambda model: (),
+) -> Any:  # fmt: skip
+    """The model with its parameters partitioned as they are made, values unset: no rank holds more than a tensor.
+
+    untied: given the model, the names that are left untied, whatever its configuration says; see untied_in_files.
+    """
     import deepspeed
     from transformers.initialization import no_init_weights
 
@@ -27,7 +36,9 @@ def build_sharded(config: Any, deepspeed_config: ResolvedDeepSpeed, auto: Any = 
         deepspeed.zero.Init(config_dict_or_path=deepspeed_config.config),
     ):
         model = auto.from_config(config, dtype=deepspeed_config.dtype)
-    model.tie_weights()  # no_init_weights leaves this out
+    for name in untied(model):
+        del model.all_tied_weights_keys[name]
+    model.tie_weights(recompute_mapping=False)  # no_init_weights leaves this out
     plain = _without_weights(config, deepspeed_config.dtype, auto)
     _restore_computed(model, plain)
     _restore_dtypes(model, plain, deepspeed_config.dtype)
@@ -122,6 +133,28 @@ def fill_randomly(model: Any, deviation: float = 0.02) -> None:
             parameter.ds_secondary_tensor = None
             parameter.all_gather()
             parameter.partition(has_been_updated=True)
+
+
+def untied_in_files(model: Any, stored: StoredTensors, ranks: Ranks) -> list[str]:
+    """Names that the configuration ties to others and whose values in the files are not the others': transformers
+    leaves them untied, too. Said once; rank 0 reads, and all ranks must call it.
+
+    model: as it is built, nothing tied yet.
+    """
+    held, untied = {name: name for name in stored.shapes}, []
+    for target, source in model.all_tied_weights_keys.items():
+        if target in held and source in held:
+            if ranks.from_main(int(ranks.is_main and not stored.equal(held[target], held[source]))):
+                untied.append(target)
+                log.warning(
+                    "warning: %s and %s differ, though config.json ties them: they are left as they are stored",
+                    stored.where(held[target]), held[source],
+                )  # fmt: skip
+        elif target in held:  # tied: what the one holds is the other's
+            held[source] = held[target]
+        elif source in held:
+            held[target] = held[source]
+    return untied
 
 
 def absent_parameters(model: nn.Module, stored: StoredTensors) -> set[str]:

@@ -131,6 +131,12 @@ class StoredTensors:
         stored = group.sources[0][1]
         return f"{self._files[stored]}: {stored}"
 
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two of the model's tensors have the same values in the files."""
+        first, second = (values()[one] for one in (name, other) for _, values in self.groups([one]))
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        return torch.equal(first.to(dtype), second.to(dtype))
+
     def groups(self, wanted: Collection[str]) -> Iterator[tuple[list[str], Callable[[], dict[str, Tensor]]]]:
         """(the model's names, a function that reads their values) of each group that makes a wanted name, in order."""
         for first, group in self._groups.items():

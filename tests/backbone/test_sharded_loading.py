@@ -3,7 +3,10 @@
 import deepspeed
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
     Gemma3Config,
@@ -12,6 +15,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     ModernBertDecoderConfig,
@@ -165,4 +170,68 @@ def test_a_padding_token_that_must_be_a_number(tmp_path, ranks):
     config = ModernBertDecoderConfig(**{**SMALL, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
                                         "cls_token_id": 2, "sep_token_id": 2})  # fmt: skip
     ModernBertDecoderForCausalLM(config).save_pretrained(tmp_path)
+    assert_same(tmp_path, "fp32", ranks, "causal")
+
+
+def store_both(folder, tied, change):
+    """The files hold tied tensors by both names, as older ones do; what is added to the second: `change`."""
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    for name, other in tied.items():
+        held[name] = held[other] + change
+    save_file(held, file, metadata={"format": "pt"})
+    return held
+
+
+TIED = {
+    "causal": {"lm_head.weight": "model.embed_tokens.weight"},
+    "masked": {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+               "cls.predictions.decoder.bias": "cls.predictions.bias"},
+}  # fmt: skip
+
+
+def save_tied(head, folder):
+    torch.manual_seed(0)
+    if head == "causal":
+        LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(folder)
+    else:
+        BertForMaskedLM(BertConfig(**{**SMALL, "pad_token_id": 0})).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5])
+@pytest.mark.parametrize("head", TIED)
+def test_tied_names_of_which_the_files_hold_both(head, change, tmp_path, ranks, caplog):
+    """Other values are another model than a tied one: both stages take it as it is stored, and say so."""
+    save_tied(head, tmp_path)
+    held = store_both(tmp_path, TIED[head], change)
+    assert_same(tmp_path, "fp32", ranks, head)
+    caplog.clear()
+    sharded = loaded(tmp_path, 3, "fp32", ranks, head)
+    for name, other in TIED[head].items():
+        parameters = sharded.get_parameter(name), sharded.get_parameter(other)
+        assert (parameters[0] is parameters[1]) == (change == 0)
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            assert torch.equal(parameters[0], held[name])
+            assert torch.equal(parameters[1], held[other])
+    said = [record.getMessage() for record in caplog.records if "though config.json ties them" in record.getMessage()]
+    assert len(said) == (len(TIED[head]) if change else 0)
+    assert all(name in line and other in line for line, (name, other) in zip(said, TIED[head].items(), strict=bool(said)))
+
+
+def test_one_dtype_by_each_name_is_compared_by_value(tmp_path, ranks):
+    save_tied("causal", tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"].float()}, file, metadata={"format": "pt"})
+    sharded = loaded(tmp_path, 3, "fp32", ranks, "causal")
+    assert sharded.lm_head.weight is sharded.model.embed_tokens.weight
+
+
+def test_the_name_that_the_files_lack_is_tied_to_what_they_hold(tmp_path, ranks):
+    """Where the head alone is stored, the embedding is the head's."""
+    save_tied("causal", tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
+    save_file(held, file, metadata={"format": "pt"})
     assert_same(tmp_path, "fp32", ranks, "causal")
