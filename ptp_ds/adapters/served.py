@@ -82,7 +82,8 @@ class Served:
         """
         loaded = load_backbone(self.source.folder, deepspeed_config, ranks, self.source.head_plan, share=True)
         longest = max((example.path_length for example in examples), default=0)
-        backbone, _ = checked_backbone(loaded, longest and longest + self.prompt_length + self.rows.extra_tokens)
+        longest = longest and longest + self.prompt_length + self.rows.extra_tokens
+        backbone, _ = checked_backbone(loaded, longest, ranks)
         backbone.serve(self.kind, self.rows, self.prompt_length)
         return backbone
 

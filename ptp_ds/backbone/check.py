@@ -7,7 +7,7 @@ in company held against those of each row alone.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,8 +31,9 @@ from ptp_ds.backbone.probe import (
     serving,
 )
 from ptp_ds.errors import UserError
-from ptp_ds.models.heads import HeadInput
 from ptp_ds.packing.row import PackedRow
+from ptp_ds.ranks.agreement import Agreement
+from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.faults import befell
 
 # Bounds of scores and of gradients. In fp32 an exact family is off by about what its own rounding makes of a last digit
@@ -44,15 +45,16 @@ _SCORE_DIGITS = 4  # last digits by which a score may be off: a model that knows
 _SAME_INPUTS, _SAME_INPUTS_HALF = 1e-5, 1e-2
 
 
-def checked_backbone(backbone: Backbone, longest: int = 0) -> tuple[Backbone, str]:
+def checked_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = None) -> tuple[Backbone, str]:
     """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is.
 
-    longest: tokens of the run's longest row, prompt included.
+    longest: tokens of the run's longest row, prompt included. ranks: those that must come to the same result, and all
+    call it; None for this process alone.
     """
     try:
         if backbone.head.kind == "seq2seq":
             raise UserError(refusal(backbone.model, "an encoder-decoder isn't packed"))
-        check_backbone(backbone, longest)
+        check_backbone(backbone, longest, ranks)
         return backbone, ""
     except ValueError as error:
         reason = str(error)
@@ -60,18 +62,29 @@ def checked_backbone(backbone: Backbone, longest: int = 0) -> tuple[Backbone, st
         raise UserError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
                          "--ds_config ds_configs/zero2.json.")  # fmt: skip
     padded = PaddedBackbone(backbone)
-    check_backbone(padded, longest)
+    check_backbone(padded, longest, ranks)
     return padded, reason
 
 
-def check_backbone(backbone: Backbone, longest: int = 0) -> None:
-    """Packed passes against plain ones; raises ValueError naming a family that doesn't agree. longest: see above.
+def check_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = None) -> None:
+    """Packed passes against plain ones; raises ValueError naming a family that doesn't agree. longest, ranks: see
+    above.
 
     Checks that every layer called the tree attention, that no layer asks for a local window that its attention call
     doesn't name, that the prompt gets a finite non-zero gradient, that scores and gradients agree with the family's own
     eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations),
     and whether the head can do with less (Backbone.narrows, head_input). Joins products before that (Backbone.joint).
     """
+    gathers = backbone.shards.sharded and not backbone.shards.shared
+    elsewhere = refusal(backbone.model, "the start-up check fails on another rank, which says why")
+    agreement = Agreement(ranks, elsewhere, speaks=not gathers)
+    with agreement.telling():
+        _check(backbone, longest, agreement)
+    backbone.shards.traffic.reset()  # a run counts its own
+
+
+def _check(backbone: Backbone, longest: int, agreement: Agreement) -> None:
+    """See check_backbone. Whatever a bound decides is agreed on first: ranks may round differently."""
     if backbone.packs and not backbone.takes_attention:
         raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
     before = _state(backbone.model)
@@ -81,24 +94,26 @@ def check_backbone(backbone: Backbone, longest: int = 0) -> None:
         passes: list[LayerPass] = []
         with serving(backbone, probe.rows, "soft"):
             found, local = packed_pass(backbone, probe, probe.examples, passes)
-    _refuse_pass(backbone, passes[0], local, found)
+    _refuse_pass(backbone, passes[0], local)
+    if agreement.largest(not _is_alive(found.to_prompt))[0]:
+        raise UserError(refusal(backbone.model, "the prompt gets no finite, non-zero gradient through it"))
     with _family_fails(backbone), backbone.shards.outside_layers():
         alone = probe.alone.pack(probe.examples).to(backbone.device)
         by_ids, by_embeddings, plain = _references(backbone, probe, alone)
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
         raise UserError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
-    error = _apart(by_embeddings, by_ids, _guess(backbone, probe, by_ids))
-    if not error <= (_SAME_INPUTS if _bounds(backbone) is _FULL else _SAME_INPUTS_HALF):
+    [error] = agreement.largest(_apart(by_embeddings, by_ids, _guess(backbone, probe, by_ids)))
+    if not error <= _same_inputs(backbone):
         reason = f"its forward does more to tokens than to embeddings (scores differ by {error:.1e})"
         raise UserError(refusal(backbone.model, reason))
-    _compare(backbone, probe, alone, found, plain, by_ids)
+    _compare(backbone, probe, alone, found, plain, by_ids, agreement)
     with _family_fails(backbone):
-        if backbone.head.kind == "causal" and not _sees_no_later_token(backbone, probe):
+        if backbone.head.kind == "causal" and agreement.largest(not _sees_no_later_token(backbone, probe))[0]:
             raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
         if backbone.packs and backbone.head_input == "row":
-            backbone.head_input = _less_than_a_row(backbone, probe, found)
-        backbone.narrows = _narrows(backbone, probe)
-    backbone.shards.traffic.reset()  # a run counts its own
+            [error] = agreement.largest(_scored_alone(backbone, probe, found))
+            backbone.head_input = "scored" if error <= _same_inputs(backbone) else "row"
+        backbone.narrows = not agreement.largest(not _narrows(backbone, probe))[0]
 
 
 def _references(backbone: Backbone, probe: Probe, alone: PackedRow) -> tuple[Tensor, Tensor, Found]:
@@ -114,14 +129,18 @@ def _references(backbone: Backbone, probe: Probe, alone: PackedRow) -> tuple[Ten
     return by_ids, by_embeddings, each_alone(backbone, probe)
 
 
-def _compare(backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, plain: Found, by_ids: Tensor) -> None:
+def _compare(
+    backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, plain: Found, by_ids: Tensor, agreement: Agreement
+) -> None:
     """ValueError where scores or gradients lie further apart than the family's own rounding explains."""
-    errors = (_apart(found.scores, by_ids, _guess(backbone, probe, by_ids)), _gradient_errors(found, plain))
+    guess = _guess(backbone, probe, by_ids)
+    errors = agreement.largest(_apart(found.scores, by_ids, guess), _gradient_errors(found, plain))
     bounds = _bounds(backbone)
     if bounds is _FULL and max(errors) > _SURE:
         own = _own_rounding(backbone, probe, alone, plain, by_ids)
-        digits = _apart(by_ids * (1 + _SCORE_DIGITS * _LAST_DIGIT), by_ids, _guess(backbone, probe, by_ids))
-        bounds = min(bounds[0], max(_SURE, _MARGIN * own[0], digits)), min(bounds[1], max(_SURE, _MARGIN * own[1]))
+        off = _apart(by_ids * (1 + _SCORE_DIGITS * _LAST_DIGIT), by_ids, guess)
+        scores, gradients, digits = agreement.largest(*own, off)
+        bounds = min(bounds[0], max(_SURE, _MARGIN * scores, digits)), min(bounds[1], max(_SURE, _MARGIN * gradients))
     for what, error, allowed in zip(("scores", "gradients"), errors, bounds, strict=True):
         if not error <= allowed:
             reason = f"its packed {what} differ from plain ones by {error:.1e} (allowed: {allowed:.0e})"
@@ -131,7 +150,12 @@ def _compare(backbone: Backbone, probe: Probe, alone: PackedRow, found: Found, p
 def _gradient_errors(found: Found, plain: Found) -> float:
     """The largest relative distance of a gradient: the prompt's, or one row's."""
     pairs = [(found.to_prompt, plain.to_prompt), *zip(found.to_context, plain.to_context, strict=True)]
-    return max(float((a - b).float().norm() / b.float().norm().clamp_min(1e-12)) for a, b in pairs)
+    return _worst(float((a - b).float().norm() / b.float().norm().clamp_min(1e-12)) for a, b in pairs)
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest; NaN is inf, since max would pass over it."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def _own_rounding(
@@ -169,6 +193,10 @@ def _bounds(backbone: Backbone) -> tuple[float, float]:
     return _FULL if backbone.dtype.itemsize >= 4 else _HALF
 
 
+def _same_inputs(backbone: Backbone) -> float:
+    return _SAME_INPUTS if _bounds(backbone) is _FULL else _SAME_INPUTS_HALF
+
+
 @torch.no_grad()
 def _sees_no_later_token(backbone: Backbone, probe: Probe) -> bool:
     """Whether tokens' logits are the same with others behind them, one or many, in the family's own forward."""
@@ -183,8 +211,8 @@ def _sees_no_later_token(backbone: Backbone, probe: Probe) -> bool:
     return all(float((whole[: len(part)] - part).norm()) <= bound * len(part) ** 0.5 for part in parts)
 
 
-def _less_than_a_row(backbone: Backbone, probe: Probe, whole: Found) -> HeadInput:
-    """ "scored" where a pass whose norm and head see scored tokens alone finds what `whole` found; else "row"."""
+def _scored_alone(backbone: Backbone, probe: Probe, whole: Found) -> float:
+    """How far a pass whose norm and head see scored tokens alone is from `whole`; inf where the family can't do it."""
     backbone.head_input = "scored"
     try:
         with serving(backbone, probe.rows, "soft"), backbone.shards.outside_layers():
@@ -192,11 +220,11 @@ def _less_than_a_row(backbone: Backbone, probe: Probe, whole: Found) -> HeadInpu
     except Exception as error:  # a family that brings what its layers give into its input's shape
         if befell(error):
             raise
-        return "row"
+        return math.inf
     finally:
         backbone.head_input = "row"
-    errors = _apart(found.scores, whole.scores, _guess(backbone, probe, whole.scores)), _gradient_errors(found, whole)
-    return "scored" if max(errors) <= (_SAME_INPUTS if _bounds(backbone) is _FULL else _SAME_INPUTS_HALF) else "row"
+    scores = _apart(found.scores, whole.scores, _guess(backbone, probe, whole.scores))
+    return _worst((scores, _gradient_errors(found, whole)))
 
 
 @torch.no_grad()
@@ -257,8 +285,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], found: Found) -> None:
-    """ValueError for layers that didn't attend by our function, windows that it can't see, no gradient."""
+def _is_alive(gradient: Tensor) -> bool:
+    return bool(torch.isfinite(gradient).all()) and bool(gradient.abs().sum() > 0)
+
+
+def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int]) -> None:
+    """ValueError for layers that didn't attend by our function, and for windows that it can't see."""
     model, row = backbone.model, layer_pass
     layers = {number for number, calls in row.attention_calls.items() if calls}
     if backbone.packs and len(layers) != backbone.stack.count:
@@ -274,5 +306,3 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int], fou
         local = set()
     if unseen := local - named - {chunk}:  # max_row_length keeps rows within one chunk
         raise UserError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
-    if not bool(torch.isfinite(found.to_prompt).all()) or not bool(found.to_prompt.abs().sum() > 0):
-        raise UserError(refusal(model, "the prompt gets no finite, non-zero gradient through it"))

@@ -56,7 +56,7 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     backbone = load_backbone(source.folder, prepared.resolved, ranks, source.head_plan, run.kernels, share=True)
     backbone.activations = activations_on(ranks.device, run.activations, run.chunk_tokens)
     longest = run.prompt_length + prepared.examples.longest + prepared.rows.extra_tokens
-    backbone, refused = checked_backbone(backbone, longest)
+    backbone, refused = checked_backbone(backbone, longest, ranks)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     backbone.activations = _scheduled(prepared, backbone, ranks)
     if refused:

@@ -122,7 +122,7 @@ def _examine(ranks: Ranks, work: Work) -> dict[str, Any]:
     """This rank's scores and its part of the gradient; which tensors differ."""
     whole, half = (_load(ranks, work, file, "bf16") for file in ("whole.json", "strict.json"))
     wanted, found = (_scores(backbone, work, ranks.rank) for backbone in (whole, half))
-    backbone, _ = checked_backbone(_load(ranks, work, "strict.json", "fp32"))
+    backbone, _ = checked_backbone(_load(ranks, work, "strict.json", "fp32"), ranks=ranks)
     scores = _scores(backbone, work, ranks.rank)
     gradient, _ = step_of(backbone, work.trained, work.examples[ranks.rank :: RANKS], work.perturbation)
     differs = _different(whole.model, half.model)

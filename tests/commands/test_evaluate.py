@@ -90,7 +90,7 @@ def test_the_check_tries_rows_as_long_as_those_that_are_scored(trained, monkeypa
     served, seen = serve([trained / "run"]), []
     examples = served.examples(adapter_rows(trained / "run" / "adapter", served.task))
 
-    def checked(backbone, longest=0):
+    def checked(backbone, longest=0, ranks=None):
         seen.append(longest)
         return backbone, ""
 
