@@ -6,7 +6,8 @@ whole matrices (ptp_ds.attention.dense); on a GPU in half precision segments are
 The reference serves everything else: soft caps, sinks, short windows, the prefix itself, scored positions alone. It
 gathers blocks into a few buckets of similar length, so that the only padding is inside the attention product, and each
 bucket is one call of torch's scaled_dot_product_attention with an additive mask. Query heads that share a key head are
-folded into the query length, so grouped-query keys are never repeated.
+folded into the query length, so grouped-query keys are never repeated. Soft caps and sinks have no such call, only
+whole matrices; these are computed again in backward (RecomputedAttention).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,42 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
+class RecomputedAttention(torch.autograd.Function):
+    """attend_tree_reference, of which nothing is kept but what it was given: backward computes it again.
+
+    Its matrices of probabilities would grow with the square of a row, beyond what the check's short rows tell of a
+    token's cost. sinks: None where there are none; how: attend_tree_reference's further keywords.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, k_prefix, v_prefix, sinks, plan, how):  # type: ignore[override]
+        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, sinks)
+        ctx.plan, ctx.how = plan, how
+        return _reference(q, k, v, k_prefix, v_prefix, sinks, plan, how)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        given = [
+            None if tensor is None else tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        with torch.enable_grad():
+            out = _reference(*given, ctx.plan, ctx.how)
+        wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad))
+        grads = [next(found) if tensor is not None and tensor.requires_grad else None for tensor in given]
+        return *grads, None, None
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor | None, v_prefix: Tensor | None, sinks: Tensor | None,
+    plan: TreePlan, how: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    prefix = (k_prefix, v_prefix) if k_prefix is not None and v_prefix is not None else None
+    return attend_tree_reference(q, k, v, plan, prefix, sinks=sinks, **how)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
@@ -232,9 +269,10 @@ def attend_tree(
             return flash_attend(q_THD, k_TKD, v_TKD, plan, prefix, scale)
     if simple and alone_serves(plan, q_THD):
         return attend_alone(q_THD, k_TKD, v_TKD, plan, scale)
-    return attend_tree_reference(
-        q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, softcap=softcap, window=window, sinks=sinks
-    )
+    if softcap is None and sinks is None:
+        return attend_tree_reference(q_THD, k_TKD, v_TKD, plan, prefix, scale=scale, window=window)
+    how = {"scale": scale, "softcap": softcap, "window": window}
+    return RecomputedAttention.apply(q_THD, k_TKD, v_TKD, *(prefix or (None, None)), sinks, plan, how)
 
 
 def alone_serves(plan: TreePlan, q_THD: Tensor) -> bool:

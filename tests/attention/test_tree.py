@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from ptp_ds.attention import plan as tree_plan
 from ptp_ds.attention.plan import plan_tree
-from ptp_ds.attention.tree import MergedAttention, attend_tree
+from ptp_ds.attention.tree import MergedAttention, attend_tree, attend_tree_reference
+from ptp_ds.backbone.activations import SavedBytes
 from ptp_ds.packing.row import Block
 from tests.support.reference import make_model
 from tests.support.trees import packed_rows
@@ -106,6 +107,31 @@ def test_sinks(rows, prefix, groups, window, seed):
         plan, cache = plan_tree(rows, 0, prefix, "cpu"), (k[:prefix], v[:prefix])
         cached = attend_tree(q[prefix:], k[prefix:], v[prefix:], plan, cache, scale=0.5, sinks=sinks)
         torch.testing.assert_close(cached, expected[prefix:], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("moving", ["all", "all but queries", "the prefix"])
+@pytest.mark.parametrize(("softcap", "with_sinks", "window"), [(0.7, False, None), (None, True, 4), (0.7, True, 4)])
+def test_what_is_computed_again_is_the_same_and_nothing_else_is_kept(softcap, with_sinks, window, moving):
+    """To the bit, whatever is differentiated: values and gradients are those of attention that keeps its matrices."""
+    blocks, prefix = [Block(9, (0, 5, 7), (-1, 0, 0)), Block(6, (0,), (-1,)), Block(2, (0,), (-1,))], 3
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, behind_k, behind_v = (
+        torch.randn(length, heads, 8, generator=generator)
+        for length, heads in ((17, 4), (17, 2), (17, 2), (prefix, 2), (prefix, 2))
+    )
+    sinks = torch.randn(4, generator=generator) if with_sinks else None
+    tensors = [q, k, v, behind_k, behind_v, sinks]
+    wanted = {"all": tensors, "all but queries": tensors[1:], "the prefix": tensors[3:5]}[moving]
+    wanted = [tensor.requires_grad_() for tensor in wanted if tensor is not None]
+    how = {"scale": 0.5, "softcap": softcap, "window": window, "sinks": sinks}
+    plan, results = plan_tree(blocks, 0, prefix, "cpu"), []
+    for attend in (attend_tree_reference, attend_tree):
+        saved = SavedBytes(iter(()))
+        with saved.counting():
+            out = attend(q, k, v, plan, (behind_k, behind_v), **how)
+        results.append([out.detach(), *torch.autograd.grad(out.sin().sum(), wanted)])
+    assert all(map(torch.equal, *results))
+    assert saved.total == sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def test_cached_prefix_gets_its_gradient():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ptp_ds.backbone.activations import Activations, SavedBytes, kept_layers
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.check import check_backbone
 from ptp_ds.packing.row import pack
+from ptp_ds.tasks.example import Example
 from tests.support.packed import make_prompt
 from tests.support.reference import make_examples
 
@@ -64,3 +66,29 @@ def test_modes():
     assert Activations("recompute").recomputed(1, 8) == 8
     assert Activations("auto").recomputed(10**9, 8) == 0  # nothing is known of what it costs
     assert Activations("auto", bytes_per_token=16.0, input_bytes=2.0, budget_bytes=1.0).recomputed(10, 8) == 8
+
+
+WIDE = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16,
+        "max_position_embeddings": 2048, "pad_token_id": None}  # fmt: skip
+LONG_ROWS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, num_key_value_heads=2, intermediate_size=128)),
+    "soft caps": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**WIDE, num_key_value_heads=4, intermediate_size=128, sliding_window=1024)),
+    "sinks": lambda: GptOssForCausalLM(
+        GptOssConfig(**WIDE, num_key_value_heads=2, intermediate_size=64, sliding_window=128, num_local_experts=2,
+                     num_experts_per_tok=1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LONG_ROWS)
+def test_a_token_of_a_long_row_costs_what_the_check_finds_on_short_ones(family):
+    """800 tokens behind each other against the check's few: what is kept grows with tokens, not with their square."""
+    torch.manual_seed(0)
+    backbone, length = Backbone(LONG_ROWS[family](), Activations("keep")), 800
+    check_backbone(backbone)
+    ids = torch.randint(5, 90, (length,)).tolist()
+    row = pack([Example(context_ids=ids, movable=[True] * length, candidate_ids=[[5], [6]], gold=0, index=0)])
+    prompt, saved = torch.randn(20, 64).requires_grad_(), SavedBytes(backbone.parameters())
+    with saved.counting():
+        backbone.score(row, backbone.inputs(row, prompt), prompt)
+    assert saved.total / (20 + row.num_tokens) < 1.1 * backbone.activations.bytes_per_token

@@ -1,4 +1,4 @@
-"""Run by tests/backbone/test_check_on_ranks.py on two ranks, whose processors round differently or of which one fails."""
+"""Run by tests/backbone/test_check_on_ranks.py on two ranks, of which one rounds otherwise, or fails."""
 
 import json
 import sys
