@@ -67,7 +67,7 @@ def main(perturbation: str, activations: str, folder: Path, parts: int) -> None:
     torch.manual_seed(ranks.rank)
     fill_randomly(model)
     backbone = Backbone(model, Activations(activations))
-    check_backbone(backbone)
+    check_backbone(backbone, ranks=ranks)
     engine = Engine(SoftPrompt(torch.zeros(7, 64)), backbone, resolved, ranks)
     engine.set_prompt(torch.randn(7, 64, generator=torch.Generator().manual_seed(0)))
     before, modes = snapshot(model), [module.training for module in model.modules()]
