@@ -29,8 +29,10 @@ class MemberRate:
 class MemberAdamW(torch.optim.Optimizer):
     """sizes: numbers of each member's prompt, in order; they lie one behind the other, padding behind the last.
 
-    `rates` is set before every step, one for each member; a member whose lr is 0 stays as it is. `norms` [members]
-    holds the norms of the last step's gradients before clipping, over all ranks, on the device.
+    `rates` is set before every step, one for each member; a member whose lr is 0 stays as it is. `broken` [members],
+    on the device: those whose gradient is not finite on this rank, if any; one that is broken on any rank stays as it
+    is, its moments, too. `norms` [members] holds the norms of the last step's gradients before clipping, over all
+    ranks, on the device; those of the broken are NaN.
     """
 
     def __init__(self, params: Any, sizes: Sequence[int], ranks: Ranks) -> None:
@@ -38,6 +40,7 @@ class MemberAdamW(torch.optim.Optimizer):
         self.sizes, self.ranks = tuple(sizes), ranks
         self.rates: Sequence[MemberRate] = [MemberRate(0.0)] * len(self.sizes)
         self.norms = torch.zeros(len(self.sizes), device=ranks.device)
+        self.broken: Tensor | None = None
         self._offsets: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -49,23 +52,31 @@ class MemberAdamW(torch.optim.Optimizer):
             return
         offsets = self._offsets_of(part.numel())
         squares = torch.segment_reduce(gradient.float().square(), "sum", offsets=offsets, unsafe=True)[:-1]
+        if self.broken is not None:
+            squares = torch.where(self.broken.to(squares.device), torch.nan, squares)
+            self.broken = None
         self.norms = self.ranks.sum(squares).sqrt()
+        whole = self.norms.isfinite()
         rates = torch.tensor([(rate.lr, rate.lr * rate.weight_decay, rate.max_norm) for rate in self.rates])
         (values,) = to_device([rates], part.device)
-        lr, decay, most = values.unbind(1)
+        lr, decay, most = torch.where(whole[:, None], values, 0.0).unbind(1)
         clip = torch.where(most > 0, (most / (self.norms + _SMALL)).clamp(max=1.0), 1.0)
-        lr_n, decay_n, clip_n = (self._spread(x, offsets, part.numel()) for x in (lr, decay, clip))
+        clip, moves = torch.where(whole, clip, 0.0), whole.float()
+        lr_n, decay_n, clip_n, moves_n = (self._spread(x, offsets, part.numel()) for x in (lr, decay, clip, moves))
         state = self.state[part]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
         state["step"] += 1
-        self._move(part, gradient * clip_n, lr_n, decay_n, state)
+        self._move(part, gradient * clip_n, lr_n, decay_n, moves_n, state)
 
-    def _move(self, part: Tensor, gradient: Tensor, lr: Tensor, decay: Tensor, state: dict[str, Tensor]) -> None:
+    def _move(
+        self, part: Tensor, gradient: Tensor, lr: Tensor, decay: Tensor, moves: Tensor, state: dict[str, Tensor]
+    ) -> None:
+        """moves: 0 for a number that keeps its moments, 1 for the others."""
         (first, second), steps = _BETAS, float(state["step"])
-        state["exp_avg"].lerp_(gradient, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        state["exp_avg"].lerp_(gradient, (1 - first) * moves)
+        state["exp_avg_sq"].mul_(1 - (1 - second) * moves).addcmul_(gradient, gradient, value=1 - second)
         root = (state["exp_avg_sq"].sqrt() / (1 - second**steps) ** 0.5).add_(_EPS)
         part.mul_(1 - decay).sub_(lr / (1 - first**steps) * state["exp_avg"] / root)
 

@@ -20,8 +20,8 @@ class PopulationEngine(Engine):
     which differ where a prompt is made from something else.
 
     A member whose gradient is not finite sends zeros instead, so that DeepSpeed's step, which would be left out for
-    all, moves the others. A lone member is stepped by Engine's own optimizer, bit for bit; weight_decay and the
-    configuration's clipping are for it.
+    all, moves the others, and tells the optimizer, which leaves the step out for it. A lone member is stepped by
+    Engine's own optimizer, bit for bit; weight_decay and the configuration's clipping are for it.
     """
 
     def __init__(
@@ -37,6 +37,8 @@ class PopulationEngine(Engine):
             super().__init__(prompt, backbone, resolved, ranks, weight_decay, average)
         finally:
             log.removeFilter(known)
+        if len(self.rows) > 1:
+            self.prompt_module.weight.register_hook(self._finite)
 
     def _optimizer(self, weight: Tensor, weight_decay: float) -> torch.optim.Optimizer:
         if len(self.rows) == 1:
@@ -53,17 +55,13 @@ class PopulationEngine(Engine):
         assert isinstance(self._adamw, MemberAdamW)
         return self._adamw
 
-    def trained(self) -> Tensor:
-        """[their sum, W] all members' prompts, with their graph."""
-        trained = super().trained()
-        if len(self.rows) > 1:
-            trained.register_hook(self._finite)
-        return trained
-
     def _finite(self, grad_RW: Tensor) -> Tensor:
-        """The gradient, zero for members where it is not finite."""
-        parts = grad_RW.split(self.lengths)
-        return torch.cat([torch.where(part.isfinite().all(), part, torch.zeros_like(part)) for part in parts])
+        """This rank's gradient, zero for members where its norm is not finite, of which the optimizer is told."""
+        parts = grad_RW.split(self.rows)
+        broken = torch.stack([~part.float().square().sum().isfinite() for part in parts])
+        self._members.broken = broken
+        kept = [torch.where(one, torch.zeros_like(part), part) for one, part in zip(broken, parts, strict=True)]
+        return torch.cat(kept)
 
     def backward_sums(self, loss_sums: Sequence[Tensor], global_counts: Sequence[int]) -> None:
         """backward_sum for each member: its rank's summed loss, and its examples of the step on all ranks."""
