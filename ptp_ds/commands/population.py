@@ -1,9 +1,7 @@
 """scripts/train.py --seeds or --population: several prompts in one job, and the table over them."""
 
-import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,18 +12,16 @@ from torch import Tensor
 
 from ptp_ds.adapters.record import versions
 from ptp_ds.commands.introduction import introduction
+from ptp_ds.commands.members import Changes, failure_of, goes_on, prepare_population
 from ptp_ds.commands.one_run import (
     open_output,
     open_trainer,
-    prepare,
     record_untrained,
     report_run,
     write_predictions,
 )
-from ptp_ds.config.population import members_of
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, read_json, write_json
+from ptp_ds.files import write_json
 from ptp_ds.prompts import empty_prompts, prompt_width
 from ptp_ds.ranks.distributed import Ranks, env_rank, is_launched, start_processes, stop_processes
 from ptp_ds.ranks.faults import OutputGuard
@@ -34,7 +30,6 @@ from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.agreement import fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
-from ptp_ds.training.continuation import Continuation
 from ptp_ds.training.engine import AVERAGE, MOMENTS
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.meter import Meter
@@ -44,87 +39,10 @@ from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.start import initial_trained, made_from, open_backbone, perturbation_unit
-from ptp_ds.training.trackers import TENSORBOARD, report_names, require_trackers, shared_settings
+from ptp_ds.training.trackers import TENSORBOARD, report_names, shared_settings
 from ptp_ds.training.trainer import Progress, progress_from
 
 log = get_logger(__name__)
-_PREPARES = "ptp_ds.commands.one_run"
-
-
-@contextmanager
-def said_once(logger: str) -> Iterator[None]:
-    """Inside, what the logger says twice is heard once: members share most of their warnings."""
-    heard: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (message in heard or heard.add(message))  # type: ignore[func-returns-value]
-
-    logging.getLogger(logger).addFilter(is_new)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).removeFilter(is_new)
-
-
-Changes = Mapping[str, Mapping[str, Any]]  # by a member's name, what differs from the run
-
-
-def prepare_population(
-    run: RunConfig, explicit: Collection[str], changes: Changes | None = None
-) -> dict[str, Prepared]:
-    """Every member, prepared as a run of its own in members/<name> of --output_dir; see one_run.prepare.
-
-    changes: see members_of.
-    """
-    require_trackers(run.report_to)
-    if run.seeds is not None and "seed" in explicit:
-        raise UserError("--seed and --seeds both say which seeds train; give one of them.")
-    folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
-    members = members_of(run, changes)
-    with said_once(_PREPARES):
-        for name, member in members.items():
-            where = None if folder is None else str(folder / "members" / name)
-            own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
-            try:
-                found[name] = prepare(own, set(explicit) - {"seeds", "population"})
-            except UserError as error:
-                raise UserError(f"Member {name}: {error}") from None
-        return _in_step(found)
-
-
-def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
-    """The members going on from the newest step that all of them have saved: one may have saved a step more. Those that
-    had failed or ended by then stay where they were.
-    """
-    saved = {name: one.continuation.checkpoint for name, one in members.items()}
-    steps = {name: checkpoint.step if checkpoint is not None else 0 for name, checkpoint in saved.items()}
-    going = [name for name, one in members.items() if not _failed(one) and not _ended_early(one)]
-    first = min((steps[name] for name in going), default=0)
-    found = dict(members)
-    for name in going:
-        one = members[name]
-        if steps[name] > first == 0:
-            found[name] = replace(one, continuation=Continuation())
-        elif steps[name] > first:
-            assert one.output_dir is not None
-            folder = one.output_dir / "checkpoints" / f"step-{first:06d}"
-            found[name] = prepare(replace(one.run, resume=str(folder)))
-    return found
-
-
-def _ended_early(prepared: Prepared) -> bool:
-    """Whether --patience ended the member before the job was resumed."""
-    checkpoint, patience = prepared.continuation.checkpoint, prepared.run.patience
-    return bool(patience and checkpoint and checkpoint.best and checkpoint.best.get("stale", 0) >= patience)
-
-
-def _failed(prepared: Prepared) -> str:
-    """The sentence that ended a member before the job was resumed; '' for one that goes on."""
-    if prepared.run.resume is None or prepared.output_dir is None or not is_file(prepared.output_dir / FAILED):
-        return ""
-    record = read_json(prepared.output_dir / FAILED, str(prepared.output_dir / FAILED))
-    return str(record.get("failed", "")) if isinstance(record, dict) else ""
 
 
 def train_population(
@@ -132,7 +50,8 @@ def train_population(
 ) -> int:
     """All members on the ranks that this process is one of; returns the exit code. Raises UserError (see prepare).
 
-    changes: see members_of. listeners: see ptp_ds.commands.train; a line names its `member`, and StopRun ends that one.
+    changes: see prepare_population. listeners: see ptp_ds.commands.train; a line names its `member`, and StopRun ends
+    that one.
     """
     alone = not is_launched()
     members = {
@@ -271,10 +190,11 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     for number, (name, one) in enumerate(members.items()):
         checkpoint = saved[number]
         progress = Progress() if checkpoint is None else progress_from(checkpoint)
+        progress.ended = checkpoint is not None and checkpoint.ended
         unit = found[0].trainer.settings.unit if found else perturbation_unit(one.run, backbone, one.resolved.dtype)
         output = OutputGuard(ranks, _folder(one))
         trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
-        found.append(Member(name, one, trainer, progress, Meter(ranks), _failed(one)))
+        found.append(Member(name, one, trainer, progress, Meter(ranks), failure_of(one)))
     first = max((member.progress.step for member in found if member.trains), default=0)
     output = OutputGuard(ranks, folder)
     with output.writing():
@@ -287,7 +207,10 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
 
 
 def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequence[Checkpoint | None]) -> None:
-    """Each member's state, or where it starts: for the job's start, and for one that failed before it saved any."""
+    """Each member's state, or where it starts: for the job's start, and for one that failed before it saved any.
+
+    Adam's count of steps is that of the members that go on: one that had ended may have saved a later step.
+    """
     parts = []
     for one, checkpoint in zip(prepared, saved, strict=True):
         if checkpoint is not None:
@@ -299,7 +222,8 @@ def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequenc
         parts.append({"prompt": start, AVERAGE: start, **moments, "adam_step": torch.zeros(1)})
     names = ("prompt", *MOMENTS, *([AVERAGE] if prepared[0].run.average else []))
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}
-    steps = [part["adam_step"] for part in parts]
+    steps = [part["adam_step"] for one, part in zip(prepared, parts, strict=True) if goes_on(one)]
+    steps = steps or [part["adam_step"] for part in parts]
     engine.load_state({**whole, "adam_step": torch.stack(steps).amax(0)})
 
 

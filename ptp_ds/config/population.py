@@ -20,6 +20,7 @@ VARIED = (
     "patience", "train_split", "eval_split", "select_split", "predict_split",
 )  # fmt: skip
 _MOST = 1000  # members
+NO_FP16 = "scales one run's loss; use bf16 or fp32 with --seeds and --population."
 _RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
 
 
@@ -39,7 +40,7 @@ def members_of(run: RunConfig, changes: Mapping[str, Mapping[str, Any]] | None =
     if run.resume not in (None, "auto"):
         raise UserError("--resume of several prompts is auto: each goes on from its own folder in --output_dir.")
     if run.precision == "fp16":
-        raise UserError("--precision fp16 scales one run's loss; use bf16 or fp32 with --seeds and --population.")
+        raise UserError(f"--precision fp16 {NO_FP16}")
     if run.push_to_hub is not None:
         raise UserError(
             "--push_to_hub pushes one prompt; leave it out with --seeds and --population, and push the member that you "

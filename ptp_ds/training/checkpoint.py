@@ -53,6 +53,7 @@ class Checkpoint:
     identity: what must not change between save and resume (model, task, prompt, data, seed ...). carried: of one that
     was read, the files of carried deltas (ptp_ds.training.carried), a rank's each, and their sha256. micro_tokens:
     those of a micro-batch, where they go one after the other: sums are the same to the bit only in the same parts.
+    ended: whether a callback had ended the run; older ones don't say.
     """
 
     step: int
@@ -61,10 +62,12 @@ class Checkpoint:
     identity: dict[str, Any]
     carried: dict[Path, str] = field(default_factory=dict)
     micro_tokens: int | None = None
+    ended: bool = False
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, carried: Iterable[Part] = ()) -> Path:
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int | None, carried: Iterable[Part] = ()) -> Path:
     """Writes root/step-NNNNNN and returns it; of the checkpoints up to it, the newest `keep` stay. Rank 0 only.
+    None: all stay, until `prune`.
 
     carried: each rank's carried deltas, taken one after the other.
     """
@@ -79,24 +82,40 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int, carried: Iter
         meta: dict[str, Any] = {
             "format": _IN_PARTS if digests else _PLAIN, "step": checkpoint.step, "best": checkpoint.best,
             "identity": checkpoint.identity, "micro_tokens": checkpoint.micro_tokens,
-            "sha256": sha256_of(folder / _STATE),
+            "sha256": sha256_of(folder / _STATE), "ended": checkpoint.ended,
         }  # fmt: skip
         if digests:
             meta["carried"] = digests
         (folder / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
-    target = root / f"step-{checkpoint.step:06d}"
+    target = step_folder(root, checkpoint.step)
     write_folder(target, fill)
-    found = list_checkpoints(root)
-    for old in found[: found.index(target) + 1][:-keep]:
-        shutil.rmtree(old)
+    if keep is not None:
+        prune(root, checkpoint.step, keep)
     return target
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:06d}"
+
+
+def prune(root: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to that of `step`, the newest `keep` stay. Rank 0 only."""
+    found = list_checkpoints(root)
+    for old in found[: found.index(step_folder(root, step)) + 1][:-keep]:
+        shutil.rmtree(old)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under root, oldest first; unfinished ones have another name."""
     named = [(_NAME.fullmatch(path.name), path) for path in root.glob("step-*") if path.is_dir()]
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint under root, in order; some may be damaged."""
+    return [int(match[1]) for path in list_checkpoints(root) if (match := _NAME.fullmatch(path.name))]
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list[str]]:
@@ -162,14 +181,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         error = OtherFormatError if later else UserError
         raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_PLAIN} and {_IN_PARTS}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
-    micro_tokens = meta.get("micro_tokens")
-    fine = _is_count(step) and (micro_tokens is None or _is_count(micro_tokens))
+    micro_tokens, ended = meta.get("micro_tokens"), meta.get("ended", False)
+    fine = _is_count(step) and (micro_tokens is None or _is_count(micro_tokens)) and isinstance(ended, bool)
     if not fine or not isinstance(identity, dict) or not (best is None or _is_best(best)):
         raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
     tensors = _load_tensors(folder / _STATE, best is not None)
-    return Checkpoint(step, tensors, best, identity, _carried(folder, meta, found == _IN_PARTS), micro_tokens)
+    return Checkpoint(step, tensors, best, identity, _carried(folder, meta, found == _IN_PARTS), micro_tokens, ended)
 
 
 def _carried(folder: Path, meta: dict[str, Any], in_parts: bool) -> dict[Path, str]:

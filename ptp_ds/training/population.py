@@ -17,6 +17,7 @@ from ptp_ds.ranks.signals import StopRequest
 from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.carried import Carried
+from ptp_ds.training.checkpoint import prune
 from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
@@ -234,15 +235,18 @@ class PopulationTrainer:
         ending = [member for member in whole if member.trainer.ends_here(member.progress)]
         if chosen := whole if due.evaluates else ending:
             self._select(chosen, guards)
-            for member in chosen:
-                member.trainer.ends_here(member.progress)
-        for member in whole:
-            if due.saves or not member.trains:
-                self.watchdog.doing(f"saving step {step} of {member.name}")
-                member.serve()
-                member.trainer.save(member.progress, guards[member.name])
-        for guard in (*guards.values(), self.output):
+            by_callback = [member.name for member in chosen if member.trainer.ends_here(member.progress)]
+            ended = [member.name for member in chosen if not member.trains and not member.progress.ended]
+            self.monitor.ended(step, ended, by_callback)
+        saved = [member for member in whole if due.saves or not member.trains]
+        for member in saved:
+            self.watchdog.doing(f"saving step {step} of {member.name}")
+            member.serve()
+            member.trainer.save(member.progress, guards[member.name], prunes=False)
+        for guard in guards.values():
             guard.agree()
+        self._prune(saved, step)  # not before all have saved: a job that is killed goes on from a step that all have
+        self.output.agree()
         for member in whole:
             member.meter.restart_clock()
 
@@ -270,4 +274,10 @@ class PopulationTrainer:
         with self.output.writing():
             self.monitor.evaluation(step, "select", results)
         kept = [held.score for member in members if (held := member.progress.best) is not None]
-        self.monitor.selected(step, kept, [member.name for member in members if not member.trains])
+        self.monitor.selected(step, kept)
+
+    def _prune(self, members: Sequence[Member], step: int) -> None:
+        if self.ranks.is_main:
+            with self.output.writing():
+                for member in members:
+                    prune(member.trainer.output_dir / "checkpoints", step, member.trainer.run.keep_checkpoints)

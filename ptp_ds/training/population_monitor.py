@@ -74,15 +74,21 @@ class PopulationMonitor:
         bands = {f"members/{split}/score": scores, f"members/{split}/cross_entropy": entropies}
         self._record(step, _edges(bands))
 
-    def selected(self, step: int, kept: Sequence[float], ended: Sequence[str]) -> None:
-        """kept: selection scores of the prompts that members keep. ended: members that train no more."""
+    def selected(self, step: int, kept: Sequence[float]) -> None:
+        """kept: selection scores of the prompts that members keep."""
         if kept:
             log.info(
                 "step %d  selection rows, prompts that are kept: score %.3f (%.3f to %.3f)", step, mean(kept),
                 min(kept), max(kept),
             )  # fmt: skip
-        if ended and step < self.last_step:
-            log.info("step %d  without a higher score for --patience evaluations, ended: %s", step, ", ".join(ended))
+
+    def ended(self, step: int, by_patience: Sequence[str], by_callback: Sequence[str]) -> None:
+        """Members that train no more behind `step`."""
+        if by_patience and step < self.last_step:
+            names = ", ".join(by_patience)
+            log.info("step %d  without a higher score for --patience evaluations, ended: %s", step, names)
+        if by_callback and step < self.last_step:
+            log.info("step %d  by a callback, ended: %s", step, ", ".join(by_callback))
 
     def close(self) -> None:
         """Flushes and closes everything; safe to call twice."""

@@ -348,8 +348,8 @@ class Trainer:
                 "step %d  %d evaluations without a higher score: training ends here", progress.step, progress.stale
             )
 
-    def save(self, progress: Progress, output: OutputGuard) -> None:
-        """A checkpoint of step progress.step; all ranks must call it."""
+    def save(self, progress: Progress, output: OutputGuard, prunes: bool = True) -> None:
+        """A checkpoint of step progress.step, for which older ones go where it `prunes`; all ranks must call it."""
         tensors = self.engine.state()
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
@@ -362,9 +362,10 @@ class Trainer:
             }  # fmt: skip
         if self.ranks.is_main:
             most = self.engine.backbone.activations.most_tokens
-            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, micro_tokens=most)
+            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, {}, most, progress.ended)
+            keep = self.run.keep_checkpoints if prunes else None
             with output.writing():
-                save_checkpoint(self.output_dir / "checkpoints", checkpoint, self.run.keep_checkpoints, carried)
+                save_checkpoint(self.output_dir / "checkpoints", checkpoint, keep, carried)
             for _ in carried:  # where a disk has failed: ranks wait until theirs is taken
                 pass
 
