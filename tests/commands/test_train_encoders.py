@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import read_head
+from ptp_ds.commands.members import prepare_population
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
 from ptp_ds.models.source import load_config, load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
@@ -160,6 +163,28 @@ def test_members_of_every_kind_equal_lone_runs(
     check(run_train([*args, "--seeds", "0", "7", "--output_dir", tmp_path / "all"], nproc=ranks))
     check(run_train([*args, "--seed", "7", "--output_dir", tmp_path / "alone"], nproc=ranks))
     require_same(tmp_path / "all" / "members" / "seed-7", tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        (("BoolQ", "CB"), "a classifier of 2 classes for BoolQ; a classifier of 3 classes for CB"),
+        (("CB", "RTE"), "a classifier of 3 classes for CB; a classifier of 2 classes for RTE"),
+        (("RTE", "COPA"), "a classifier of 2 classes for RTE; a classifier with one output an answer for COPA"),
+    ],
+)
+def test_members_with_different_classifiers_are_refused(encoders, tmp_path, tasks, told):
+    (tmp_path / "members.json").write_text(json.dumps([{"name": task, "task": task} for task in tasks]))
+    run = RunConfig(model=str(encoders["bare"]), population=str(tmp_path / "members.json"))
+    with pytest.raises(UserError, match=f"Members differ in their heads: {told}; train those that are alike in one"):
+        prepare_population(run, ())
+
+
+def test_members_with_classifiers_alike_or_none_may_have_tasks_of_their_own(encoders, tmp_path):
+    for model, tasks in (("bare", ("BoolQ", "RTE")), ("masked", ("CB", "RTE", "COPA"))):
+        (tmp_path / "members.json").write_text(json.dumps([{"name": task, "task": task} for task in tasks]))
+        run = RunConfig(model=str(encoders[model]), population=str(tmp_path / "members.json"))
+        assert list(prepare_population(run, ())) == list(tasks)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Run by tests/training/test_population_engine.py under torchrun: members trained together and alone; a JSON report."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ptp_ds.training.step import optimizer_step, settings_of
 WIDTH, STEPS, BATCH = 64, 20, 4
 ROWS = (7, 3, 5)  # of each member's prompt
 BROKEN = 1  # the member that is made to fail
+POISONED = 3  # the step at which its gradient is not finite, on the last rank
 
 
 def runs_of(perturbation: str, stage: str) -> list[RunConfig]:
@@ -77,15 +79,17 @@ def train_alone(backbone: Backbone, resolved, ranks: Ranks, run: RunConfig, unit
 
 
 def train_together(
-    backbone: Backbone, resolved, ranks: Ranks, runs: list[RunConfig], unit: float, broken: bool = False
-) -> dict:
-    """All members by PopulationEngine; broken: one's prompt begins with infinities."""
+    backbone: Backbone, resolved, ranks: Ranks, runs: list[RunConfig], unit: float, broken: bool = False,
+    poisoned: bool = False,
+) -> dict:  # fmt: skip
+    """All members by PopulationEngine; broken: one's prompt begins with infinities. poisoned: its gradient, not its
+    loss, is not finite in one step, on one rank; `held` is whether it then is what it was before."""
     engine = PopulationEngine(SoftPrompt(torch.zeros(sum(ROWS), WIDTH)), backbone, resolved, ranks, ROWS)
     starts = [start_of(run.seed) for run in runs]
     if broken:
         starts[BROKEN] = starts[BROKEN] + float("inf")
     engine.set_prompt(torch.cat(starts))
-    norms, losses = [], []
+    norms, losses, held = [], [], True
     backbone.shards.traffic.reset()
     for step in range(STEPS):
         members = [
@@ -93,16 +97,24 @@ def train_together(
                        pack(batch_of(run.seed, step)[ranks.rank :: ranks.world])) for run in runs
         ]  # fmt: skip
         with backbone.shards.outside_layers():
-            found = population_loss(engine.trained(), backbone, population_row(members, ROWS))
-            engine.backward_sums([loss.total for loss in found], [BATCH] * len(runs))
+            found = population_loss(trained := engine.trained(), backbone, population_row(members, ROWS))
+            totals = [loss.total for loss in found]
+            if poisoned and step == POISONED and ranks.rank == ranks.world - 1:
+                totals[BROKEN] = totals[BROKEN] + (trained.split(ROWS)[BROKEN].sum() * 0.0).sqrt()
+            engine.backward_sums(totals, [BATCH] * len(runs))
+        before = engine.state()
         rates = [MemberRate(learning_rate(run, step), run.weight_decay, run.max_grad_norm) for run in runs]
         engine.step_members(rates)
+        if poisoned and step == POISONED:
+            after = engine.state()
+            held = all(torch.equal(*(state[name].split(ROWS)[BROKEN] for state in (before, after)))
+                       for name in ("prompt", "exp_avg", "exp_avg_sq"))  # fmt: skip
         norms.append(engine.grad_norms().tolist())
         losses.append((ranks.sum(torch.stack([loss.total.detach() for loss in found])) / BATCH).tolist())
     gathers = backbone.shards.traffic.gathers
     return {
         "prompts": engine.prompt().split(ROWS), "norms": norms, "losses": losses, "gathers": gathers,
-        "state": engine.state(),
+        "state": engine.state(), "held": held,
     }  # fmt: skip
 
 
@@ -127,7 +139,12 @@ def main(perturbation: str, stage: str, folder: Path) -> None:
     unit = backbone.mean_embedding_norm()
     together = train_together(backbone, resolved, ranks, runs, unit)
     broken = train_together(backbone, resolved, ranks, runs, unit, broken=True)
-    report: dict = {"together_gathers": together["gathers"], "members": []}
+    poisoned = train_together(backbone, resolved, ranks, runs, unit, poisoned=True)
+    finite = [[math.isfinite(norm) for norm in step] for step in poisoned["norms"]]
+    report: dict = {
+        "together_gathers": together["gathers"], "members": [], "held": poisoned["held"], "poisoned": finite,
+        "sound": [math.isfinite(loss) for loss in poisoned["losses"][POISONED]],
+    }  # fmt: skip
     for number, run in enumerate(runs):
         member_run = RunConfig(**{**vars(settings), "max_grad_norm": run.max_grad_norm, "seed": run.seed})
         own = resolve_ds_config(read_ds_config(stage), member_run, set(), ranks.world, WIDTH)
@@ -137,6 +154,7 @@ def main(perturbation: str, stage: str, folder: Path) -> None:
                 "prompt": distance(together["prompts"][number], alone["prompt"]),
                 "moved": distance(alone["prompt"], start_of(run.seed)),
                 "beside a broken one": distance(broken["prompts"][number], alone["prompt"]),
+                "beside a poisoned one": distance(poisoned["prompts"][number], alone["prompt"]),
                 "moments": [
                     distance(together["state"][name].split(ROWS)[number], alone["state"][name])
                     for name in ("exp_avg", "exp_avg_sq")

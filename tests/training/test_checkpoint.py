@@ -17,6 +17,7 @@ from ptp_ds.training.checkpoint import (
     load_checkpoint,
     newest_whole,
     prompt_shape,
+    prune,
     require_same_run,
     save_checkpoint,
     set_aside,
@@ -57,6 +58,27 @@ def test_round_trip(tmp_path):
     assert read.tensors.keys() == written.tensors.keys()
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in written.tensors.items())
     assert prompt_shape(read) == (4, 8)
+
+
+def test_a_run_that_a_callback_has_ended(tmp_path):
+    """Older checkpoints don't say whether one has."""
+    ended = checkpoint(ended=True)
+    assert load_checkpoint(save_checkpoint(tmp_path, ended, keep=1)).ended
+    folder = save_checkpoint(tmp_path, checkpoint(), keep=1)
+    assert not load_checkpoint(folder).ended
+    changed_meta(folder, ended=...)
+    assert not load_checkpoint(folder).ended
+    changed_meta(folder, ended="no")
+    with pytest.raises(ValueError, match="it has no valid step, identity and best; resume from another checkpoint"):
+        load_checkpoint(folder)
+
+
+def test_nothing_is_pruned_before_it_is_asked_for(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, checkpoint(step), keep=None)
+    assert saved_steps(tmp_path) == [1, 2, 3]
+    prune(tmp_path, 2, keep=1)
+    assert saved_steps(tmp_path) == [2, 3]
 
 
 def test_tensors_need_not_be_contiguous(tmp_path):

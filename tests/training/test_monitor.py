@@ -62,7 +62,8 @@ def test_a_population_has_means_with_their_band(tmp_path, capsys):
     monitor.train(2, [{**VALUES, "loss": loss} for loss in (1.0, 2.0, 6.0)])
     monitor.train(4, [{**VALUES, "loss": 5.0}])  # two have ended
     monitor.evaluation(4, "select", [Evaluation({}, score, 0.5, 0.5, 9) for score in (0.25, 0.75)])
-    monitor.selected(4, [0.25, 0.75], ["b"])
+    monitor.selected(4, [0.25, 0.75])
+    monitor.ended(4, ["b"], ["c", "d"])
     monitor.train(6, [])
     monitor.close()
     monitor.close()
@@ -77,7 +78,8 @@ def test_a_population_has_means_with_their_band(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "step 2/6  3 members  loss 3.0000 (1.0000 to 6.0000)  0.50 s/step  2 s left" in told
     assert "step 4  selection rows, prompts that are kept: score 0.500 (0.250 to 0.750)" in told
-    assert "step 4  without a higher score for --patience evaluations, ended: b" in told
+    assert "step 4  without a higher score for --patience evaluations, ended: b\n" in told
+    assert "step 4  by a callback, ended: c, d\n" in told
 
 
 def test_the_bar_of_a_population_shows_who_trains(tmp_path, monkeypatch):

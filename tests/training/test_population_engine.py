@@ -29,6 +29,9 @@ def test_members_equal_lone_runs(tmp_path, perturbation, stage, nproc):
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(nproc)]
     for report in reports:
+        assert report["held"], "a step without a whole gradient moves neither prompt nor moments"
+        assert report["sound"] == [True] * 3, "the loss was finite"
+        assert report["poisoned"] == [[True, step != 3, True] for step in range(20)], "on every rank"
         for number, member in enumerate(report["members"]):
             assert member["moved"] > 0.1
             assert member["prompt"] < 1e-5
@@ -40,4 +43,5 @@ def test_members_equal_lone_runs(tmp_path, perturbation, stage, nproc):
                 assert not math.isfinite(member["beside a broken one"])
             else:
                 assert member["beside a broken one"] < 1e-5
+                assert member["beside a poisoned one"] < 1e-5
     assert reports[0]["members"][0]["prompt"] == reports[-1]["members"][0]["prompt"], "all ranks hold the same"

@@ -1,0 +1,178 @@
+"""What a population's members must share, where they go on, and one that ends or whose gradient is not finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptp_ds
+from ptp_ds.commands.members import prepare_population
+from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
+from ptp_ds.training import population_step, step
+from ptp_ds.training.trainer import Trainer
+from tests.support.paths import ROOT
+from tests.support.populations import distance, state_of
+
+RUN = {"task": "COPA", "prompt_length": 4, "batch_size": 4, "max_steps": 20, "schedule_steps": 20, "eval_every": 10,
+       "save_every": 5, "eval_tokens": 600, "lr": 0.05, "log_every": 1, "perturbation": "gaussian",
+       "verbose": False}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """A process group that another test left in the environment is not this program's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def job(tiny_model, tmp_path):
+    """job(folder, **settings): ptp_ds.train with RUN's settings and these."""
+
+    def train(folder: str, **settings):
+        return ptp_ds.train(model=tiny_model, output_dir=tmp_path / folder, **{**RUN, **settings})
+
+    return train
+
+
+def written(file: Path, members: list[dict]) -> str:
+    file.write_text(json.dumps(members))
+    return str(file)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+
+
+def require_equal(ours: Path, theirs: Path) -> None:
+    """Bit for bit, at the last step."""
+    mine = state_of(ours, 20)
+    for name, tensor in state_of(theirs, 20).items():
+        assert torch.equal(mine[name], tensor), name
+
+
+# what they must share
+
+
+def test_a_prompt_within_the_text_beside_one_in_front(tiny_model, tmp_path):
+    template = json.loads((ROOT / "ptp_ds/tasks/templates/Reviews.json").read_text())
+    (tmp_path / "inside.json").write_text(json.dumps({**template, "text": "Review: {review}<prompt>"}))
+    members = [{"name": "a"}, {"name": "b", "seed": 1}, {"name": "c", "task": str(tmp_path / "inside.json")}]
+    run = RunConfig(task="Reviews", model=str(tiny_model), population=written(tmp_path / "members.json", members))
+    with pytest.raises(
+        UserError,
+        match="Members differ in where their prompts stand: in front of every row's text for a, b; in each row, by the "
+        "text's <prompt> for c; train those that are alike in one population each",
+    ):
+        prepare_population(run, ())
+
+
+def test_fp16_by_ds_config(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # on a CPU fp16 is refused in any run
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    config = {key: value for key, value in config.items() if key != "bf16"}
+    (tmp_path / "half.json").write_text(json.dumps({**config, "fp16": {"enabled": True}}))
+    run = RunConfig(model=str(tiny_model), seeds="0-1", ds_config=str(tmp_path / "half.json"))
+    with pytest.raises(UserError, match=r"--ds_config .*half\.json enables fp16, which scales one run's loss; use"):
+        prepare_population(run, ())
+
+
+# where they go on
+
+
+def test_a_job_that_ends_between_two_saves_goes_on(job, tmp_path, monkeypatch):
+    """With one checkpoint each: the first member had saved its second one, the other had not."""
+    whole, save = job("whole", seeds="0 1"), Trainer.save
+
+    def dies(trainer, progress, *args, **kwargs):
+        if progress.step == 10 and trainer.run.seed == 1:
+            raise RuntimeError("killed")
+        save(trainer, progress, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            job("half", seeds="0 1", keep_checkpoints=1)
+    job("half", seeds="0 1", keep_checkpoints=1, resume="auto")
+    for name, member in whole.members.items():
+        require_equal(tmp_path / "half" / "members" / name, member.output_dir)
+        assert steps_of(tmp_path / "half" / "members" / name) == [20]
+
+
+PATIENCE = [{"name": "still", "lr": 1e-9, "patience": 1}, {"name": "long", "seed": 2}]
+
+
+def test_more_patience_goes_on_from_a_step_that_all_have(job, tmp_path):
+    given = {"eval_every": 4, "save_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
+    job("half", **given, max_steps=10)
+    assert [steps_of(tmp_path / "half" / "members" / name) for name in ("still", "long")] == [[4, 8], [8, 10]]
+    patient = [{**PATIENCE[0], "patience": 9}, PATIENCE[1]]
+    given["population"] = written(tmp_path / "patient.json", patient)
+    job("half", **given, resume="auto")
+    whole = job("whole", **given)
+    for name, member in whole.members.items():
+        require_equal(tmp_path / "half" / "members" / name, member.output_dir)
+
+
+def test_members_without_a_step_in_common(job, tmp_path):
+    given = {"eval_every": 4, "keep_checkpoints": 1, "population": written(tmp_path / "members.json", PATIENCE)}
+    job("run", **given, max_steps=10)
+    given["population"] = written(tmp_path / "patient.json", [{**PATIENCE[0], "patience": 9}, PATIENCE[1]])
+    with pytest.raises(UserError, match=r"there is no step that all members have saved \(still 8; long 10\); put"):
+        job("run", **given, resume="auto")
+
+
+def test_a_member_that_ended_later_lends_the_others_no_step_of_adam(job, tmp_path):
+    """It had ended at step 8, and the others go on from step 5."""
+    given = {"eval_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
+    job("half", **given, max_steps=9)
+    (tmp_path / "half/members/long/checkpoints/step-000009").rename(tmp_path / "lost")
+    job("half", **given, resume="auto")
+    whole = job("whole", **given)
+    ours, theirs = (state_of(folder / "members" / "long", 20) for folder in (tmp_path / "half", whole.output_dir))
+    assert float(ours["adam_step"]) == float(theirs["adam_step"]) == 20
+    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5  # steps 6 to 8 had company
+    assert steps_of(tmp_path / "half" / "members" / "still") == [5, 8]
+
+
+def test_a_member_that_a_callback_ended_stays_so(job, tmp_path, capsys):
+    def stop(line: dict) -> None:
+        if line["member"] == "seed-1" and (line["kind"], line["step"]) == ("train", 3):
+            raise ptp_ds.StopRun
+
+    whole = job("whole", seeds="0 1", callbacks=[stop])
+    job("half", seeds="0 1", max_steps=10, callbacks=[stop], verbose=True)
+    told = capsys.readouterr().out
+    assert "step 3  by a callback, ended: seed-1\n" in told
+    assert "patience" not in told
+    again = job("half", seeds="0 1", resume="auto")
+    require_equal(again.members["seed-0"].output_dir, whole.members["seed-0"].output_dir)
+    assert [one.record["steps"] for one in again.members.values()] == [20, 3]
+    alone = job("half/members/seed-1", seed=1, resume="auto")
+    assert alone.record["steps"] == 20, "its folder is a run's, which goes on"
+
+
+# gradients that are not finite
+
+
+def test_a_gradient_that_is_not_finite_ends_a_member_as_its_own_run(job, tmp_path, monkeypatch):
+    """The loss is: a square root of 0 times it is added, whose derivative is infinity times 0."""
+    bad, real = 0.75, step.dual_divergence
+
+    def broken(*args, reg_weight, **kwargs):
+        total, *others = real(*args, reg_weight=reg_weight, **kwargs)
+        return (total + (total * 0.0).sqrt() if reg_weight == bad else total, *others)
+
+    monkeypatch.setattr(step, "dual_divergence", broken)
+    monkeypatch.setattr(population_step, "dual_divergence", broken)
+    members = [{"name": "good", "seed": 1}, {"name": "bad", "reg_weight": bad}, {"name": "fine", "seed": 2}]
+    with pytest.raises(UserError, match="The prompt's gradient is not finite at step 1; nothing was saved") as told:
+        job("alone", reg_weight=bad)
+    together = job("all", population=written(tmp_path / "members.json", members))
+    sentences = [one["failed"] for one in together.record["members"]]
+    assert sentences == [None, str(told.value).split(";")[0], None]
+    good = job("good", seed=1)
+    ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
+    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
