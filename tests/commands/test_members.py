@@ -105,9 +105,9 @@ PATIENCE = [{"name": "still", "lr": 1e-9, "patience": 1}, {"name": "long", "seed
 
 
 def test_more_patience_goes_on_from_a_step_that_all_have(job, tmp_path):
-    given = {"eval_every": 4, "save_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
+    given = {"eval_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
     job("half", **given, max_steps=10)
-    assert [steps_of(tmp_path / "half" / "members" / name) for name in ("still", "long")] == [[4, 8], [8, 10]]
+    assert [steps_of(tmp_path / "half" / "members" / name) for name in ("still", "long")] == [[5, 8], [5, 10]]
     patient = [{**PATIENCE[0], "patience": 9}, PATIENCE[1]]
     given["population"] = written(tmp_path / "patient.json", patient)
     job("half", **given, resume="auto")
@@ -175,4 +175,16 @@ def test_a_gradient_that_is_not_finite_ends_a_member_as_its_own_run(job, tmp_pat
     assert sentences == [None, str(told.value).split(";")[0], None]
     good = job("good", seed=1)
     ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
+    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
+
+
+def test_a_member_beyond_all_numbers_beside_others_that_a_network_makes(job, tmp_path):
+    """Its network's own gradient is not finite either, which would leave out the step of all."""
+    members = [{"name": "good", "seed": 1}, {"name": "bad", "lr": 1e38, "warmup_steps": 0}]
+    given = {"prompt_mlp": 8, "prompt": "soft"}
+    together = job("all", population=written(tmp_path / "members.json", members), **given)
+    assert "not finite" in together.record["members"][1]["failed"]
+    good = job("good", seed=1, **given)
+    ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
+    assert float(theirs["adam_step"]) == float(ours["adam_step"]) == 20
     assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
