@@ -112,9 +112,9 @@ def _in_step(members: dict[str, Prepared]) -> dict[str, Prepared]:
                 return {**members, **behind}
     steps = "; ".join(f"{name} {', '.join(map(str, sorted(own)))}" for name, own in saved.items())
     raise UserError(
-        f"--resume auto: there is no step that all members have saved ({steps}); put checkpoints back, give members that "
-        "--patience had ended their old one, go on with each alone (--output_dir OUTPUT_DIR/members/NAME --resume auto), "
-        "or start in another --output_dir."
+        f"--resume auto: there is no step that all members have saved ({steps}); put checkpoints back, give members "
+        "that --patience had ended their old one, go on with each alone (--output_dir OUTPUT_DIR/members/NAME --resume "
+        "auto), or start in another --output_dir."
     )
 
 
