@@ -1,6 +1,7 @@
 """What a population's members must share, where they go on, and one that ends or whose gradient is not finite."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,28 @@ def test_a_job_that_ends_between_two_saves_goes_on(job, tmp_path, monkeypatch):
     for name, member in whole.members.items():
         require_equal(tmp_path / "half" / "members" / name, member.output_dir)
         assert steps_of(tmp_path / "half" / "members" / name) == [20]
+
+
+@pytest.mark.parametrize("lost", ["a file", "all of one"])
+def test_a_step_that_one_has_lost(job, tmp_path, capsys, lost):
+    """The step before it is taken, or none where a member has saved nothing."""
+    given = {"seeds": "0 1", "save_every": 4, "keep_checkpoints": 3, "verbose": True}
+    whole = job("whole", **given)
+    job("half", **given, max_steps=10)
+    zero, one = (tmp_path / "half" / "members" / name / "checkpoints" for name in ("seed-0", "seed-1"))
+    shutil.rmtree(one / "step-000010" if lost == "a file" else one)
+    (zero / "step-000008" / "state.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    job("half", **given, resume="auto")
+    told = "".join(capsys.readouterr())
+    if lost == "a file":
+        assert "is missing or altered (its sha256 differs); going on from a step before" in told
+        assert "resumed behind step 4\n" in told
+    else:
+        assert "warning: seed-1 had saved nothing: all members start anew" in told
+        assert "resumed" not in told
+    for name, member in whole.members.items():
+        require_equal(tmp_path / "half" / "members" / name, member.output_dir)
 
 
 PATIENCE = [{"name": "still", "lr": 1e-9, "patience": 1}, {"name": "long", "seed": 2}]
