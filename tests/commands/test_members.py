@@ -12,6 +12,7 @@ from ptp_ds.commands.members import prepare_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.training import population_step, step
+from ptp_ds.training.checkpoint import saved_steps
 from ptp_ds.training.trainer import Trainer
 from tests.support.paths import ROOT
 from tests.support.populations import distance, state_of
@@ -44,7 +45,8 @@ def written(file: Path, members: list[dict]) -> str:
 
 
 def steps_of(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+    """Without those that were set aside."""
+    return saved_steps(folder / "checkpoints")
 
 
 def require_equal(ours: Path, theirs: Path) -> None:
