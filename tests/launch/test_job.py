@@ -127,7 +127,9 @@ def test_the_host_that_failed_first_decides_what_the_job_ended_with(told, monkey
     assert (code, should_restart(code)) == (cause, restarted)
 
 
-def test_a_stop_of_all_keeps_its_code_whoever_ends_first(told):
+def test_a_stop_of_all_keeps_its_code_whoever_ends_first(told, monkeypatch):
+    monkeypatch.setattr(job_module, "_GRACE_SECONDS", 0.3)
+
     def launch():
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(0.5)
