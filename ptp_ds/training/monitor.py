@@ -43,10 +43,10 @@ def step_bar(first_step: int, last_step: int) -> Any:
 
 
 def open_board(folder: Path, first_step: int) -> Any:
-    """TensorBoard's writer under `folder`; what an interrupted run wrote past first_step is hidden."""
+    """TensorBoard's writer under `folder`; what an interrupted run wrote past first_step is hidden (0: all)."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+    return SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step + 1 if first_step else 0)
 
 
 def in_notebook() -> bool:
@@ -147,12 +147,14 @@ class Monitor:
 
 
 def _open_log(path: Path, first_step: int) -> TextIO:
-    """log.jsonl for appending, without lines after `first_step` that an interrupted run wrote past its checkpoint."""
+    """log.jsonl for appending, without lines after `first_step` that an interrupted run wrote past its checkpoint (0:
+    empty).
+    """
     kept = []
     if path.is_file():
         for line in read_bytes(path, str(path), most=None).decode("utf-8", "replace").splitlines():
             try:
-                if parse_json(line, str(path))["step"] <= first_step:
+                if parse_json(line, str(path))["step"] <= first_step and first_step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill

@@ -57,6 +57,26 @@ def scalars(folder):
     return {tag: [event.value for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}, board
 
 
+def test_a_resumed_board_has_every_step_once_that_of_the_checkpoint_too(tmp_path):
+    first = Monitor(tmp_path, RANK0, 0, 6)
+    for step in (1, 2, 3):
+        first.train(step, {**VALUES, "loss": float(step)})
+    first.close()
+    second = Monitor(tmp_path, RANK0, 2, 6)
+    second.train(3, {**VALUES, "loss": 30.0})
+    second.close()
+    assert scalars(tmp_path)[0]["train/loss"] == [1.0, 2.0, 30.0]
+
+
+def test_a_run_that_starts_anew_keeps_nothing_of_one_that_saved_nothing(tmp_path):
+    for value in (0.25, 0.5):
+        monitor = Monitor(tmp_path, RANK0, 0, 6)
+        monitor.evaluation(0, "untrained", {"accuracy": value})
+        monitor.close()
+    assert scalars(tmp_path)[0]["untrained/accuracy"] == [0.5]
+    assert steps(tmp_path) == [0]
+
+
 def test_a_population_has_means_with_their_band(tmp_path, capsys):
     monitor = PopulationMonitor(tmp_path, RANK0, 0, 6)
     monitor.train(2, [{**VALUES, "loss": loss} for loss in (1.0, 2.0, 6.0)])
