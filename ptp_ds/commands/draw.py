@@ -1,5 +1,6 @@
 """scripts/draw.py: few-shot draws of a user's rows, as files that a study names with {draw}."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from ptp_ds.files import is_folder, plain_name, write_jsonl
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.draws import draw_splits
 from ptp_ds.tasks.rows import rows_of_file
+
+_DRAWN = re.compile(r"(few|dev)\d+-.+|test\d+")  # names of splits that a call makes
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
@@ -30,8 +33,11 @@ def _draw(argv: Sequence[str], description: str) -> None:
     out = Path(args.data_dir) / task.name
     found = draw_splits(task, rows_of_file(Path(args.file)), args.rows, draws, args.test)
     files = {name: out / f"{name}.jsonl" for name in found.splits}
-    if there := next((file for file in files.values() if file.exists()), None):
-        raise UserError(f"{there} is there already; give another --data_dir.")
+    if there := next((file for file in sorted(out.glob("*.jsonl")) if _DRAWN.fullmatch(file.stem)), None):
+        raise UserError(
+            f"{there} is there already; name all draws in one call, so that no draw holds test rows, and give a "
+            "--data_dir without any."
+        )
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not is_folder(above):
         raise UserError(f"--data_dir {args.data_dir}: {above} is a file; give a folder.")

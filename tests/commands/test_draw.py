@@ -68,12 +68,23 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(given, tmp_path, capsy
     assert not out.exists()
 
 
-def test_files_that_are_there_are_left_alone(given, tmp_path, capsys):
-    kept = tmp_path / "Tone" / "dev3-21.jsonl"
+@pytest.mark.parametrize("name", ["dev3-21", "few8-x", "test60"])
+def test_draws_that_are_there_are_left_alone_and_none_is_added(given, tmp_path, capsys, name):
+    """A draw that came later could hold rows of the test split."""
+    kept = tmp_path / "Tone" / f"{name}.jsonl"
     kept.parent.mkdir()
     kept.write_text("mine", encoding="utf-8")
+    (tmp_path / "Tone" / "train.jsonl").write_text("", encoding="utf-8")
     code, _, said = draw(*given, "--rows", "3", "--data_dir", str(tmp_path), capsys=capsys)
     assert code != 0
-    assert f"{kept} is there already; give another --data_dir." in said
-    assert [path.name for path in kept.parent.iterdir()] == ["dev3-21.jsonl"]
+    assert f"{kept} is there already; name all draws in one call" in said
+    assert sorted(path.stem for path in kept.parent.iterdir()) == sorted([name, "train"])
     assert kept.read_text(encoding="utf-8") == "mine"
+
+
+def test_other_files_of_the_task_do_not_matter(given, tmp_path, capsys):
+    for name in ("train", "test", "dev32"):
+        (tmp_path / "Tone").mkdir(exist_ok=True)
+        (tmp_path / "Tone" / f"{name}.jsonl").write_text("", encoding="utf-8")
+    code, _, _ = draw(*given, "--rows", "3", "--data_dir", str(tmp_path), capsys=capsys)
+    assert code == 0
