@@ -107,7 +107,9 @@ class RunConfig:
     prompt_init: str = _prompt("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
     init_text: str | None = _prompt(None, "text for --prompt_init text")
-    init_adapter: str | None = _prompt(None, "folder of an adapter or of its run, for --prompt_init adapter")
+    init_adapter: str | None = _prompt(
+        None, "a run's folder, an adapter's, ours or peft's, or a hub id, for --prompt_init adapter"
+    )
     perturbation: str = _perturbation(
         "gaussian", f"how the second stream differs: {', '.join(PERTURBATIONS)}, or a .py file of your own"
     )
