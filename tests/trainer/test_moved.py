@@ -180,6 +180,79 @@ def test_a_compiled_model_is_moved_too(perturbation, ran):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
+FAMILY = {
+    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "ctrl": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "dff": 64},
+    "xlnet": {"d_model": WIDTH, "n_layer": 2, "n_head": 2, "d_inner": 64},
+    "longformer": {"attention_window": 8},
+    "big_bird": {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1},
+}
+ENCODER = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TOKENS = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": PAD}
+
+
+def model_of(family):
+    """A model that looks up more than its input_ids, or turns them: a language model or a classifier."""
+    shape = {**ENCODER, "max_position_embeddings": 128} if family in ("longformer", "big_bird") else {}
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, num_labels=3, **TOKENS, **shape, **FAMILY[family])
+    kind = AutoModelForCausalLM if family in ("gpt2", "ctrl") else AutoModelForSequenceClassification
+    torch.manual_seed(5)
+    return kind.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("family", ["gpt2", "ctrl"])
+def test_token_types_are_looked_up_and_not_moved(family, rows):
+    """CTRL looks its types up before its ids. Some tokens are their own type's id, and some another's across."""
+    model = model_of(family)
+    ids, types = torch.randint(0, 6, (rows, 9)), torch.arange(9).gt(4).long().expand(rows, 9)
+    assert bool((ids == types).any())
+    delta, embedding = torch.randn(rows, 9, WIDTH), model.get_input_embeddings()
+    found = module.moved_pass(model, embedding, delta, {"input_ids": ids, "token_type_ids": types}).logits
+    wanted = model(inputs_embeds=embedding(ids) + delta, token_type_ids=types).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((found - model(input_ids=ids, token_type_ids=types).logits).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_a_model_that_turns_its_ids_is_moved_in_their_places(tokens):
+    """XLNet embeds [T, B]; three tokens are as many as rows, and two of them occur in each other's places."""
+    model = model_of("xlnet")
+    ids = torch.randint(5, VOCABULARY, (3, tokens))
+    if tokens == 3:
+        ids[0, 1] = ids[1, 0]
+    delta, embedding = torch.randn(3, tokens, WIDTH), model.get_input_embeddings()
+    found = module.moved_pass(model, embedding, delta, {"input_ids": ids}).logits
+    torch.testing.assert_close(found, model(inputs_embeds=embedding(ids) + delta).logits, rtol=1e-4, atol=1e-5)
+    assert float((found - model(input_ids=ids).logits).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["longformer", "big_bird"])
+def test_a_model_that_pads_inside_is_moved_in_the_batchs_tokens(family):
+    """45 tokens are no multiple of Longformer's window, nor of BigBird's blocks."""
+    model, ids = model_of(family), torch.randint(5, VOCABULARY, (3, 45))
+    delta, embedding, rest = torch.randn(3, 45, WIDTH), model.get_input_embeddings(), {}
+    if family == "longformer":  # by inputs_embeds it needs to be told what its first token attends to
+        rest["global_attention_mask"] = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 1)
+    found = module.moved_pass(model, embedding, delta, {"input_ids": ids, **rest}).logits
+    wanted = model(inputs_embeds=embedding(ids) + delta, **rest).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((found - model(input_ids=ids, **rest).logits).abs().max()) > 1e-4
+
+
+def test_ids_that_the_model_replaces_are_one_sentence():
+    """As some models do with the places of images; told by `movable` to leave those out, it is perturbed."""
+    model, batch = causal(), batch_of("right", classes=False)
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, given: (given[0].clone().index_fill_(-1, torch.tensor([2]), 0),)
+    )
+    with pytest.raises(UserError, match=r"looks up other ids than those of its input_ids in 3 perturbed places"):
+        ptp_loss(model, batch, PTPSettings())
+    movable = batch["attention_mask"].bool() & (batch["labels"] == -100)
+    movable[:, 2] = False
+    assert float(ptp_loss(model, batch, PTPSettings(sigma=0.5), movable=movable).divergence) > 1e-4
+
+
 def test_outside_of_the_moved_pass_the_model_is_as_it_was():
     model, batch = classifier("llama"), batch_of("right", classes=True)
     before = model(**batch).logits
@@ -201,6 +274,39 @@ def test_a_model_that_embeds_elsewhere_is_one_sentence():
         ptp_loss(model, batch, PTPSettings())
 
 
+def plain_of(model):
+    return model
+
+
+def compiled_of(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_by_method(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_below(model):
+    model.model.forward = torch.compile(model.model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "passes"), [(plain_of, 1), (compiled_of, 2), (compiled_by_method, 2), (compiled_below, 2)]
+)
+def test_only_a_compiled_model_is_compiled_and_run_again(wrapped, passes, monkeypatch):
+    """The compiler's reset throws away all that the program has compiled."""
+    resets, ran = [], []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    inner = causal()
+    inner.model.norm.register_forward_hook(lambda *_: ran.append(1))
+    batch = batch_of("right", classes=False)
+    with pytest.raises(UserError, match="doesn't look up its input_ids"):
+        module.moved_pass(wrapped(inner), nn.Embedding(VOCABULARY, WIDTH), torch.ones(3, 9, WIDTH), batch)
+    assert (len(resets), len(ran)) == (passes - 1, passes)
+
+
 def test_embeddings_that_are_sharded_need_no_measure_in_l2():
     model, batch = causal(), batch_of("right", classes=False)
     model.get_input_embeddings().weight.ds_id = 0  # as ZeRO-3 marks them
@@ -214,10 +320,15 @@ def test_each_device_of_a_split_batch_adds_its_own_rows(monkeypatch):
     """DataParallel's scatter is played: the second device is torch's meta."""
     delta, parallel = torch.randn(3, 9, WIDTH), nn.DataParallel(nn.Identity())
     parallel.device_ids = [0, 1]
-    monkeypatch.setattr(parallel, "scatter", lambda given, *_: ([(given[0][:2],), (given[0][2:].to("meta"),)], [{}]))
-    mover = module.Mover()
-    mover.parts = module._parts_of(parallel, delta)
-    first = mover(None, None, torch.zeros(2, 9, WIDTH))
+
+    def split(given):
+        return [tuple(one[:2] for one in given), tuple(one[2:].to("meta") for one in given)]
+
+    monkeypatch.setattr(parallel, "scatter", lambda given, *_: (split(given), [{}]))
+    mover, ids = module.Mover(), torch.arange(27).reshape(3, 9)
+    mover.parts = module._parts_of(parallel, ids, delta)
+    first = mover(None, (), {"input": ids[:2]}, torch.zeros(2, 9, WIDTH))
     assert torch.equal(first, delta[:2])
-    assert mover(None, None, torch.zeros(1, 9, WIDTH, device="meta")).device.type == "meta"
-    assert mover(None, None, torch.zeros(1, 9, WIDTH)) is None
+    there = mover(None, (ids[2:].to("meta"),), {}, torch.zeros(1, 9, WIDTH, device="meta"))
+    assert there.device.type == "meta"
+    assert mover(None, (ids[2:],), {}, torch.zeros(1, 9, WIDTH)) is None
