@@ -189,6 +189,7 @@ def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Seq
         return launcher.attempt([*own, *script])
     from ptp_ds.launch.restarts import (  # takes seconds
         check_script,
+        checkpoints_left,
         on_hosts_left,
         should_restart,
         start_of,
@@ -196,6 +197,7 @@ def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Seq
     )
 
     check_script(script)
+    before = checkpoints_left(script)
     code = launcher.attempt([*own, *script])
     for number in range(1, count + 1):
         if launcher.received or not should_restart(code):
@@ -206,9 +208,9 @@ def run_attempts(launcher: Launcher, count: int, own: Sequence[str], script: Seq
                 log.warning("restart %d of %d: %s", number, count, sentence, extra=ANY_RANK)
             log.warning(
                 "restart %d of %d: the ranks ended with code %d; going on from %s", number, count, code,
-                start_of(script), extra=ANY_RANK,
+                start_of(script, before), extra=ANY_RANK,
             )  # fmt: skip
-            code = launcher.attempt([*left, *with_resume(script)])
+            code = launcher.attempt([*left, *with_resume(script, before)])
     return code
 
 

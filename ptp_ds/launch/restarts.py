@@ -14,10 +14,12 @@ from ptp_ds.hosts.hostfile import deepspeed_refusals
 from ptp_ds.hosts.remote import ssh_command
 from ptp_ds.ranks.faults import USER_ERROR, is_stop
 from ptp_ds.settings_file import read_settings
-from ptp_ds.training.checkpoint import list_checkpoints
+from ptp_ds.training.checkpoint import left_behind, list_checkpoints
 
 _SECONDS = 30
+_HANDS_OVER = b"script_main(__file__)"  # in each file of scripts/ that starts a command (ptp_ds.commands.ptp)
 Slots = dict[str, list[int]]  # by host, in the hostfile's order
+Left = frozenset[tuple[Path, int]]  # checkpoints: folder and inode, as a run may save another under the same name
 
 
 def should_restart(code: int) -> bool:
@@ -28,10 +30,10 @@ def should_restart(code: int) -> bool:
 def check_script(script: Sequence[str]) -> None:
     """UserError where there is nothing to go on from: another command than train and study, or no folder of train's.
 
-    script: its name and its arguments. A script of the user's own is taken to have train's.
+    script: its path and its arguments. A script of the user's own is taken to have train's.
     """
-    name = _name(script)
-    if name in PARSERS and name not in ("train", "study"):
+    name = _command(script)
+    if name not in (None, "train", "study"):
         raise UserError(f"--max_restarts is for train and study, which go on where they were left; {name} starts anew "
                         "each time, so give none.")  # fmt: skip
     if name == "study":
@@ -40,13 +42,17 @@ def check_script(script: Sequence[str]) -> None:
         raise UserError("--max_restarts goes on from the checkpoints in --output_dir; give train.py that folder.")
 
 
-def _name(script: Sequence[str]) -> str:
-    return Path(script[0]).stem if script else ""
+def _command(script: Sequence[str]) -> str | None:
+    """The command that a script of ours starts: one that leaves that to its name. None for a user's own."""
+    file = Path(script[0]) if script else Path()
+    if file.stem not in PARSERS or (file.is_file() and _HANDS_OVER not in file.read_bytes()):
+        return None
+    return file.stem
 
 
 def settings_of_runs(script: Sequence[str]) -> list[dict[str, Any]]:
     """What is set of each run that the script starts: one of train's, a cell each of a study's file."""
-    if _name(script) != "study":
+    if _command(script) != "study":
         return [given_settings(script[1:])]
     file = study_parser().parse_args(script[1:]).study
     given = _mapping(read_settings(file, f"Study {file}"))
@@ -58,10 +64,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}  # what else it is, the study itself refuses
 
 
-def start_of(script: Sequence[str]) -> str:
-    """What the next attempt goes on from, in words."""
-    if _name(script) == "study":
+def start_of(script: Sequence[str], left: Left = frozenset()) -> str:
+    """What the next attempt goes on from, in words. left: see with_resume."""
+    if _command(script) == "study":
         return "the cells that aren't finished"
+    if (named := _named(script)) and _stays(script, left):
+        return named
     return newest_checkpoint(script) or "the start, there is no checkpoint yet"
 
 
@@ -72,17 +80,34 @@ def newest_checkpoint(script: Sequence[str]) -> str | None:
     return max((path.name for path in found), default=None)
 
 
-def with_resume(script: Sequence[str]) -> list[str]:
+def checkpoints_left(script: Sequence[str]) -> Left:
+    """Before the first attempt: the checkpoints that it sets aside to go on from the one that --resume names."""
+    named = None if _command(script) == "study" else _named(script)
+    if named is None or not Path(named).is_dir():
+        return frozenset()
+    root = Path(given_settings(script[1:])["output_dir"]) / "checkpoints"
+    return frozenset((folder, folder.stat().st_ino) for folder in left_behind(root, Path(named)))
+
+
+def with_resume(script: Sequence[str], left: Left = frozenset()) -> list[str]:
     """The script and its arguments with --resume auto; a study's as they are, whose cells always go on.
 
-    A folder that --resume names stays as long as --output_dir has no checkpoint of its own.
+    A folder that --resume names stays until --output_dir has a checkpoint of this run, and none any more of one that
+    was left, whose newest auto would take. left: see checkpoints_left.
     """
-    if _name(script) == "study":
-        return list(script)
-    named = given_settings(script[1:]).get("resume") not in (None, "auto")
-    if named and newest_checkpoint(script) is None:
+    if _command(script) == "study" or (_named(script) and _stays(script, left)):
         return list(script)
     return [*script, "--resume", "auto"]  # the last one counts
+
+
+def _named(script: Sequence[str]) -> str | None:
+    """The checkpoint that --resume names."""
+    named = given_settings(script[1:]).get("resume")
+    return None if named == "auto" else named
+
+
+def _stays(script: Sequence[str], left: Left) -> bool:
+    return newest_checkpoint(script) is None or any(f.is_dir() and f.stat().st_ino == inode for f, inode in left)
 
 
 def ssh_reaches(host: str, port: int | None) -> bool:

@@ -139,15 +139,21 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list
     return None, None, told
 
 
+def left_behind(root: Path, resumed: Path) -> list[Path]:
+    """The checkpoints under root that a run doesn't go on from where it resumes `resumed`; see set_aside."""
+    found = list_checkpoints(root)
+    own = [number for number, folder in enumerate(found) if folder.samefile(resumed)]
+    return found[own[0] + 1 :] if own else found
+
+
 def set_aside(root: Path, resumed: Path, damaged: bool) -> list[str]:
     """Renames what a run that goes on from checkpoint `resumed` leaves behind, and returns the new names. Rank 0 only.
 
     These are the checkpoints behind it, or all where it isn't one of root's: they are of a run that was left, and
     --resume auto would take the newest of them for this one's. damaged: it has passed over them as damaged.
     """
-    found, names = list_checkpoints(root), []
-    own = [number for number, folder in enumerate(found) if folder.samefile(resumed)]
-    for folder in found[own[0] + 1 :] if own else found:
+    names = []
+    for folder in left_behind(root, resumed):
         aside = folder.with_name(f"{folder.name}.damaged")
         if damaged:
             shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,7 @@ from ptp_ds.launch import launcher as launch
 from ptp_ds.launch import restarts
 from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
 from ptp_ds.ranks.faults import STOP_SIGNALS
+from ptp_ds.training.checkpoint import set_aside
 from tests.support.paths import ROOT
 
 HOSTFILES = ROOT / "hostfiles"
@@ -163,6 +164,27 @@ def test_a_study_is_repeated_with_its_own_arguments(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "restart 1 of 2: the ranks ended with code 137; going on from the cells that aren't finished\n"
     )
+
+
+def test_attempts_that_die_early_keep_the_checkpoint_that_was_named(tmp_path, capsys):
+    """The second sets the later step aside and saves it anew, so the third goes on from that."""
+    root = tmp_path / "run" / "checkpoints"
+    for step in (60, 80):
+        (root / f"step-{step:06d}").mkdir(parents=True)
+    script = ["train.py", "--output_dir", str(tmp_path / "run"), "--resume", str(root / "step-000060")]
+
+    class Saving(Scripted):
+        def attempt(self, argv):
+            if len(self.commands) == 1:
+                set_aside(root, root / "step-000060", damaged=False)
+                (root / "step-000080").mkdir()
+            return super().attempt(argv)
+
+    launcher = Saving([137, 137, 0])
+    assert run_attempts(launcher, 3, [], script) == 0
+    assert launcher.commands == [script, script, [*script, "--resume", "auto"]]
+    told = [line.rsplit("going on from ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert told == [script[-1], "step-000080"]
 
 
 def test_a_signal_to_the_launcher_ends_the_attempts(tmp_path):

@@ -5,9 +5,12 @@ import json
 import pytest
 from deepspeed.launcher.runner import parse_args
 
+from ptp_ds.config.parsers import PARSERS
 from ptp_ds.launch.restarts import (
+    _HANDS_OVER,
     asked_slots,
     check_script,
+    checkpoints_left,
     dealt_ranks,
     flags_for,
     newest_checkpoint,
@@ -18,6 +21,8 @@ from ptp_ds.launch.restarts import (
     with_resume,
 )
 from ptp_ds.ranks.faults import LOST_RANK, STALLED, explain_code, shell_code
+from ptp_ds.training.checkpoint import set_aside
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,53 @@ def test_resumed_command_lines(tmp_path):
     (tmp_path / "members" / "seed-0" / "checkpoints" / "step-000020").mkdir(parents=True)
     assert newest_checkpoint(named) == "step-000020", "a population's members save on their own"
     assert with_resume(named) == [*named, "--resume", "auto"]
+
+
+@pytest.mark.parametrize(("named", "aside"), [("run/checkpoints/step-000060", ["step-000080"]),
+                                              ("other/step-000009", ["step-000060", "step-000080"])])  # fmt: skip
+def test_a_run_that_was_left_is_not_gone_on_from(tmp_path, named, aside):
+    """Until the run that names a checkpoint has set aside what it leaves, --resume auto would take the newest of it."""
+    root, given = tmp_path / "run/checkpoints", str(tmp_path / named)
+    for folder in (root / "step-000060", root / "step-000080", tmp_path / "other/step-000009"):
+        folder.mkdir(parents=True, exist_ok=True)
+    script = ["train.py", "--output_dir", str(tmp_path / "run"), "--resume", given]
+    before = checkpoints_left(script)
+    assert with_resume(script, before) == script, "the ranks died before they had set anything aside"
+    assert start_of(script, before) == given
+    assert set_aside(root, tmp_path / named, damaged=False) == [f"{name}.left" for name in aside]
+    gone_on = script if newest_checkpoint(script) is None else [*script, "--resume", "auto"]
+    assert with_resume(script, before) == gone_on
+    (root / "step-000080").mkdir()
+    assert with_resume(script, before) == [*script, "--resume", "auto"], "this run's own, of the same name"
+    assert start_of(script, before) == "step-000080"
+
+
+@pytest.mark.parametrize("named", [["--resume", "auto"], [], ["--resume", "no such folder"]])
+def test_nothing_is_left_where_no_checkpoint_is_named(tmp_path, named):
+    (tmp_path / "checkpoints" / "step-000080").mkdir(parents=True)
+    script = ["train.py", "--output_dir", str(tmp_path), *named]
+    assert with_resume(script, checkpoints_left(script)) == [*script, "--resume", "auto"]
+
+
+@pytest.mark.parametrize("name", ["predict", "study"])
+def test_a_users_script_may_have_the_name_of_one_of_ours(tmp_path, name):
+    """Ours, and a copy of it, hand themselves over by their name; a user's own has train's flags."""
+    own, copy = tmp_path / f"{name}.py", tmp_path / "copy" / f"{name}.py"
+    own.write_text("import ptp_ds\n")
+    copy.parent.mkdir()
+    copy.write_bytes((ROOT / "scripts" / f"{name}.py").read_bytes())
+    script = [str(own), "--output_dir", str(tmp_path), "--batch_size", "6"]
+    check_script(script)
+    assert settings_of_runs(script)[0]["batch_size"] == 6
+    assert with_resume(script) == [*script, "--resume", "auto"]
+    for file in (ROOT / "scripts" / f"{name}.py", copy):
+        with pytest.raises(ValueError, match="predict starts anew" if name == "predict" else "--batch_size"):
+            check_script([str(file), *script[1:]])
+
+
+def test_every_script_of_a_command_says_that_it_is_ours():
+    for name in PARSERS:
+        assert _HANDS_OVER in (ROOT / "scripts" / f"{name}.py").read_bytes(), name
 
 
 @pytest.mark.parametrize(
