@@ -3,6 +3,7 @@
 The frozen backbone is no part of the engine's module: DeepSpeed shards it (zero.Init) and backbone.sharding gathers it.
 """
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -119,6 +120,14 @@ class Engine:
     def skipped(self) -> bool:
         """Whether the last step's scaled gradient overflowed fp16: DeepSpeed then left the prompt as it was."""
         return bool(self.deepspeed.fp16_enabled() and self.deepspeed.optimizer.overflow)
+
+    def broken(self) -> Tensor | bool:
+        """Whether the last step's gradient was not finite, on any rank, without a host sync. Not of a step that was
+        skipped: there it is fp16's scale that was too large."""
+        norm: Tensor | float | None = self.deepspeed.get_global_grad_norm()
+        if norm is None or self.skipped():
+            return False
+        return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
 
     def grad_norm(self) -> float:
         """Global l2 norm of the last optimizer step's gradient, before clipping; 0 for a step that was skipped."""

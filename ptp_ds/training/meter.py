@@ -5,25 +5,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ptp_ds.ranks.distributed import Ranks
 
 if TYPE_CHECKING:
     from ptp_ds.training.step import StepLoss
 
+_WHAT, _NEVER = ("loss", "prompt's gradient"), torch.iinfo(torch.int64).max
 Shares = dict[str, tuple[float, float]]  # by name: a sum, and the sum that it is a share of
 
 
 @dataclass(frozen=True)
 class Window:
-    """Means over the examples since the last log line, over all ranks. bad_step: first non-finite step or -1.
+    """Means over the examples since the last log line, over all ranks. broken: what first was not finite, the loss or
+    the prompt's gradient, and at which step, counted from 1; None where all was.
 
     shares: what attacks told, each a sum over another, 0 where there was nothing to share.
     """
 
     values: dict[str, float]
     shares: dict[str, float]
-    bad_step: int
+    broken: tuple[str, int] | None
     step_seconds: float
     tokens_per_second: float
 
@@ -36,7 +39,7 @@ class Meter:
         self._steps: set[int] = set()
         self._sums = torch.zeros(7, dtype=torch.float64, device=ranks.device)
         self._counts = False  # whether steps say how many rows' divergence counts
-        self._bad = torch.full((1,), -1, dtype=torch.int64, device=ranks.device)
+        self._broken = [torch.full((1,), _NEVER, device=ranks.device) for _ in _WHAT]  # the first step of each
         self._shares: dict[str, list[float]] = {}
         self._clock = time.perf_counter()
 
@@ -44,8 +47,10 @@ class Meter:
         """Leaves evaluation and saving out of the next window's time."""
         self._clock = time.perf_counter()
 
-    def add(self, loss: "StepLoss", examples: int, step: int, shares: Shares) -> None:
-        """Adds one step's sums over `examples`, without a host sync; shares: the same names on all ranks."""
+    def add(self, loss: "StepLoss", examples: int, step: int, shares: Shares, broken: Tensor | bool) -> None:
+        """Adds one step's sums over `examples`, without a host sync; shares: the same names on all ranks. broken: see
+        Engine.
+        """
         self._steps.add(step)
         for name, pair in shares.items():
             held = self._shares.get(name, (0.0, 0.0))
@@ -57,27 +62,27 @@ class Meter:
         if loss.counted is not None:
             self._counts = True
             self._sums[6] += loss.counted
-        bad = ~torch.isfinite(loss.total) & (self._bad < 0)
-        self._bad = torch.where(bad, step, self._bad)
+        for first, found in zip(self._broken, (~torch.isfinite(loss.total), broken), strict=True):
+            first.copy_(torch.where(found & (first == _NEVER), step, first))
 
     def reduce(self) -> Window:
         """The window's means over all ranks, and a fresh window; all ranks must call it."""
-        bad = torch.where(self._bad < 0, torch.iinfo(torch.int64).max, self._bad)
-        first_bad = -int(self.ranks.max(-bad))
+        firsts = (-self.ranks.max(-torch.cat(self._broken))).tolist()
+        first, what = min(zip(firsts, _WHAT, strict=True))  # of one step: the loss, whose gradient follows it
         sums = self.ranks.sum(self._sums).tolist()
         seconds = (time.perf_counter() - self._clock) / max(1, len(self._steps))
         count = max(1.0, sums[4])
         names = ("loss", "cross_entropy", "divergence", "delta_norm")
         values = {name: total / count for name, total in zip(names, sums, strict=False)}
         rate = sums[5] / max(1, len(self._steps)) / seconds
-        bad_step = -1 if first_bad == torch.iinfo(torch.int64).max else first_bad
+        broken = None if first == _NEVER else (what, first + 1)
         shares = self._reduced_shares()
         if self._counts:
             shares["confident_share"] = sums[6] / count
         self._steps.clear()
         self._sums = torch.zeros_like(self._sums)
         self.restart_clock()
-        return Window(values, shares, bad_step, seconds, rate)
+        return Window(values, shares, broken, seconds, rate)
 
     def _reduced_shares(self) -> dict[str, float]:
         if not self._shares:

@@ -151,7 +151,8 @@ class PopulationTrainer:
             ]
         )
         member.progress.carried = Carried(mine=delta) if delta is not None else None
-        member.meter.add(loss_of_all(losses), drawn.examples, member.progress.step, drawn.shares)
+        broken = member.trainer.engine.broken()
+        member.meter.add(loss_of_all(losses), drawn.examples, member.progress.step, drawn.shares, broken)
         member.progress.step += 1
 
     def _carried(self, member: Member) -> Tensor | None:

@@ -91,6 +91,10 @@ class PopulationEngine(Engine):
         """[members] l2 norms of the last step's gradients before clipping, on the device."""
         return torch.tensor([self.grad_norm()]) if len(self.rows) == 1 else self._members.norms
 
+    def broken_members(self) -> Sequence[Tensor | bool] | Tensor:
+        """[members] Engine.broken of each."""
+        return [self.broken()] if len(self.rows) == 1 else ~self._members.norms.isfinite()
+
     def prompt(self) -> Tensor:
         """[their sum, W] all members' prompts; gathered once between two steps."""
         if "prompt" not in self._now:
@@ -139,6 +143,10 @@ class MemberEngine:
             name: self._own(tensor, self.population.rows) if tensor.dim() == 2 else tensor.clone()
             for name, tensor in self.population.state().items()
         }
+
+    def broken(self) -> Tensor | bool:
+        """See Engine.broken."""
+        return self.population.broken_members()[self.number]
 
     def grad_norm(self) -> float:
         """See Engine.grad_norm."""

@@ -136,7 +136,7 @@ class Trainer:
             )  # fmt: skip
         delta = drawn.joined(deltas)
         progress.carried = Carried(mine=delta) if delta is not None else None
-        meter.add(loss, drawn.examples, step, drawn.shares)
+        meter.add(loss, drawn.examples, step, drawn.shares, self.engine.broken())
 
     @cached_property
     def _ahead(self) -> Ahead[int, Drawn]:
@@ -283,7 +283,7 @@ class Trainer:
     def after_step(self, progress: Progress, meter: "Meter") -> None:
         """Logs, evaluates and saves where step progress.step is one for it; all ranks must call it.
 
-        Raises NonFiniteLossError on every rank where the loss or the gradient isn't finite.
+        Raises NonFiniteLossError on every rank where the loss or the gradient of any step isn't finite.
         """
         due = self.due(progress)
         if not due.logs:
@@ -304,23 +304,19 @@ class Trainer:
     def log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
         """The values since the last logged step, to the monitor; NonFiniteLossError: see after_step."""
         window = meter.reduce()
-        if window.bad_step >= 0:
+        if window.broken is not None:
+            what, step = window.broken
             raise NonFiniteLossError(
-                f"The loss is not finite at step {window.bad_step + 1}; nothing was saved after the last checkpoint. "
-                "Lower --lr, --sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
-            )
-        grad_norm = self.engine.grad_norm()
-        if not math.isfinite(grad_norm):
-            raise NonFiniteLossError(
-                f"The prompt's gradient is not finite at step {progress.step}; nothing was saved after the last "
-                "checkpoint. Lower --lr, --sigma or --epsilon, or raise --warmup_steps."
+                f"The {what} is not finite at step {step}; nothing was saved after the last checkpoint. Lower --lr, "
+                "--sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
             )
         prompt = self.engine.prompt()
         progress.step_seconds.append(window.step_seconds)
         progress.tokens_per_second.append(window.tokens_per_second)
         peak = torch.tensor([peak_memory_bytes(self.ranks.device)], dtype=torch.float64, device=self.ranks.device)
         values = {
-            **window.values, **window.shares, "grad_norm": grad_norm, "prompt_norm": float(prompt.norm(dim=-1).mean()),
+            **window.values, **window.shares, "grad_norm": self.engine.grad_norm(),
+            "prompt_norm": float(prompt.norm(dim=-1).mean()),
             "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
             "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
         }  # fmt: skip

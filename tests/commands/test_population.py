@@ -9,8 +9,10 @@ import torch
 
 from ptp_ds.config.population import VARIED, members_of
 from ptp_ds.config.run_config import RunConfig
+from tests.support.paths import SUPPORT
 from tests.support.populations import QUICK, distance, require_same, state_of
 from tests.support.runs import check
+from tests.support.zygote import run_script
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "mask", "a2t", "free")]
 
@@ -160,6 +162,32 @@ def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model
     assert (bad["name"], "not finite" in bad["failed"], bad["steps"] < 20) == ("bad", True, True)
     assert record["summary"]["accuracy"]["failed"] == 1
     assert (tmp_path / "all" / "members" / "bad" / "config.json").is_file()
+
+
+BROKEN = "The prompt's gradient is not finite at step 2"
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_a_gradient_that_is_not_finite_between_two_log_lines(tiny_model, tmp_path, stage, ranks):
+    """Step 2 of 10, where 5 and 10 are logged: the optimizer leaves it out, and every later step is a whole one."""
+    args = [*QUICK, "--model", tiny_model, "--max_steps", "10", "--ds_config", f"ds_configs/zero{stage}.json"]
+
+    def run(name, *given, step=2, rows=(0, 5)):
+        own = [step, *rows, *args, "--output_dir", tmp_path / name, *given]
+        return run_script(SUPPORT / "poisoned_train.py", own, tmp_path, ranks)
+
+    for name, given in (("alone", ["--seed", "1"]), ("lone member", ["--seeds", "1"])):
+        done = run(name, *given)
+        assert BROKEN in done.stderr + done.stdout
+        assert done.returncode == (2 if name == "alone" else 0)
+    assert not list((tmp_path / "alone" / "checkpoints").glob("*"))
+    told = check(run("all", "--seeds", "0-2", rows=(5, 10))).stdout
+    assert f"failed: seed-1 ({BROKEN})" in told
+    record = json.loads((tmp_path / "all" / "population.json").read_text())
+    assert [(one["failed"], one["steps"]) for one in record["members"]] == [(None, 10), (BROKEN, 5), (None, 10)]
+    check(run("whole", "--seed", "2", step=0))
+    ours, theirs = (state_of(folder, 10) for folder in (tmp_path / "all" / "members" / "seed-2", tmp_path / "whole"))
+    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def train(engine: Engine, run: RunConfig, first: int, last: int) -> tuple[list[f
         losses.append(loss.total.item())
         moved.append(not torch.equal(engine.prompt(), before))
         assert moved[-1] is not engine.skipped()
+        assert not engine.broken(), "a scale that was too large is none of the prompt's"
     return losses, moved, engine.prompt()
 
 

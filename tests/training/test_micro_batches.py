@@ -167,7 +167,7 @@ def test_a_meter_counts_examples(monkeypatch):
     backbone, run = Backbone(make_model("llama")), RunConfig(perturbation="none")
     parts = dealt([1] * len(EXAMPLES), 3)
     loss, _, _ = found_in(backbone, torch.ones(5, 32), parts, run)
-    meter.add(loss, len(EXAMPLES), 0, {})
+    meter.add(loss, len(EXAMPLES), 0, {}, False)
     assert meter.reduce().values["loss"] == pytest.approx(float(loss.total) / len(EXAMPLES))
 
 
