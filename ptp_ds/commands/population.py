@@ -107,7 +107,7 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
         open_output(one, ranks, output)
     trainer = _open(members, ranks, watchdog, folder)
     log.info("  output: %s", folder)
-    if step := max((member.progress.step for member in trainer.members if member.trains), default=0):
+    if step := _step_behind(trainer.members):
         log.info("resumed behind step %d", step)
     results: dict[str, Evaluation] = {}
     output = OutputGuard(ranks, folder)
@@ -195,15 +195,20 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
         output = OutputGuard(ranks, _folder(one))
         trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
         found.append(Member(name, one, trainer, progress, Meter(ranks), failure_of(one)))
-    first = max((member.progress.step for member in found if member.trains), default=0)
     output = OutputGuard(ranks, folder)
     with output.writing():
         settings = shared_settings([one.run for one in prepared])
-        monitor = PopulationMonitor(folder, ranks, first, run.max_steps, run.report_to, settings)
+        monitor = PopulationMonitor(folder, ranks, _step_behind(found), run.max_steps, run.report_to, settings)
     output.agree()
     return PopulationTrainer(
         engine=engine, members=found, ranks=ranks, watchdog=watchdog, monitor=monitor, output=output
     )
+
+
+def _step_behind(members: Sequence[Member]) -> int:
+    """The step that the job goes on behind: that of the members that train, the newest where none has steps left."""
+    newest = max(member.progress.step for member in members)
+    return max((member.progress.step for member in members if member.trains), default=newest)
 
 
 def _load(engine: PopulationEngine, prepared: Sequence[Prepared], saved: Sequence[Checkpoint | None]) -> None:

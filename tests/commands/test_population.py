@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ptp_ds.config.population import VARIED, members_of
 from ptp_ds.config.run_config import RunConfig
@@ -162,6 +163,25 @@ def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model
     assert (bad["name"], "not finite" in bad["failed"], bad["steps"] < 20) == ("bad", True, True)
     assert record["summary"]["accuracy"]["failed"] == 1
     assert (tmp_path / "all" / "members" / "bad" / "config.json").is_file()
+
+
+def test_a_job_without_steps_left_keeps_its_bands(run_train, tiny_model, tmp_path):
+    """As one does that was killed in its last evaluation: what TensorBoard shows of its training stays."""
+    job = [*QUICK, "--model", tiny_model, "--seeds", "0-1", "--max_steps", "2", "--output_dir", tmp_path / "all"]
+
+    def shown() -> dict[str, list[tuple[int, float]]]:
+        board = EventAccumulator(str(tmp_path / "all" / "tensorboard")).Reload()
+        return {tag: [(event.step, event.value) for event in board.Scalars(tag)]
+                for tag in board.Tags()["scalars"] if not tag.startswith("members/eval")}  # fmt: skip
+
+    check(run_train(job))
+    before = shown()
+    assert {step for points in before.values() for step, _ in points} == {2}
+    shutil.rmtree(tmp_path / "all" / "members" / "seed-1" / "adapter")
+    (tmp_path / "all" / "population.json").unlink()
+    assert "resumed behind step 2\n" in check(run_train([*job, "--resume", "auto"])).stdout
+    assert shown() == before
+    assert (tmp_path / "all" / "population.json").is_file()
 
 
 BROKEN = "The prompt's gradient is not finite at step 2"
