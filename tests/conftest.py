@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama with its own tokenizer, the real SuperGLUE files, scripts/train.py as a process."""
+"""Fixtures: a tiny random Llama and its tokenizer, the real SuperGLUE files, scripts/train.py as a process, the hub."""
 
 import json
 import os
@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 from ptp_ds.ranks.distributed import Ranks, prepare_environment, start_processes, stop_processes
 from ptp_ds.ranks.log import log_to_console
+from tests.support.hub import TOKEN, Hub
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
 from tests.support.tiny import write_tiny_model
@@ -170,3 +171,28 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(
                 "| " + " | ".join(_PATH.sub("", cell).replace("|", "/") for cell in cells) + " |"
             )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """The hub, for huggingface_hub in this process, with a token that may write; its cache is empty."""
+    from huggingface_hub import close_session, constants, hf_api
+
+    home = tmp_path_factory.mktemp("hub")
+    with Hub() as started:
+        values = {
+            "ENDPOINT": started.endpoint,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(home / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{started.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", started.endpoint)  # of the module's own functions
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()
+        yield started
+    close_session()

@@ -1,4 +1,4 @@
-"""Adapters on the hub: which names are hub ids, what of a repository is downloaded, why the hub can't be had."""
+"""Adapters on the hub: which names are hub ids, and what of a repository is downloaded."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_file, is_folder
+from ptp_ds.files import is_file, is_folder
+from ptp_ds.hosts.hub import hub_reason
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks.once import first_of_host
 
@@ -85,23 +86,3 @@ def _download(repo_id: str, revision: str | None) -> Path:
             except Exception:  # many types, as above; the neighbour failed, so this one asks for itself
                 pass
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
-
-
-def hub_reason(error: BaseException) -> str:
-    """Why the hub refused or could not be reached, on one line."""
-    from huggingface_hub import errors
-
-    known = {
-        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
-        errors.LocalEntryNotFoundError: "the hub can't be reached, and nothing was downloaded before",
-        errors.GatedRepoError: "the hub asks for a token that has access",
-        errors.RepositoryNotFoundError: "the hub shows no such repository, or not to this token",
-        errors.RevisionNotFoundError: "the hub's repository has no such revision",
-    }
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and nothing was downloaded before"
-    for kind, words in known.items():
-        if isinstance(error, kind):
-            return words
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {brief(first, 160)[1:-1]}" if first else type(error).__name__

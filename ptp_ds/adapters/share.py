@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptp_ds.adapters.card import OWN_ID, model_card
-from ptp_ds.adapters.hub import hub_model, hub_reason, is_hub_id, is_repo_name
+from ptp_ds.adapters.hub import hub_model, is_hub_id, is_repo_name
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from ptp_ds.adapters.read import adapter_config, adapter_folder, read_adapter, read_card
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_text
+from ptp_ds.hosts.hub import hub_reason
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.redact import redacted

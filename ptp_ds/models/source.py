@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, sha256_of
+from ptp_ds.hosts.hub import hub_reason
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
 from ptp_ds.models.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
@@ -158,10 +159,10 @@ def _download(name: str) -> Path:
             held = None if first else present_model(name)
             return held or Path(snapshot_download(name, allow_patterns=WANTED))
     except HFValidationError:
-        reason = "it is neither a folder nor a hub id"
+        why = f"Unknown model {name!r}: it is neither a folder nor a hub id"
     except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts
-        reason = f"the hub gave {type(error).__name__}"
+        why = f"Model {name!r} is no folder here and can't be had from the hub: {hub_reason(error)}"
     raise UserError(
-        f"Unknown model {name!r}: {reason}. Give --model a folder with config.json, a hub id (owner/name) that this "
+        f"{why}. Give --model a folder with config.json, a hub id (owner/name) that this "
         f"machine can reach, or {EMBEDDED_MODEL!r}."
     )

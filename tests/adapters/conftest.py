@@ -1,6 +1,5 @@
-"""The stand-in for the hub, as this process sees it; an adapter of a run, with the paths that a run's card has."""
+"""An adapter of a run, with the paths that a run's card has."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,32 +8,6 @@ import torch
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.models.source import load_config
 from ptp_ds.tasks import load_task
-from tests.support.hub import TOKEN, Hub
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """The hub, for huggingface_hub in this process, with a token that may write; its cache is empty."""
-    from huggingface_hub import close_session, constants, hf_api
-
-    home = tmp_path_factory.mktemp("hub")
-    with Hub() as started:
-        values = {
-            "ENDPOINT": started.endpoint,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(home / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HUGGINGFACE_CO_URL_TEMPLATE": f"{started.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-        }
-        for name, value in values.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", started.endpoint)  # of the module's own functions
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()
-        yield started
-    close_session()
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--sigma", "-1"], "--sigma is -1.0; expected a finite number of 0 or more."),
         (["--mask_token", "two words"], "--mask_token 'two words' is "),
         (["--task", "CD"], "Unknown task 'CD' (did you mean CB?): give one of "),
-        (["--model", "no-one/nothing"], "Unknown model 'no-one/nothing': the hub gave "),
+        (["--model", "no-one/nothing"], "Model 'no-one/nothing' is no folder here and can't be had from the hub: "),
         (["--model", "a/b/c"], "Unknown model 'a/b/c': it is neither a folder nor a hub id. Give --model a folder"),
         (["--model", "."], "--model .: the folder holds no config.json; give a folder saved by save_pretrained."),
         (["--data_dir", "nowhere"], "--data_dir nowhere: there is no such folder."),

@@ -26,9 +26,10 @@ _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 @dataclass
 class Repository:
-    """commits: sha -> the files of that revision, in order."""
+    """commits: sha -> the files of that revision, in order. gated: what it is is shown, its files are not."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     @property
@@ -237,7 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, content in files.items()]  # fmt: skip
 
     def resolve(self, body: bytes, repo: str, revision: str, file: str) -> Any:
-        _, sha, files = self._files(repo, revision)
+        repository, sha, files = self._files(repo, revision)
+        if repository.gated:
+            raise _Refused(403, "GatedRepo", f"Access to model {repo} is restricted")
         if file not in files:
             raise _Refused(404, "EntryNotFound")
         return files[file], {"ETag": f'"{_blob(files[file])}"', "X-Repo-Commit": sha,
