@@ -11,6 +11,7 @@ from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
 from ptp_ds.models.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
+from ptp_ds.models.quantised import require_plain_tensors
 from ptp_ds.models.source import load_config
 from ptp_ds.models.stored import StoredTensors, tensor_files
 from ptp_ds.ranks.distributed import Ranks
@@ -28,6 +29,7 @@ def load_backbone(
     """
     plan, config = plan or HeadPlan(), load_config(folder)
     files = tensor_files(folder)
+    require_plain_tensors(files)
     auto = auto_class(config, plan.kind, folder)
     if plan.kind == "classes":
         config.num_labels = plan.outputs

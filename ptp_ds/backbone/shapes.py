@@ -11,6 +11,7 @@ import torch
 from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import auto_class, head_kind
+from ptp_ds.models.quantised import require_plain_config
 from ptp_ds.prompts.deep import deep_shape
 
 Shape = tuple[int, ...]
@@ -117,11 +118,13 @@ def config_of(model: str) -> Any:
     if model in NAMED:
         return LlamaConfig(**{"tie_word_embeddings": False, **NAMED[model]}, pad_token_id=None)
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-    where = "config.json in it describes no model" if Path(model).is_dir() else "neither a folder nor a known hub id"
-    raise UserError(
-        f"--model {model}: {where} ({first}); give a folder with config.json, a hub id that this machine can reach, or "
-        f"one of {', '.join(NAMED)}."
-    )
+        why = "config.json in it describes no model" if Path(model).is_dir() else "neither a folder nor a known hub id"
+        raise UserError(
+            f"--model {model}: {why} ({first}); give a folder with config.json, a hub id that this machine reaches, or "
+            f"one of {', '.join(NAMED)}."
+        ) from None
+    require_plain_config(config, f"--model {model}: config.json")
+    return config

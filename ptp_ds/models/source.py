@@ -19,6 +19,7 @@ from ptp_ds.files import brief, is_file, is_folder, sha256_of
 from ptp_ds.hosts.hub import hub_reason
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
 from ptp_ds.models.heads import HeadPlan, auto_class, plan_head
+from ptp_ds.models.quantised import require_plain_config
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 from ptp_ds.tasks import Task
 
@@ -55,7 +56,8 @@ def open_source(model: str, head: str, task: Task) -> BackboneSource:
 
 
 def load_config(folder: Path) -> Any:
-    """transformers' configuration of a model folder; ValueError where the folder needs code of its own."""
+    """transformers' configuration of a model folder; ValueError where the folder needs code of its own, or holds
+    quantised weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -66,6 +68,7 @@ def load_config(folder: Path) -> Any:
         raise UserError(
             f"{folder}/config.json asks for attention code from elsewhere, {brief(kernel)}; remove that key."
         )
+    require_plain_config(config, f"{folder}/config.json")
     return config
 
 
