@@ -326,5 +326,10 @@ def refusal(model: Any, reason: str) -> str:
     family = getattr(model.config, "model_type", type(model).__name__)
     return (
         f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use one that goes through "
-        "transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, bert, ...)"
+        "transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, bert, ...)."
     )
+
+
+def reason_of(refused: str) -> str:
+    """What a sentence of `refusal` gives as the reason."""
+    return refused.split("can't be served: ", 1)[-1].split(". Use one that goes", 1)[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.backbone.backbone import Backbone, refusal
+from ptp_ds.backbone.backbone import Backbone, reason_of, refusal
 from ptp_ds.backbone.joint_products import join_products
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
@@ -59,8 +59,11 @@ def checked_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None =
     except ValueError as error:
         reason = str(error)
     if backbone.shards.sharded:
-        raise UserError(f"{reason} Or take the generic path: it needs the whole model on each rank, "
-                         "--ds_config ds_configs/zero2.json.")  # fmt: skip
+        family = getattr(backbone.model.config, "model_type", type(backbone.model).__name__)
+        raise UserError(
+            f"Model family {family!r} can't be packed, so it needs the whole model on each rank: give --ds_config zero2 "
+            f"({reason_of(reason)})."
+        )
     padded = PaddedBackbone(backbone)
     check_backbone(padded, longest, ranks)
     return padded, reason

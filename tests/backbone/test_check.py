@@ -394,3 +394,17 @@ def test_a_model_that_knows_little_of_many_words_may_be_off_by_its_scores_last_d
         return
     with pytest.raises(ValueError, match="packed scores differ from plain ones"):
         check_backbone(backbone)
+
+
+def test_a_sharded_family_of_the_generic_path_is_told_the_flag(monkeypatch):
+    """Under ZeRO-3, the default: what it needs comes first, and the reason is all that is left of the refusal."""
+    backbone = Backbone(make_model("falcon"))
+    monkeypatch.setattr(type(backbone.shards), "sharded", True)
+    whole = "Model family 'falcon' can't be packed, so it needs the whole model on each rank: give --ds_config zero2 ("
+    with pytest.raises(ValueError, match="can't be packed") as error:
+        checked_backbone(backbone)
+    said = str(error.value)
+    assert said.startswith(whole)
+    assert said.endswith(").")
+    assert "can't be served" not in said
+    assert "Use one that" not in said

@@ -65,8 +65,8 @@ def test_a_run_and_its_adapter_in_peft(run_train, tmp_path):
                  "--output_dir", tmp_path / "run"]  # fmt: skip
     done = run_train(arguments)
     assert done.returncode != 0
-    assert "an encoder-decoder isn't packed" in done.stderr
-    assert "--ds_config ds_configs/zero2.json" in done.stderr
+    said = "Model family 't5' can't be packed, so it needs the whole model on each rank: give --ds_config zero2 "
+    assert said + "(an encoder-decoder isn't packed)." in done.stderr
     done = run_train([*arguments[:-1], tmp_path / "again", "--ds_config", ROOT / "ds_configs" / "zero2.json"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "generic path" in done.stdout
