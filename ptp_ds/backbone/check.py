@@ -61,8 +61,8 @@ def checked_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None =
     if backbone.shards.sharded:
         family = getattr(backbone.model.config, "model_type", type(backbone.model).__name__)
         raise UserError(
-            f"Model family {family!r} can't be packed, so it needs the whole model on each rank: give --ds_config zero2 "
-            f"({reason_of(reason)})."
+            f"Model family {family!r} can't be packed, so it needs the whole model on each rank: give --ds_config "
+            f"zero2 ({reason_of(reason)})."
         )
     padded = PaddedBackbone(backbone)
     check_backbone(padded, longest, ranks)

@@ -15,6 +15,7 @@ from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
 from ptp_ds.tasks.example import Example
+from ptp_ds.tasks.hub_table import load_table
 from ptp_ds.tasks.rows import ENDINGS, FORMATS, STANDARD_INPUT, rows_of_file, rows_of_standard_input
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
@@ -89,20 +90,11 @@ def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
 
 
 def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[str]]:
-    import datasets
-
     name = _HUB_SPLITS.get(split, split)
-    try:
-        with first_of_host(f"data set {dataset} {task.name} {name}"):
-            table = datasets.load_dataset(dataset, task.name.lower(), split=name)
-    except Exception as error:  # the loader raises many types: offline, unknown repository, configuration or split
-        first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--dataset {dataset}: can't load configuration {task.name.lower()!r}, split {name!r} "
-            f"({type(error).__name__}: {first})."
-        ) from None
+    with first_of_host(f"data set {dataset} {task.name} {name}"):
+        table, configuration = load_table(dataset, task.name, name)
     rows = with_class_labels([dict(row) for row in table], table.features, task, f"--dataset {dataset}")
-    return rows, [f"{dataset}/{task.name.lower()}/{name} row {number}" for number in range(len(rows))]
+    return rows, [f"{dataset}/{configuration}/{name} row {number}" for number in range(len(rows))]
 
 
 def with_class_labels(rows: list[dict], features: Any, task: Task, where: str) -> list[dict]:

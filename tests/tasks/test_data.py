@@ -231,13 +231,46 @@ def test_hub_errors_are_one_sentence(tmp_path, hub_folder):
     import datasets
 
     hub = hub_folder("cb", {"train": [{**CB_ROWS[0], "label": 1}]}, datasets.ClassLabel(names=CB_NAMES))
-    for task, split, dataset in (("RTE", "train", hub), ("CB", "val", hub), ("CB", "train", tmp_path / "none")):
+    for task, split, dataset in (("CB", "val", hub), ("CB", "train", tmp_path / "none")):
         name = {"val": "validation"}.get(split, split)
         message = f"--dataset {dataset}: can't load configuration '{task.lower()}', split '{name}' "
         with pytest.raises(ValueError, match="can't load configuration") as caught:
             load_split(load_task(task), split, None, str(dataset))
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("configuration", ["default", "CB", "c-b"])
+def test_the_only_configuration_is_read_whatever_its_name(configuration, hub_folder):
+    import datasets
+
+    hub = hub_folder(configuration, {"train": [{**CB_ROWS[0], "label": 1}]}, datasets.ClassLabel(names=CB_NAMES))
+    found = load_split(load_task("CB"), "train", None, str(hub))
+    assert found.where == [f"{hub}/{configuration}/train row 0"]
+    assert found.rows[0]["premise"] == CB_ROWS[0]["premise"]
+    with pytest.raises(ValueError, match=f"can't load configuration '{configuration}', split 'validation' "):
+        load_split(load_task("CB"), "val", None, str(hub))
+
+
+def test_of_several_configurations_the_template_s_name_chooses(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub, lines = tmp_path / "hub", ["---", "configs:"]
+    for name in ("axb", "axg"):
+        (hub / name).mkdir(parents=True)
+        row = {"sentence1": f"One of {name}.", "sentence2": "Two.", "label": "entailment"}
+        (hub / name / "test.jsonl").write_text(json.dumps(row) + "\n")
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test.jsonl"]
+    (hub / "README.md").write_text("\n".join([*lines, "---", ""]))
+    found = load_split(load_task("AX-b"), "test", None, str(hub))
+    assert found.rows[0]["sentence1"] == "One of axb."
+    assert found.where == [f"{hub}/axb/test row 0"]
+    with pytest.raises(ValueError, match="has the configurations") as caught:
+        load_split(load_task("RTE"), "test", None, str(hub))
+    assert str(caught.value) == (
+        f"--dataset {hub} has the configurations axb, axg, and none is called 'rte': the template's name, in small "
+        "letters, says which one is read; give the template the name of one of them."
+    )
 
 
 # held-out rows, batches, hands
