@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ptp_ds.adapters.origin import adapter_model, require_trained_on, trained_max_length
 from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, read_head
-from ptp_ds.adapters.task import adapter_task, ensemble_plan
+from ptp_ds.adapters.task import ensemble_plan, ensemble_task
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
@@ -124,12 +124,13 @@ def serve(
     """The adapters on their model, all but its weights: every check that needs none.
 
     adapters: folders of adapters, or of the runs that wrote them. model, task, max_length: None for what the first
-    adapter was trained with; a model that isn't the adapters' own is refused, another task is taken. Raises ValueError
-    for what doesn't fit together; downloads or converts the model first where that is needed.
+    adapter was trained with; a model that isn't the adapters' own is refused, another task is taken. Without task, all
+    must have been trained on one. Raises ValueError for what doesn't fit together; downloads or converts the model
+    first where that is needed.
     """
     folders = tuple(map(adapter_folder, adapters))
     first, kind = folders[0], adapter_kind(folders[0])
-    task = task if isinstance(task, Task) else adapter_task(first, task)
+    task = task if isinstance(task, Task) else ensemble_task(folders, task)
     name = adapter_model(first, model)
     folder = resolve_model(name)
     config = load_config(folder)

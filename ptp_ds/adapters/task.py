@@ -5,15 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE
+from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, IN_TEXT_TYPE
 from ptp_ds.adapters.read import adapter_config, read_card
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, listed
+from ptp_ds.files import brief, is_file, listed
 from ptp_ds.models.heads import HeadPlan, plan_head
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
 
 _HEAD_OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_CLS": "classes", "SEQ_2_SEQ_LM": "seq2seq"}  # peft's, where they say it
+_READS_ROWS = ("name", "text", "answers", "values", "truncate", "reader")  # a task's: how rows and answers read
 
 
 def adapter_task(adapter: str | Path, name: str | None) -> Task:
@@ -30,6 +31,30 @@ def adapter_task(adapter: str | Path, name: str | None) -> Task:
     if spec.get("answers"):
         kept["candidates"] = spec["answers"]
     return parse_task(kept, f"Adapter {adapter}: the card's task")
+
+
+def ensemble_task(adapters: Sequence[str | Path], name: str | None) -> Task:
+    """The named task, or the first adapter's, which every other that has a card must have been trained on, too.
+
+    ValueError: see adapter_task; and for an adapter whose rows would read otherwise, or be answered otherwise.
+    """
+    first, *others = adapters
+    task = adapter_task(first, name)
+    if name is None:
+        for adapter in others:
+            if isinstance(read_card(adapter).get("task"), dict):
+                _require_same(first, task, adapter, adapter_task(adapter, None))
+    return task
+
+
+def _require_same(first: str | Path, task: Task, adapter: str | Path, theirs: Task) -> None:
+    for part in _READS_ROWS:
+        if getattr(task, part) != getattr(theirs, part):
+            raise UserError(
+                f"Adapters {first} and {adapter} were trained on different tasks: {part} is "
+                f"{brief(getattr(task, part))} and {brief(getattr(theirs, part))}; an ensemble needs adapters of one "
+                "task, or --task to say which one all of them answer."
+            )
 
 
 def adapter_head(adapter: str | Path) -> str:
@@ -57,7 +82,14 @@ def adapter_plan(adapter: str | Path, config: Any, task: Task) -> tuple[HeadPlan
 
 
 def ensemble_plan(adapters: Sequence[str | Path], config: Any, task: Task) -> tuple[HeadPlan, Task]:
-    """adapter_plan of all adapters; ValueError where they differ in head or order of classes."""
+    """adapter_plan of all adapters; ValueError where they differ in head, order of classes or the prompt's place."""
+    in_text = [adapter_config(adapter).get("peft_type") == IN_TEXT_TYPE for adapter in adapters]
+    for adapter, inside in zip(adapters, in_text, strict=True):
+        if inside != in_text[0]:
+            front, within = (adapters[0], adapter) if inside else (adapter, adapters[0])
+            raise UserError(
+                f"Adapter {within} has its prompt inside the text, {front} in front of it; an ensemble needs one place."
+            )
     found = [adapter_plan(adapter, config, task) for adapter in adapters]
     for adapter, (plan, theirs) in zip(adapters, found, strict=True):
         if plan != found[0][0] or list(theirs.answers) != list(found[0][1].answers):

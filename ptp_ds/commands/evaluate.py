@@ -13,7 +13,7 @@ from ptp_ds.adapters.lm_eval import write_harness_task
 from ptp_ds.adapters.origin import adapter_rows, adapter_split
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
-from ptp_ds.adapters.task import adapter_task
+from ptp_ds.adapters.task import ensemble_task
 from ptp_ds.backbone.loading import ResolvedDeepSpeed
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
@@ -47,7 +47,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if file is not None:
             require_writable(flag, file)
     folders = [adapter_folder(given) for given in args.adapter]
-    task = adapter_task(folders[0], args.task)
+    task = ensemble_task(folders, args.task)
     split_name = args.split or adapter_split(folders[0], task)
     split = adapter_rows(folders[0], task, split_name, args.data_dir, args.dataset)
     labelled = args.predictions is None or is_labelled(task, split)
