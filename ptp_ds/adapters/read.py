@@ -80,12 +80,31 @@ def read_adapter(
             raise UserError(f"Adapter {folder}: the prompt has shape {brief(shape)}; expected [length, width].")
         if width is not None and shape[1] != width:
             raise UserError(f"Adapter {folder} has width {shape[1]}, the model's is {width}: another model's adapter.")
-        if length is not None and shape[0] != length:
-            raise UserError(f"Adapter {folder} has {shape[0]} tokens; set --prompt_length {shape[0]}.")
-        prompt = handle.get_tensor(PROMPT_KEY).float()
+        tokens = _tokens_used(folder, shape[0])
+        if length is not None and tokens != length:
+            raise UserError(f"Adapter {folder} has {tokens} tokens; set --prompt_length {tokens}.")
+        prompt = handle.get_tensor(PROMPT_KEY)[:tokens].float()
     if not bool(torch.isfinite(prompt).all()):
         raise UserError(f"Adapter {folder}: the prompt holds values that are not finite.")
     return prompt
+
+
+def _tokens_used(folder: Path, rows: int) -> int:
+    """How many of a prompt's saved rows stand before the input: num_virtual_tokens, all of them as a rule.
+
+    peft saves a soft prompt of an encoder-decoder once for each of num_transformer_submodules, and uses (and trains)
+    the first alone. ValueError where the rows are of another number.
+    """
+    config = adapter_config(folder)
+    tokens, submodules = config.get("num_virtual_tokens"), config.get("num_transformer_submodules") or 1
+    if tokens in (None, rows):
+        return rows
+    if isinstance(tokens, int) and adapter_kind(folder) == "soft" and rows == tokens * submodules:
+        return tokens
+    raise UserError(
+        f"Adapter {folder}: the prompt has {rows} rows, and {CONFIG_FILE} says num_virtual_tokens {brief(tokens)}; "
+        "expected a row for each, so give both files as they were saved together."
+    )
 
 
 def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

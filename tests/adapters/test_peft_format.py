@@ -118,6 +118,16 @@ def test_wrong_shapes(adapter):
     refused(adapter, r"the prompt has shape \(0, 32\); expected \[length, width\]")
 
 
+@pytest.mark.parametrize("said", [{"num_virtual_tokens": 4}, {"num_virtual_tokens": "5"}, {"num_virtual_tokens": 2,
+                                  "num_transformer_submodules": "x"}])  # fmt: skip
+def test_a_prompt_of_another_length_than_its_config_says(adapter, said):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    refused(
+        adapter, r"the prompt has 5 rows, and adapter_config\.json says num_virtual_tokens .*; expected a row for each"
+    )
+
+
 def test_other_tensors(adapter):
     rewrite(adapter, prompt_embeddings=made_prompt(), extra=torch.zeros(1))
     refused(adapter, "holds .*extra.*; expected prompt_embeddings alone")

@@ -96,3 +96,27 @@ def test_they_start_a_run_and_are_evaluated(run_train, tiny_model, tmp_path, enc
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert report["metrics"] == result["metrics"]
     assert report["cross_entropy"] == pytest.approx(result["eval_cross_entropy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["none", "MLP"])
+def test_a_prompt_that_peft_made_for_an_encoder_and_decoder(tmp_path, encoder):
+    """peft saves it twice, and its own forward takes the first half alone."""
+    from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(5)
+    base = T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)).eval()
+    common = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 4}
+    config = (
+        PromptTuningConfig(**common) if encoder == "none" else PromptEncoderConfig(**common, encoder_hidden_size=16)
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    prompt = read_adapter(tmp_path, 32, 4, "soft")
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    ids, answer = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 8]])
+    with torch.no_grad():
+        theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=answer).logits
+        inputs = torch.cat([prompt[None], base.get_input_embeddings()(ids)], 1)
+        ours = base(inputs_embeds=inputs, decoder_input_ids=answer).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
