@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ptp_ds.adapters.hub import hub_model, is_hub_id
+from ptp_ds.adapters.peft_format import IN_LAYERS_TYPE, peft_type
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.tasks.template import PROMPT_MARK
 
@@ -160,6 +161,11 @@ def _with_peft(hub: str | None, card: Mapping[str, Any]) -> list[str]:
     if PROMPT_MARK in str(task.get("text")):
         return [
             "The prompt stands inside the text, at `<prompt>`; peft would put it in front, so it doesn't load this."
+        ]
+    family, kind = (card.get("model") or {}).get("family"), (card.get("result") or {}).get("prompt")
+    if kind == "deep" and peft_type(kind, head, family) == IN_LAYERS_TYPE:
+        return [
+            "The prompt is keys and values of every layer, which peft doesn't bring into this model's: it refuses this."
         ]
     auto, name = _AUTO_CLASS.get(head, "AutoModel"), f'"{hub}"' if hub else '"MODEL"'
     classes = f", num_labels={len(task.get('answers') or {})}" if head == "classes" else ""

@@ -13,11 +13,10 @@ from ptp_ds.adapters.peft_format import (
     CARD_FILE,
     CONFIG_FILE,
     HEAD_PREFIX,
-    IN_TEXT_TYPE,
     PROMPT_KEY,
     TASK_TYPES,
-    TYPE_OF_PROMPT,
     WEIGHTS_FILE,
+    peft_type,
 )
 from ptp_ds.files import write_folder
 from ptp_ds.models.heads import HeadPlan, module_to_save
@@ -29,7 +28,8 @@ def write_adapter(
     target: Path, prompt_PH: Tensor, base_model: str, backbone_config: Any, card: dict[str, Any], kind: str = "soft",
     plan: HeadPlan | None = None, head: Mapping[str, Tensor] | None = None, in_text: bool = False,
 ) -> None:  # fmt: skip
-    """Writes a folder that peft's PeftModel.from_pretrained loads; `card` (task, scores, versions) lies beside.
+    """Writes a folder that peft's PeftModel.from_pretrained loads, unless peft would compute otherwise (see peft_type);
+    `card` (task, scores, versions) lies beside.
 
     kind: soft, or deep with prompt_PH [P, D]. plan, head: the model's head and its trained tensors. in_text: whether
     the task's text has a place for the prompt, which peft can't express and then refuses to load.
@@ -37,7 +37,7 @@ def write_adapter(
     plan, head, base_model, card = plan or HeadPlan(), head or {}, redacted(base_model), redacted(card)
     text = backbone_config.get_text_config()
     config = {
-        "peft_type": IN_TEXT_TYPE if in_text else TYPE_OF_PROMPT[kind],
+        "peft_type": peft_type(kind, plan.kind, backbone_config.model_type, in_text),
         "task_type": TASK_TYPES[plan.kind],
         "base_model_name_or_path": base_model,
         "inference_mode": True,
