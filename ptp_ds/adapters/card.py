@@ -168,7 +168,8 @@ def _with_peft(hub: str | None, card: Mapping[str, Any]) -> list[str]:
             "The prompt is keys and values of every layer, which peft doesn't bring into this model's: it refuses this."
         ]
     auto, name = _AUTO_CLASS.get(head, "AutoModel"), f'"{hub}"' if hub else '"MODEL"'
-    classes = f", num_labels={len(task.get('answers') or {})}" if head == "classes" else ""
+    outputs = (card.get("head") or {}).get("outputs") or len(task.get("answers") or {})  # older cards: no outputs
+    classes = f", num_labels={outputs}" if head == "classes" else ""
     lines = [
         "With peft, which puts the prompt in front of any text:",
         "",

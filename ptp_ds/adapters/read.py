@@ -107,16 +107,20 @@ def _tokens_used(folder: Path, rows: int) -> int:
     )
 
 
-def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def read_head(
+    folder: str | Path, wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The trained head's tensors beside an adapter's prompt, fp32, by the model's names.
 
-    wanted: names and shapes that the model has. ValueError where the adapter's differ.
+    wanted: names and shapes that the model has. held: see Head; what an adapter lacks of it, from before it was
+    trained, is as the model has it. ValueError where the adapter's differ.
     """
     where = f"Adapter {folder}: {WEIGHTS_FILE}"
     with open_tensors(Path(folder) / WEIGHTS_FILE, where) as handle:
         names = [name for name in handle.keys() if name != PROMPT_KEY]  # noqa: SIM118
         shapes = {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in names}
-        if shapes != dict(wanted) or len(shapes) < len(names):
+        lacking = {name: tensor for name, tensor in (held or {}).items() if shapes and name not in shapes}
+        if shapes != {name: shape for name, shape in wanted.items() if name not in lacking} or len(shapes) < len(names):
             raise UserError(
                 f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
                 f"this model and task need {dict(wanted) or 'none'}."
@@ -125,7 +129,7 @@ def read_head(folder: str | Path, wanted: Mapping[str, tuple[int, ...]]) -> dict
     for name, tensor in found.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"Adapter {folder}: {name} holds values that are not finite.")
-    return found
+    return {name: found[name] if name in found else lacking[name] for name in wanted}
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

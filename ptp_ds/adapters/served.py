@@ -112,7 +112,7 @@ class Served:
         """All that is trained of each adapter: the prompt's rows, then those of its head. ValueError: see score."""
         head = backbone.head
         return [
-            head.join(prompt, read_head(folder, head.trained))
+            head.join(prompt, read_head(folder, head.trained, head.held))
             for folder, prompt in zip(self.folders, self.prompts, strict=True)
         ]
 

@@ -1,16 +1,18 @@
 """Loading a frozen backbone: whole under ZeRO-2, sharded tensor by tensor under ZeRO-3."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.sharded_loading import absent_parameters, build_sharded, fill_from_files, untied_in_files
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
-from ptp_ds.models.heads import Head, HeadPlan, auto_class, is_trained, may_be_absent
+from ptp_ds.models.heads import Head, HeadPlan, auto_class, is_kept, is_trained, may_be_absent
 from ptp_ds.models.quantised import require_plain_tensors
 from ptp_ds.models.source import load_config
 from ptp_ds.models.stored import StoredTensors, tensor_files
@@ -54,11 +56,31 @@ def load_backbone(
         fill_from_files(model, stored, ranks, lambda name: plan.kind == "classes" and is_trained(name))
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     trained = {name: shape for name, shape in shapes.items() if is_trained(name) or name in absent}
-    head = Head(plan.kind, plan.choice, trained if plan.kind == "classes" else {})
+    head = Head(plan.kind, plan.choice)
+    if plan.kind == "classes":
+        kept = {name: shape for name, shape in trained.items() if is_kept(name) and name not in absent}
+        head = Head(plan.kind, plan.choice, trained, _held(model, files, kept))
     backbone = Backbone(model, head=head, kernels=kernels, joint=joint)
     if share:
         backbone.shards.share(ranks)
     return backbone
+
+
+def _held(model: Any, files: Mapping[str, Path], wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The files' values of the tensors of `wanted`, names and shapes, fp32. ValueError for one of another shape."""
+    found: dict[str, Tensor] = {}
+    if not wanted:
+        return found
+    stored = StoredTensors(model, files)
+    for names, read in stored.groups(wanted):
+        values = read()
+        for name in names:
+            if tuple(values[name].shape) != wanted[name]:
+                raise UserError(
+                    f"{stored.where(name)} has shape {tuple(values[name].shape)}, its config.json says {wanted[name]}."
+                )
+            found[name] = values[name].float()
+    return found
 
 
 _UNFIT = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues during")

@@ -33,8 +33,10 @@ _AUTO: dict[str, Any] = {
     "seq2seq": AutoModelForSeq2SeqLM,
 }  # fmt: skip
 _ENDINGS = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked"}
-_CLASSIFIERS = ("classifier", "score")  # the families' names, as peft knows them
-_BETWEEN = ("pooler", "head", "pre_classifier")  # what some families have between the encoder and the classifier
+# The families' names. peft takes each module whose name ends in "classifier" for one, so DistilBERT's two layers are
+# trained together.
+_CLASSIFIERS = ("classifier", "score", "pre_classifier")
+_BETWEEN = ("pooler", "head")  # what some families have between the encoder and the classifier
 _HEAD_INPUTS: dict[str, HeadInput] = {"causal": "row", "masked": "scored", "classes": "columns", "seq2seq": "scored"}
 
 
@@ -50,12 +52,14 @@ class HeadPlan:
 @dataclass(frozen=True)
 class Head:
     """kind: see HEADS. choice: whether the classifier gives one logit to each answer, as where answers differ from row
-    to row, in place of one a class. trained: names and shapes of the model's tensors that are trained.
+    to row, in place of one a class. trained: names and shapes of the model's tensors that are trained. held: values of
+    those that the checkpoint brings, which training starts from.
     """
 
     kind: str = "causal"
     choice: bool = False
     trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    held: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def head_input(self) -> HeadInput:
@@ -80,10 +84,13 @@ class Head:
         return torch.cat([prompt_PW, Flat(self.trained, prompt_PW.shape[1]).pack(moved)])
 
     def start(self, config: Any, seed: int) -> dict[str, Tensor]:
-        """Initial tensors, fp32: norms at one, biases at zero, the rest normal with the family's deviation."""
+        """Initial tensors, fp32: held ones as they are, norms at one, biases at zero, the rest normal with the family's
+        deviation."""
         generator, found = make_generator(seed, "head"), {}
         for name, shape in self.trained.items():
-            if name.endswith("bias"):
+            if name in self.held:
+                found[name] = self.held[name].clone()
+            elif name.endswith("bias"):
                 found[name] = torch.zeros(shape)
             elif len(shape) == 1:
                 found[name] = torch.ones(shape)
@@ -160,6 +167,12 @@ def auto_class(config: Any, kind: str, folder: Any) -> Any:
 def is_trained(name: str) -> bool:
     """Whether a tensor of a classification model belongs to its classifier."""
     return name.split(".", 1)[0] in _CLASSIFIERS
+
+
+def is_kept(name: str) -> bool:
+    """Whether a trained tensor starts from the checkpoint's values where it has them: its shape is the same for every
+    task's classes, so it was trained for something."""
+    return name.startswith("pre_classifier.")
 
 
 def module_to_save(name: str) -> str:

@@ -56,6 +56,12 @@ def test_the_head_tells_the_pipeline_and_how_peft_loads_it(card, kind, tag, load
     assert ("AutoPeftModelForCausalLM" in text) == (kind == "causal")
 
 
+@pytest.mark.parametrize("task", ["COPA", "WSC"])
+def test_a_classifier_of_answers_that_differ_has_one_output(card, task):
+    card |= {"task": load_task(task).spec(), "head": {"kind": "classes", "choice": True, "outputs": 1}}
+    assert "num_labels=1)" in model_card("owner/model", card)
+
+
 def test_the_text_says_what_it_is_and_how_to_use_it(card):
     text = model_card("owner/model", card)
     for part in (

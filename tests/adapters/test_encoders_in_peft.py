@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from ptp_ds.adapters.card import model_card
-from ptp_ds.adapters.read import adapter_kind, read_adapter
+from ptp_ds.adapters.read import adapter_kind, read_adapter, read_head
+from ptp_ds.adapters.served import alone, whole
 from ptp_ds.adapters.write import write_adapter
+from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
 from tests.support.encoders import ENCODERS, make_backbone, make_encoder, make_values
 from tests.support.reference import make_examples
@@ -46,8 +49,7 @@ def peft_scores(family, kind, folder):
 def test_deep_prompts(family, kind, tmp_path):
     prompt, scores = written(family, kind, "deep", tmp_path / "adapter")
     assert adapter_kind(tmp_path / "adapter") == "deep"
-    if kind == "masked":
-        assert torch.equal(read_adapter(tmp_path / "adapter", kind="deep"), prompt)
+    assert torch.equal(read_adapter(tmp_path / "adapter", kind="deep"), prompt)
     if family in IN_PEFT:
         torch.testing.assert_close(peft_scores(family, kind, tmp_path / "adapter"), scores, atol=1e-5, rtol=1e-5)
         return
@@ -56,6 +58,60 @@ def test_deep_prompts(family, kind, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "PREFIX_TUNING"}))  # as before 2026-12
     assert adapter_kind(tmp_path / "adapter") == "deep"
+
+
+@pytest.mark.parametrize("kind", ["masked", "classes"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_soft_prompts(family, kind, tmp_path):
+    _, scores = written(family, kind, "soft", tmp_path)
+    torch.testing.assert_close(peft_scores(family, kind, tmp_path), scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def distilbert(tmp_path):
+    """A fine-tuned classifier, whose checkpoint holds both of its layers; the head that we train on it."""
+    model = make_encoder("distilbert", "classes", labels=2)
+    model.save_pretrained(tmp_path / "model")
+    backbone = load_backbone(tmp_path / "model", whole("fp32"), alone(), HeadPlan("classes", False, 3))
+    return model, backbone.head
+
+
+def test_a_fine_tuned_classifier_s_first_layer_is_where_training_starts(distilbert):
+    model, head = distilbert
+    assert sorted(head.trained) == [f"{part}classifier.{name}" for part in ("", "pre_") for name in ("bias", "weight")]
+    start = head.start(model.config, 0)
+    assert torch.equal(start["pre_classifier.weight"], model.pre_classifier.weight)
+    assert torch.equal(start["pre_classifier.bias"], model.pre_classifier.bias)
+    assert start["classifier.weight"].shape == (3, 32)
+
+
+def test_peft_s_own_head_of_two_layers_is_read(distilbert, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    _, head = distilbert
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4, num_layers=2, token_dim=32,
+                                num_attention_heads=4)  # fmt: skip
+    trained = get_peft_model(make_encoder("distilbert", "classes"), config)
+    trained.save_pretrained(tmp_path / "theirs")
+    found = read_head(tmp_path / "theirs", head.trained, head.held)
+    theirs = trained.base_model.pre_classifier.modules_to_save["default"].weight
+    assert torch.equal(found["pre_classifier.weight"], theirs)
+
+
+def test_an_adapter_without_the_first_layer_takes_the_model_s(distilbert, tmp_path):
+    """As ours were before that layer was trained."""
+    model, head = distilbert
+    own = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+    write_adapter(
+        tmp_path / "old", torch.ones(4, 32), "x", model.config, {}, "soft", HeadPlan("classes", False, 3), own
+    )
+    found = read_head(tmp_path / "old", head.trained, head.held)
+    assert list(found) == list(head.trained)
+    assert torch.equal(found["classifier.weight"], own["classifier.weight"])
+    assert torch.equal(found["pre_classifier.weight"], model.pre_classifier.weight)
+    write_adapter(tmp_path / "none", torch.ones(4, 32), "x", model.config, {})
+    with pytest.raises(UserError, match="holds a head of nothing; this model and task need"):
+        read_head(tmp_path / "none", head.trained, head.held)
 
 
 @pytest.mark.parametrize("family", [*IN_PEFT, "albert"])
