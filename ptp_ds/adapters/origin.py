@@ -41,17 +41,22 @@ def _shown(said: Any) -> str:
 def adapter_model(folder: Path, given: str | None) -> str:
     """The model to take: the given one, the one of the adapter's run, or the one that peft's adapter_config.json names.
 
-    Raises ValueError where nothing says, or where that model's folder is gone.
+    Raises ValueError where nothing says, where that model's folder is gone, or where peft names a revision of it.
     """
     if given is not None:
         return given
-    card = read_card(folder).get("model") or {}
-    for said in (card.get("name"), adapter_config(folder).get("base_model_name_or_path")):
+    card, config = read_card(folder).get("model") or {}, adapter_config(folder)
+    for said in (card.get("name"), config.get("base_model_name_or_path")):
         if not isinstance(said, str) or not said:
             continue
         if Path(said).is_absolute() and not is_folder(said):
             raise UserError(
                 f"Adapter {folder} was trained on the model in {_shown(said)}, which is gone; give --model."
+            )
+        if not card and config.get("revision") not in (None, "main") and not is_folder(said):
+            raise UserError(
+                f"Adapter {folder} was trained on revision {brief(config['revision'])} of {_shown(said)}, and a hub id "
+                f"is read at main; give --model a folder with that revision, or --model {_shown(said)} for main."
             )
         return said
     raise UserError(f"Adapter {folder} doesn't say which model it was trained on; give --model.")

@@ -10,10 +10,10 @@ import torch
 
 from ptp_ds.adapters.card import untrained_metrics
 from ptp_ds.adapters.lm_eval import write_harness_task
-from ptp_ds.adapters.origin import adapter_rows, adapter_split
+from ptp_ds.adapters.origin import adapter_rows, adapter_split, trained_max_length
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
-from ptp_ds.adapters.task import ensemble_task
+from ptp_ds.adapters.task import adapter_task, ensemble_task
 from ptp_ds.backbone.loading import ResolvedDeepSpeed
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
@@ -59,11 +59,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.lm_eval_tasks is not None and env_rank() == 0:
         command = write_harness_task(Path(args.lm_eval_tasks), served, split)
         log.info("lm-eval gives these scores by: %s", command)
+    untrained = _untrained(args, served, split_name, len(examples)) if labelled else {}
     resolved = _resolved(raw, args, served)
     ranks = start_processes()
     scores = served.score(served.load(resolved, ranks, examples), examples, ranks, args.eval_tokens)
     result = evaluation_of(scores, examples, served.task) if labelled else None
-    untrained = _untrained(args, served, split_name, len(examples)) if labelled else {}
     shown = f"{task.name} {split_name} ({len(examples)} rows): "
     if result is not None:
         shown += "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -96,13 +96,15 @@ def _write(
 
 
 def _untrained(args: argparse.Namespace, served: Served, split: str, rows: int) -> dict[str, float]:
-    """Metrics of the prompt that the run began with, where it scored these rows; {} for an ensemble."""
+    """Metrics of the prompt that the run began with, where it scored these rows, read alike; {} for an ensemble."""
     if len(served.folders) != 1 or args.data_dir is not None or args.dataset is not None:
         return {}
-    card = read_card(served.folders[0])
-    trained, task = card.get("result") or {}, card.get("task") or {}
-    same = (task.get("name"), trained.get("eval_split"), trained.get("eval_examples"))
-    if same != (served.task.name, split, rows):
+    (folder,) = served.folders
+    card = read_card(folder)
+    trained = card.get("result") or {}
+    if (trained.get("eval_split"), trained.get("eval_examples")) != (split, rows) or not card.get("task"):
+        return {}
+    if args.max_length not in (None, trained_max_length(folder)) or adapter_task(folder, None) != served.task:
         return {}
     return untrained_metrics(trained)
 

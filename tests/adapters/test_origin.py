@@ -184,6 +184,24 @@ def test_peft_s_own_adapters_name_their_model_and_head(adapter, model):
         serve([adapter], task="RTE")
 
 
+def test_a_revision_of_peft_s_is_not_read_as_main(adapter, model):
+    def says(**parts):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | parts))
+
+    says(base_model_name_or_path="owner/name", revision="v2")
+    assert adapter_model(adapter, None) == str(model), "our card names it"
+    (adapter / "ptp_ds.json").unlink()
+    with pytest.raises(
+        ValueError, match="on revision 'v2' of owner/name, and a hub id is read at main; give --model a"
+    ):
+        adapter_model(adapter, None)
+    assert adapter_model(adapter, "owner/name") == "owner/name"
+    for parts in ({"revision": "main"}, {"revision": None}, {"base_model_name_or_path": str(model), "revision": "v2"}):
+        says(**parts)
+        assert adapter_model(adapter, None) in ("owner/name", str(model))
+
+
 def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
     assert adapter_folder(adapter) == adapter_folder(adapter.parent) == adapter
     with pytest.raises(ValueError, match=r"^Adapter nowhere: there is no such folder; give a run's folder, or an adap"):

@@ -85,6 +85,22 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert read_result(str(report.parent)).seed == 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [([], True), (["--task", "CB"], True), (["--max_length", "60"], True), (["--max_length", "50"], False),
+     (["--task", "CB.pet"], False)],
+)  # fmt: skip
+def test_the_untrained_score_is_of_the_same_rows_read_alike(trained, tmp_path, flags, shown, monkeypatch, capsys):
+    """CB.pet has CB's name, rows and answers, and another text."""
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.load", lambda *rest: None)
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.score", lambda self, _, examples, *rest: torch.zeros(7, 3))
+    monkeypatch.setattr("ptp_ds.commands.evaluate.start_processes", alone)
+    monkeypatch.setattr("ptp_ds.ranks.distributed.Ranks.barrier", lambda self: None)
+    assert main(["--adapter", str(trained / "run"), "--json", str(tmp_path / "out.json"), *flags]) == 0
+    assert ("untrained" in json.loads((tmp_path / "out.json").read_text())) == shown
+    assert ("|  untrained" in capsys.readouterr().out) == shown
+
+
 def test_the_check_tries_rows_as_long_as_those_that_are_scored(trained, monkeypatch):
     """A window that only long rows cross is met here as in training."""
     served, seen = serve([trained / "run"]), []
