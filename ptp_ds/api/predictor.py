@@ -91,8 +91,7 @@ class Predictor:
             return []
         examples = self._contexts(given, max_new_tokens)
         tokenizer, model = self.served.source.tokenizer, self._plain()
-        copies = max(int(kwargs.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
-        inputs = generation_inputs(model, self.served.prompts[0], self.served.kind, examples, copies)
+        inputs = generation_inputs(model, self.served.prompts[0], self.served.kind, examples, _copies(model, kwargs))
         if tokenizer.eos_token_id is not None:
             kwargs.setdefault("pad_token_id", tokenizer.pad_token_id or tokenizer.eos_token_id)
         with torch.inference_mode():
@@ -138,6 +137,17 @@ class Predictor:
         if self._model is None:
             self._model = self.served.plain(self.precision)
         return self._model
+
+
+def _copies(model: Any, given: Mapping[str, Any]) -> int:
+    """How often generate repeats each row: for its beams, or the texts that it returns. Its arguments go before its
+    generation_config, and that before the model's own."""
+    configs = (given.get("generation_config"), model.generation_config)
+    counts = [
+        [given.get(name), *(getattr(config, name, None) for config in configs)]
+        for name in ("num_beams", "num_return_sequences")
+    ]
+    return max(next((int(count) for count in said if count is not None), 1) for said in counts)
 
 
 def _split(rows: list[dict[str, Any]]) -> Split:

@@ -136,6 +136,8 @@ class Task:
             if entry.options:
                 gold = entry.golds[0] if entry.golds else 0
                 pieces, at = self._context(entry.fields, where)
+                for option in entry.options:
+                    require_utf8(option, f"{where}: the answer {brief(option)}")
                 found = Rendered(pieces, entry.options, gold, entry.golds, entry.names, entry.key, entry.label, at)
             else:
                 found = replace(self.render(entry.fields, where, labelled), key=entry.key)
@@ -189,6 +191,7 @@ class Task:
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
             raise UserError(f"{where}: field {brief(name)} must be non-empty text, not {brief(value)}.")
+        require_utf8(value, f"{where}: field {brief(name)}")
         value = value.strip()
         if name in self.values:
             if value not in self.values[name]:
@@ -197,6 +200,18 @@ class Task:
                 )
             value = self.values[name][value]
         return _FILTERS[filter_name](value) if filter_name else value
+
+
+def require_utf8(text: str, what: str) -> None:
+    """UserError where a text holds half a surrogate, which stands for a character cut in two or a byte that is not
+    UTF-8's, and which tokenizers don't take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds {text[error.start]!r} at character {error.start}, half a character or a byte of another "
+            "encoding; give whole characters, as UTF-8."
+        ) from None
 
 
 def canonical_label(value: Any) -> str:
@@ -277,6 +292,8 @@ def parse_task(spec: Any, where: str) -> Task:
     for metric in spec["metrics"]:
         if reader not in NEEDS_READER.get(metric, (reader,)):
             raise UserError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
+    for text in (spec["text"], *answers.values()):
+        require_utf8(text, f"{where}: {brief(text)}")
     slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in SLOT.finditer(text)]
     for _, filter_name in slots:
         if filter_name and filter_name not in _FILTERS:

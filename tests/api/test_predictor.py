@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import ptp_ds
 from ptp_ds.adapters.generate import generate
@@ -83,6 +83,23 @@ def test_beams_and_samples_of_a_batch(saved, kind):
     assert len(set(texts)) > 2
 
 
+@pytest.mark.parametrize("place", ["argument", "model"])
+def test_beams_and_samples_that_a_generation_config_asks_for(saved, kind, place):
+    predictor = ptp_ds.Predictor.from_pretrained(saved(kind), precision="fp32")
+    given = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+    wanted = predictor.generate(REVIEWS, num_beams=3, **given)
+    several = predictor.generate(REVIEWS, num_beams=3, num_return_sequences=3, **given)
+    if place == "argument":
+        config = {"generation_config": GenerationConfig(num_beams=3, **given)}
+    else:
+        config, predictor._plain().generation_config.num_beams = {}, 3
+    assert predictor.generate(REVIEWS, **config, **given) == wanted
+    assert predictor.generate(REVIEWS, num_return_sequences=3, **config, **given) == several
+    assert predictor.generate(REVIEWS, num_beams=1, **config, **given) == predictor.generate(
+        REVIEWS, num_beams=1, **given
+    )
+
+
 def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, lively_model):
     predictor = ptp_ds.Predictor.from_pretrained(saved(), precision="fp32")
     rows_TH = predictor.embeds({"review": REVIEWS[0]})
@@ -132,5 +149,7 @@ def test_what_does_not_fit_is_one_sentence(saved, tmp_path):
         predictor.generate("Fine.", max_new_tokens=1000)
     with pytest.raises(UserError, match="the row has no field 'review'"):
         predictor.predict({"text": "Fine."})
+    with pytest.raises(UserError, match=r"row 0: field 'review' holds '.ud83d' at character 4, half a character"):
+        predictor.predict("bad \ud83d half")
     with pytest.raises(UserError, match="there is no such folder"):
         ptp_ds.Predictor.from_pretrained(tmp_path / "none")

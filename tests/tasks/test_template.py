@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from ptp_ds.errors import UserError
 from ptp_ds.tasks import Outcome, builtin_tasks, compute_metrics, load_task, majority_accuracy
 from ptp_ds.tasks.data import DEMO_DATA, load_split
 from ptp_ds.tasks.readers import noun_phrases
@@ -156,6 +157,30 @@ def test_row_errors(changes, message):
     row = {key: value for key, value in {"a": "x", "b": "y", "y": 1, **changes}.items() if value is not ...}
     with pytest.raises(ValueError, match=message):
         parse_task(template(), "t").render(row, "row 7")
+
+
+HALF = (
+    r"holds '\\u\w{4}' at character 4, half a character or a byte of another encoding; give whole characters, as UTF-8"
+)
+
+
+@pytest.mark.parametrize("text", ["bad \ud83d half", b"caf\xe9".decode("utf-8", "surrogateescape").replace("f", "ff")])
+def test_half_a_character(text):
+    """As JSON may hold it, and as Python hands on a Latin-1 byte of the command line."""
+    row = {"premise": text, "hypothesis": "It is wet.", "label": "entailment"}
+    with pytest.raises(UserError, match=f"^here: field 'premise' {HALF}"):
+        load_task("RTE").render(row, "here")
+    spec = {"name": "T", "text": "{a}", "label": "l", "verbalizers": {"x": text, "y": " y"}, "metrics": ["accuracy"]}
+    with pytest.raises(UserError, match=rf"^here: '\w+.*' {HALF}"):
+        parse_task(spec, "here")
+
+
+def test_half_a_character_in_a_row_s_own_answers():
+    """What stands behind a query's placeholder is text of the answers alone."""
+    row = json.loads(json.dumps(ROWS["ReCoRD"]))
+    row["qas"][0]["query"] += " \ud83d"
+    with pytest.raises(UserError, match=r"^here: the answer .* holds '.ud83d' at character"):
+        load_task("ReCoRD").entries(row, "here", labelled=False)
 
 
 def test_value_outside_the_mapping():
