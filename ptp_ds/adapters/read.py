@@ -117,7 +117,7 @@ def read_head(
     """
     where = f"Adapter {folder}: {WEIGHTS_FILE}"
     with open_tensors(Path(folder) / WEIGHTS_FILE, where) as handle:
-        names = [name for name in handle.keys() if name != PROMPT_KEY]  # noqa: SIM118
+        names = _head_names(handle)
         shapes = {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in names}
         lacking = {name: tensor for name, tensor in (held or {}).items() if shapes and name not in shapes}
         if shapes != {name: shape for name, shape in wanted.items() if name not in lacking} or len(shapes) < len(names):
@@ -130,6 +130,17 @@ def read_head(
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"Adapter {folder}: {name} holds values that are not finite.")
     return {name: found[name] if name in found else lacking[name] for name in wanted}
+
+
+def head_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names, the model's, and shapes of what was trained beside an adapter's prompt; {} for a prompt alone."""
+    where = f"Adapter {folder}: {WEIGHTS_FILE}"
+    with open_tensors(Path(folder) / WEIGHTS_FILE, where) as handle:
+        return {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in _head_names(handle)}
+
+
+def _head_names(handle: Any) -> list[str]:
+    return [name for name in handle.keys() if name != PROMPT_KEY]  # noqa: SIM118
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, IN_TEXT_TYPE
-from ptp_ds.adapters.read import adapter_config, read_card
+from ptp_ds.adapters.read import adapter_config, head_shapes, read_card, read_head
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, listed
 from ptp_ds.models.heads import HeadPlan, plan_head
+from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
 
+log = get_logger(__name__)
 _HEAD_OF_TYPE = {"CAUSAL_LM": "causal", "SEQ_CLS": "classes", "SEQ_2_SEQ_LM": "seq2seq"}  # peft's, where they say it
 _READS_ROWS = ("name", "text", "answers", "values", "truncate", "reader")  # a task's: how rows and answers read
 
@@ -79,6 +83,26 @@ def adapter_plan(adapter: str | Path, config: Any, task: Task) -> tuple[HeadPlan
             f"{', '.join(task.answers)}."
         )
     return plan, replace(task, answers={label: task.answers[label] for label in trained})
+
+
+def starting_head(adapter: str | Path, plan: HeadPlan, task: Task) -> dict[str, Tensor]:
+    """What was trained beside an adapter's prompt, for a run that starts from it, by the model's names.
+
+    {} for a prompt alone, and, with a warning, where the run's head is another or tells other classes apart, or the
+    same ones in another order. Whether the shapes are the model's is seen when it is loaded.
+    """
+    shapes = head_shapes(adapter)
+    if not shapes:
+        return {}
+    trained = list((read_card(adapter).get("task") or {}).get("answers") or task.answers)
+    if plan.kind != "classes":
+        why = f"this run has a {plan.kind} head"
+    elif not plan.choice and trained != list(task.answers):
+        why = f"it tells {listed(trained)} apart, and task {task.name} has {listed(task.answers)}"
+    else:
+        return read_head(adapter, shapes)
+    log.warning("warning: the classifier of %s is left out, only its prompt is taken: %s", adapter, why)
+    return {}
 
 
 def ensemble_plan(adapters: Sequence[str | Path], config: Any, task: Task) -> tuple[HeadPlan, Task]:

@@ -14,6 +14,7 @@ from ptp_ds.adapters.hub import base_model_name
 from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.share import push_adapter, require_can_push
+from ptp_ds.adapters.task import starting_head
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.shapes import shape_of
 from ptp_ds.commands.introduction import introduction
@@ -71,21 +72,23 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     splits = load_splits(run, task)
     source = open_source(run.model, run.head, task)
     resolved = _resolved(raw, run, explicit, source)
-    adapter = None
+    adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)
         adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
+        adapter_head = starting_head(given, source.head_plan, task)
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
-    identity = identity_of(run, task, source.config, splits, adapter, resolved.dtype)
+    identity = identity_of(run, task, source.config, splits, adapter, resolved.dtype, adapter_head)
     changes = continuation.require_same(identity)
     _warn(run, explicit, continuation, changes)
     return Prepared(
         run=run, task=task, source=source, rows=rows, resolved=resolved, examples=examples, continuation=continuation,
         identity=identity, mask_id=mask_id, output_dir=output_dir, adapter=adapter,
+        adapter_head=adapter_head,
         digests={name: split.digest for name, split in splits.items()},
     )  # fmt: skip
 

@@ -102,9 +102,15 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
 
 
 def identity_of(
-    run: RunConfig, task: Task, config: Any, splits: Mapping[str, Split], adapter: Tensor | None, dtype: torch.dtype
+    run: RunConfig,
+    task: Task,
+    config: Any,
+    splits: Mapping[str, Split],
+    adapter: Tensor | None,
+    dtype: torch.dtype,
+    adapter_head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it. adapter: the prompt that --init_adapter holds.
+    """What a checkpoint must share with the run that resumes it. adapter, adapter_head: what --init_adapter holds.
 
     dtype: the backbone's; it may differ, see Continuation.
     """
@@ -128,8 +134,8 @@ def identity_of(
     identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     identity["selection data"] = splits["select"].digest if "select" in splits else None
-    identity["prompt in --init_adapter"] = (
-        None if adapter is None else hashlib.sha256(adapter.float().contiguous().numpy().tobytes()).hexdigest()
-    )
+    held = [] if adapter is None else [adapter, *(tensor for _, tensor in sorted((adapter_head or {}).items()))]
+    values = b"".join(tensor.float().contiguous().numpy().tobytes() for tensor in held)
+    identity["prompt in --init_adapter"] = hashlib.sha256(values).hexdigest() if held else None
     identity["precision"] = _PRECISIONS[dtype]
     return redacted(json.loads(json.dumps(identity)))

@@ -19,8 +19,9 @@ from ptp_ds.training.monitor import Listener
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """rows: how examples become rows. identity: what a checkpoint must share with the run. adapter: the prompt that
-    --prompt_init adapter starts from. mask_id: the token that masks. digests: of each split's rows, by what it is for.
-    output_dir: None where rank 0 names it by the time. listeners: called with every line of the log.
+    --prompt_init adapter starts from. adapter_head: the classifier beside it, {} for a new one. mask_id: the token that
+    masks. digests: of each split's rows, by what it is for. output_dir: None where rank 0 names it by the time.
+    listeners: called with every line of the log.
     """
 
     run: RunConfig
@@ -34,5 +35,6 @@ class Prepared:
     mask_id: int
     output_dir: Path | None = None
     adapter: Tensor | None = None
+    adapter_head: dict[str, Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     listeners: tuple[Listener, ...] = ()

@@ -28,6 +28,8 @@ def initial_trained(prepared: Prepared, backbone: Backbone) -> Tensor:
     """[P, H] the prompt's start, an adapter's or the initialiser's; for a deep one [P, D], its keys and values."""
     run, head = prepared.run, backbone.head
     start = head.start(prepared.source.config, run.seed)
+    if _fits(prepared, backbone):
+        start |= prepared.adapter_head
     tensors = {name: tensor.to(backbone.device) for name, tensor in start.items()}
     if prepared.adapter is not None:
         return head.join(prepared.adapter.to(backbone.device), tensors)
@@ -40,6 +42,12 @@ def initial_trained(prepared: Prepared, backbone: Backbone) -> Tensor:
         return head.join(prompt, tensors)
     keys = backbone.keys_of(prompt, head.join(prompt, tensors))
     return head.join(join_deep(keys, prepared.source.config), tensors)
+
+
+def _fits(prepared: Prepared, backbone: Backbone) -> bool:
+    """Whether the classifier of --init_adapter has the tensors that the model's has; it may lack those of Head.held."""
+    head, found = backbone.head, {name: tuple(tensor.shape) for name, tensor in prepared.adapter_head.items()}
+    return found == {name: shape for name, shape in head.trained.items() if name in found or name not in head.held}
 
 
 def neighbours_of(prepared: Prepared) -> Neighbours | None:
@@ -59,6 +67,11 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     backbone, refused = checked_backbone(backbone, longest, ranks)
     backbone.serve(run.prompt, prepared.rows, run.prompt_length)
     backbone.activations = _scheduled(prepared, backbone, ranks)
+    if prepared.adapter_head and not _fits(prepared, backbone):
+        log.warning(
+            "warning: the classifier of %s is left out, only its prompt is taken: this model's has other tensors",
+            run.init_adapter,
+        )
     if refused:
         log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
     if backbone.shards.shared and ranks.world > 1:

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import read_head
+from ptp_ds.adapters.served import alone
 from ptp_ds.commands.members import prepare_population
+from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan, auto_class, head_kind, plan_head, rows_for
@@ -16,6 +18,7 @@ from ptp_ds.models.source import load_config, load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split, tail_ids, tokenise
+from ptp_ds.training.start import initial_trained, open_backbone
 from tests.support.encoders import ENCODERS
 from tests.support.paths import ROOT
 from tests.support.populations import QUICK, require_same
@@ -268,3 +271,77 @@ def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
     assert all(torch.equal(tensor, head[name]) for name, tensor in read_head(tmp_path / "a", wanted).items())
     with pytest.raises(ValueError, match=r"holds a head of .*\(3, 32\).*this model and task need none"):
         read_head(tmp_path / "a", {})
+
+
+@pytest.fixture
+def with_classifier(encoders, tmp_path):
+    """with_classifier(task, **tensors) writes an adapter of a classifier of the task's classes, and says where."""
+    from ptp_ds.adapters.write import write_adapter
+
+    def write(task, **tensors):
+        count = len(load_task(task).answers)
+        head = {"classifier.weight": torch.randn(count, 32), "classifier.bias": torch.randn(count)}
+        head = head | {"bert.pooler.dense.weight": torch.randn(32, 32), "bert.pooler.dense.bias": torch.randn(32)}
+        head = {name: tensor for name, tensor in (head | tensors).items() if tensor is not None}
+        card = {"task": load_task(task).spec(), "head": {"kind": "classes"}}
+        folder = tmp_path / task
+        write_adapter(folder, torch.randn(4, 32), "x", load_config(encoders["bare"]), card, "soft",
+                      HeadPlan("classes", False, count), head)  # fmt: skip
+        return folder, head
+
+    return write
+
+
+def started(folder, task, adapter, **settings):
+    """A run that starts from an adapter, prepared, and what it starts with: the prompt and the head's tensors."""
+    run = RunConfig(model=str(folder), task=task, prompt_init="adapter", init_adapter=str(adapter), prompt_length=4,
+                    ds_config=str(ROOT / "ds_configs" / "zero2.json"), **settings)  # fmt: skip
+    prepared = prepare(run)
+    backbone = open_backbone(prepared, alone())
+    return prepared, backbone.head.split(initial_trained(prepared, backbone))
+
+
+def test_a_run_starts_from_the_classifier_too(encoders, with_classifier, capsys):
+    adapter, head = with_classifier("CB", **_pooler(encoders))
+    prepared, (prompt, tensors) = started(encoders["bare"], "CB", adapter)
+    assert torch.equal(prompt, prepared.adapter)
+    assert tensors.keys() == head.keys()
+    assert all(torch.equal(tensor, head[name]) for name, tensor in tensors.items())
+    assert "is left out" not in capsys.readouterr().err
+    other, _ = started(encoders["bare"], "CB", with_classifier("CB", **_pooler(encoders))[0])
+    changed = other.identity["prompt in --init_adapter"] != prepared.identity["prompt in --init_adapter"]
+    assert changed, "another classifier is another start"
+
+
+def _pooler(encoders):
+    """Without the pooler's tensors, which the checkpoint of the bare encoder holds."""
+    return {f"bert.pooler.dense.{name}": None for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "trained_on", "why"),
+    [
+        ("AX-b", "bare", "RTE", "it tells entailment, not_entailment apart, and task AX-b has not_entailment, entailm"),
+        ("RTE", "bare", "CB", "it tells entailment, contradiction, neutral apart, and task RTE has entailment, not_en"),
+        ("RTE", "masked", "RTE", "this run has a masked head"),
+        ("CB", "bare", "CB", "this model's has other tensors"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_left_out_and_told(
+    encoders, with_classifier, write_rows, tmp_path, capsys, task, model, trained_on, why
+):
+    tensors = {} if "tensors" in why else _pooler(encoders)
+    adapter, head = with_classifier(trained_on, **tensors)
+    labels = list(load_task(task).answers)
+    fields = load_task(task).fields
+    rows = [{**dict.fromkeys(fields, f"It rains {n} days."), "label": labels[n % len(labels)]} for n in range(8)]
+    for split in ("train", "val"):
+        write_rows(tmp_path / "data" / task / f"{split}.jsonl", rows)
+    prepared, (prompt, found) = started(encoders[model], task, adapter, data_dir=str(tmp_path / "data"), batch_size=4)
+    assert torch.equal(prompt, prepared.adapter)
+    assert not any(
+        torch.equal(tensor, head[name]) for name, tensor in found.items() if tensor.shape == head[name].shape
+    )
+    told = [line for line in capsys.readouterr().err.splitlines() if "is left out, only its prompt is taken" in line]
+    assert len(told) == 1
+    assert f"the classifier of {adapter} is left out, only its prompt is taken: {why}" in told[0]
