@@ -17,11 +17,10 @@ from ptp_ds.tasks.data import with_class_labels
 from ptp_ds.tasks.readers import OWN_ANSWERS
 from ptp_ds.tasks.rows import ENDINGS, rows_of_file
 from ptp_ds.tasks.template import parse_task
+from ptp_ds.training.continuation import holds_run
 
 log = get_logger(__name__)
 _REPORTED = 0.2  # share of the rows of a single list that is reported
-_OF_A_RUN = ("result.json", "population.json", "adapter", "checkpoints/*", "members/*/result.json",
-             "members/*/checkpoints/*")  # fmt: skip
 _TASK = "task.json"
 Rows = list[dict[str, Any]]
 
@@ -42,7 +41,7 @@ def require_unchanged(task: Any, named: Task, by_split: Mapping[str, Rows], fold
 
     task: as it was given, named: what it is. What ended before its first checkpoint holds nothing that could be lost.
     """
-    if not any(any(folder.glob(pattern)) for pattern in _OF_A_RUN):
+    if not holds_run(folder):
         return
     advice = "give what the run there began with, its seed too, or another output_dir."
     file = folder / _TASK

@@ -139,7 +139,7 @@ def _with_data(run: RunConfig, data: Any, task: Any) -> RunConfig:
     folder = Path(run.output_dir or "")
     if data is not None and (run.data_dir is not None or run.dataset is not None):
         raise UserError("train() takes data, data_dir or dataset, one of them.")
-    checked_output_dir(run)
+    checked_output_dir(run, is_population(run))
     named = read_task(run.task if task is None else task)
     in_memory = data is not None and not (isinstance(data, str | Path) and is_folder(data))
     rows = rows_by_split(data, named, (run.train_split, run.eval_split), run.seed) if in_memory else {}

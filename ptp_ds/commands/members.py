@@ -17,7 +17,7 @@ from ptp_ds.files import is_file, listed, read_json
 from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.checkpoint import load_checkpoint, saved_steps, step_folder
-from ptp_ds.training.continuation import Continuation
+from ptp_ds.training.continuation import Continuation, checked_output_dir
 from ptp_ds.training.population import FAILED
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.trackers import require_trackers
@@ -54,8 +54,10 @@ def prepare_population(
     require_trackers(run.report_to)
     if run.seeds is not None and "seed" in explicit:
         raise UserError("--seed and --seeds both say which seeds train; give one of them.")
-    folder, found = Path(run.output_dir) if run.output_dir is not None else None, {}
     members = members_of(run, changes)
+    folder, found = checked_output_dir(run, several=True), {}
+    if folder is not None:
+        _require_recorded(folder, members)
     with said_once(_PREPARES):
         for name, member in members.items():
             where = None if folder is None else str(folder / "members" / name)
@@ -68,6 +70,21 @@ def prepare_population(
                 raise UserError(f"--ds_config {run.ds_config} enables fp16, which {NO_FP16}")
     _require_one_form(found)
     return _in_step(found)
+
+
+def _require_recorded(folder: Path, members: Collection[str]) -> None:
+    """UserError where the folder's population.json, to be written anew, lists a member that isn't among these."""
+    file = folder / "population.json"
+    if not is_file(file):
+        return
+    record = read_json(file, str(file))
+    listing = record.get("members") if isinstance(record, dict) else None
+    names = [str(one["name"]) for one in listing or () if isinstance(one, dict) and "name" in one]
+    if missing := [name for name in names if name not in members]:
+        raise UserError(
+            f"--output_dir {folder} holds a run of {listed(names)}, and {listed(missing)} would not be in it any more; "
+            "continue it with all of them or give a new folder."
+        )
 
 
 def _require_one_form(members: Mapping[str, Prepared]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
 from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
 
+_OF_ONE = ("result.json", "adapter", "checkpoints/*")  # what a run left that another could destroy
+_OF_SEVERAL = ("population.json", *(f"members/*/{name}" for name in _OF_ONE))
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
 _MAY_DIFFER = ("max_steps", "schedule_steps", "precision")  # between a checkpoint and the run that goes on from it
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -71,22 +73,42 @@ class Continuation:
         return changes
 
 
-def checked_output_dir(run: RunConfig) -> Path | None:
-    """--output_dir, checked; None where it isn't given: rank 0 then names one by the time."""
+def checked_output_dir(run: RunConfig, several: bool = False) -> Path | None:
+    """--output_dir, checked; None where it isn't given: rank 0 then names one by the time.
+
+    several: whether it is a population's folder, which a run of one prompt can't go on in, nor the other way round.
+    """
     if run.output_dir is None:
         return None
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; give a folder.")
-    if is_locked(folder / "log.jsonl"):
+    if any(is_locked(file) for file in (folder / "log.jsonl", *folder.glob("members/*/log.jsonl"))):
         raise UserError(f"--output_dir {folder} is being written by a run that still goes on; give another folder.")
-    # What failed before its first checkpoint left settings and a log: nothing that a new run could destroy.
-    saved = [name for name in ("result.json", "adapter") if (folder / name).exists()]
-    if (saved or any(folder.glob("checkpoints/*"))) and run.resume is None:
+    if several and _holds(folder, _OF_ONE):
+        raise UserError(f"--output_dir {folder} holds a run of one prompt; give several prompts a new folder.")
+    if not several and _holds(folder, _OF_SEVERAL):
+        raise UserError(
+            f"--output_dir {folder} holds a run of several prompts; continue it with its --seeds or --population and "
+            f"--resume auto, one of them with --output_dir {folder / 'members'}/NAME, or give a new folder."
+        )
+    if holds_run(folder) and run.resume is None:
         raise UserError(
             f"--output_dir {folder} holds another run; continue it with --resume auto or give a new folder."
         )
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether the folder holds what another run, of one prompt or several, would destroy.
+
+    What failed before its first checkpoint left settings and a log: nothing of that kind.
+    """
+    return _holds(folder, (*_OF_ONE, *_OF_SEVERAL))
+
+
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:

@@ -82,6 +82,37 @@ def test_fp16_by_ds_config(tiny_model, tmp_path, monkeypatch):
         prepare_population(run, ())
 
 
+# which folders they may write to
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {file: file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
+
+
+def test_what_a_folder_holds_is_not_written_over(job, tmp_path):
+    """By a run of one prompt where several are, by several where one is, or by others than those of before."""
+    short = {"max_steps": 1, "eval_every": 1}
+    job("one", **short)
+    job("several", seeds="0 1", **short)
+    before = contents(tmp_path)
+    refused = [
+        ("one", {"seeds": "0 1"}, None, "holds a run of one prompt; give several prompts a new folder"),
+        ("one", {"seeds": "0 1"}, "auto", "holds a run of one prompt; give several prompts a new folder"),
+        ("several", {}, None, "holds a run of several prompts; continue it with its --seeds"),
+        ("several", {}, "auto", "holds a run of several prompts; continue it with its --seeds"),
+        ("several", {"seeds": "2 3"}, None, "holds another run; continue it with --resume auto"),
+        ("several", {"seeds": "1 2"}, "auto", "holds a run of seed-0, seed-1, and seed-0 would not be in it any more"),
+    ]
+    for folder, given, resume, said in refused:
+        with pytest.raises(UserError, match=said):
+            job(folder, **given, resume=resume, max_steps=2)
+        assert contents(tmp_path) == before
+    # a member alone, and one more beside those of before
+    job("several/members/seed-0", max_steps=2, schedule_steps=2, resume="auto")
+    job("several", seeds="0 1", max_steps=2, resume="auto")
+    assert len(job("several", seeds="0-2", max_steps=2, resume="auto").members) == 3
+
+
 # where they go on
 
 
