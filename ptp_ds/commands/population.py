@@ -31,7 +31,7 @@ from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.agreement import fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
 from ptp_ds.training.engine import AVERAGE, MOMENTS
-from ptp_ds.training.evaluate import Evaluation
+from ptp_ds.training.evaluate import Evaluation, majority_metrics
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.monitor import Listener
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
@@ -242,6 +242,7 @@ def _conclude(
             "name": member.name, "task": member.prepared.task.name, "settings": asdict(member.trainer.run),
             "metrics": results[member.name].metrics if member.name in results else None,
             "untrained": untrained[member.name].metrics, "majority": untrained[member.name].majority,
+            "majority_metrics": majority_metrics(member.prepared.examples.evaluation, member.prepared.task),
             "best_step": member.progress.best_step, "steps": member.progress.step, "failed": member.failed or None,
         }
         for member in trainer.members
@@ -263,7 +264,8 @@ def _conclude(
 
 def summarise(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By metric, behind its task's name where there are several tasks: mean, std, min and max over the members that
-    have a result, how many members there are and have failed, the untrained prompts' mean, the majority class.
+    have a result, how many members there are and have failed, the means of the untrained prompts and of always giving
+    the most frequent answer.
     """
     found: dict[str, dict[str, Any]] = {}
     tasks = dict.fromkeys(one["task"] for one in members)
@@ -276,7 +278,8 @@ def summarise(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
                 "mean": mean(values) if values else None, "std": stdev(values) if len(values) > 1 else None,
                 "min": min(values, default=None), "max": max(values, default=None), "members": len(own),
                 "failed": sum(one["failed"] is not None for one in own),
-                "untrained": mean(one["untrained"][metric] for one in own), "majority": own[0]["majority"],
+                "untrained": mean(one["untrained"][metric] for one in own),
+                "majority": mean(one["majority_metrics"][metric] for one in own),
             }  # fmt: skip
     return found
 

@@ -16,7 +16,7 @@ from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment,
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once
 from ptp_ds.studies.pictures import strip_plot
-from ptp_ds.studies.report import Cells, markdown, write_csv
+from ptp_ds.studies.report import Cells, majority_of, markdown, write_csv
 from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of
 
 log = get_logger(__name__)
@@ -66,7 +66,9 @@ def write_report(study: Study, out: Path, title: str) -> Cells | None:
 def _picture(cells: Cells, task: str, out: Path) -> str:
     """The strip plot of a task; its file's name."""
     rows = [row for row in cells.rows if row.task == task]
-    lines = {"untrained": sum(row.untrained_score for row in rows) / len(rows), "majority": rows[0].majority}
+    lines = {"untrained": sum(row.untrained_score for row in rows) / len(rows)}
+    if (majority := majority_of(rows)) is not None:
+        lines["majority"] = majority
     scores = {method: list(cells.scores(task, method).values()) for method in cells.methods}
     strip_plot(out / f"{task}.png", task, scores, lines)
     return f"{task}.png"

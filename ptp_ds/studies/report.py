@@ -75,7 +75,7 @@ def _scores(cells: Cells) -> list[str]:
             shown = ["-"] * 4 if spread is None else [_shown(x) for x in _of(spread)]
             lines.append(
                 f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {failed} | "
-                f"{mean(row.untrained_score for row in rows):.3f} | {rows[0].majority:.3f} |"
+                f"{mean(row.untrained_score for row in rows):.3f} | {_shown(majority_of(rows))} |"
             )
     if len(cells.tasks) > 1:
         for method in cells.methods:
@@ -85,6 +85,12 @@ def _scores(cells: Cells) -> list[str]:
                 shown = [_shown(mean(column) if None not in column else None) for column in means]  # type: ignore[arg-type]
                 lines.append(f"| {ALL} | {method} | | {' | '.join(shown)} | | | |")
     return lines
+
+
+def majority_of(rows: Sequence[Row]) -> float | None:
+    """The mean score of always giving the most frequent answer; None where an older run doesn't tell."""
+    scores = [row.majority_score for row in rows]
+    return None if None in scores else mean(scores)  # type: ignore[type-var]
 
 
 def _of(spread: Spread) -> tuple[float, float | None, float, float]:
@@ -134,11 +140,14 @@ def _p(value: float | None) -> str:
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """A line a prompt; a metric that a task hasn't is left empty. untrained: the mean of the start's metrics."""
+    """A line a prompt; a metric that a task hasn't is left empty. untrained, majority: the mean
+    of the metrics of the start and of always giving the most frequent answer."""
     metrics = sorted({name for row in rows for name in row.metrics or ()})
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [*_CSV, *metrics])
         writer.writeheader()
         for row in rows:
             values = {name: getattr(row, name) for name in _CSV}
-            writer.writerow({**(row.metrics or {}), **values, "untrained": row.untrained_score})
+            writer.writerow(
+                {**(row.metrics or {}), **values, "untrained": row.untrained_score, "majority": row.majority_score}
+            )

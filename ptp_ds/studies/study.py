@@ -69,6 +69,7 @@ class Study:
 class Row:
     """One prompt's outcome. metrics: of the kept prompt, None for one that failed before it kept any; untrained: those
     of its start. seconds: of its cell's training, steps times their median time; None where there is no result.
+    majority: accuracy of always giving the most frequent answer; majority_metrics: all its metrics, None in older runs.
     """
 
     task: str
@@ -82,6 +83,7 @@ class Row:
     seconds: float | None
     best_step: int
     steps: int
+    majority_metrics: Mapping[str, float] | None = None
 
     @property
     def score(self) -> float | None:
@@ -92,6 +94,13 @@ class Row:
     def untrained_score(self) -> float:
         """The mean of the start's metrics."""
         return mean(self.untrained.values())
+
+    @property
+    def majority_score(self) -> float | None:
+        """The mean of the metrics of always giving the most frequent answer; None where an older run doesn't tell."""
+        if self.majority_metrics:
+            return mean(self.majority_metrics.values())
+        return self.majority if self.untrained.keys() == {"accuracy"} else None
 
 
 def read_study(file: str) -> Study:
@@ -208,7 +217,7 @@ def rows_of(cell: Cell, out: Path) -> list[Row]:
                 task=cell.task, method=cell.method, seed=one["settings"]["seed"], metrics=one["metrics"],
                 untrained=one["untrained"], majority=one["majority"], failed=one["failed"], settings=one["settings"],
                 seconds=_seconds(cell.folder(out) / "members" / one["name"]), best_step=one["best_step"],
-                steps=one["steps"],
+                steps=one["steps"], majority_metrics=one.get("majority_metrics"),
             )
         )  # fmt: skip
     return found

@@ -1,5 +1,6 @@
 """Scoring a split with a prompt: packed to a token budget, shared out over ranks, exact whatever their number."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, sqrt
@@ -235,6 +236,25 @@ def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) ->
     loss = cross_entropy_sum(scores_NC[known], gold).item() / len(known) if known else 0.0
     majority = majority_accuracy(outcome.gold)
     return Evaluation(metrics, sum(metrics.values()) / len(metrics), loss, majority, len(examples))
+
+
+def majority_metrics(examples: Sequence[Example], task: Task) -> dict[str, float]:
+    """The task's metrics where all rows are given the answer that is right most often; of several, the one that scores
+    highest. Where rows have options of their own it is the option in that place, the last for a row with fewer.
+    """
+    counts = Counter(outcome_of([0] * len(examples), examples).gold)
+    most = max(counts.values())
+    found = []
+    for answer in sorted(answer for answer, count in counts.items() if count == most):
+        chosen = [_place_of(answer, example) for example in examples]
+        found.append(compute_metrics(task.metrics, outcome_of(chosen, examples)))
+    return max(found, key=lambda metrics: sum(metrics.values()))
+
+
+def _place_of(answer: int, example: Example) -> int:
+    """The candidate by which an answer, as outcome_of counts them, is given to a row."""
+    place = answer if example.label is None else 1 - answer  # there 1 says that the first candidate is right
+    return min(place, len(example.candidate_ids) - 1)
 
 
 def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 import ptp_ds
 from ptp_ds.commands.members import prepare_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import load_split
 from ptp_ds.training import population_step, step
 from ptp_ds.training.checkpoint import saved_steps
 from ptp_ds.training.trainer import Trainer
@@ -111,6 +114,20 @@ def test_what_a_folder_holds_is_not_written_over(job, tmp_path):
     job("several/members/seed-0", max_steps=2, schedule_steps=2, resume="auto")
     job("several", seeds="0 1", max_steps=2, resume="auto")
     assert len(job("several", seeds="0-2", max_steps=2, resume="auto").members) == 3
+
+
+# what the table over them says
+
+
+def test_the_majority_class_has_each_metric(job, tmp_path):
+    job("both", task="CB", seeds="0 1", max_steps=1, eval_every=1)
+    record = json.loads((tmp_path / "both" / "population.json").read_text())
+    gold = [row["label"] for row in load_split(load_task("CB"), "val", None, None).rows]
+    answer = max(sorted(set(gold)), key=gold.count)
+    wanted = {"accuracy": gold.count(answer) / len(gold),
+              "macro_f1": f1_score(gold, [answer] * len(gold), average="macro", zero_division=0.0)}  # fmt: skip
+    assert {name: line["majority"] for name, line in record["summary"].items()} == pytest.approx(wanted)
+    assert [one["majority"] for one in record["members"]] == [wanted["accuracy"]] * 2
 
 
 # where they go on

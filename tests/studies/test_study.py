@@ -148,6 +148,21 @@ def test_tables_of_a_small_study(tmp_path):
     assert lines[11] == "B,noise,1,,0.25,0.5,2,3,,The loss is not finite at step 2,"
 
 
+def test_the_majority_beside_a_score_is_a_mean_of_metrics(tmp_path):
+    """An older run tells its accuracy alone, which is no score where there are other metrics."""
+    two = {"accuracy": 0.5, "macro_f1": 0.25}
+    new = replace(row("A", "plain", 0, 0.5), metrics=two, untrained=two, majority_metrics={**two, "macro_f1": 1 / 3})
+    old = replace(new, majority_metrics=None)
+    for rows, shown, cell in (([new], "0.417", new.majority_score), ([old], "-", None)):
+        assert f"| A | plain | 1 | 0.375 | - | 0.375 | 0.000 | 0 | 0.375 | {shown} |" in markdown(
+            Cells(rows, ["A"], ["plain"], "plain"), "study"
+        )
+        write_csv(tmp_path / "rows.csv", rows)
+        assert (tmp_path / "rows.csv").read_text().splitlines()[1].split(",")[5] == ("" if cell is None else str(cell))
+    assert new.majority_score == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert row("A", "plain", 0, 0.5).majority_score == 0.5
+
+
 def test_all_tasks_are_every_task(tmp_path):
     """A method that has run on one task of two, or has no pair on one, is not told of all tasks."""
     rows = [row(task, "plain", seed, 0.5) for task in "AB" for seed in range(3)]

@@ -14,12 +14,15 @@ from ptp_ds.packing.groups import group_length, pack_groups, share_contexts
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.prompts.deep import deep_width
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.example import Example
 from ptp_ds.training import evaluate as evaluation
 from ptp_ds.training.evaluate import (
     Evaluation,
     Questions,
     ensemble_scores,
     least_score,
+    majority_metrics,
     outcome_of,
     plan_packs,
     score_examples,
@@ -283,3 +286,42 @@ def test_scores_are_read_when_all_passes_are_launched(together, monkeypatch):
     assert passes > 2
     assert events == ["pass"] * passes + ["read"] * (len(events) - passes)
     assert len(events) >= 2 * passes
+
+
+def labelled(*golds: int) -> list[Example]:
+    """Rows of one token and two answers, in groups of two."""
+    return [
+        Example(context_ids=[1], movable=[True], candidate_ids=[[2], [3]], gold=gold, index=row, group=row // 2)
+        for row, gold in enumerate(golds)
+    ]
+
+
+def test_the_most_frequent_answer_has_each_metric():
+    """By hand, with MultiRC's metrics: of 5 rows 3 are 0, so all are answered 0; a group is right where all are 0."""
+    task = replace(load_task("CB"), metrics=("accuracy", "macro_f1", "f1a", "exact_match", "matthews"))
+    assert majority_metrics(labelled(0, 0, 1, 0, 1), task) == pytest.approx(
+        {"accuracy": 0.6, "macro_f1": 2 * 3 / (5 + 3) / 2, "f1a": 0.0, "exact_match": 1 / 3, "matthews": 0.0}
+    )
+    balanced = {"accuracy": 0.5, "macro_f1": 1 / 3}
+    for golds in ((0, 1), (1, 0)):
+        assert majority_metrics(labelled(*golds), replace(task, metrics=tuple(balanced))) == pytest.approx(balanced)
+        # both are as frequent: answering 1 has the higher F1 of label 1
+        assert majority_metrics(labelled(*golds), replace(task, metrics=("f1a",))) == pytest.approx({"f1a": 2 / 3})
+
+
+def test_the_most_frequent_place_among_options_of_a_rows_own():
+    """The second is right in two rows of three; the last row has one option alone. Where labels say whether the first
+    candidate is right, they count.
+    """
+    row = labelled(1)[0]
+    rows = [
+        replace(row, names=("a b", "c d"), golds=(1,)),
+        replace(row, names=("e", "f"), golds=(0, 1)),
+        replace(row, names=("g",), golds=(0,), gold=0, candidate_ids=[[2]]),
+    ]
+    task = replace(load_task("CB"), metrics=("f1", "em"))
+    assert majority_metrics(rows, task) == {"f1": 1.0, "em": 1.0}
+    rows[0] = replace(rows[0], names=("a b", "a d"), golds=(0,))
+    assert majority_metrics(rows, task) == pytest.approx({"f1": (0.5 + 1 + 1) / 3, "em": 2 / 3})
+    signed = [replace(row, label=label, gold=0) for label in (1, 0, 0)]
+    assert majority_metrics(signed, replace(task, metrics=("accuracy", "f1a"))) == {"accuracy": 2 / 3, "f1a": 0.0}
