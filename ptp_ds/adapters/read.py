@@ -30,6 +30,8 @@ def adapter_folder(given: str | Path) -> Path:
             f"Adapter {folder}: there is no such folder; give a run's folder, or an adapter's, ours or peft's, or its "
             "hub id, owner/name."
         )
+    if is_file(folder / "population.json"):
+        raise UserError(f"Adapter {folder} holds several prompts; give one or more of {folder / 'members'}/*.")
     if is_file(folder / "config.json") and (is_folder(folder / "checkpoints") or is_file(folder / "log.jsonl")):
         raise UserError(
             f"Adapter {folder}: the run in that folder has written no adapter yet; let it end, --resume auto goes on "

@@ -78,6 +78,8 @@ class Result:
 def read_result(folder: str) -> Result:
     """The folder's result.json. Raises ValueError where there is none or it lacks what a table needs."""
     file = Path(folder) / "result.json"
+    if not is_file(file) and is_file(Path(folder) / "population.json"):
+        raise UserError(f"{folder} holds several prompts; give one or more of {Path(folder) / 'members'}/*.")
     if not is_file(file):
         raise UserError(f"{folder} holds no result.json; give the folders of runs that have ended.")
     read = read_json(file, str(file))

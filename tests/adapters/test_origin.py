@@ -210,6 +210,10 @@ def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
         ValueError, match=r"elsewhere: no adapter_config\.json there; give a run's folder, or an adapter"
     ):
         adapter_folder(tmp_path / "elsewhere")
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "population.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several holds several prompts; give one or more of .*several/members/\*\.$"):
+        adapter_folder(tmp_path / "several")
     (tmp_path / "early" / "checkpoints").mkdir(parents=True)
     (tmp_path / "early" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"early: the run in that folder has written no adapter yet; let it end"):

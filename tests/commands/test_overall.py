@@ -192,6 +192,12 @@ def test_folders_without_a_result(tmp_path):
         read_result(str(tmp_path))
 
 
+def test_the_folder_of_several_prompts(tmp_path):
+    (tmp_path / "population.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds several prompts; give one or more of .*/members/\*\.$"):
+        read_result(str(tmp_path))
+
+
 def test_the_command(run, tmp_path, capsys):
     file = tmp_path / "new" / "overall.json"
     folders = [run("CB", seed) for seed in (0, 1)]
