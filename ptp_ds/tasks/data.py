@@ -74,6 +74,11 @@ def _split_of(rows: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Split:
 
 def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
     folder = DEMO_DATA if data_dir is None else Path(data_dir)
+    if is_file(folder):
+        raise UserError(
+            f"--data_dir {folder} is a file; give the folder above {task.name}/, which holds files such as "
+            f"{task.name}/{split}.csv."
+        )
     if not is_folder(folder):
         raise UserError(f"--data_dir {folder}: there is no such folder.")
     stem = plain_name(split, "The split")
@@ -81,12 +86,24 @@ def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
         if is_file(file := folder / task.name / f"{stem}{ending}"):
             return file
     if not is_folder(folder / task.name):
-        found = sorted(path.name for path in folder.iterdir() if is_folder(path))
-        source = "the packaged demo data" if data_dir is None else f"--data_dir {folder}"
-        raise UserError(f"No folder {task.name!r} in {source}; it holds {listed(found) or 'no folders'}.")
+        raise UserError(_no_folder(task, folder, data_dir is None))
     found = sorted({path.stem for path in (folder / task.name).iterdir() if path.suffix in ENDINGS})
     file = folder / task.name / f"{stem}{ENDINGS[0]}"
     raise UserError(f"No file {file}; splits there ({', '.join(ENDINGS)}): {listed(found) or 'none'}.")
+
+
+def _no_folder(task: Task, folder: Path, demo: bool) -> str:
+    """The sentence for a folder without one of the task's name."""
+    found = sorted(path.name for path in folder.iterdir() if is_folder(path))
+    if demo:
+        known = f"the packaged demo data; it holds {listed(found)}"
+        return f"No folder {task.name!r} in {known}; give --data_dir or --dataset."
+    if files := sorted(path.name for path in folder.iterdir() if path.suffix in ENDINGS and is_file(path)):
+        return (
+            f"No folder {task.name!r} in --data_dir {folder}; it holds {listed(files)} itself. Give the folder above "
+            f"it, and name this one {task.name}."
+        )
+    return f"No folder {task.name!r} in --data_dir {folder}; it holds {listed(found) or 'no folders'}."
 
 
 def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[str]]:

@@ -151,7 +151,10 @@ class Task:
         if not labelled:
             return Rendered(pieces, candidates, 0, prompt_at=at)
         if self.label is None or self.label not in row:
-            raise NoLabelError(f"{where}: the row has no {brief(self.label)}; a labelled split is needed.")
+            raise NoLabelError(
+                f"{where}: the row has no {brief(self.label)}, the label of task {self.name}; it has "
+                f"{listed(row) or 'nothing'}. Correct the template, or give a split whose rows all have labels."
+            )
         label = canonical_label(row[self.label])
         if label not in self.answers and label in _SPELLED_BOOLEANS:  # a table's cells, which are text
             label = label.lower()
@@ -187,7 +190,10 @@ class Task:
 
     def _field(self, row: Mapping[str, Any], name: str, filter_name: str | None, where: str) -> str:
         if name not in row:
-            raise UserError(f"{where}: the row has no field {brief(name)}; task {self.name} needs it.")
+            raise UserError(
+                f"{where}: the row has no field {brief(name)}; task {self.name} needs it (the row has "
+                f"{listed(row) or 'nothing'})."
+            )
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
             raise UserError(f"{where}: field {brief(name)} must be non-empty text, not {brief(value)}.")

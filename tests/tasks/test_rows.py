@@ -56,7 +56,9 @@ def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
     assert split.rows == [{"review": "A film."}, {"label": "positive"}]
     with pytest.raises(NoLabelError):
         task.entries(split.rows[0], "row 0")
-    with pytest.raises(ValueError, match=r"rows\.csv:3: the row has no field 'review'; task Reviews needs it\."):
+    with pytest.raises(
+        ValueError, match=r"rows\.csv:3: the row has no field 'review'; task Reviews needs it \(the row has label"
+    ):
         is_labelled(task, split)
 
 

@@ -143,11 +143,15 @@ def test_spec_tells_templates_apart():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a": ...}, "row 7: the row has no field 'a'; task T needs it"),
+        ({"a": ...}, r"row 7: the row has no field 'a'; task T needs it \(the row has b, y\)\.$"),
         ({"a": ""}, "row 7: field 'a' must be non-empty text, not ''"),
         ({"a": "  "}, "row 7: field 'a' must be non-empty text"),
         ({"a": 3}, "row 7: field 'a' must be non-empty text, not 3"),
-        ({"y": ...}, "row 7: the row has no 'y'; a labelled split is needed"),
+        (
+            {"y": ...},
+            r"row 7: the row has no 'y', the label of task T; it has a, b\. Correct the template, or give a split "
+            r"whose rows all have labels\.$",
+        ),
         ({"y": "2"}, r"row 7: label '2' is not one of 0, 1 \(task T\)"),
         ({"y": True}, "row 7: label 'true' is not one of 0, 1"),
         ({"y": None}, "row 7: label 'None' is not one of 0, 1"),
