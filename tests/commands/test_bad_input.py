@@ -127,7 +127,10 @@ def test_rows_that_the_prompt_leaves_no_room_for(base, refuse):
             json.dumps({**CB_ROW, "label": "maybe"}),
             ":2: label 'maybe' is not one of entailment, contradiction, neutral",
         ),
-        (json.dumps({"premise": "It", "label": "neutral"}), ":2: the row has no field 'hypothesis'; task CB needs it."),
+        (
+            json.dumps({"premise": "It", "label": "neutral"}),
+            ":2: the row has no field 'hypothesis'; task CB needs it (the row has premise, label).",
+        ),
         (json.dumps({**CB_ROW, "premise": None}), ":2: field 'premise' must be non-empty text, not None."),
     ],
 )

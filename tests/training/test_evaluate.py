@@ -321,7 +321,7 @@ def test_the_most_frequent_place_among_options_of_a_rows_own():
     ]
     task = replace(load_task("CB"), metrics=("f1", "em"))
     assert majority_metrics(rows, task) == {"f1": 1.0, "em": 1.0}
-    rows[0] = replace(rows[0], names=("a b", "a d"), golds=(0,))
+    rows[0] = replace(rows[0], names=("x b", "x d"), golds=(0,))
     assert majority_metrics(rows, task) == pytest.approx({"f1": (0.5 + 1 + 1) / 3, "em": 2 / 3})
     signed = [replace(row, label=label, gold=0) for label in (1, 0, 0)]
     assert majority_metrics(signed, replace(task, metrics=("accuracy", "f1a"))) == {"accuracy": 2 / 3, "f1a": 0.0}
