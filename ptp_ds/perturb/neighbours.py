@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
 
-OTHER, BARE, WORD = 0, 1, 2  # kinds of tokens: anything else, punctuation alone, from here on words
+OTHER, BARE, WORD = 0, 1, 2  # kinds of tokens: anything else, punctuation or spaces alone, from here on words
 _SPACE_MARKERS = ("\u0120", "\u2581")  # byte-level BPE's and sentencepiece's
 _CONTINUES = "##"  # WordPiece's
+_SPACES = "\u0120\u010a\u0109\u010d\u2581 \t\n\r"  # as vocabularies store them
 _CASES = (str.islower, str.istitle, str.isupper)
 _CHUNK = 16384  # embeddings that are compared at a time
 _TOKENS = 512  # tokens whose neighbours are looked for at a time
@@ -62,12 +63,24 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """Kinds and texts of a tokenizer's tokens; special and added ones are OTHER."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    marked = any(token and token.startswith(_SPACE_MARKERS) for token in tokens)
+    marked = _marked(tokens)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     parts = [(True, "") if n in special else _split(token or "", marked) for n, token in enumerate(tokens)]
     pieces = _beginnings(body.lower() for begins, body in parts if begins and _lettered(body))
     kinds = [OTHER if body.lower() in pieces else _kind(body, begins) for begins, body in parts]
+    kinds = [BARE if token and not token.strip(_SPACES) else kind for token, kind in zip(tokens, kinds, strict=True)]
     return Vocabulary(kinds, [" " * begins + body.lower() for begins, body in parts])
+
+
+def _marked(tokens: Sequence[str | None]) -> bool:
+    """Whether the vocabulary marks what begins a word, not what goes on with one: by which of the two more words have.
+
+    A WordPiece vocabulary may hold a marker as a mere character, and any other "##" as punctuation.
+    """
+    known = [token for token in tokens if token]
+    begin = sum(token.startswith(_SPACE_MARKERS) and _lettered(token[1:]) for token in known)
+    go_on = sum(token.startswith(_CONTINUES) and _lettered(token.removeprefix(_CONTINUES)) for token in known)
+    return begin > go_on
 
 
 def _split(token: str, marked: bool) -> tuple[bool, str]:

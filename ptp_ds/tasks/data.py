@@ -17,6 +17,7 @@ from ptp_ds.tasks import NoLabelError, Rendered, Task
 from ptp_ds.tasks.example import Example
 from ptp_ds.tasks.hub_table import load_table
 from ptp_ds.tasks.rows import ENDINGS, FORMATS, STANDARD_INPUT, rows_of_file, rows_of_standard_input
+from ptp_ds.tasks.words import words_of_tokens
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _MOST_CHARACTERS = 1 << 27  # of a row's context, once for each answer
@@ -194,7 +195,8 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
     groups: dict[Any, int] = {}
     for number, ((entry, where), (ids, offsets)) in enumerate(zip(entries, contexts, strict=True)):
         candidates = [_answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
-        fields, words = _field_of_tokens(entry, offsets), _words(entry.context, offsets)
+        fields = _field_of_tokens(entry, offsets)
+        words = words_of_tokens(entry.context, offsets, fields)
         movable = [name is not None and name not in task.fixed_fields for name in fields]
         attackable = [moves and task.attacks(name) for moves, name in zip(movable, fields, strict=True)]
         excess = len(ids) + max(map(len, candidates)) - 1 - max_length
@@ -253,16 +255,6 @@ def _field_of_tokens(row: Rendered, offsets: Sequence[tuple[int, int]]) -> list[
         names = set(field_of_char[first if first < end else start : end])  # spaces alone: the field that they lie in
         fields.append(names.pop() if len(names) == 1 else None)
     return fields
-
-
-def _words(context: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Each token's word, counted from 0: a word begins behind a space, or with one."""
-    words, word = [], 0
-    for place, (start, end) in enumerate(offsets):
-        if place and end > start and (context[start].isspace() or context[start - 1 : start].isspace()):
-            word += 1
-        words.append(word)
-    return words
 
 
 def _kept(task: Task, fields: list[str | None], excess: int, max_length: int, where: str) -> list[int]:

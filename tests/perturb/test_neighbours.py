@@ -43,6 +43,22 @@ def test_kinds_of_wordpiece_tokens():
     assert vocabulary.text([1, 3]) == " dogs"
 
 
+@pytest.mark.parametrize("mark", ["\u0120", "\u2581"])
+def test_a_marker_that_is_a_mere_character_of_a_wordpiece_vocabulary(mark):
+    """Nor is "##" alone, a heading's, WordPiece's: a byte-level vocabulary has it."""
+    tokens = ["[CLS]", "dog", "##dog", "##s"]
+    with_mark = vocabulary_of(fake_tokenizer([*tokens, mark], ["[CLS]"]))
+    assert list(with_mark.kinds)[:4] == list(vocabulary_of(fake_tokenizer(tokens, ["[CLS]"])).kinds)
+    marked = vocabulary_of(fake_tokenizer(["##", "####", f"{mark}dog", "dog"]))
+    assert list(marked.kinds) == [BARE, BARE, WORD, OTHER]
+
+
+@pytest.mark.parametrize("token", ["\u0120", "\u0120\u0120", "\u010a", "\u2581\u2581"])
+def test_spaces_alone_are_no_part_of_a_word(token):
+    """As punctuation: the word that they stand before is still one token."""
+    assert list(vocabulary_of(fake_tokenizer([token, "\u0120dog", None])).kinds) == [BARE, WORD, OTHER]
+
+
 def test_mere_beginnings_of_words_are_no_words():
     words = ["discrep", "discrepancy", "discrepancies", "dog", "dogs", "quick", "quickly", "kill", "kills", "killed"]
     vocabulary = vocabulary_of(fake_tokenizer(["\u0120" + word for word in words]))
