@@ -15,6 +15,7 @@ from ptp_ds.packing.row import Block, PackedRow, pack, pack_text_twins, shared_s
 from ptp_ds.tasks.example import Example
 
 Moves = Sequence[Sequence[bool]]
+Places = Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class TreeRows:
 
     def pack_twins(
         self, examples: Sequence[Example], twins: Sequence[Sequence[int]], movable: Moves | None = None,
-        shared: int = 0,
+        shared: int = 0, prompt_at: Places | None = None,
     ) -> PackedRow:  # fmt: skip
-        """Clean contexts and their twins."""
+        """Clean contexts and their twins. prompt_at: see SeparateRows; here the prompt is in front of all."""
+        if any(prompt_at or ()):
+            raise UserError("The prompt stands in front of every row here; give no Twin a prompt_at.")
         return pack_text_twins(examples, twins, movable, shared)
 
     def groups(self, examples: Sequence[Example], budget: int) -> list[list[int]]:
@@ -124,14 +127,18 @@ class SeparateRows:
 
     def pack_twins(
         self, examples: Sequence[Example], twins: Sequence[Sequence[int]], movable: Moves | None = None,
-        shared: int = 0,
+        shared: int = 0, prompt_at: Places | None = None,
     ) -> PackedRow:  # fmt: skip
-        """Clean contexts and their twins, each example's blocks behind each other."""
+        """Clean contexts and their twins, each example's blocks behind each other.
+
+        prompt_at: tokens before the prompt in each twin; None for as many as in the clean context, of the same length.
+        """
         packer = _Separate(self, examples, 2)
+        given = prompt_at if prompt_at is not None else [None] * len(twins)
         for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
             moves = movable[number] if movable is not None else [False] * len(twin)
             packer.add(number, 0, example.context_ids, [False] * len(example.context_ids))
-            packer.add(number, 1, twin, moves)
+            packer.add(number, 1, twin, moves, at=_place_in_twin(example, twin, given[number]))
             packer.end_example()
         return packer.row()
 
@@ -149,6 +156,20 @@ class SeparateRows:
 
 
 Rows = TreeRows | SeparateRows
+
+
+def _place_in_twin(example: Example, twin: Sequence[int], given: int | None) -> int:
+    """How many of a twin's tokens stand before the prompt; UserError where that isn't known."""
+    length = len(example.context_ids)
+    if given is None and example.prompt_at and len(twin) != length:
+        raise UserError(
+            f"Row {example.index} has the prompt behind {example.prompt_at} of its {length} tokens, and its twin has "
+            f"{len(twin)} tokens; give such a Twin prompt_at, the number of its tokens before the prompt."
+        )
+    at = example.prompt_at if given is None else given
+    if not 0 <= at <= len(twin):
+        raise UserError(f"Row {example.index}: its Twin's prompt_at is {at}; expected 0 to {len(twin)}, its tokens.")
+    return at
 
 
 @dataclass
@@ -171,15 +192,19 @@ class _Separate:
     asked: int = 0
 
     def add(
-        self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool], prompt_moves: bool = False
-    ) -> None:
-        """All blocks of one stream of example `number`; only the first one's context moves, the others' with it."""
+        self, number: int, stream: int, context: Sequence[int], movable: Sequence[bool], prompt_moves: bool = False,
+        at: int | None = None,
+    ) -> None:  # fmt: skip
+        """All blocks of one stream of example `number`; only the first one's context moves, the others' with it.
+
+        at: tokens before the prompt, the example's for None.
+        """
         example, head = self.examples[number], self.rows.prompt_length
         if not context or not all(example.candidate_ids):
             raise UserError(f"Row {example.index} has an empty context or candidate; every one needs a token.")
         width = max(len(other.candidate_ids) for other in self.examples)
         first = len(self.tokens)
-        at = example.prompt_at
+        at = example.prompt_at if at is None else at
         for repeat, (behind, numbers) in enumerate(self.rows.inputs(example)):
             start = len(self.tokens)
             self.slots.extend(range(start + at, start + at + head))

@@ -354,19 +354,21 @@ def pack_text_twins(
 
     twins: for each example its changed context_ids, of any length. movable: which of their tokens may get a delta as
     well, behind the first change; the clean stream's may not. A block is a tree: the shared start, the rest of the
-    clean context with its candidates, the rest of the changed one with the same candidates. shared: as in pack.
+    clean context with its candidates, the rest of the changed one with the same candidates. shared: as in pack; fewer
+    where a twin begins otherwise, or has no more tokens than these.
     """
     if len(twins) != len(examples) or not all(twins):
         raise UserError(f"Each of the {len(examples)} examples needs one twin of at least one token.")
+    moves = movable if movable is not None else [[False] * len(twin) for twin in twins]
+    contexts = [example.context_ids for example in examples]
+    changes = [_first_change(*streams) for streams in zip(contexts, twins, moves, strict=True)]
+    shared = min(shared, *changes, *(len(twin) - 1 for twin in twins))
     packer = Packer(examples, 2, shared)
-    for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
-        clean = example.context_ids
-        moves = movable[number] if movable is not None else [False] * len(twin)
-        common = max(_first_change(clean, twin, moves), shared)
+    for number, (clean, twin, common) in enumerate(zip(contexts, twins, changes, strict=True)):
         start = packer.segment(clean[shared:common], [False] * (common - shared), -1)
         context = packer.segment(clean[common:], [False] * (len(clean) - common), start)
         packer.answers(number, 0, context)
-        changed = packer.segment(twin[common:], moves[common:], start)
+        changed = packer.segment(twin[common:], moves[number][common:], start)
         packer.answers(number, 1, changed)
         packer.close()
     return packer.row()

@@ -16,10 +16,15 @@ from ptp_ds.tasks.example import Example
 
 @dataclass(frozen=True)
 class Twin:
-    """A context in other words. movable: which of its tokens may still get a delta."""
+    """A context in other words, of any length.
+
+    movable: which of its tokens may still get a delta. prompt_at: where the prompt stands in the text, how many of its
+    tokens are before it; None for as many as in the clean context, which has then as many tokens.
+    """
 
     context_ids: Sequence[int]
     movable: Sequence[bool]
+    prompt_at: int | None = None
 
 
 Find = Callable[["SharedPass | None", PackedRow, Tensor, PerturbSettings, Noise], Tensor]

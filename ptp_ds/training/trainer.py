@@ -210,7 +210,8 @@ class Trainer:
             assert perturbation.twins is not None
             twins = perturbation.twins(examples, self.settings, noise)
         movable = [twin.movable for twin in twins] if perturbation.find is not None else None
-        return self._rows.pack_twins(examples, [twin.context_ids for twin in twins], movable, self._shared), shares
+        texts, places = [twin.context_ids for twin in twins], [twin.prompt_at for twin in twins]
+        return self._rows.pack_twins(examples, texts, movable, self._shared, places), shares
 
     def _attacked(self, attack: Attack, examples: Sequence[Example]) -> tuple[Sequence[Twin], Shares]:
         """Twins against the prompt as it stands, anew at each use of an example (once an epoch): nothing to save."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan, rows_for
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
@@ -21,7 +22,8 @@ from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.packed import divergence, make_prompt
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment
-from tests.support.reference import make_examples, make_model, relative_error
+from tests.support.reference import make_examples, make_model, relative_error, with_instruction
+from tests.support.reference import plain_scores as reference_scores
 
 TEMPLATE = {"name": "Mine", "text": "{title}: {body}<prompt>\nTopic:", "truncate": "body", "label": "topic",
             "verbalizers": {"sport": " sports", "money": " business"}, "metrics": ["accuracy"]}  # fmt: skip
@@ -70,6 +72,88 @@ def test_step_gradient(family, perturbation, target):
     (expected,) = torch.autograd.grad(total, plain)
     torch.testing.assert_close(loss.total.detach(), total.detach(), atol=1e-4, rtol=1e-5)
     assert relative_error(prompt.grad, expected) < 1e-4
+
+
+def clean_and_twin(backbone, row, prompt):
+    """[2, B, C] scores of a row that holds both streams."""
+    return backbone.score(row, backbone.inputs(row, prompt), prompt)
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "the same length"])
+def test_a_twin_of_another_length_has_the_prompt_where_it_says(change):
+    """Behind the words and "It was": each stream is scored as a plain pass scores it, also where rows follow."""
+    backbone, prompt = Backbone(make_model("llama")), make_prompt()
+    backbone.serve("soft", SeparateRows(kind="causal", prompt_length=5))
+    behind = [[21, 22], [23]]
+    examples = [replace(e, context_ids=[*e.context_ids, *behind[0], *behind[1]], prompt_at=len(e.context_ids) + 2,
+                        movable=[*e.movable, False, False, False]) for e in make_examples("multi")]  # fmt: skip
+    words = {"shorter": [11], "longer": [11, 12, 13] * 5}
+    texts = [words.get(change, [(token + 1) % 90 for token in e.context_ids[:-3]]) for e in examples]
+    twins = [[*text, *behind[0], *behind[1]] for text in texts]
+    places = [len(text) + 2 if change != "the same length" else None for text in texts]
+    found = clean_and_twin(backbone, backbone.rows.pack_twins(examples, twins, None, 0, places), prompt)
+    for number, (example, twin, text) in enumerate(zip(examples, twins, texts, strict=True)):
+        count = len(example.candidate_ids)
+        moved = replace(example, context_ids=twin, prompt_at=len(text) + 2)
+        for stream, plain in enumerate((example, moved)):
+            expected = plain_scores(make_model("llama"), prompt, plain)
+            torch.testing.assert_close(found[stream, number, :count], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (None, "has the prompt behind 2 of its 4 tokens, and its twin has 3 tokens; give such a Twin prompt_at, the"),
+        (4, r"Row 0: its Twin's prompt_at is 4; expected 0 to 3, its tokens\."),
+        (-1, r"Row 0: its Twin's prompt_at is -1; expected 0 to 3"),
+    ],
+)
+def test_a_twin_that_does_not_say_where_the_prompt_is(place, message):
+    example = replace(make_examples("single")[0], prompt_at=2)
+    rows = SeparateRows(kind="causal", prompt_length=3)
+    with pytest.raises(UserError, match=message):
+        rows.pack_twins([example], [[5, 6, 7]], None, 0, [place])
+    with pytest.raises(UserError, match="stands in front of every row here; give no Twin a prompt_at"):
+        TreeRows().pack_twins([example], [[5, 6, 7]], None, 0, [2])
+
+
+START = [7, 8, 9]
+BEGINNINGS = {  # of the first row's twin, whose clean context begins with START
+    "another word": [7, 10, 9, 4, 5],
+    "a word in front": [3, 7, 8, 9, 4],
+    "a word left out": [7, 9, 4, 5],
+    "shorter than the start": [7, 8],
+    "the start alone": [7, 8, 9],
+    "nothing of it": [4, 5],
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_a_twin_that_begins_otherwise_than_all_rows(name):
+    """What all rows begin with is shared only as far as the twins have it, too."""
+    examples = with_instruction(make_examples("multi"))
+    backbone, prompt = Backbone(make_model("llama")), make_prompt()
+    shared = backbone.rows.shared_start(examples)
+    assert shared == len(START)
+    twins = [BEGINNINGS[name], *([*START, 5, 6] for _ in examples[1:])]
+    found = clean_and_twin(backbone, backbone.rows.pack_twins(examples, twins, None, shared), prompt)
+    for number, (example, twin) in enumerate(zip(examples, twins, strict=True)):
+        count = len(example.candidate_ids)
+        for stream, plain in enumerate((example, replace(example, context_ids=twin))):
+            expected = reference_scores(make_model("llama"), prompt, plain)
+            torch.testing.assert_close(found[stream, number, :count], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_twins_that_begin_alike_share_the_start():
+    """And where a token of it may get a delta, it is no longer shared."""
+    examples = with_instruction(make_examples("multi"))
+    twins = [[*START, 5, 6] for _ in examples]
+    still = [[False] * 5 for _ in examples]
+    assert TreeRows().pack_twins(examples, twins, still, 3).shared_ids.tolist() == START
+    moves = [[False, True, False, False, False], *still[1:]]
+    row = TreeRows().pack_twins(examples, twins, moves, 3)
+    assert row.shared_ids.tolist() == START[:1]
+    assert int(row.movable.sum()) == 1
 
 
 def test_the_mark_becomes_a_place_among_the_tokens(tokenizer):
