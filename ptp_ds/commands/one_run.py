@@ -24,7 +24,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.models.heads import rows_for
-from ptp_ds.models.positions import row_room
+from ptp_ds.models.positions import checked_length, row_room
 from ptp_ds.models.source import BackboneSource, open_source
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.prompts import prompt_width
@@ -81,13 +81,15 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room)
+    beside = run.prompt_length + rows.extra_tokens
+    twin_room = checked_length(source.config, examples.longest + beside, room + beside) - beside
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
     identity = identity_of(run, task, source.config, splits, adapter, resolved.dtype, adapter_head)
     changes = continuation.require_same(identity)
     _warn(run, explicit, continuation, changes)
     return Prepared(
         run=run, task=task, source=source, rows=rows, resolved=resolved, examples=examples, continuation=continuation,
-        identity=identity, mask_id=mask_id, output_dir=output_dir, adapter=adapter,
+        identity=identity, mask_id=mask_id, room=twin_room, output_dir=output_dir, adapter=adapter,
         adapter_head=adapter_head,
         digests={name: split.digest for name, split in splits.items()},
     )  # fmt: skip
@@ -199,8 +201,9 @@ def open_trainer(
         monitor = Monitor(output.folder, ranks, progress.step, run.max_steps, speaks, prepared.listeners, reports,
                           told_settings(run))  # fmt: skip
     output.agree()
+    settings = settings_of(run, unit, prepared.mask_id, engine.backbone.vocabulary, prepared.room)
     return Trainer(
-        run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings_of(run, unit, prepared.mask_id),
+        run=run, task=prepared.task, engine=engine, ranks=ranks, settings=settings,
         train_examples=prepared.examples.train, select_examples=prepared.examples.select, monitor=monitor,
         output_dir=output.folder, identity=prepared.identity, neighbours=neighbours_of(prepared), watchdog=watchdog,
     )  # fmt: skip

@@ -57,6 +57,12 @@ def window_lengths(config: Any) -> list[int]:
     return sorted({int(size) for size in flat if isinstance(size, int) and size > 0})
 
 
+def checked_length(config: Any, longest: int, limit: int) -> int:
+    """Tokens of the longest row, at most `limit`, that a start-up check with rows of `longest` speaks for: none that
+    reaches beyond a window which those don't reach."""
+    return min([limit, *(window for window in window_lengths(config) if window >= longest)])
+
+
 def row_room(max_length: int | None, prompt_length: int, config: Any, plan: HeadPlan | None = None) -> int:
     """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
     limit = max_row_length(config)

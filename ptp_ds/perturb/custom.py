@@ -8,6 +8,7 @@ The file is run once a process, while flags are checked, from the very bytes who
 import difflib
 import hashlib
 import importlib.util
+import operator
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -172,10 +173,52 @@ def _guarded_twins(twins: Twins | None, path: Path) -> Twins | None:
             shown = f"{len(found)} of them" if isinstance(found, list | tuple) else type(found).__name__
             raise UserError(f"--perturbation {path}: twins returned {shown}; expected a list, a Twin for each of the "
                             f"{len(examples)} examples.")  # fmt: skip
-        for twin in found:
-            if not isinstance(twin, Twin) or len(twin.context_ids) != len(twin.movable) or not twin.context_ids:
-                raise UserError(f"--perturbation {path}: twins returned {brief(twin)}; expected a Twin of one token or "
-                                "more, and movable for each of them.")  # fmt: skip
-        return list(found)
+        with _running("twins", path):
+            plain = [_plain_twin(twin, path) for twin in found]
+        for example, twin in zip(examples, plain, strict=True):
+            _check_tokens(twin, example, settings, path)
+        return plain
 
     return checked
+
+
+def _plain_twin(twin: Any, path: Path) -> Twin:
+    """The Twin with lists of numbers and truth values, whatever arrays or tensors the file gave; else a UserError."""
+    try:
+        ids, movable = _items(twin.context_ids), _items(twin.movable)
+        at = twin.prompt_at if twin.prompt_at is None else operator.index(twin.prompt_at)
+        fits = isinstance(twin, Twin) and 0 < len(ids) == len(movable)
+    except (AttributeError, TypeError):
+        fits = False
+    if not fits or any(type(token) is not int for token in ids) or any(type(moves) is not bool for moves in movable):
+        shown = brief(" ".join(repr(twin).split()))[1:-1]
+        raise UserError(
+            f"--perturbation {path}: twins returned {shown}; expected a Twin of one token or more, whole numbers, "
+            "and movable for each of them, True or False."
+        )
+    return Twin(ids, movable, at)
+
+
+def _items(values: Any) -> list[Any]:
+    """Python's own numbers and truth values of a sequence, of an array or of a tensor."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [value.item() if hasattr(value, "item") else value for value in values]
+
+
+def _check_tokens(twin: Twin, example: Example, settings: PerturbSettings, path: Path) -> None:
+    """UserError for tokens that the model doesn't have, and for more of them than fit."""
+    vocabulary, room = settings.vocabulary, settings.room
+    strange = [token for token in twin.context_ids if vocabulary is not None and not 0 <= token < vocabulary]
+    if strange:
+        assert vocabulary is not None
+        raise UserError(
+            f"--perturbation {path}: twins returned token {strange[0]} for row {example.index}; expected the model's "
+            f"token ids, 0 to {vocabulary - 1}."
+        )
+    count = len(twin.context_ids)
+    if room is not None and (most := room - example.path_length + len(example.context_ids)) < count:
+        raise UserError(
+            f"--perturbation {path}: twins returned {count} tokens for row {example.index}; at most {most} fit between "
+            "the prompt and the answers, so shorten the Twin."
+        )

@@ -12,6 +12,8 @@ class PerturbSettings:
     norm). alpha: length of an ascent step. steps: K ascent steps. divergence: what the ascent climbs. mask_share: share
     of words that are masked. mask_id: the token that masks. a2t_share: share of words that a2t may swap. kernels: which
     implementation of ptp_ds.kernels runs. own: the values of the parameters that a perturbation file declares, by name.
+    vocabulary: how many tokens the model has. room: how many a twin and its longest answer, without its last one, may
+    come to (Example.path_length). None: they are not checked.
     """
 
     unit: float
@@ -26,3 +28,5 @@ class PerturbSettings:
     a2t_share: float = 0.0
     kernels: str = "auto"
     own: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    vocabulary: int | None = None
+    room: int | None = None

@@ -21,7 +21,8 @@ class Prepared:
     """rows: how examples become rows. identity: what a checkpoint must share with the run. adapter: the prompt that
     --prompt_init adapter starts from. adapter_head: the classifier beside it, {} for a new one. mask_id: the token that
     masks. digests: of each split's rows, by what it is for. output_dir: None where rank 0 names it by the time.
-    listeners: called with every line of the log.
+    listeners: called with every line of the log. room: tokens of a text in other words and its longest answer that
+    fit behind the prompt.
     """
 
     run: RunConfig
@@ -33,6 +34,7 @@ class Prepared:
     continuation: Continuation
     identity: dict[str, Any]
     mask_id: int
+    room: int
     output_dir: Path | None = None
     adapter: Tensor | None = None
     adapter_head: dict[str, Tensor] = field(default_factory=dict)

@@ -37,12 +37,15 @@ class StepLoss:
     counted: Tensor | None = None
 
 
-def settings_of(run: RunConfig, unit: float, mask_id: int = 0) -> PerturbSettings:
+def settings_of(
+    run: RunConfig, unit: float, mask_id: int = 0, vocabulary: int | None = None, room: int | None = None
+) -> PerturbSettings:
     """The perturbation's settings; unit: the backbone's mean embedding norm, mask_id: the token that masks."""
     return PerturbSettings(
         unit=unit, sigma=run.sigma, epsilon=run.epsilon, alpha=run.step_length, steps=run.ascent_steps, norm=run.norm,
         divergence=run.divergence, mask_share=run.mask_share, mask_id=mask_id,
         a2t_share=run.a2t_share, kernels=run.kernels, own=run.own_settings,
+        vocabulary=vocabulary, room=room,
     )  # fmt: skip
 
 

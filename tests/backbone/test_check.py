@@ -20,7 +20,7 @@ from ptp_ds.backbone.sharding import Traffic
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.heads import Head
-from ptp_ds.models.positions import max_row_length, most_counted_tokens, window_lengths
+from ptp_ds.models.positions import checked_length, max_row_length, most_counted_tokens, window_lengths
 from ptp_ds.packing.row import pack
 from tests.support.reference import make_examples, make_model, relative_error
 
@@ -292,7 +292,10 @@ def test_row_lengths_of_nested_rotary_settings_and_counted_tokens():
     assert max_row_length(settings_of(max_position_embeddings=-1)) > 1 << 20  # xlnet's: no limit
     warm = settings_of(max_position_embeddings=1 << 17, attn_temperature_tuning=True, floor_scale=8192)
     assert max_row_length(warm) == most_counted_tokens(warm) == 8191
-    assert window_lengths(settings_of(sliding_window=8, attention_window=[4, 16])) == [4, 8, 16]
+    windows = settings_of(sliding_window=8, attention_window=[4, 16])
+    assert window_lengths(windows) == [4, 8, 16]
+    assert [checked_length(windows, longest, 30) for longest in (3, 8, 9, 16, 17)] == [4, 8, 16, 16, 30]
+    assert checked_length(windows, 9, 12) == 12
 
 
 def test_sections_stay_below_what_a_layer_counts_itself():

@@ -252,21 +252,6 @@ def test_a_full_memory_and_a_lost_rank_are_not_the_files_fault(tmp_path, error):
         find(None, row, torch.zeros(row.num_tokens, 4), settings_of(RunConfig(), 1.0), Noise(0, 0))
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [("None", "twins returned NoneType; expected a list"), ("[]", "twins returned 0 of them; expected a list"),
-     ("[3 for _ in examples]", "twins returned 3; expected a Twin of one token or more")],
-)  # fmt: skip
-def test_twins_of_another_form_are_refused(tmp_path, returned, message):
-    file = tmp_path / "mine.py"
-    source = f"def twins(examples, settings, noise):\n    return {returned}\n"
-    file.write_text(f"{HEAD}{source}PERTURBATION = Perturbation(twins=twins, sizes=())\n")
-    with pytest.raises(UserError, match=message):
-        choose_perturbation(str(file)).perturbation.twins(
-            make_examples("single"), settings_of(RunConfig(), 1.0), Noise(0, 0)
-        )
-
-
 def failure(folder: Path) -> str:
     return f"--perturbation {folder / 'mine.py'}: find failed at line 5: ZeroDivisionError: division by zero."
 
