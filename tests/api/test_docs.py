@@ -18,5 +18,5 @@ def test_the_pages_python_runs_as_printed(tmp_path):
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], env=worker_environment(), cwd=tmp_path,
                           capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("reviews", "tone", "watched"):
+    for name in ("reviews", "tone_python", "watched"):
         assert (tmp_path / "runs" / name / "adapter" / "adapter_config.json").is_file()
