@@ -283,11 +283,16 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     os.replace(work, path)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    absolute = path.absolute()
+    return next(one for one in (absolute, *absolute.parents) if os.path.exists(one))
+
+
 def require_writable(flag: str, file: str) -> Path:
     """The path of an output file; ValueError where it names a folder or lies below a file."""
     path = Path(file)
-    above = next(folder for folder in path.absolute().parents if os.path.exists(folder))
-    if is_folder(path) or not is_folder(above):
+    if is_folder(path) or not is_folder(nearest_existing(path.absolute().parent)):
         raise UserError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
     return path
 

@@ -14,12 +14,7 @@ IN_TEXT_TYPE = "PTP_DS_SOFT_IN_TEXT"  # ours: peft would put the prompt in front
 IN_LAYERS_TYPE = "PTP_DS_DEEP"  # ours: a deep prompt that peft would refuse at the first row, or leave out silently
 PROMPT_OF_TYPE = {"PROMPT_TUNING": "soft", "P_TUNING": "soft", "PREFIX_TUNING": "deep", IN_TEXT_TYPE: "soft",
                   IN_LAYERS_TYPE: "deep"}  # fmt: skip
-_TAKE_KEYS = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "electra",
-)  # encoders to which peft hands a deep prompt's keys and values
+_TAKE_KEYS = ("bert", "roberta", "xlm-roberta", "electra")  # encoders to which peft hands keys and values
 TASK_TYPES = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classes": "SEQ_CLS",
           "seq2seq": "SEQ_2_SEQ_LM"}  # fmt: skip
 HEAD_PREFIX = "base_model."  # peft's prefix of a head's tensors

@@ -323,11 +323,16 @@ def _prefix_length(prefix: PrefixCache) -> int:
 
 def refusal(model: Any, reason: str) -> str:
     """The sentence that refuses a family by name."""
-    family = getattr(model.config, "model_type", type(model).__name__)
     return (
-        f"Model family {family!r} ({type(model).__name__}) can't be served: {reason}. Use one that goes through "
-        "transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, bert, ...)."
+        f"Model family {family_of(model)!r} ({type(model).__name__}) can't be served: {reason}. Use one that goes "
+        "through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, "
+        "bert, ...)."
     )
+
+
+def family_of(model: Any) -> str:
+    """transformers' name of the model's family, its class's where it has none."""
+    return getattr(model.config, "model_type", type(model).__name__)
 
 
 def reason_of(refused: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.backbone.backbone import Backbone, reason_of, refusal
+from ptp_ds.backbone.backbone import Backbone, family_of, reason_of, refusal
 from ptp_ds.backbone.joint_products import join_products
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
@@ -59,10 +59,9 @@ def checked_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None =
     except ValueError as error:
         reason = str(error)
     if backbone.shards.sharded:
-        family = getattr(backbone.model.config, "model_type", type(backbone.model).__name__)
         raise UserError(
-            f"Model family {family!r} can't be packed, so it needs the whole model on each rank: give --ds_config "
-            f"zero2 ({reason_of(reason)})."
+            f"Model family {family_of(backbone.model)!r} can't be packed, so it needs the whole model on each "
+            f"rank: give --ds_config zero2 ({reason_of(reason)})."
         )
     padded = PaddedBackbone(backbone)
     check_backbone(padded, longest, ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import draw_parser
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_folder, plain_name, write_jsonl
+from ptp_ds.files import is_folder, nearest_existing, plain_name, write_jsonl
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.draws import draw_splits
 from ptp_ds.tasks.rows import rows_of_file
@@ -31,19 +31,18 @@ def _draw(argv: Sequence[str], description: str) -> None:
         raise UserError(f"--draws has {twice} twice; give each once.")
     task = load_task(args.task)
     out = Path(args.data_dir) / task.name
-    found = draw_splits(task, rows_of_file(Path(args.file)), args.rows, draws, args.test)
-    files = {name: out / f"{name}.jsonl" for name in found.splits}
     if there := next((file for file in sorted(out.glob("*.jsonl")) if _DRAWN.fullmatch(file.stem)), None):
         raise UserError(
             f"{there} is there already; name all draws in one call, so that no draw holds test rows, and give a "
             "--data_dir without any."
         )
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not is_folder(above):
+    if not is_folder(above := nearest_existing(out)):
         raise UserError(f"--data_dir {args.data_dir}: {above} is a file; give a folder.")
+    found = draw_splits(task, rows_of_file(Path(args.file)), args.rows, draws, args.test)
     for name, rows in found.splits.items():
-        write_jsonl(files[name], rows)
-        print(f"{files[name]}: {len(rows)} rows")
+        file = out / f"{name}.jsonl"
+        write_jsonl(file, rows)
+        print(f"{file}: {len(rows)} rows")
     if found.repeated:
         print(f"{found.repeated} rows were left out: another says the same.")
     if found.disputed:

@@ -10,9 +10,7 @@ _UNSPACED = (
 )  # fmt: skip
 
 
-def words_of_tokens(
-    context: str, offsets: Sequence[tuple[int, int]], fields: Sequence[str | None]
-) -> list[int]:  # fmt: skip
+def words_of_tokens(context: str, offsets: Sequence[tuple[int, int]], fields: Sequence[str | None]) -> list[int]:
     """Each token's word, counted from 0.
 
     A word begins behind a space or with one, and with each letter of a script that writes no spaces. Tokens that share
