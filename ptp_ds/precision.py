@@ -22,6 +22,7 @@ from torch import Tensor
 from ptp_ds.errors import UserError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION_OF = {dtype: name for name, dtype in _DTYPES.items()}
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")  # oneDNN's names
 _CLOSE = 5e-3
 

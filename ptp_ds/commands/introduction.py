@@ -10,18 +10,18 @@ from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.hosts.environment import allocator_settings
 from ptp_ds.models.stored import stored_numbers
+from ptp_ds.precision import PRECISION_OF
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.prepared import Prepared
 
 _REASON = re.compile(r" \(from [^)]*\)$")  # a flag that the lines above tell, or the width
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _UNITS = {"relative": "in mean embedding norms", "l2": "l2 norms", "coordinate": "a coordinate"}
 _START = {"vocab": "vocabulary rows", "labels": "the class words", "text": "--init_text", "adapter": "--init_adapter"}
 
 
 def introduction(prepared: Prepared, ranks: Ranks) -> list[str]:
     """The lines, in the order in which a person asks. All ranks may call it; reads the headers of the weight files."""
-    run, dtype = prepared.run, _DTYPES[prepared.resolved.dtype]
+    run, dtype = prepared.run, PRECISION_OF[prepared.resolved.dtype]
     numbers = _count(stored_numbers(prepared.source.folder))
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
     lines = [

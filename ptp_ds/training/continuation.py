@@ -13,6 +13,7 @@ from torch import Tensor
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_locked
+from ptp_ds.precision import PRECISION_OF
 from ptp_ds.redact import redacted
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
@@ -22,7 +23,6 @@ _OF_ONE = ("result.json", "adapter", "checkpoints/*")  # what a run left that an
 _OF_SEVERAL = ("population.json", *(f"members/*/{name}" for name in _OF_ONE))
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
 _MAY_DIFFER = ("max_steps", "schedule_steps", "precision")  # between a checkpoint and the run that goes on from it
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,5 @@ def identity_of(
     held = [] if adapter is None else [adapter, *(tensor for _, tensor in sorted((adapter_head or {}).items()))]
     values = b"".join(tensor.float().contiguous().numpy().tobytes() for tensor in held)
     identity["prompt in --init_adapter"] = hashlib.sha256(values).hexdigest() if held else None
-    identity["precision"] = _PRECISIONS[dtype]
+    identity["precision"] = PRECISION_OF[dtype]
     return redacted(json.loads(json.dumps(identity)))
