@@ -16,6 +16,7 @@ from ptp_ds.backbone.frozen_ops import replace_frozen
 from ptp_ds.backbone.layerwise import LayerPass, LayerStack, PrefixCache, Section, use_layer_pass
 from ptp_ds.backbone.sharding import Shards
 from ptp_ds.backbone.trunks import RowPlan, SharedPrefix, plan_row, prefix_chunk
+from ptp_ds.errors import UserError
 from ptp_ds.kernels import Sources, pack_embed
 from ptp_ds.models.heads import Head
 from ptp_ds.models.positions import first_position, most_counted_tokens
@@ -321,20 +322,18 @@ def _prefix_length(prefix: PrefixCache) -> int:
     return next(iter(prefix.values()))[0][0].shape[0] if prefix else 0
 
 
-def refusal(model: Any, reason: str) -> str:
-    """The sentence that refuses a family by name."""
-    return (
-        f"Model family {family_of(model)!r} ({type(model).__name__}) can't be served: {reason}. Use one that goes "
-        "through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, gpt2, gpt_neox, opt, phi, gemma2, "
-        "bert, ...)."
-    )
+class FamilyError(UserError):
+    """A family that can't be served. why: the reason alone; finding: the sentence without what to do."""
+
+    def __init__(self, model: Any, why: str) -> None:
+        self.why = why
+        self.finding = f"Model family {family_of(model)!r} ({type(model).__name__}) can't be served: {why}."
+        super().__init__(
+            f"{self.finding} Use one that goes through transformers' AttentionInterface (llama, mistral, qwen2, qwen3, "
+            "gpt2, gpt_neox, opt, phi, gemma2, bert, ...)."
+        )
 
 
 def family_of(model: Any) -> str:
     """transformers' name of the model's family, its class's where it has none."""
     return getattr(model.config, "model_type", type(model).__name__)
-
-
-def reason_of(refused: str) -> str:
-    """What a sentence of `refusal` gives as the reason."""
-    return refused.split("can't be served: ", 1)[-1].split(". Use one that goes", 1)[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptp_ds.backbone.backbone import Backbone, family_of, reason_of, refusal
+from ptp_ds.backbone.backbone import Backbone, FamilyError, family_of
 from ptp_ds.backbone.joint_products import join_products
 from ptp_ds.backbone.layerwise import LayerPass
 from ptp_ds.backbone.padded import PaddedBackbone
@@ -45,27 +45,29 @@ _SCORE_DIGITS = 4  # last digits by which a score may be off: a model that knows
 _SAME_INPUTS, _SAME_INPUTS_HALF = 1e-5, 1e-2
 
 
-def checked_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = None) -> tuple[Backbone, str]:
-    """(the backbone, "") where its packed pass is exact, else (one that pads, why); ValueError where neither is.
+def checked_backbone(
+    backbone: Backbone, longest: int = 0, ranks: Ranks | None = None
+) -> tuple[Backbone, FamilyError | None]:
+    """(the backbone, None) where its packed pass is exact, else (one that pads, why); UserError where neither is.
 
     longest: tokens of the run's longest row, prompt included. ranks: those that must come to the same result, and all
     call it; None for this process alone.
     """
     try:
         if backbone.head.kind == "seq2seq":
-            raise UserError(refusal(backbone.model, "an encoder-decoder isn't packed"))
+            raise FamilyError(backbone.model, "an encoder-decoder isn't packed")
         check_backbone(backbone, longest, ranks)
-        return backbone, ""
-    except ValueError as error:
-        reason = str(error)
+        return backbone, None
+    except FamilyError as error:
+        refused = error
     if backbone.shards.sharded:
         raise UserError(
             f"Model family {family_of(backbone.model)!r} can't be packed, so it needs the whole model on each "
-            f"rank: give --ds_config zero2 ({reason_of(reason)})."
+            f"rank: give --ds_config zero2 ({refused.why})."
         )
     padded = PaddedBackbone(backbone)
     check_backbone(padded, longest, ranks)
-    return padded, reason
+    return padded, refused
 
 
 def check_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = None) -> None:
@@ -78,7 +80,7 @@ def check_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = N
     and whether the head can do with less (Backbone.narrows, head_input). Joins products before that (Backbone.joint).
     """
     gathers = backbone.shards.sharded and not backbone.shards.shared
-    elsewhere = refusal(backbone.model, "the start-up check fails on another rank, which says why")
+    elsewhere = FamilyError(backbone.model, "the start-up check fails on another rank, which says why")
     agreement = Agreement(ranks, elsewhere, speaks=not gathers)
     with agreement.telling():
         _check(backbone, longest, agreement)
@@ -88,7 +90,7 @@ def check_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = N
 def _check(backbone: Backbone, longest: int, agreement: Agreement) -> None:
     """See check_backbone. Whatever a bound decides is agreed on first: ranks may round differently."""
     if backbone.packs and not backbone.takes_attention:
-        raise UserError(refusal(backbone.model, "it accepts no attention function from outside"))
+        raise FamilyError(backbone.model, "it accepts no attention function from outside")
     before = _state(backbone.model)
     join_products(backbone)  # so that what is checked is what runs
     with _family_fails(backbone), backbone.shards.outside_layers():
@@ -98,20 +100,20 @@ def _check(backbone: Backbone, longest: int, agreement: Agreement) -> None:
             found, local = packed_pass(backbone, probe, probe.examples, passes)
     _refuse_pass(backbone, passes[0], local)
     if agreement.largest(not _is_alive(found.to_prompt))[0]:
-        raise UserError(refusal(backbone.model, "the prompt gets no finite, non-zero gradient through it"))
+        raise FamilyError(backbone.model, "the prompt gets no finite, non-zero gradient through it")
     with _family_fails(backbone), backbone.shards.outside_layers():
         alone = probe.alone.pack(probe.examples).to(backbone.device)
         by_ids, by_embeddings, plain = _references(backbone, probe, alone)
     if changed := sorted(name for name, value in _state(backbone.model).items() if before.get(name, value) != value):
-        raise UserError(refusal(backbone.model, f"its forward changes its own {changed[0]} for good"))
+        raise FamilyError(backbone.model, f"its forward changes its own {changed[0]} for good")
     [error] = agreement.largest(_apart(by_embeddings, by_ids, _guess(backbone, probe, by_ids)))
     if not error <= _same_inputs(backbone):
         reason = f"its forward does more to tokens than to embeddings (scores differ by {error:.1e})"
-        raise UserError(refusal(backbone.model, reason))
+        raise FamilyError(backbone.model, reason)
     _compare(backbone, probe, alone, found, plain, by_ids, agreement)
     with _family_fails(backbone):
         if backbone.head.kind == "causal" and agreement.largest(not _sees_no_later_token(backbone, probe))[0]:
-            raise UserError(refusal(backbone.model, "its tokens see later ones, so that answers have no scores"))
+            raise FamilyError(backbone.model, "its tokens see later ones, so that answers have no scores")
         if backbone.packs and backbone.head_input == "row":
             [error] = agreement.largest(_scored_alone(backbone, probe, found))
             backbone.head_input = "scored" if error <= _same_inputs(backbone) else "row"
@@ -146,7 +148,7 @@ def _compare(
     for what, error, allowed in zip(("scores", "gradients"), errors, bounds, strict=True):
         if not error <= allowed:
             reason = f"its packed {what} differ from plain ones by {error:.1e} (allowed: {allowed:.0e})"
-            raise UserError(refusal(backbone.model, reason if backbone.packs else reason.replace("packed", "padded")))
+            raise FamilyError(backbone.model, reason if backbone.packs else reason.replace("packed", "padded"))
 
 
 def _gradient_errors(found: Found, plain: Found) -> float:
@@ -261,14 +263,12 @@ def _family_fails(backbone: Backbone) -> Iterator[None]:
     """What a family's own code raises inside is why it is refused; full memory and a lost rank pass as they are."""
     try:
         yield
-    except ValueError as error:
-        if "can't be served" in str(error):
-            raise
-        raise UserError(refusal(backbone.model, _first_line(error))) from error
+    except FamilyError:
+        raise
     except Exception as error:  # masks of the whole row, arguments that it lacks, operations in place
         if befell(error):
             raise
-        raise UserError(refusal(backbone.model, _first_line(error))) from error
+        raise FamilyError(backbone.model, _first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -296,9 +296,7 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int]) -> 
     model, row = backbone.model, layer_pass
     layers = {number for number, calls in row.attention_calls.items() if calls}
     if backbone.packs and len(layers) != backbone.stack.count:
-        raise UserError(
-            refusal(model, f"{len(layers)} of its {backbone.stack.count} layers used our attention function")
-        )
+        raise FamilyError(model, f"{len(layers)} of its {backbone.stack.count} layers used our attention function")
     named = {size for size in row.windows if size is not None}
     if not all(block.causal for section in row.sections for block in section.chunk.plan.blocks):
         named |= {size - 1 for size in named}  # a bidirectional window of n on each side is named n + 1
@@ -307,4 +305,4 @@ def _refuse_pass(backbone: Backbone, layer_pass: LayerPass, local: set[int]) -> 
     if set(kinds) == {"full_attention"}:  # masks with windows are made, and no layer takes one
         local = set()
     if unseen := local - named - {chunk}:  # max_row_length keeps rows within one chunk
-        raise UserError(refusal(model, f"it masks a local window of {min(unseen)} in a way that attention can't see"))
+        raise FamilyError(model, f"it masks a local window of {min(unseen)} in a way that attention can't see")

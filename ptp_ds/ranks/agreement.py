@@ -17,11 +17,11 @@ _MOST = 3  # values of one call: what ranks exchange has one length, whatever it
 class Agreement:
     """Work that every rank does for itself, with the same calls of `largest` on all of them, one at its end.
 
-    elsewhere: the sentence for ranks whose own work is well while another's fails. speaks: whether a rank that fails
+    elsewhere: the error of ranks whose own work is well while another's fails. speaks: whether a rank that fails
     tells the others at once; not where they wait for it in other collectives.
     """
 
-    def __init__(self, ranks: Ranks | None, elsewhere: str, speaks: bool = True) -> None:
+    def __init__(self, ranks: Ranks | None, elsewhere: UserError, speaks: bool = True) -> None:
         self._ranks = ranks if ranks is not None and ranks.world > 1 else None
         self._elsewhere, self._speaks, self._known = elsewhere, speaks, False
 
@@ -32,7 +32,7 @@ class Agreement:
             return list(values)
         self._known, _, *found = self._exchange(False, *values)
         if self._known:
-            raise UserError(self._elsewhere)
+            raise self._elsewhere
         return found[: len(values)]
 
     @contextmanager

@@ -72,8 +72,8 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
             "warning: the classifier of %s is left out, only its prompt is taken: this model's has other tensors",
             run.init_adapter,
         )
-    if refused:
-        log.info("  generic path, padded and slower: %s", refused.split(" Use one ")[0])
+    if refused is not None:
+        log.info("  generic path, padded and slower: %s", refused.finding)
     if backbone.shards.shared and ranks.world > 1:
         log.info("  shards: one memory that the %d ranks of this host share; nothing is sent", ranks.world)
     elif backbone.shards.shared:

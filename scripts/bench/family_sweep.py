@@ -90,7 +90,7 @@ def ask_project(recipe: Recipe) -> tuple[Backbone, str, int]:
         stage = "constructor"
         backbone = Backbone(model, head=head_of(model, kind))
         stage = "check"
-        backbone, reason = checked_backbone(backbone, PROMPT + min(room, LONGEST_ROW))
+        backbone, refused = checked_backbone(backbone, PROMPT + min(room, LONGEST_ROW))
         backbone.serve("soft", rows_of(kind), PROMPT)
     except ValueError as error:
         sentence, last = str(error).split(" Use one ")[0], traceback.extract_tb(error.__traceback__)[-1].filename
@@ -99,7 +99,7 @@ def ask_project(recipe: Recipe) -> tuple[Backbone, str, int]:
         raise VerdictError(verdict="refused", path="", sentence=sentence, frame=place_of(error)) from None
     except Exception as error:
         raise crash(error, stage) from None
-    return backbone, reason.split(" Use one ")[0], room
+    return backbone, refused.finding if refused else "", room
 
 
 def known_inputs(case: Case) -> str:

@@ -56,7 +56,7 @@ def test_where_one_packs_no_row_none_does(ends):
     assert not found["packs"]
     assert "fails on another rank" in reasons[0]
     assert "no such kernel" in reasons[1]
-    assert "rank 1 alone: Model family 'llama' can't be served: no such kernel." in ends[0]
+    assert "rank 1 alone: Model family 'llama' (LlamaForCausalLM) can't be served: no such kernel." in ends[0]
 
 
 @pytest.mark.parametrize("place", ["packed_pass", "_references", "_narrows"])

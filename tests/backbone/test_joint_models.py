@@ -202,7 +202,7 @@ def test_a_step_takes_hardly_more_memory(activations):
 def test_cross_attention_joins_what_shares_an_input():
     """bart's queries of its encoder's keys come from the decoder."""
     backbone, reason = checked_backbone(Backbone(make_seq2seq("bart"), head=Head("seq2seq"), joint=True))
-    assert "isn't packed" in reason
+    assert "isn't packed" in str(reason)
     assert backbone.joined == "one for k_proj+v_proj+q_proj (4 times), k_proj+v_proj (2 times)"
     check_backbone(backbone)
 

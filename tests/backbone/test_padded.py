@@ -21,7 +21,8 @@ from tests.support.reference import plain_scores as causal_scores
 def make_padded(family, kind, choice=False):
     model = make_encoder(family, kind, 1 if choice else 3)
     backbone, reason = checked_backbone(Backbone(model, head=make_head(model, kind, choice)))
-    assert family in reason
+    assert reason is not None
+    assert family in reason.finding
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind=kind, prompt_length=PROMPT, mask_id=4, tail=(2,), choice=choice))
     return backbone
@@ -59,7 +60,8 @@ def test_encoders(family, perturbation, kind, choice, shape):
 @pytest.mark.parametrize("family", REFUSED)
 def test_causal_families(family, shape, perturbation):
     backbone, reason = checked_backbone(Backbone(make_model(family)))
-    assert family in reason
+    assert reason is not None
+    assert family in reason.finding
     backbone.serve("soft", TreeRows(), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()
     run = symmetric_run(perturbation, epsilon=0.5, sigma=0.5)

@@ -30,7 +30,7 @@ from tests.support.tiny import demo_texts, make_tokenizer
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_step_gradient(family, shape, perturbation):
     backbone, reason = checked_backbone(Backbone(make_seq2seq(family), head=Head("seq2seq")))
-    assert "an encoder-decoder isn't packed" in reason
+    assert "an encoder-decoder isn't packed" in str(reason)
     assert isinstance(backbone, PaddedBackbone)
     backbone.serve("soft", SeparateRows(kind="seq2seq", prompt_length=5, tail=(1,)), 5)
     examples, prompt = make_examples(shape), make_prompt().requires_grad_()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ptp_ds.backbone import check
-from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.backbone import Backbone, FamilyError
 from ptp_ds.backbone.sharded_loading import build_sharded, fill_randomly
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
@@ -49,7 +49,8 @@ def gathered(ranks: Ranks) -> Backbone:
 def result(backbone: Backbone, ranks: Ranks) -> dict[str, Any]:
     """What the check makes of a model on this rank, and a sum over ranks: whether their collectives still meet."""
     try:
-        backbone, reason = check.checked_backbone(backbone, ranks=ranks)
+        backbone, refused = check.checked_backbone(backbone, ranks=ranks)
+        reason = str(refused or "")
     except UserError as error:
         reason = f"refused: {error}"
     found = {"reason": reason, "packs": backbone.packs, "narrows": backbone.narrows}
@@ -67,7 +68,7 @@ def fail(real: Callable[..., Any], *given: Any) -> Any:
 
 def refuse_packed(real: Callable[..., None], backbone: Backbone, *given: Any) -> None:
     if backbone.packs:
-        raise UserError("Model family 'llama' can't be served: no such kernel.")
+        raise FamilyError(backbone.model, "no such kernel")
     real(backbone, *given)
 
 
