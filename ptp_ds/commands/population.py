@@ -28,10 +28,10 @@ from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
 from ptp_ds.ranks.watchdog import Watchdog
-from ptp_ds.training.agreement import fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
 from ptp_ds.training.engine import AVERAGE, MOMENTS
 from ptp_ds.training.evaluate import Evaluation, majority_metrics
+from ptp_ds.training.fingerprints import fingerprints, require_agreement
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.monitor import Listener
 from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine

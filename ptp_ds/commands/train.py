@@ -14,7 +14,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes, stop_processes
 from ptp_ds.ranks.signals import end_at_once
 from ptp_ds.ranks.watchdog import Watchdog
-from ptp_ds.training.agreement import fingerprints, require_agreement
+from ptp_ds.training.fingerprints import fingerprints, require_agreement
 from ptp_ds.training.monitor import Listener
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.agreement import _checkpoint, _model_files, fingerprints, require_agreement
 from ptp_ds.training.checkpoint import Checkpoint
+from ptp_ds.training.fingerprints import _checkpoint, _model_files, fingerprints, require_agreement
 
 
 @pytest.fixture
