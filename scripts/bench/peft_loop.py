@@ -11,42 +11,15 @@ from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.tasks.example import Example
 
 
-class PeftLoop:
-    """What a user of peft writes: padded rows, one full pass for each stream and ascent step.
+class PaddedScores:
+    """Candidates' log-probabilities by a peft model's own forward, over padded rows.
 
-    Prompt or prefix tuning of a causal model, or of an encoder with a classifier that is trained beside the prompt.
+    model: whatever peft made. keep: whether logits are computed at the answers alone. tail: tokens behind texts.
     """
 
-    def __init__(
-        self, base: Any, trained: Tensor, device: torch.device, keep: bool, rows: int, head: Head, prompt: str,
-        tail: tuple[int, ...] = (),
-    ) -> None:  # fmt: skip
-        """base: a transformers model on `device`. trained: prompt and head to start from. keep: whether logits are
-        computed at the answers alone. rows: examples of a micro-batch. prompt: soft or deep. tail: tokens behind texts.
-        """
-        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-
-        base.eval()
-        self.classes, self.keep, self.device = head.kind == "classes", keep, device
-        self.head, self.tail, self.micro_batch = head, list(tail), rows
-        made = {"soft": PromptTuningConfig, "deep": PrefixTuningConfig}[prompt]
-        self.prompt_length, self.tokens = head.split(trained)[0].shape[0], 0
-        kind = "SEQ_CLS" if self.classes else "CAUSAL_LM"
-        self.model = get_peft_model(base, made(task_type=kind, num_virtual_tokens=self.prompt_length))
-        self.start(trained)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-        self.embed = base.get_input_embeddings()
-
-    @torch.no_grad()
-    def start(self, trained: Tensor) -> None:
-        """Prompt and head back at `trained`."""
-        prompt, tensors = self.head.split(trained)
-        self.model.prompt_encoder["default"].embedding.weight.copy_(prompt)
-        for name, parameter in self.model.base_model.named_parameters():
-            wanted = tensors.get(name.replace("modules_to_save.default.", ""))
-            if wanted is not None and parameter.requires_grad:
-                parameter.copy_(wanted)
+    def __init__(self, model: Any, head: Head, device: torch.device, keep: bool, tail: tuple[int, ...] = ()) -> None:
+        self.model, self.head, self.device = model, head, device
+        self.classes, self.keep, self.tail = head.kind == "classes", keep, list(tail)
 
     def pad(self, examples: list[Example]) -> dict[str, Tensor]:
         """Sequences [rows x candidates or rows, L], their mask and where the answers lie."""
@@ -70,13 +43,13 @@ class PeftLoop:
         self.gold = torch.tensor([example.gold for example in examples], device=self.device)
         return {"ids": ids_RL.to(self.device), "mask": mask_RL.to(self.device)}
 
-    def scores(self, embeds_RLH: Tensor, mask_RL: Tensor) -> Tensor:
-        """[B, C] candidate log-probabilities by peft's own forward."""
+    def scores(self, embeds_RLH: Tensor, mask_RL: Tensor, **more: Tensor) -> Tensor:
+        """[B, C] candidate log-probabilities by peft's own forward. more: what else it is given."""
         if self.classes:
-            return self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL).logits
+            return self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **more).logits
         most = max(len(answer) for _, answers in self.rows for answer in answers)
         keep = {"logits_to_keep": most} if self.keep else {}
-        logits = self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **keep).logits
+        logits = self.model(inputs_embeds=embeds_RLH, attention_mask=mask_RL, **keep, **more).logits
         parts = []
         for number, (ids, answers) in enumerate(self.rows):
             size = len(answers[0])
@@ -85,6 +58,43 @@ class PeftLoop:
             for answer in answers:
                 parts.append(log_probs[torch.arange(size), torch.tensor(answer)].sum())
         return torch.stack(parts).view(self.gold.shape[0], -1)
+
+
+class PeftLoop(PaddedScores):
+    """What a user of peft writes: padded rows, one full pass for each stream and ascent step.
+
+    Prompt or prefix tuning of a causal model, or of an encoder with a classifier that is trained beside the prompt.
+    """
+
+    def __init__(
+        self, base: Any, trained: Tensor, device: torch.device, keep: bool, rows: int, head: Head, prompt: str,
+        tail: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """base: a transformers model on `device`. trained: prompt and head to start from. keep: whether logits are
+        computed at the answers alone. rows: examples of a micro-batch. prompt: soft or deep. tail: tokens behind texts.
+        """
+        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+        base.eval()
+        made = {"soft": PromptTuningConfig, "deep": PrefixTuningConfig}[prompt]
+        self.prompt_length, self.tokens, self.micro_batch = head.split(trained)[0].shape[0], 0, rows
+        kind = "SEQ_CLS" if head.kind == "classes" else "CAUSAL_LM"
+        model = get_peft_model(base, made(task_type=kind, num_virtual_tokens=self.prompt_length))
+        super().__init__(model, head, device, keep, tail)
+        self.start(trained)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+        self.embed = base.get_input_embeddings()
+
+    @torch.no_grad()
+    def start(self, trained: Tensor) -> None:
+        """Prompt and head back at `trained`."""
+        prompt, tensors = self.head.split(trained)
+        self.model.prompt_encoder["default"].embedding.weight.copy_(prompt)
+        for name, parameter in self.model.base_model.named_parameters():
+            wanted = tensors.get(name.replace("modules_to_save.default.", ""))
+            if wanted is not None and parameter.requires_grad:
+                parameter.copy_(wanted)
 
     def step(self, examples: list[Example], method: str, run: RunConfig, unit: float) -> float:
         """One optimizer step, a micro-batch at a time (it keeps every activation); returns the summed loss."""
