@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-_RESAMPLES = 9999  # of an interval; more sign flips than these are drawn, fewer are all looked at
+_RESAMPLES = 9999  # of an interval
+_FLIPS = 99_999  # more sign flips than these are drawn, fewer are all looked at
+_DIGITS = 1e9  # to which scores count: of equal differences none is a rounding larger than another
 _SHARE = 0.95  # that an interval covers
 
 
@@ -55,25 +57,25 @@ def spread_of(scores: Sequence[float]) -> Spread:
     """The scores' Spread; ValueError for none."""
     if not len(scores):
         raise ValueError("no scores")
-    std = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    std = float(_std(np.asarray(scores, dtype=float))) if len(scores) > 1 else None
     return Spread(float(np.mean(scores)), std, min(scores), max(scores), len(scores))
 
 
 def compare(ours: Mapping[Any, float], theirs: Mapping[Any, float], seed: int = 0) -> Comparison | None:
     """Scores by seed of a method and of what it is held against; None without a common one."""
-    common = [key for key in ours if key in theirs]
-    if not common:
+    sides = _pairs(ours, theirs)
+    if sides is None:
         return None
-    left, right = (np.array([side[key] for key in common]) for side in (ours, theirs))
+    left, right = sides
     differences = left - right
-    several = len(common) > 1
+    several = len(differences) > 1
     intervals = _intervals(left, right, seed) if several else (None, None)
-    base = float(np.std(right, ddof=1)) if several else 0.0
+    base = float(_std(right)) if several else 0.0
     return Comparison(
         gain=float(differences.mean()), gain_interval=intervals[0],
-        spread_ratio=float(np.std(left, ddof=1)) / base if base > 0 else None,
+        spread_ratio=float(_std(left)) / base if base > 0 else None,
         spread_interval=intervals[1] if base > 0 else None, p=sign_flip_p(differences, seed) if several else None,
-        worst_gain=float(left.min() - right.min()), pairs=len(common),
+        worst_gain=float(left.min() - right.min()), pairs=len(differences),
     )  # fmt: skip
 
 
@@ -84,12 +86,10 @@ def compare_all(by_task: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]
     since tasks differ from each other by more than seeds do. worst_gain: mean over the tasks. Intervals: pairs are
     resampled within their task.
     """
-    sides = []
-    for ours, theirs in by_task:
-        if common := [key for key in ours if key in theirs]:
-            sides.append(tuple(np.array([side[key] for key in common]) for side in (ours, theirs)))
+    sides = [pairs for ours, theirs in by_task if (pairs := _pairs(ours, theirs)) is not None]
     if not sides:
         return None
+    sides.sort(key=lambda side: (side[0].tolist(), side[1].tolist()))  # whatever order the tasks came in
     differences = np.concatenate([left - right for left, right in sides])
     several = any(len(left) > 1 for left, _ in sides)
     base = _within([right for _, right in sides])
@@ -107,9 +107,23 @@ def compare_all(by_task: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]
     )  # fmt: skip
 
 
+def _pairs(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both sides' scores of the keys that both have, in an order that doesn't depend on the keys'; None of none."""
+    pairs = sorted((ours[key], theirs[key]) for key in ours if key in theirs)
+    if not pairs:
+        return None
+    left, right = np.array(pairs, dtype=float).T
+    return left, right
+
+
+def _std(scores: np.ndarray, axis: int = -1) -> np.ndarray:
+    """With n - 1; exactly 0 of equal scores, whose mean may be a rounding away from them."""
+    return (scores - np.take(scores, [0], axis)).std(axis=axis, ddof=1)
+
+
 def _within(scores: Sequence[np.ndarray]) -> np.ndarray:
     """Standard deviation within tasks over the last axis: the root of their pooled variance; 0 of single scores."""
-    squares = sum(((one - one.mean(-1, keepdims=True)) ** 2).sum(-1) for one in scores)
+    squares = sum(one.shape[-1] * (one - one[..., :1]).var(-1) for one in scores)  # see _std
     return np.sqrt(squares / max(1, sum(one.shape[-1] - 1 for one in scores)))
 
 
@@ -122,11 +136,14 @@ def _bounds(resampled: np.ndarray) -> tuple[float, float] | None:
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of the mean difference under random signs: exact up to 13 pairs, else 9,999 draws of signs."""
-    values = np.asarray(differences, dtype=float)
+    """Two-sided p of the mean difference under random signs: exact up to 16 pairs, else 99,999 draws of signs.
+
+    In whole numbers of 1e-9, so that sums which are equal count as equal.
+    """
+    values = np.sort(np.rint(np.asarray(differences, dtype=float) * _DIGITS))
     found = stats.permutation_test(
-        (values,), lambda x, axis=-1: x.mean(axis=axis), permutation_type="samples", vectorized=True,
-        n_resamples=_RESAMPLES, alternative="two-sided", rng=np.random.default_rng(seed),
+        (values,), lambda x, axis=-1: x.sum(axis=axis), permutation_type="samples", vectorized=True, batch=10_000,
+        n_resamples=_FLIPS, alternative="two-sided", rng=np.random.default_rng(seed),
     )  # fmt: skip
     return float(found.pvalue)
 
@@ -148,8 +165,8 @@ def _intervals(
     """95 % percentile intervals of the mean difference and of the ratio of standard deviations, pairs resampled."""
 
     def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
-        spread = theirs.std(axis=axis, ddof=1)
-        return np.divide(ours.std(axis=axis, ddof=1), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+        spread = _std(theirs, axis)
+        return np.divide(_std(ours, axis), spread, out=np.full_like(spread, np.nan), where=spread > 0)
 
     def gain(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
         return (ours - theirs).mean(axis=axis)

@@ -96,3 +96,43 @@ def test_over_one_task_it_is_the_tasks_comparison():
     assert compare_all([({0: 1.0}, {1: 1.0})]) is None
     single = compare_all([({0: 1.0}, {0: 0.5})])
     assert (single.gain, single.p, single.spread_ratio, single.gain_interval) == (0.5, None, None, None)
+
+
+def test_p_is_exact_where_sums_are_equal():
+    """In whole numbers, counted: fractions of 56 rows, whose sums floats round apart."""
+    generator = np.random.default_rng(1)
+    cases = [[-1, -8, 2, 4, 15, 0, -6, -12, -1, 7], *(generator.integers(-15, 16, size) for size in (3, 6, 9, 12))]
+    for whole in cases:
+        sums = [abs(np.dot(signs, whole)) for signs in product((1, -1), repeat=len(whole))]
+        expected = np.mean(np.array(sums) >= abs(sum(whole)))
+        assert sign_flip_p(np.array(whole) / 56) == pytest.approx(expected, abs=1e-12)
+    assert sign_flip_p(np.array(cases[0]) / 56) == 1.0, "its sum is 0"
+
+
+@pytest.mark.parametrize("right", range(75, 300, 4))
+def test_equal_scores_have_no_spread(right):
+    """The majority's score from every seed: the mean of ten floats may be a rounding away from each of them."""
+    same, other = dict.fromkeys(range(10), right / 300), {seed: 0.5 + seed / 300 for seed in range(10)}
+    assert spread_of(list(same.values())).std == 0.0
+    assert compare(same, other).spread_ratio == 0.0
+    assert compare(other, same).spread_ratio is None
+    assert compare_all([(other, same), (other, same)]).spread_ratio is None
+
+
+def test_resamples_of_one_pair_have_no_ratio():
+    """Of three seeds every ninth resample is one pair three times over, whose ratio would be rounding over rounding."""
+    found = compare({0: 154 / 277, 1: 151 / 277, 2: 193 / 277}, {0: 187 / 277, 1: 191 / 277, 2: 176 / 277})
+    several = []
+    for drawn in product(range(3), repeat=3):
+        left, right = (np.array(side)[list(drawn)] for side in ((154, 151, 193), (187, 191, 176)))
+        if len(set(drawn)) > 1:
+            several.append(left.std(ddof=1) / right.std(ddof=1))
+    assert found.spread_interval == pytest.approx((min(several), max(several)), rel=1e-3)
+
+
+def test_a_comparison_does_not_depend_on_the_order():
+    scores = np.random.default_rng(4).normal(size=(2, 3, 8))
+    tasks = [tuple(dict(enumerate(side[place])) for side in scores) for place in range(3)]
+    turned = [tuple(dict(reversed(side.items())) for side in task) for task in reversed(tasks)]
+    assert compare_all(tasks) == compare_all(turned)
+    assert compare(*tasks[0]) == compare(*turned[-1])
