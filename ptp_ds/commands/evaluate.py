@@ -26,7 +26,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, is_labelled
 from ptp_ds.tasks.predictions import check_numbers, prediction_lines
-from ptp_ds.training.evaluate import evaluation_of
+from ptp_ds.training.evaluate import evaluation_of, majority_metrics
 
 log = get_logger(__name__)
 
@@ -69,7 +69,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         shown += "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         if untrained:
             shown += "  |  untrained " + "  ".join(f"{name} {value:.4f}" for name, value in untrained.items())
-        shown += f"  |  majority {result.majority:.4f}"
+        majority = majority_metrics(examples, served.task)
+        shown += "  |  majority class " + "  ".join(f"{name} {value:.4f}" for name, value in majority.items())
     log.info("%s", shown if result is not None else f"{shown}no labels, so no metrics")
     record = {**_of_run(args, served, split_name), **(result.as_dict() if result is not None else {})}
     record |= {"untrained": untrained} if untrained else {}

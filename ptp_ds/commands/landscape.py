@@ -60,6 +60,10 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
     for name in ("radius", "prompt_radius"):
         if not 0 < getattr(args, name) < 1e6:
             raise UserError(f"--{name} is {getattr(args, name)}; expected a number above 0.")
+    most = min(args.radius if space == "input" else args.prompt_radius for space in args.spaces)
+    for radius in args.radii or ():
+        if not 0 < radius <= most:
+            raise UserError(f"--radii {radius:g}: expected numbers above 0 and up to the planes' radius, {most:g}.")
     return args
 
 
@@ -186,7 +190,8 @@ def _table(space: str, record: dict[str, Any]) -> list[str]:
     for name, one in record.items():
         values = [one["centre"], *one["largest_rise"].values(), *one["mean_rise"].values(), one["largest_slope"]]
         values += [one["curvature_mean"]] if space == "input" else []
-        lines.append(f"{name:{width}}" + "".join(f"{value:11.4f}" for value in values))
+        shown = ("-" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"{name:{width}}" + "".join(f"{text:>11}" for text in shown))
     return lines
 
 

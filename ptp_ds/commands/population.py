@@ -244,6 +244,7 @@ def _conclude(
             "untrained": untrained[member.name].metrics, "majority": untrained[member.name].majority,
             "majority_metrics": majority_metrics(member.prepared.examples.evaluation, member.prepared.task),
             "best_step": member.progress.best_step, "steps": member.progress.step, "failed": member.failed or None,
+            "rows": dict(member.prepared.digests), "template": member.prepared.task.spec(),
         }
         for member in trainer.members
     ]  # fmt: skip

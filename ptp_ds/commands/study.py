@@ -17,6 +17,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once
 from ptp_ds.studies.pictures import strip_plot
 from ptp_ds.studies.report import Cells, majority_of, markdown, write_csv
+from ptp_ds.studies.same_rows import require_one_task, require_rows, require_scored_alike
 from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of
 
 log = get_logger(__name__)
@@ -52,6 +53,7 @@ def write_report(study: Study, out: Path, title: str) -> Cells | None:
     rows = [row for cell in done for row in rows_of(cell, out)]
     if not rows:
         return None
+    require_scored_alike(rows)
     part = replace(study, cells=tuple(done))
     cells = Cells(rows, part.tasks, part.methods, study.baseline)
     write_csv(out / "rows.csv", rows)
@@ -108,13 +110,31 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 def _study(argv: Sequence[str], description: str) -> int:
     args = study_parser(description).parse_args(argv)
     study, out = read_study(args.study), Path(args.output_dir)
+    require_one_task(study)
     if out.exists() and not out.is_dir():
         raise UserError(f"--output_dir {out} is a file; give a folder.")
     part = study.part(args.methods, args.tasks)
-    code = 0 if args.report else run_study(part, out)
-    if env_rank() == 0 and not code:
-        cells = write_report(study, out, Path(args.study).stem)
-        if cells is None:
-            raise UserError(f"No cell of {args.study} is finished in {out}.")
-        log.info("\n%s\n\nrows, report and pictures: %s", markdown(cells, Path(args.study).stem), out)
+    for cell in study.cells:  # the report takes all of them, whatever is trained now
+        finished(cell, out)
+    if args.report:
+        code = 0
+    else:
+        require_rows(part, out)
+        try:
+            code = run_study(part, out)
+        except UserError:
+            _report(study, out, Path(args.study).stem)  # of what is finished
+            raise
+    if not code and not _report(study, out, Path(args.study).stem):
+        raise UserError(f"No cell of {args.study} is finished in {out}.")
     return code
+
+
+def _report(study: Study, out: Path, title: str) -> bool:
+    """Writes and shows the report, on rank 0; whether there is one, true on the other ranks."""
+    if env_rank() != 0:
+        return True
+    cells = write_report(study, out, title)
+    if cells is not None:
+        log.info("\n%s\n\nrows, report and pictures: %s", markdown(cells, title), out)
+    return cells is not None

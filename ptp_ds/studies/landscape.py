@@ -63,14 +63,20 @@ class Plane:
         """The value at the point nearest to (0, 0)."""
         return float(self.values[np.abs(self.ys).argmin(), np.abs(self.xs).argmin()])
 
-    def rise(self, radius: float) -> tuple[float, float]:
-        """(largest, mean) rise above the centre over the points within `radius` of it."""
+    def rise(self, radius: float) -> tuple[float | None, float | None]:
+        """(largest, mean) rise above the centre over the points within `radius` of it, the centre among them; None
+        where it alone is, since nothing is known between points.
+        """
         near = np.hypot(*np.meshgrid(self.xs, self.ys)) <= radius * (1 + 1e-9)
+        if near.sum() < 2:
+            return None, None
         above = self.values[near] - self.centre
         return float(above.max()), float(above.mean())
 
     def slope(self) -> float:
-        """The largest slope between neighbouring points, in nats a unit."""
+        """The largest slope in nats a unit, by central differences: over two steps of the grid, so that a cliff between
+        two points is told as up to half as steep.
+        """
         down, across = np.gradient(self.values, self.ys, self.xs)
         return float(np.hypot(down, across).max())
 
@@ -151,9 +157,9 @@ class InputLoss:
     """
 
     def __init__(self, backbone: Backbone, subject: Subject, examples: Sequence[Example], budget: int) -> None:
-        self.backbone, self.examples, self.rows = backbone, examples, subject.rows
         serve_rows(backbone, subject.trained, subject.rows)
-        self.trained, self.shared = subject.trained.to(backbone.device), subject.rows.shared_start(examples)
+        self.backbone, self.examples, self.rows = backbone, examples, backbone.rows  # one that pads has its own
+        self.trained, self.shared = subject.trained.to(backbone.device), self.rows.shared_start(examples)
         self.row = self._packed(1)
         with torch.no_grad():
             self.prefix = backbone.cache_prefix(self.trained, self.row.shared_ids)

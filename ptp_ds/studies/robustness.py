@@ -67,10 +67,11 @@ def scored(
     bench: Bench, subject: Subject, examples: Sequence[Example], delta_of: Callable[[PackedRow], Tensor] | None = None
 ) -> Tensor:
     """[N, C] scores of the examples with a prompt, on the CPU; delta_of: [T, H] that the rows' embeddings move by."""
-    backbone, rows = bench.backbone, subject.rows
+    backbone = bench.backbone
     if delta_of is None:
-        return score_prompts(backbone, [Questions(subject.trained, examples, rows)], alone(), bench.budget)[0]
-    serve_rows(backbone, subject.trained, rows)
+        return score_prompts(backbone, [Questions(subject.trained, examples, subject.rows)], alone(), bench.budget)[0]
+    serve_rows(backbone, subject.trained, subject.rows)
+    rows = backbone.rows  # one that pads has its own
     trained, shared = subject.trained.to(backbone.device), rows.shared_start(examples)
     shared_ids = torch.tensor(examples[0].context_ids[:shared], dtype=torch.int64, device=backbone.device)
     width = max(len(example.candidate_ids) for example in examples)
@@ -162,7 +163,7 @@ def attacked(bench: Bench, subject: Subject, share: float, neighbours: Neighbour
     with backbone.shards.outside_layers():
         for start in range(0, len(bench.examples), _BATCH):
             some = bench.examples[start : start + _BATCH]
-            shared = subject.rows.shared_start(some)
+            shared = backbone.rows.shared_start(some)
             found = a2t(TextScorer(backbone, subject.trained, some, shared, neighbours), settings)
             texts += [twin.context_ids for twin in found.twins]
             sums = {name: tuple(a + b for a, b in zip(sums[name], found.shares[name], strict=True)) for name in sums}  # type: ignore[misc]

@@ -1,16 +1,16 @@
 """What a study file says: methods x tasks x seeds, each (method, task) a cell whose seeds train as one population."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.flags import require_type
-from ptp_ds.config.population import VARIED, seeds_of
+from ptp_ds.config.population import VARIED, members_of, seeds_of
 from ptp_ds.config.presets import with_preset
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.run_config import BEFORE, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, plain_name, read_json
 from ptp_ds.settings_file import read_settings
@@ -34,6 +34,11 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.task}/{self.method}"
+
+    @property
+    def runs(self) -> dict[str, RunConfig]:
+        """Each member's settings by its name."""
+        return {name: replace(self.run, **own) for name, own in self.members.items()}
 
     def folder(self, out: Path) -> Path:
         """Where the cell's population lies below the study's folder."""
@@ -70,6 +75,7 @@ class Row:
     """One prompt's outcome. metrics: of the kept prompt, None for one that failed before it kept any; untrained: those
     of its start. seconds: of its cell's training, steps times their median time; None where there is no result.
     majority: accuracy of always giving the most frequent answer; majority_metrics: all its metrics, None in older runs.
+    rows: digests of its rows by what they are for, None in older runs.
     """
 
     task: str
@@ -84,6 +90,7 @@ class Row:
     best_step: int
     steps: int
     majority_metrics: Mapping[str, float] | None = None
+    rows: Mapping[str, str] | None = None
 
     @property
     def score(self) -> float | None:
@@ -121,7 +128,7 @@ def read_study(file: str) -> Study:
     if baseline not in methods:
         raise UserError(f"{where}: baseline is {brief(baseline)}; expected one of {', '.join(methods)}.")
     cells = [
-        _cell(method, task, {**common, **own, **of_task}, seeds, draws, where)
+        _cell(method, task, (common, own, of_task), seeds, draws, where)
         for task, of_task in tasks.items()
         for method, own in methods.items()
     ]
@@ -156,12 +163,22 @@ def _settings(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of which later layers win, a layer's preset too, which leaves nothing of an earlier layer's preset."""
+    last = max((place for place, layer in enumerate(layers) if "preset" in layer), default=None)
+    found: dict[str, Any] = {}
+    for place, layer in enumerate(layers):
+        found |= with_preset(layer) if place == last else layer
+    return found
+
+
 def _cell(
-    method: str, task: str, settings: dict[str, Any], seeds: Sequence[int], draws: Sequence[Any], where: str
+    method: str, task: str, layers: Sequence[Mapping[str, Any]], seeds: Sequence[int], draws: Sequence[Any], where: str
 ) -> Cell:
     """The cell whose members are the seeds, each with its draw in the place of {draw}. Without a setting `task` it is
-    of the built-in task that has its name.
+    of the built-in task that has its name. layers: see _merged.
     """
+    settings = _merged(layers)
     if "task" not in settings:
         if task not in builtin_templates():
             raise UserError(
@@ -178,38 +195,50 @@ def _cell(
     for place, seed in enumerate(seeds):
         draw = {name: settings[name].replace(_DRAW, str(draws[place % len(draws)])) for name in drawn}
         members[f"seed-{seed}"] = {"seed": seed, **draw}
-    first = {**settings, **next(iter(members.values()))}
     try:
-        run = RunConfig(**with_preset(first))
+        run = RunConfig(**{**settings, **next(iter(members.values()))})
         require_valid(run)
+        members_of(run, members)
     except UserError as error:
         raise UserError(f"{where}: {method} on {task}: {error}") from None
-    return Cell(method, task, run, members, frozenset(settings))
+    return Cell(method, task, run, members, frozenset(name for layer in layers for name in layer))
 
 
 def finished(cell: Cell, out: Path) -> bool:
     """Whether the cell has its result; UserError where that is one of other settings than the study file's."""
-    record = cell.folder(out) / "population.json"
+    record = _record(cell, out)
     if not is_file(record):
         return False
-    found = {one["name"]: one["settings"] for one in _members(record)}
-    for name, own in cell.members.items():
+    found = members_on_record(cell, out)
+    for name, wanted in cell.runs.items():
         if name not in found:
             raise UserError(f"{record} has no member {name}: it is of another study; give another --output_dir.")
-        wanted = asdict(replace(cell.run, **own))
-        for setting, value in wanted.items():
-            if setting not in _OF_A_JOB and found[name].get(setting, value) != value:
+        for field in fields(RunConfig):
+            if field.name in _OF_A_JOB:
+                continue
+            value = getattr(wanted, field.name)
+            before = found[name]["settings"].get(field.name, BEFORE.get(field.name, field.default))
+            if before != value:
                 raise UserError(
-                    f"{record} was run with {setting} {brief(found[name][setting])}, the study says {brief(value)}; "
+                    f"{record} was run with {field.name} {brief(before)}, the study says {brief(value)}; "
                     "give another --output_dir, or remove that cell's folder."
                 )
     return True
 
 
+def _record(cell: Cell, out: Path) -> Path:
+    return cell.folder(out) / "population.json"
+
+
+def members_on_record(cell: Cell, out: Path) -> dict[str, dict[str, Any]]:
+    """What a finished cell's population.json says of each member, by its name."""
+    return {one["name"]: one for one in _members(_record(cell, out))}
+
+
 def rows_of(cell: Cell, out: Path) -> list[Row]:
     """The outcome of a finished cell's seeds."""
     found = []
-    for one in _members(cell.folder(out) / "population.json"):
+    for one in _members(_record(cell, out)):
         if one["name"] not in cell.members:
             continue
         found.append(
@@ -218,6 +247,7 @@ def rows_of(cell: Cell, out: Path) -> list[Row]:
                 untrained=one["untrained"], majority=one["majority"], failed=one["failed"], settings=one["settings"],
                 seconds=_seconds(cell.folder(out) / "members" / one["name"]), best_step=one["best_step"],
                 steps=one["steps"], majority_metrics=one.get("majority_metrics"),
+                rows=one.get("rows"),
             )
         )  # fmt: skip
     return found

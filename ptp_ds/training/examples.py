@@ -33,12 +33,15 @@ class RunExamples:
         return max((example.path_length for part in parts for example in part), default=0)
 
 
-def load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
-    """The rows of the run's labelled splits, by what they are for: train, eval and, where given, select."""
+def split_names(run: RunConfig) -> dict[str, str]:
+    """The run's labelled splits, by what they are for: train, eval and, where given, select."""
     names = {"train": run.train_split, "eval": run.eval_split}
-    if run.select_split is not None:
-        names["select"] = run.select_split
-    return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in names.items()}
+    return names if run.select_split is None else {**names, "select": run.select_split}
+
+
+def load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
+    """The rows of the run's labelled splits; see split_names."""
+    return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in split_names(run).items()}
 
 
 def run_examples(run: RunConfig, task: Task, splits: Mapping[str, Split], tokenizer: Any, room: int) -> RunExamples:

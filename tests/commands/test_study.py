@@ -164,6 +164,8 @@ def test_what_the_pictures_scripts_refuse(study, tmp_path):
         ("landscape.py", ["--adapters", tmp_path / "none"], str(tmp_path / "none")),
         ("landscape.py", ["--adapters", plain, "--grid", "4"], "--grid is 4; expected an odd number"),
         ("landscape.py", ["--adapters", plain, "--radius", "0"], "--radius is 0.0; expected a number above 0"),
+        ("landscape.py", ["--adapters", plain, "--radii", "0.5", "2"], "--radii 2: expected numbers above 0 and up to"),
+        ("landscape.py", ["--adapters", plain, "--radii", "-1"], "--radii -1: expected numbers above 0"),
         ("robustness.py", ["--adapters", plain, "--masks", "1.5"], "--masks 1.5: expected numbers from 0 to 1"),
         ("robustness.py", ["--adapters", spans, "--kinds", "typos", "--model", "nowhere"],  # before it is looked for
          "--kinds typos: rows of task WSC are more than fields of text"),

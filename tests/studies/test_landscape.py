@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.studies.landscape import (
@@ -141,6 +142,31 @@ def test_a_plane_of_deltas_equals_plain_forwards(kind, budget):
         assert plane.values[row, column] == pytest.approx(expected, rel=1e-4)
     rising = plane.values[2, 3:] - plane.values[2, 2]
     assert (rising > 0).all(), "X is the direction of ascent"
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom"])
+def test_planes_of_a_family_that_is_padded(family):
+    """Its own rows carry the prompt: both spaces have the same centre, that of plain forwards."""
+    backbone = PaddedBackbone(Backbone(make_model(family)))
+    examples = with_instruction(make_examples("single"))
+    model, still = make_model(family), [torch.zeros(len(example.context_ids), 32) for example in examples]
+    for prompt in (make_prompt(), -2 * make_prompt()):
+        subject, losses = Subject("p", prompt, TreeRows()), []
+        for example, delta in zip(examples, still, strict=True):
+            scores = plain_scores(model, prompt, example, delta)
+            losses.append(-scores.log_softmax(-1)[example.gold])
+        expected = float(torch.stack(losses).mean())
+        loss = InputLoss(backbone, subject, examples, 300)
+        assert input_plane(loss, input_axes([loss]), 0.5, 3).centre == pytest.approx(expected, rel=1e-4)
+        plane = prompt_plane(backbone, subject, examples, ALONE, 4096, 0.5, 3)
+        assert plane.centre == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_rise_is_told_where_no_point_lies():
+    plane = Plane(axis(1.0, 9), axis(1.0, 9), np.add.outer(axis(1.0, 9) ** 2, axis(1.0, 9) ** 2))
+    assert plane.rise(0.1) == (None, None), "points lie 0.25 apart"
+    assert plane.rise(0.25) == (pytest.approx(0.0625), pytest.approx(4 * 0.0625 / 5))
+    assert plane.summary([0.1])["largest_rise"] == {"0.1": None}
 
 
 def test_the_gradient_is_the_slope_along_x():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.backbone.padded import PaddedBackbone
 from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.perturb.mask import mask
@@ -48,6 +49,19 @@ def test_clean_scores_and_masked_ones_equal_plain_forwards(bench):
     hidden = [replace(e, context_ids=t.context_ids) for t, e in zip(twins, bench.examples, strict=True)]
     require_close(found, plain(hidden, subject.trained))
     require_close(with_masks(bench, subject, 0.0, 1), plain(bench.examples, subject.trained))
+
+
+def test_a_family_that_is_padded_has_its_prompt_under_noise(bench):
+    """The noise path with a noise of almost 0 is the clean one, and prompts differ there."""
+    padded = replace(bench, backbone=PaddedBackbone(Backbone(make_model("falcon"))))
+    found = []
+    for prompt in (make_prompt(), -2 * make_prompt()):
+        subject = Subject("p", prompt, TreeRows())
+        clean = scored(padded, subject, padded.examples)
+        require_close(clean, [plain_scores(make_model("falcon"), prompt, e) for e in padded.examples])
+        found.append(with_noise(padded, subject, 1e-6, 0))
+        torch.testing.assert_close(found[-1], clean, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(*found, atol=1e-2)
 
 
 def test_noise_is_of_its_size_and_the_same_for_every_prompt(bench):

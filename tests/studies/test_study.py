@@ -58,6 +58,25 @@ def test_a_task_without_a_template_is_the_built_in_one_of_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("common", "method", "task", "expected"),
+    [
+        ("{sigma: 0.3, reg_weight: 2}", "{preset: ptp-rn}", "{}", ("gaussian", 1.0, 1.0, "ptp-rn")),
+        ("{}", "{perturbation: gaussian, sigma: 0.3}", "{preset: ptp-adv}", ("pgd", 0.3, 1.0, "ptp-adv")),
+        ("{preset: vat}", "{preset: ptp-rn, sigma: 2.0}", "{reg_weight: 3}", ("gaussian", 2.0, 3.0, "ptp-rn")),
+        ("{preset: ptp-rn}", "{perturbation: uniform}", "{}", ("uniform", 1.0, 1.0, "ptp-rn")),
+        ("{preset: vat}", "{preset: null}", "{}", ("gaussian", 1.0, 1.0, None)),
+    ],
+)
+def test_a_layers_preset_wins_over_what_is_below(tmp_path, common, method, task, expected):
+    text = f"settings: {common}\ntasks: {{CB: {task}}}\nmethods: {{m: {method}}}"
+    (cell,) = read_study(written(tmp_path, text)).cells
+    run = cell.run
+    assert (run.perturbation, run.sigma, run.reg_weight, run.preset) == expected
+    assert run.units == "relative", "nothing of a preset that another one replaces"
+    assert "divergence" not in cell.explicit, "what a preset sets was not written"
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("task: Reviews, ", "", "tasks: SST2 is no built-in task; say which one it is of, by `task: NAME`"),
@@ -72,6 +91,8 @@ def test_a_task_without_a_template_is_the_built_in_one_of_its_name(tmp_path):
         ("draws: [13, 21]", "draws: few", "draws is 'few'; expected a list"),
         ("data_dir: D", 'prompt: "{draw}"', "'prompt' is '{draw}'; choose from soft, deep"),
         ("plain: {perturbation: none}", "a/b: {}", "methods: a name"),
+        ("plain: {", "plain: {push_to_hub: me/it, ", "plain on SST2: --push_to_hub pushes one prompt"),
+        ("plain: {", "plain: {precision: fp16, ", "plain on SST2: --precision fp16 scales one run's loss"),
         ("methods:", "baseline: best\nmethods:", "baseline is 'best'; expected one of plain, noise, smart"),
     ],
 )
@@ -112,6 +133,17 @@ def test_finished_cells_are_known_by_their_settings(tmp_path):
     record(cell, tmp_path, sigma=2.0)
     with pytest.raises(UserError, match=r"was run with sigma 2\.0, the study says 0\.5; give another --output_dir"):
         finished(cell, tmp_path)
+    record(cell, tmp_path)
+    file = cell.folder(tmp_path) / "population.json"
+    found = json.loads(file.read_text())
+    for one in found["members"]:
+        del one["settings"]["reg_schedule"], one["settings"]["divergence_gradient"]
+    file.write_text(json.dumps(found))
+    before = replace(cell, run=replace(cell.run, divergence_gradient="both"))
+    assert finished(before, tmp_path), "what older versions did"
+    for other in ({"reg_schedule": "linear"}, {"divergence_gradient": "clean_fixed"}):
+        with pytest.raises(UserError, match=f"was run with {next(iter(other))} '(constant|both)', the study says"):
+            finished(replace(before, run=replace(before.run, **other)), tmp_path)
     (cell.folder(tmp_path) / "population.json").write_text('{"members": 3}')
     with pytest.raises(UserError, match="no record of a population"):
         finished(cell, tmp_path)
