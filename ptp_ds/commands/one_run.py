@@ -155,7 +155,7 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
     log.info("  output: %s", output_dir)
     if prepared.continuation.checkpoint is not None:
         log.info("resumed behind step %d", progress.step)
-    unit = perturbation_unit(run, engine.backbone, prepared.resolved.dtype)
+    unit = perturbation_unit(prepared, engine.backbone)
     trainer = open_trainer(prepared, engine, progress, unit, output, watchdog)
     try:
         watchdog.doing("scoring the untrained prompt")

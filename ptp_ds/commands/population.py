@@ -191,7 +191,7 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
         checkpoint = saved[number]
         progress = Progress() if checkpoint is None else progress_from(checkpoint)
         progress.ended = checkpoint is not None and checkpoint.ended
-        unit = found[0].trainer.settings.unit if found else perturbation_unit(one.run, backbone, one.resolved.dtype)
+        unit = found[0].trainer.settings.unit if found else perturbation_unit(one, backbone)
         output = OutputGuard(ranks, _folder(one))
         trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
         found.append(Member(name, one, trainer, progress, Meter(ranks), failure_of(one)))

@@ -19,6 +19,7 @@ from ptp_ds.kernels.places import Places
 
 INSIDE = 1 - 4e-6  # of the radius: rounding, of the kernel's norms too, never leaves a delta outside its ball
 _TINY = 1e-30
+_NONE = 1e-15  # l2 norm below which a gradient is none: its square, 1e-30, is still exact in fp32
 _SPLIT = 16  # programs that share an example's sums
 
 
@@ -29,8 +30,8 @@ def perturb_step(
     """(delta' [T, H], embeds + delta' [T, H] in embeds' dtype, or None without embeds); none has a graph.
 
     delta in fp32 or fp64, gradient in any dtype. radius, length: l2 norms, or for linf the largest absolute value of a
-    coordinate. A delta stays zero where the gradient is. A gradient that isn't finite makes its example's delta NaN (of
-    its token, or coordinate, by the norm). Raises ValueError for another norm.
+    coordinate. A delta stays where it is where the gradient is none (l2 norms below 1e-15), and is NaN where it isn't
+    finite: that of the example, of the token or of the coordinate, by the norm. Raises ValueError for another norm.
     """
     if norm not in NORMS:
         raise ValueError(f"Unknown norm {norm!r}; choose from {', '.join(NORMS)}.")
@@ -65,10 +66,11 @@ def _size(x_TH: Tensor, places: Places, norm: str) -> Tensor:
 
 
 def steepest(gradient_TH: Tensor, places: Places, norm: str, length: float) -> Tensor:
-    """The step of `length` that raises the objective most; zero where the gradient is zero."""
+    """The step of `length` that raises the objective most; zero where the gradient is none."""
     if norm == "linf":
         return length * torch.where(gradient_TH.isnan(), gradient_TH, gradient_TH.sign())  # sign hides NaN
-    return gradient_TH * (length / _size(gradient_TH, places, norm).clamp_min(_TINY))
+    size = _size(gradient_TH, places, norm)
+    return gradient_TH * torch.where(size < _NONE, 0.0, length / size)  # a size of NaN stays NaN
 
 
 def project(delta_TH: Tensor, places: Places, norm: str, radius: float) -> Tensor:
@@ -114,7 +116,7 @@ def _sums_kernel(
 @jit
 def _factors(gg, gd, dd, length, ball):
     """(s, f): delta' = f (delta + s gradient). ||delta + s g||^2 = delta^2 + 2 s g delta + s^2 g^2."""
-    s = length / tl.maximum(tl.sqrt(gg), 1e-30, propagate_nan=tl.PropagateNan.ALL)
+    s = tl.where(gg < 1e-30, 0.0, length / tl.sqrt(gg))  # _NONE: below it squares, and so the moved size, underflow
     squares = dd + 2.0 * (s * gd) + s * (s * gg)  # s * s may be infinite
     size = tl.sqrt(tl.maximum(squares, 1e-30, propagate_nan=tl.PropagateNan.ALL))
     return s, tl.minimum(ball / size, 1.0, propagate_nan=tl.PropagateNan.ALL)

@@ -64,7 +64,7 @@ def choose_perturbation(name: str) -> ChosenPerturbation:
     assert isinstance(perturbation, Perturbation)
     guarded = replace(
         perturbation, find=_guarded_find(perturbation.find, path, perturbation.carries),
-        twins=_guarded_twins(perturbation.twins, path),
+        start=_guarded_find(perturbation.start, path, False, "start"), twins=_guarded_twins(perturbation.twins, path),
     )  # fmt: skip
     return ChosenPerturbation(path.stem, guarded, hashlib.sha256(source).hexdigest())
 
@@ -117,6 +117,8 @@ def _check(perturbation: Any, where: str) -> None:
     given = [function for function in (perturbation.find, perturbation.twins) if function is not None]
     if not given or not all(callable(function) for function in given):
         raise UserError(f"{where}: {_VARIABLE} needs a function as find, as twins, or as both.")
+    if perturbation.start is not None and not callable(perturbation.start):
+        raise UserError(f"{where}: start of {_VARIABLE} is {perturbation.start!r}; expected a function, as find is.")
     if perturbation.carries and (perturbation.find is None or perturbation.twins is not None):
         raise UserError(f"{where}: {_VARIABLE} carries its deltas, so it needs find and no twins.")
     sizes = {size for known in PERTURBATIONS.values() for size in known.sizes}
@@ -137,10 +139,10 @@ def _check_names(names: Any, field: str, known: Sequence[str], where: str) -> No
             raise UserError(f"{where}: {name!r} in {field} is no flag that fits{hint}; choose from {', '.join(known)}.")
 
 
-def _guarded_find(find: Find | None, path: Path, carries: bool) -> Find | None:
+def _guarded_find(find: Find | None, path: Path, carries: bool, name: str = "find") -> Find | None:
     """find, whose delta is [T, H] or a UserError and whose rows are zero where nothing may move.
 
-    carries: its delta stays the very tensor, which is asked for its gradient.
+    carries: its delta is then asked for its gradient, whatever graph the file gave it. name: of the function.
     """
     if find is None:
         return None
@@ -148,15 +150,17 @@ def _guarded_find(find: Find | None, path: Path, carries: bool) -> Find | None:
     def checked(
         shared: SharedPass | None, row: PackedRow, clean_TH: Tensor, settings: PerturbSettings, noise: Noise
     ) -> Tensor:
-        with _running("find", path):
+        with _running(name, path):
             delta = find(shared, row, clean_TH, settings, noise)
         shape = tuple(delta.shape) if isinstance(delta, torch.Tensor) else type(delta).__name__
         if shape != tuple(clean_TH.shape):
             raise UserError(
-                f"--perturbation {path}: find returned {shape}; expected a tensor of clean_TH's shape "
+                f"--perturbation {path}: {name} returned {shape}; expected a tensor of clean_TH's shape "
                 f"{tuple(clean_TH.shape)}."
             )
-        return delta if carries else movable_only(delta, row)
+        with _running(name, path):  # on another device, or of no numbers
+            delta = movable_only(delta.detach() if carries else delta, row)
+            return delta.requires_grad_() if carries else delta
 
     return checked
 

@@ -68,7 +68,7 @@ class SharedPass:
         tokens = self._source.length + 2 * row.num_tokens
         self._recomputed = backbone.recomputed(tokens)
         self._clean_BC: Tensor | None = None
-        self._moved: tuple[Tensor, Tensor] | None = None  # the last ascent's delta, and the inputs that it moved
+        self._moved: tuple[Tensor, int, Tensor] | None = None  # the last ascent's delta, its version, its inputs
 
     def clean(self) -> Tensor:
         """[B, C] clean scores with gradient to the prompt."""
@@ -87,7 +87,7 @@ class SharedPass:
         assert moved is not None
         if self._ascent_scale != 1.0:  # under fp16: an overflow leaves its example where it was
             return torch.where(delta.isfinite(), delta, delta_TH)
-        self._moved = delta, moved
+        self._moved = delta, delta._version, moved
         return delta
 
     def both(self, delta_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,10 @@ class SharedPass:
 
         prompt: whether gradient goes to a prompt that stands among them.
         """
-        if prefix is None and self._moved is not None and self._moved[0] is delta_TH:
-            return self._moved[1]
+        if prefix is None and self._moved is not None:
+            delta, version, moved = self._moved
+            if delta is delta_TH and delta._version == version:  # else a file has changed it in place
+                return moved
         trained = self._trained if prompt else self._trained.detach()
         ids = prefix.ids if prefix is not None else None
         return self.backbone.inputs(self.row, trained, ids, clean=prefix is not None, delta_TH=delta_TH)

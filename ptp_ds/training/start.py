@@ -1,6 +1,7 @@
 """How training starts: the backbone loaded and checked, the engine with the prompt's start or a checkpoint's state."""
 
-import torch
+from statistics import median
+
 from torch import Tensor
 
 from ptp_ds.backbone.activations import Activations, activations_on
@@ -9,7 +10,6 @@ from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.frozen_linear import explain_product
 from ptp_ds.backbone.frozen_ops import explain_fused
 from ptp_ds.backbone.loading import load_backbone
-from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import explain
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.perturb.units import unit_of, vanishes
@@ -118,17 +118,21 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     return engine, progress_from(checkpoint)
 
 
-def perturbation_unit(run: RunConfig, backbone: Backbone, dtype: torch.dtype) -> float:
+def perturbation_unit(prepared: Prepared, backbone: Backbone) -> float:
     """What size 1 is in embedding coordinates, 1 without a perturbation; warns where the largest size is too small for
-    the dtype."""
+    the backbone's dtype: a token's, which of a Frobenius norm has a share."""
+    run, dtype = prepared.run, prepared.resolved.dtype
     if run.active_perturbation is None:
         return 1.0
     mean_norm = backbone.mean_embedding_norm()
     unit = unit_of(run.units, mean_norm, backbone.width)
-    sizes = [getattr(run, name) for name in ("sigma", "epsilon") if name in run.active_perturbation.sizes]
+    shares = {"sigma": 1.0, "epsilon": 1.0}
+    if run.norm == "frobenius" and "norm" in run.active_perturbation.reads:
+        shares["epsilon"] = median(max(1, sum(example.movable)) for example in prepared.examples.train) ** -0.5
+    sizes = [getattr(run, name) * share for name, share in shares.items() if name in run.active_perturbation.sizes]
     if sizes and vanishes(max(sizes) * unit, mean_norm, dtype):
         log.warning(
-            "warning: deltas of norm %.1e are mostly lost beside embeddings of norm %.1e in %s; use --precision fp32 "
-            "or larger sizes", max(sizes) * unit, mean_norm, dtype,
+            "warning: deltas of norm %.1e on a token are mostly lost beside embeddings of norm %.1e in %s; use "
+            "--precision fp32 or larger sizes", max(sizes) * unit, mean_norm, dtype,
         )  # fmt: skip
     return unit

@@ -117,6 +117,18 @@ def test_units():
     assert not vanishes(0.0, 5.0, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_vanishes_is_what_rounding_takes(dtype):
+    """By adding it: of normal coordinates less than half of the delta arrives below the bound, more above it."""
+    embedding = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    drawn, norm = torch.randn(500, 64, generator=torch.Generator().manual_seed(1)), float(embedding.norm(dim=-1).mean())
+    for share, lost in ((0.1, True), (0.2, False)):
+        delta = drawn * (share * torch.finfo(dtype).eps * norm / drawn.norm(dim=-1, keepdim=True))
+        arrived = (embedding + delta).to(dtype).float() - embedding
+        assert (float((arrived * delta).sum() / delta.square().sum()) < 0.5) is lost
+        assert vanishes(share * torch.finfo(dtype).eps * norm, norm, dtype) is lost
+
+
 @pytest.mark.slow
 def test_a_run_says_what_the_preset_set(run_train, tiny_model, tmp_path):
     out = tmp_path / "run"
@@ -124,7 +136,7 @@ def test_a_run_says_what_the_preset_set(run_train, tiny_model, tmp_path):
     done = check(run_train([*args, "--precision", "bf16", "--output_dir", out]))
     assert "preset smart: perturbation pgd, divergence sym_kl, divergence_gradient both, units coord" in done.stdout
     assert "given instead: reg_weight 3.0" in done.stdout
-    assert "are mostly lost beside embeddings of norm" in done.stderr
+    assert "on a token are mostly lost beside embeddings of norm" in done.stderr
     config = json.loads((out / "config.json").read_text())
     assert config["preset"]["overridden"] == {"reg_weight": 3.0}
     assert (config["run"]["preset"], config["run"]["epsilon"]) == ("smart", 1e-5)

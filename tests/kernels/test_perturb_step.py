@@ -127,6 +127,27 @@ def test_no_gradient_no_step(norm, impl):
     assert torch.equal(found, zero)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [1e-10, 1e-14, 1e-18, 1e-24, 1e-28, 1e-36])
+def test_a_tiny_gradient_stays_in_the_ball(size, norm, impl):
+    """Of answers tens of nats apart: its squares underflow, and what isn't measured isn't projected."""
+    lengths = [5, 3]
+    places = make_places(lengths)
+    delta, gradient = given(lengths, 48, torch.float32)
+    settings = {"norm": norm, "radius": RADIUS, "length": LENGTH, "impl": impl}
+    delta, _ = perturb_step(delta, gradient, places, **settings)
+    found, _ = perturb_step(delta, gradient * size, places, **settings)
+    parts = found.double().split(lengths)
+    sizes = {"frobenius": [part.norm() for part in parts], "token_l2": found.double().norm(dim=-1),
+             "linf": found.abs().flatten()}[norm]  # fmt: skip
+    assert max(map(float, sizes)) <= RADIUS
+    if norm != "linf" and size < 1e-16:
+        assert_close(found, delta, torch.float32, factor=4)
+    else:
+        assert_close(found, plain_step(delta, gradient, places, norm)[0], torch.float32, factor=4)
+
+
 def test_fp64_stays_with_the_reference_and_names_are_checked():
     places = make_places([2])
     delta = torch.zeros(2, 3, dtype=torch.float64, device=places.movable.device)
