@@ -121,8 +121,8 @@ def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
             p_holm = corrected.get(task)
             lines.append(
                 f"| {task} | {method} | {one.pairs} | {one.gain:+.3f} | {_interval(one.gain_interval, '+.3f')} | "
-                f"{_ratio(one.spread_ratio)} | {_interval(one.spread_interval, '.2f')} | {_p(one.p)} | {_p(p_holm)} | "
-                f"{one.worst_gain:+.3f} |"
+                f"{_ratio(one.spread_ratio)} | {_interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
+                f"{shown_p(p_holm)} | {one.worst_gain:+.3f} |"
             )
     return lines
 
@@ -135,8 +135,9 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def shown_p(value: float | None) -> str:
+    """To four digits, "-" for None."""
+    return "-" if value is None else f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:

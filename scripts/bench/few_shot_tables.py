@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""The tables of docs/results.md from the rows of a study: scores, comparisons with the baseline, halves of the seeds.
+
+    python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --seen SST2 Subj
+
+--seen names the tasks on which the defaults were chosen: lines over these, and over the others, stand behind those over
+all. A study's own report has the same numbers in one table; here are also lines over some of its tasks and seeds.
+"""
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptp_ds.commands.exits import run_command
+from ptp_ds.studies.report import shown_p
+from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, spread_of
+
+NAMES = {
+    "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
+    "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
+}  # fmt: skip
+SHORT = {"ptp-rn": "noise", "ptp-adv": "adversarial"}
+BASE = "plain"
+
+
+class Rows:
+    """The rows of rows.csv that have a score. scores: by task and method, then by seed."""
+
+    def __init__(self, file: Path) -> None:
+        with file.open(newline="", encoding="utf-8") as stream:
+            self.rows = [row for row in csv.DictReader(stream) if row["score"]]
+        self.scores: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+        for row in self.rows:
+            self.scores[row["task"], row["method"]][int(row["seed"])] = float(row["score"])
+        self.tasks = list(dict.fromkeys(row["task"] for row in self.rows))
+        self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
+
+    def mean_of(self, column: str, task: str, method: str) -> float:
+        """Of a column over the seeds."""
+        own = [float(row[column]) for row in self.rows if (row["task"], row["method"]) == (task, method)]
+        return sum(own) / len(own)
+
+    def sides(
+        self, tasks: Sequence[str], method: str, seeds: Sequence[int] | None = None
+    ) -> list[tuple[dict[int, float], dict[int, float]]]:
+        """The method's and the baseline's scores of each of the tasks that the method has, of some seeds."""
+        pairs = [(self.scores[one, method], self.scores[one, BASE]) for one in tasks if (one, method) in self.scores]
+        if seeds is None:
+            return pairs
+        return [({seed: score for seed, score in ours.items() if seed in seeds}, base) for ours, base in pairs]
+
+
+def scores_table(rows: Rows) -> list[str]:
+    """Mean, standard deviation and worst seed of every cell, beside the untrained prompt and the majority class."""
+    lines = ["| task | method | seeds | mean | standard deviation | worst seed | untrained | majority |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task in rows.tasks:
+        for method in rows.methods:
+            if (task, method) in rows.scores:
+                found = spread_of(list(rows.scores[task, method].values()))
+                beside = (rows.mean_of(column, task, method) for column in ("untrained", "majority"))
+                lines.append(
+                    f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | {found.std:.3f} | "
+                    f"{found.least:.3f} | {' | '.join(f'{value:.3f}' for value in beside)} |"
+                )
+    return lines
+
+
+def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
+    """Each method against the baseline: task by task with Holm's correction, then over all tasks, seen and unseen."""
+    lines = ["| task | method | gain | interval | ratio of standard deviations | interval | p | p (Holm) "
+             "| worst seed |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method in (method for method in rows.methods if method != BASE):
+        tasks = [task for task in rows.tasks if (task, method) in rows.scores]
+        found = {task: compare(rows.scores[task, method], rows.scores[task, BASE]) for task in tasks}
+        corrected = holm({task: one.p for task, one in found.items() if one is not None})
+        lines += [_line(task, method, one, corrected[task]) for task, one in found.items() if one is not None]
+        groups = [tasks, [task for task in tasks if task in seen], [task for task in tasks if task not in seen]]
+        for place, group in enumerate(groups):
+            if len(group) > 1 and (place == 0 or len(group) < len(tasks)):
+                name = f"all {len(tasks)}" if place == 0 else ", ".join(group)
+                one = compare_all(rows.sides(group, method))
+                assert one is not None
+                lines.append(_line(name, method, one, None))
+    return lines
+
+
+def _line(name: str, method: str, one: Comparison, corrected: float | None) -> str:
+    def interval(bounds: tuple[float, float] | None, form: str) -> str:
+        return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+
+    ratio = "-" if one.spread_ratio is None else f"{one.spread_ratio:.2f}"
+    return (
+        f"| {name} | {SHORT.get(method, method)} | {one.gain:+.3f} | {interval(one.gain_interval, '+.3f')} | {ratio} | "
+        f"{interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
+        f"{'' if corrected is None else shown_p(corrected)} | {one.worst_gain:+.3f} |"
+    )
+
+
+def halves_table(rows: Rows) -> list[str]:
+    """Mean, standard deviation and worst seed of the lower and the upper half of the seeds."""
+    first, last = halves(rows)
+    lines = [f"| task | method | seeds {first[0]} to {first[-1]}: mean, standard deviation, worst | seeds {last[0]} to "
+             f"{last[-1]}: mean, standard deviation, worst |", "|---|---|---|---|"]  # fmt: skip
+    for task in rows.tasks:
+        for method in rows.methods:
+            if (task, method) in rows.scores:
+                scores = rows.scores[task, method]
+                parts = (spread_of([scores[seed] for seed in half if seed in scores]) for half in (first, last))
+                shown = " | ".join(f"{part.mean:.3f}, {part.std:.3f}, {part.least:.3f}" for part in parts)
+                lines.append(f"| {task} | {NAMES.get(method, method)} | {shown} |")
+    return lines
+
+
+def halves(rows: Rows) -> tuple[list[int], list[int]]:
+    """The seeds in order, cut in the middle."""
+    seeds = sorted({seed for scores in rows.scores.values() for seed in scores})
+    return seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+
+
+def later_seeds(rows: Rows, seen: Sequence[str]) -> list[str]:
+    """What each method gains over the upper half of the seeds, on all tasks and on the seen ones, in words."""
+    lines = []
+    for method in (method for method in rows.methods if method != BASE):
+        for name, tasks in (("all tasks", rows.tasks), (", ".join(seen), list(seen))):
+            one = compare_all(rows.sides(tasks, method, halves(rows)[1]))
+            if one is not None and one.gain_interval is not None:
+                low, high = one.gain_interval
+                lines.append(f"{SHORT.get(method, method)}, {name}, the later half of the seeds: {one.gain:+.3f} "
+                             f"({low:+.3f} to {high:+.3f}), p {shown_p(one.p)}, {one.pairs} pairs")  # fmt: skip
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="rows.csv of a study")
+    parser.add_argument("--seen", nargs="*", default=[], help="tasks on which the defaults were chosen")
+    args = parser.parse_args(argv)
+    rows = Rows(args.rows)
+    for part in (
+        scores_table(rows),
+        comparison_table(rows, args.seen),
+        halves_table(rows),
+        later_seeds(rows, args.seen),
+    ):
+        print("\n".join(part), end="\n\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
