@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_file, plain_name, write_json, write_jsonl
+from ptp_ds.files import brief, is_file, listed, plain_name, write_json, write_jsonl
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.tasks import Task, load_task
@@ -45,8 +45,11 @@ def require_unchanged(task: Any, named: Task, by_split: Mapping[str, Rows], fold
         return
     advice = "give what the run there began with, its seed too, or another output_dir."
     file = folder / _TASK
-    if not isinstance(task, str | Path | None) and is_file(file) and load_task(str(file)).spec() != named.spec():
-        raise UserError(f"{file} is another template than task: {advice}")
+    if not isinstance(task, str | Path | None) and is_file(file) and not (held := load_task(str(file))).is_same(named):
+        why = "is another template than task"
+        if held.spec() == named.spec():
+            why = f"has the labels in the order {listed(held.labels)}, task as {listed(named.labels)}"
+        raise UserError(f"{file} {why}: {advice}")
     for name, rows in by_split.items():
         file = _split_file(folder, named, name)
         if is_file(file) and _canonical(rows_of_file(file)[0]) != _canonical(rows):

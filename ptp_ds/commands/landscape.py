@@ -89,7 +89,8 @@ def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
     first = each[0]
     for given, one in zip(args.adapters, each, strict=True):
         what = {"model": (first.source.folder, one.source.folder), "task": (first.task.spec(), one.task.spec()),
-                "kind of prompt": (first.kind, one.kind)}  # fmt: skip
+                "kind of prompt": (first.kind, one.kind),
+                "order of classes": (_classes(first), _classes(one))}  # fmt: skip
         for name, (wanted, found) in what.items():
             if wanted != found:
                 raise UserError(
@@ -103,6 +104,12 @@ def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
         Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)
     ]
     return first, Opened(backbone, subjects, examples, read)
+
+
+def _classes(served: Served) -> tuple[str, ...]:
+    """The classes that a trained classifier knows, in its outputs' order: all prompts are asked with one's examples."""
+    plan = served.source.head_plan
+    return served.task.labels if plan.kind == "classes" and not plan.choice else ()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

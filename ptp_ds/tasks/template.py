@@ -126,6 +126,10 @@ class Task:
             **({"attack": sorted(self.attack)} if self.attack else {}),
         }  # fmt: skip
 
+    def is_same(self, other: "Task") -> bool:
+        """Whether both are one template, with their answers in one order: a classifier's outputs follow it."""
+        return self.spec() == other.spec() and list(self.answers) == list(other.answers)
+
     def entries(self, row: Mapping[str, Any], where: str, labelled: bool = True) -> list[Rendered]:
         """Every context of a row of the task's file; ValueError names `where` and what is at fault.
 

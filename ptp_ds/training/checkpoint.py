@@ -39,6 +39,7 @@ _TENSORS = ("prompt", "exp_avg", "exp_avg_sq", "adam_step", "best_prompt", "carr
 _VECTORS = {"adam_step": (1,), "loss_scaler": (4,)}  # and their shapes
 _REQUIRED = _TENSORS[:4]
 _LATER = {"selection data", "prompt_init", "init_text", "prompt in --init_adapter"}  # older ones don't tell: any fits
+_ORDER = "order of answers"
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
 
@@ -269,12 +270,20 @@ def _load_tensors(file: Path, has_best: bool) -> dict[str, Tensor]:
     return tensors
 
 
+def _with_order(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity and its task's answers in order: a classifier's outputs follow it, and dicts are equal in any."""
+    task = identity.get("task")
+    answers = task.get("answers") if isinstance(task, dict) else None
+    return {**identity, _ORDER: list(answers) if isinstance(answers, dict) else None}
+
+
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs between a checkpoint and this run."""
-    for name, value in identity.items():
-        if name in _LATER and name not in checkpoint.identity:
+    before = _with_order(checkpoint.identity)
+    for name, value in _with_order(identity).items():
+        if name in _LATER and name not in before:
             continue
-        saved = checkpoint.identity.get(name, BEFORE.get(name))
+        saved = before.get(name, BEFORE.get(name))
         if saved != value:
             if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
                 name, saved, value = next(

@@ -30,7 +30,7 @@ def fingerprints(
     found["the model's files"] = _model_files(model_folder)
     found["the checkpoint to resume from"] = _checkpoint(checkpoint)
     found[_PRECISION] = str(dtype)  # before the settings, which hold it, too
-    found["the run's settings"] = json.dumps(identity, sort_keys=True)
+    found["the run's settings"] = json.dumps(identity)  # in their order, for a task's answers have one
     return found
 
 

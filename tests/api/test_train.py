@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ptp_ds
-from ptp_ds.api.data import require_unchanged, rows_by_split, rows_of, template_of, write_rows
+from ptp_ds.api.data import require_unchanged, rows_by_split, rows_of, task_file, template_of, write_rows
 from ptp_ds.api.run import _settings
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
@@ -171,6 +171,16 @@ def test_what_failed_before_its_first_checkpoint_is_written_over(tmp_path):
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(UserError, match="holds other rows"):
         require_unchanged(TEMPLATE, task, {"train": ROWS[1:]}, tmp_path)
+
+
+def test_labels_in_another_order_are_not_the_runs(tmp_path):
+    """Those of a set have another order in each process, and a classifier's outputs follow it."""
+    task_file(TEMPLATE, tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    require_unchanged(dict(TEMPLATE), parse_task(dict(TEMPLATE), "test"), {}, tmp_path)
+    other = {**TEMPLATE, "verbalizers": dict(reversed(TEMPLATE["verbalizers"].items()))}
+    with pytest.raises(UserError, match=r"json has the labels in the order up, down, task as down, up: give what"):
+        require_unchanged(other, parse_task(other, "test"), {}, tmp_path)
 
 
 def test_data_of_every_kind_gives_the_same_rows(tmp_path):

@@ -59,6 +59,23 @@ def test_another_adapter_to_start_from(base, saved_by, tiny_model):
         prepare(*parse_run([*run, "other", "--resume", "auto"]))
 
 
+def test_answers_in_another_order(base, saved_by, write_rows):
+    """A classifier's outputs would be answered with each other's classes."""
+    words = {"neutral": " perhaps", "entailment": " yes", "contradiction": " no"}
+    template = {"name": "CB", "text": "{premise} {hypothesis}:", "label": "label", "metrics": ["accuracy"]}
+    for name, answers in (("first", words), ("same", words), ("other", dict(sorted(words.items())))):
+        Path(f"{name}.json").write_text(json.dumps({**template, "verbalizers": answers}))
+    run = [*base, "--output_dir", "out", "--task"]
+    saved_by([*run, "first.json"])
+    prepare(*parse_run([*run, "same.json", "--resume", "auto"]))
+    said = (
+        r"another run: its order of answers is \['neutral', 'entailment', 'contradiction'\], this run's is "
+        r"\['contradiction', 'entailment', 'neutral'\]\. Resume with the same settings"
+    )
+    with pytest.raises(ValueError, match=said):
+        prepare(*parse_run([*run, "other.json", "--resume", "auto"]))
+
+
 def test_what_an_older_checkpoint_does_not_tell_may_be_anything(base, saved_by, capsys):
     saved = saved_by(base)
     meta = json.loads((saved / "state.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 
 from ptp_ds.adapters.read import read_head
 from ptp_ds.adapters.served import alone
+from ptp_ds.adapters.write import write_adapter
+from ptp_ds.commands.landscape import open_adapters
 from ptp_ds.commands.members import prepare_population
 from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.run_config import RunConfig
@@ -261,9 +264,20 @@ def test_classes_keep_their_trained_order(encoders, tmp_path):
         adapter_plan(tmp_path, config, load_task("CB"))
 
 
-def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
-    from ptp_ds.adapters.write import write_adapter
+def test_landscapes_of_classifiers_in_another_order_are_refused(tmp_path, encoders):
+    """All prompts are asked with the first one's examples; of tasks that are equal but for the order of answers."""
+    spec, config, plan = load_task("RTE").spec(), load_config(encoders["bare"]), HeadPlan("classes", False, 2)
+    reordered = {**spec, "answers": dict(reversed(spec["answers"].items()))}
+    for name, task in (("one", spec), ("other", reordered)):
+        card = {"task": task, "head": {"kind": "classes"}}
+        head = {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
+        write_adapter(tmp_path / name, torch.ones(4, 32), str(encoders["bare"]), config, card, "soft", plan, head)
+    given = Namespace(adapters=[tmp_path / "one", tmp_path / "other"], model=str(encoders["bare"]))
+    with pytest.raises(UserError, match=r"other: its order of classes isn't that of .*one; give adapters of one model"):
+        open_adapters(given)
 
+
+def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
     head = {"classifier.weight": torch.ones(3, 32), "classifier.bias": torch.ones(3)}
     write_adapter(tmp_path / "a", torch.ones(4, 32), "x", load_config(encoders["bare"]), {}, "soft",
                   HeadPlan("classes", False, 3), head)  # fmt: skip
@@ -276,7 +290,6 @@ def test_a_head_of_another_shape_is_refused(tmp_path, encoders):
 @pytest.fixture
 def with_classifier(encoders, tmp_path):
     """with_classifier(task, **tensors) writes an adapter of a classifier of the task's classes, and says where."""
-    from ptp_ds.adapters.write import write_adapter
 
     def write(task, **tensors):
         count = len(load_task(task).answers)

@@ -46,6 +46,15 @@ def test_processors_that_differ_are_told_to_choose(gathered, tmp_path):
         require_agreement(gathered(change_second), {"the data": "a", name: seen[0][name]})
 
 
+def test_the_order_of_answers_is_among_what_ranks_must_see_alike(tmp_path):
+    """A classifier's gradients are added by its outputs' numbers."""
+    answers = {"up": " good", "down": " bad"}
+    identities = ({"task": {"answers": one}} for one in (answers, dict(answers), dict(reversed(answers.items()))))
+    one, same, other = (fingerprints({}, tmp_path, None, identity, torch.float32) for identity in identities)
+    assert one == same
+    assert one["the run's settings"] != other["the run's settings"]
+
+
 def test_one_rank_agrees_with_itself():
     require_agreement(Ranks(0, 1, 0, torch.device("cpu")), {"the data": "a"})
 
