@@ -11,7 +11,7 @@ from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, IN_TEXT_TYPE
 from ptp_ds.adapters.read import adapter_config, head_shapes, read_card, read_head
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, listed
-from ptp_ds.models.heads import HeadPlan, plan_head
+from ptp_ds.models.heads import HeadPlan, is_encoder, plan_head
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.template import parse_task
@@ -71,11 +71,20 @@ def adapter_head(adapter: str | Path) -> str:
 
 
 def adapter_plan(adapter: str | Path, config: Any, task: Task) -> tuple[HeadPlan, Task]:
-    """The head that the adapter was trained with, and the task with its classes in the trained order."""
-    card = read_card(adapter)
+    """The head that the adapter was trained with, and the task with its classes in the trained order.
+
+    ValueError for a classifier of other classes, or on a model that is no encoder.
+    """
     plan = plan_head(config, adapter_head(adapter), task)
-    trained = list((card.get("task") or {}).get("answers") or task.answers)
-    if plan.kind != "classes" or plan.choice or trained == list(task.answers):
+    if plan.kind == "classes" and not is_encoder(config):
+        raise UserError(
+            f"Adapter {adapter} is a classifier's, on a model of family {config.model_type!r}; classifiers are served "
+            "here on encoders alone, so take peft and transformers for it, or train an adapter with --head causal."
+        )
+    if plan.kind != "classes" or plan.choice:
+        return plan, task
+    trained = _classes(adapter, config, task)
+    if trained == list(task.answers):
         return plan, task
     if set(trained) != set(task.answers):
         raise UserError(
@@ -85,19 +94,36 @@ def adapter_plan(adapter: str | Path, config: Any, task: Task) -> tuple[HeadPlan
     return plan, replace(task, answers={label: task.answers[label] for label in trained})
 
 
-def starting_head(adapter: str | Path, plan: HeadPlan, task: Task) -> dict[str, Tensor]:
+def _classes(adapter: str | Path, config: Any, task: Task) -> list[str]:
+    """The labels that a classifier's outputs stand for, in order: the card's. peft's own adapters have no card; then
+    those that the base model's config.json names, where they are the task's, else, with a warning, the task's.
+    """
+    if told := (read_card(adapter).get("task") or {}).get("answers"):
+        return list(told)
+    labels = list(task.answers)
+    places = {str(name).casefold(): place for place, name in (getattr(config, "id2label", None) or {}).items()}
+    if len(places) == len(labels) and places.keys() == {label.casefold() for label in labels}:
+        return sorted(labels, key=lambda label: places[label.casefold()])
+    log.warning(
+        "warning: adapter %s doesn't say which class is which: its classifier's outputs are taken as %s, the order of "
+        "task %s's verbalizers; --task with a template in the trained order mends it where it was another",
+        adapter, listed([f"{number} {label}" for number, label in enumerate(labels)]), task.name,
+    )  # fmt: skip
+    return labels
+
+
+def starting_head(adapter: str | Path, config: Any, plan: HeadPlan, task: Task) -> dict[str, Tensor]:
     """What was trained beside an adapter's prompt, for a run that starts from it, by the model's names.
 
-    {} for a prompt alone, and, with a warning, where the run's head is another or tells other classes apart, or the
-    same ones in another order. Whether the shapes are the model's is seen when it is loaded.
+    config: the model's. {} for a prompt alone, and, with a warning, where the run's head is another or tells other
+    classes apart, or the same ones in another order. Whether the shapes are the model's is seen when it is loaded.
     """
     shapes = head_shapes(adapter)
     if not shapes:
         return {}
-    trained = list((read_card(adapter).get("task") or {}).get("answers") or task.answers)
     if plan.kind != "classes":
         why = f"this run has a {plan.kind} head"
-    elif not plan.choice and trained != list(task.answers):
+    elif not plan.choice and (trained := _classes(adapter, config, task)) != list(task.answers):
         why = f"it tells {listed(trained)} apart, and task {task.name} has {listed(task.answers)}"
     else:
         return read_head(adapter, shapes)

@@ -114,7 +114,12 @@ def head_kind(config: Any, wanted: str = "auto") -> str:
     for ending, kind in _ENDINGS.items():
         if saved.endswith(ending):
             return kind
-    return "classes" if type(config) in AutoModelForMaskedLM._model_mapping else "causal"
+    return "classes" if is_encoder(config) else "causal"
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model's family has a masked language model, as those do whose classifiers are trained here."""
+    return type(config) in AutoModelForMaskedLM._model_mapping
 
 
 def plan_head(config: Any, wanted: str, task: Task) -> HeadPlan:
@@ -153,7 +158,7 @@ def rows_for(
 def auto_class(config: Any, kind: str, folder: Any) -> Any:
     """transformers' auto class for a head of this kind; ValueError naming a family that has none."""
     family = config.model_type
-    if kind == "classes" and type(config) not in AutoModelForMaskedLM._model_mapping:
+    if kind == "classes" and not is_encoder(config):
         raise UserError(
             f"{folder}: --head classes is for encoders; model family {family!r} is none: use --head causal."
         )

@@ -7,13 +7,17 @@ import torch
 
 from ptp_ds.adapters.card import model_card
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_head
-from ptp_ds.adapters.served import alone, whole
+from ptp_ds.adapters.served import alone, serve, whole
+from ptp_ds.adapters.task import starting_head
 from ptp_ds.adapters.write import write_adapter
+from ptp_ds.api.predictor import Predictor
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
+from ptp_ds.tasks import load_task
 from tests.support.encoders import ENCODERS, make_backbone, make_encoder, make_values
 from tests.support.reference import make_examples
+from tests.support.tiny import make_wordpiece
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 IN_PEFT = ("bert", "roberta", "xlm-roberta", "electra")  # with a deep prompt
@@ -96,6 +100,41 @@ def test_peft_s_own_head_of_two_layers_is_read(distilbert, tmp_path):
     found = read_head(tmp_path / "theirs", head.trained, head.held)
     theirs = trained.base_model.pre_classifier.modules_to_save["default"].weight
     assert torch.equal(found["pre_classifier.weight"], theirs)
+
+
+NAMED, ORDERED = {0: "Negative", 1: "Positive"}, ["negative", "positive"]  # Reviews has positive first
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+@pytest.mark.parametrize("says", [True, False])
+def test_classes_of_peft_s_own_classifier(monkeypatch, tmp_path, capsys, kind, says):
+    """Its adapter doesn't name them: the base model's config.json may, and else the user is told what is taken."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    tokenizer = make_wordpiece()
+    monkeypatch.setitem(ENCODERS, "bert", {**ENCODERS["bert"], "vocab_size": len(tokenizer)})
+    model = make_encoder("bert", "classes", labels=2)
+    model.config.id2label = NAMED if says else {0: "LABEL_0", 1: "LABEL_1"}
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    of_kind = PromptTuningConfig if kind == "PROMPT_TUNING" else PrefixTuningConfig
+    theirs = get_peft_model(model, of_kind(task_type="SEQ_CLS", num_virtual_tokens=4)).eval()
+    theirs.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "theirs")
+    served = serve([tmp_path / "theirs"], task="Reviews")
+    told = capsys.readouterr().err
+    assert list(served.task.answers) == (ORDERED if says else ORDERED[::-1])
+    assert (
+        "doesn't say which class is which: its classifier's outputs are taken as 0 positive, 1 negative" in told
+    ) == (not says)
+    ids = torch.tensor([tokenizer("Review: A quiet film.\nSentiment:")["input_ids"]])
+    with torch.no_grad():
+        shares = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(-1)[0].tolist()
+    found = Predictor(served, "fp32").predict("A quiet film.")[0]["probabilities"]
+    assert found == pytest.approx(dict(zip(served.task.answers, shares, strict=True)), abs=1e-5)
+    source, left_out = served.source, "is left out, only its prompt is taken: it tells negative, positive apart"
+    assert bool(starting_head(tmp_path / "theirs", source.config, source.head_plan, load_task("Reviews"))) == (not says)
+    assert (left_out in capsys.readouterr().err) == says
 
 
 def test_an_adapter_without_the_first_layer_takes_the_model_s(distilbert, tmp_path):

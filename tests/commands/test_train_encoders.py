@@ -1,7 +1,6 @@
 """Whole runs with encoders: a classifier and a masked language model, on one and two ranks, and through peft."""
 
 import json
-import re
 from argparse import Namespace
 
 import pytest
@@ -27,25 +26,8 @@ from tests.support.paths import ROOT
 from tests.support.populations import QUICK, require_same
 from tests.support.reference import REFUSED
 from tests.support.runs import check
-from tests.support.tiny import demo_texts, make_tokenizer
+from tests.support.tiny import make_tokenizer, make_wordpiece
 from tests.support.zygote import run_script
-
-
-def make_wordpiece():
-    """A BERT tokenizer of the demo data's letters and commonest words: the same one each time (the library's trainer
-    breaks ties at random, and a model behind another vocabulary is another model)."""
-    from collections import Counter
-
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
-
-    words = Counter(re.findall(r"\w+|[^\w\s]", " ".join(demo_texts()).lower()))
-    letters = sorted({letter for word in words for letter in word})
-    common = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *common][:700]
-    made = BertWordPieceTokenizer({token: number for number, token in enumerate(tokens)}, lowercase=True)
-    return BertTokenizerFast(tokenizer_object=made._tokenizer)
 
 
 def far_from_uniform(model):

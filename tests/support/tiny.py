@@ -1,6 +1,8 @@
-"""The tiny model's tokenizer, and the texts it is trained on."""
+"""Tokenizers of tiny models, and the texts they are trained on."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,21 @@ def make_tokenizer() -> Any:
     )  # fmt: skip
     bpe.train_from_iterator(demo_texts(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", model_max_length=CONTEXT)
+
+
+def make_wordpiece() -> Any:
+    """A BERT tokenizer of the demo data's letters and commonest words: the same one each time (the library's trainer
+    breaks ties at random, and a model behind another vocabulary is another model)."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    words = Counter(re.findall(r"\w+|[^\w\s]", " ".join(demo_texts()).lower()))
+    letters = sorted({letter for word in words for letter in word})
+    common = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *common][:700]
+    made = BertWordPieceTokenizer({token: number for number, token in enumerate(tokens)}, lowercase=True)
+    return BertTokenizerFast(tokenizer_object=made._tokenizer)
 
 
 def write_tiny_model(folder: Path) -> None:
