@@ -84,7 +84,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     beside = run.prompt_length + rows.extra_tokens
     twin_room = checked_length(source.config, examples.longest + beside, room + beside) - beside
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
-    identity = identity_of(run, task, source.config, splits, adapter, resolved.dtype, adapter_head)
+    identity = identity_of(run, task, source, splits, adapter, resolved.dtype, adapter_head)
     changes = continuation.require_same(identity)
     _warn(run, explicit, continuation, changes)
     return Prepared(

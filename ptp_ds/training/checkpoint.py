@@ -38,7 +38,8 @@ _LIKE_PROMPT = ("exp_avg", "exp_avg_sq", "average")  # of the prompt's shape
 _TENSORS = ("prompt", "exp_avg", "exp_avg_sq", "adam_step", "best_prompt", "carried_delta", "loss_scaler", "average")
 _VECTORS = {"adam_step": (1,), "loss_scaler": (4,)}  # and their shapes
 _REQUIRED = _TENSORS[:4]
-_LATER = {"selection data", "prompt_init", "init_text", "prompt in --init_adapter"}  # older ones don't tell: any fits
+WEIGHTS = "model's weights"  # in an identity, the sha256 of a sample
+_LATER = {"selection data", "prompt_init", "init_text", "prompt in --init_adapter", WEIGHTS}  # untold: any fits
 _ORDER = "order of answers"
 _NUMBERS = ("score", "cross_entropy", "majority", "examples")  # of an Evaluation, beside its metrics
 
@@ -278,23 +279,30 @@ def _with_order(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_same_run(checkpoint: Checkpoint, identity: dict[str, Any], folder: Path) -> None:
-    """ValueError that names what differs between a checkpoint and this run."""
-    before = _with_order(checkpoint.identity)
-    for name, value in _with_order(identity).items():
-        if name in _LATER and name not in before:
-            continue
+    """ValueError that names what differs between a checkpoint and this run.
+
+    A model is told by its weights, wherever they lie; by its name where the checkpoint is of before they were held.
+    """
+    before, now = _with_order(checkpoint.identity), _with_order(identity)
+    passed = {name for name in _LATER if name not in before}
+    passed |= {"model"} if WEIGHTS in before and WEIGHTS in now else set()
+    for name, value in now.items():
         saved = before.get(name, BEFORE.get(name))
-        if saved != value:
-            if isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
-                name, saved, value = next(
-                    (f"{name} {brief(key, 60)[1:-1]}", saved.get(key), value.get(key))
-                    for key in {**value, **saved}
-                    if key not in saved or key not in value or saved[key] != value[key]
-                )
-            raise UserError(
-                f"{folder} is a checkpoint of another run: its {name} is {brief(saved)}, this run's is {brief(value)}. "
-                "Resume with the same settings, or start a new run in another --output_dir."
+        if name in passed or saved == value:
+            continue
+        told = f"its {name} is {brief(saved)}, this run's is {brief(value)}"
+        if name == WEIGHTS:
+            told = f"the weights of its model, {brief(before.get('model'))}, are not those of {brief(now.get('model'))}"
+        elif isinstance(saved, dict) and isinstance(value, dict):  # a task: name what differs, not whole templates
+            told = next(
+                f"its {name} {brief(key, 60)[1:-1]} is {brief(saved.get(key))}, this run's is {brief(value.get(key))}"
+                for key in {**value, **saved}
+                if key not in saved or key not in value or saved[key] != value[key]
             )
+        raise UserError(
+            f"{folder} is a checkpoint of another run: {told}. Resume with the same settings, or start a new run in "
+            "another --output_dir."
+        )
 
 
 def prompt_shape(checkpoint: Checkpoint) -> torch.Size:

@@ -13,16 +13,26 @@ from torch import Tensor
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_locked
+from ptp_ds.models.identity import model_identity
+from ptp_ds.models.source import BackboneSource
 from ptp_ds.precision import PRECISION_OF
 from ptp_ds.redact import redacted
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
-from ptp_ds.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, newest_whole, require_same_run
+from ptp_ds.training.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    newest_whole,
+    require_same_run,
+)
 
 _OF_ONE = ("result.json", "adapter", "checkpoints/*")  # what a run left that another could destroy
 _OF_SEVERAL = ("population.json", *(f"members/*/{name}" for name in _OF_ONE))
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
-_MAY_DIFFER = ("max_steps", "schedule_steps", "precision")  # between a checkpoint and the run that goes on from it
+_CONFIG = "model's config.json"
+_MAY_DIFFER = ("max_steps", "schedule_steps", "precision", _CONFIG)  # between a checkpoint and what goes on from it
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Continuation:
     def require_same(self, identity: Mapping[str, Any]) -> list[str]:
         """ValueError that names what differs between the checkpoint and the run that would go on from it.
 
-        How long the run trains may differ, where its learning rate ends, and the precision: a sentence for each that
-        does.
+        How long the run trains may differ, where its learning rate ends, the precision, and the model's config.json
+        beside the same weights: a sentence for each that does.
         """
         if self.checkpoint is None:
             return []
@@ -57,6 +67,11 @@ class Continuation:
             changes.append(
                 f"the backbone's precision was {before} and is {now} now: the steps from {self.checkpoint.step + 1} on "
                 f"are not those of the run before (--precision {before} keeps it)"
+            )
+        if saved.get(_CONFIG, identity[_CONFIG]) != identity[_CONFIG]:
+            changes.append(
+                f"the config.json of {identity['model']} is not the one that the run began with, though its weights "
+                f"are: the steps from {self.checkpoint.step + 1} on may be others than the run's before"
             )
         if saved.get("max_steps") != identity["max_steps"]:
             changes.append(f"--max_steps was {saved.get('max_steps')} and is {identity['max_steps']} now")
@@ -126,7 +141,7 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
 def identity_of(
     run: RunConfig,
     task: Task,
-    config: Any,
+    source: BackboneSource,
     splits: Mapping[str, Split],
     adapter: Tensor | None,
     dtype: torch.dtype,
@@ -134,7 +149,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it. adapter, adapter_head: what --init_adapter holds.
 
-    dtype: the backbone's; it may differ, see Continuation.
+    dtype: the backbone's; it may differ, see Continuation. Raises ValueError for weights that can't be read.
     """
     names = (
         "model", "head", "prompt", "prompt_length", "prompt_mlp", "prompt_residual", "perturbation", "divergence",
@@ -145,7 +160,12 @@ def identity_of(
     )  # fmt: skip
     attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()
-    identity = {"task": task.spec(), **{name: getattr(run, name) for name in (*names, *asked)}}
+    model, text = model_identity(source.folder, source.config), source.config.get_text_config()
+    identity: dict[str, Any] = {
+        "task": task.spec(), "backbone": f"{source.config.model_type}, width {text.hidden_size}",
+        WEIGHTS: model["weights_sha256"], _CONFIG: model["config_sha256"],
+    }  # fmt: skip
+    identity |= {name: getattr(run, name) for name in (*names, *asked)}
     identity |= {
         "perturbation": run.chosen_perturbation.name,
         "perturbation file's sha256": run.chosen_perturbation.sha256,
@@ -153,7 +173,6 @@ def identity_of(
     identity["schedule_steps"] = run.schedule_end
     if run.own_settings:
         identity["perturbation_args"] = run.own_settings
-    identity["backbone"] = f"{config.model_type}, width {config.get_text_config().hidden_size}"
     identity["training data"] = splits["train"].digest
     identity["selection data"] = splits["select"].digest if "select" in splits else None
     held = [] if adapter is None else [adapter, *(tensor for _, tensor in sorted((adapter_head or {}).items()))]

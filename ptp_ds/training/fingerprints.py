@@ -11,7 +11,7 @@ import torch
 from ptp_ds.errors import UserError
 from ptp_ds.files import sha256_of
 from ptp_ds.ranks.distributed import Ranks
-from ptp_ds.training.checkpoint import Checkpoint
+from ptp_ds.training.checkpoint import WEIGHTS, Checkpoint
 
 _PRECISION = "the precision that auto chooses"
 _REMEDY = "put it on a disk that all hosts share, or copy the same to each host"
@@ -27,7 +27,7 @@ def fingerprints(
     dtype: the backbone's, which --precision auto takes from each host's processor.
     """
     found = {f"the {name} split's rows": digest for name, digest in digests.items()}
-    found["the model's files"] = _model_files(model_folder)
+    found["the model's files"] = f"{_model_files(model_folder)} {identity.get(WEIGHTS)}"
     found["the checkpoint to resume from"] = _checkpoint(checkpoint)
     found[_PRECISION] = str(dtype)  # before the settings, which hold it, too
     found["the run's settings"] = json.dumps(identity)  # in their order, for a task's answers have one
@@ -35,7 +35,7 @@ def fingerprints(
 
 
 def _model_files(folder: Path) -> str:
-    """JSON files (config, tokenizer) by content, the others by size alone: scripts/doctor.py reads weights, too."""
+    """JSON files (config, tokenizer) by content, the others by size alone: of weights, an identity has a sample."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".model", ".txt")]
     return repr([(file.name, sha256_of(file) if file.suffix == ".json" else file.stat().st_size) for file in files])
 

@@ -1,6 +1,8 @@
 """What a run must share with the checkpoint that it goes on from, beside its settings: rows, and where it started."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ptp_ds.config.flags import parse_run
 from ptp_ds.models.source import load_config
 from ptp_ds.training.checkpoint import Checkpoint, save_checkpoint
 
+LATER = ("selection data", "prompt_init", "init_text", "prompt in --init_adapter", "precision")  # untold by older
 ROW = {"premise": "It rains, he said.", "hypothesis": "it rains", "label": "neutral"}
 
 
@@ -76,10 +79,51 @@ def test_answers_in_another_order(base, saved_by, write_rows):
         prepare(*parse_run([*run, "other.json", "--resume", "auto"]))
 
 
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    """A copy of the tiny model that may be changed."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def test_a_model_that_was_moved_is_the_same_one(base, saved_by, model, capsys):
+    run = [*base, "--output_dir", "out", "--model"]
+    saved_by([*run, "model"])
+    model.rename(model.with_name("moved"))
+    prepare(*parse_run([*run, "moved", "--resume", "auto"]))
+    assert capsys.readouterr().err == ""
+
+
+def test_other_weights_under_the_models_name(base, saved_by, model, lively_model, capsys):
+    run = [*base, "--output_dir", "out", "--model", "model"]
+    saved_by(run)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "rope_theta": 5000.0}))
+    prepare(*parse_run([*run, "--resume", "auto"]))
+    said = "warning: the config.json of model is not the one that the run began with, though its weights are: the steps"
+    assert said in capsys.readouterr().err
+    shutil.copy(lively_model / "model.safetensors", model)
+    said = "is a checkpoint of another run: the weights of its model, 'model', are not those of 'model'. Resume with"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        prepare(*parse_run([*run, "--resume", "auto"]))
+
+
+def test_an_older_checkpoint_tells_the_model_by_its_name(base, saved_by, model):
+    run = [*base, "--output_dir", "out", "--model"]
+    saved = saved_by([*run, "model"])
+    meta = json.loads((saved / "state.json").read_text())
+    for name in ("model's weights", "model's config.json"):
+        del meta["identity"][name]
+    (saved / "state.json").write_text(json.dumps(meta))
+    prepare(*parse_run([*run, "model", "--resume", "auto"]))
+    model.rename(model.with_name("moved"))
+    with pytest.raises(ValueError, match="another run: its model is 'model', this run's is 'moved'"):
+        prepare(*parse_run([*run, "moved", "--resume", "auto"]))
+
+
 def test_what_an_older_checkpoint_does_not_tell_may_be_anything(base, saved_by, capsys):
     saved = saved_by(base)
     meta = json.loads((saved / "state.json").read_text())
-    for name in ("selection data", "prompt_init", "init_text", "prompt in --init_adapter", "precision"):
+    for name in (*LATER, "model's weights", "model's config.json"):
         del meta["identity"][name]
     (saved / "state.json").write_text(json.dumps(meta))
     others = ["--select_split", "train", "--prompt_init", "text", "--init_text", "words", "--precision", "bf16"]

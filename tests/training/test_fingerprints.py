@@ -55,6 +55,12 @@ def test_the_order_of_answers_is_among_what_ranks_must_see_alike(tmp_path):
     assert one["the run's settings"] != other["the run's settings"]
 
 
+def test_weights_of_one_size_are_told_by_their_sample(gathered, tmp_path):
+    """A host's disk may hold a model that was trained further."""
+    seen = [fingerprints({}, tmp_path, None, {"model's weights": name * 64}, torch.float32) for name in "ab"]
+    assert next(name for name in seen[0] if seen[0][name] != seen[1][name]) == "the model's files"
+
+
 def test_one_rank_agrees_with_itself():
     require_agreement(Ranks(0, 1, 0, torch.device("cpu")), {"the data": "a"})
 
