@@ -15,6 +15,7 @@ from ptp_ds.models.source import BackboneSource
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, load_split
+from ptp_ds.training.checkpoint import gone_on
 
 log = get_logger(__name__)
 
@@ -84,6 +85,12 @@ def require_trained_on(adapters: Sequence[Path], model: str, folder: Path, confi
                 "warning: the config.json of %s is not the one that adapter %s was trained with, though family, sizes "
                 "and weights are", model, adapter,
             )  # fmt: skip
+
+
+def overtaken(folder: Path) -> str:
+    """What is to say of an adapter whose run has gone on since it was written; '' for others. See gone_on."""
+    place, result = folder.resolve(), read_card(folder).get("result") or {}
+    return gone_on(place.parent, result.get("steps")) if place.name == "adapter" else ""
 
 
 def adapter_rows(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.adapters.hub import base_model_name
+from ptp_ds.adapters.origin import overtaken
 from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.share import push_adapter, require_can_push
@@ -41,7 +42,13 @@ from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.predictions import prediction_lines
 from ptp_ds.training.checkpoint import set_aside
-from ptp_ds.training.continuation import Continuation, checked_output_dir, continuation_of, identity_of
+from ptp_ds.training.continuation import (
+    Continuation,
+    checked_output_dir,
+    continuation_of,
+    identity_of,
+    set_results_aside,
+)
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, score_examples
 from ptp_ds.training.examples import load_splits, require_rows_for, run_examples
@@ -75,6 +82,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)
+        if said := overtaken(given):
+            log.warning("warning: adapter %s %s", given, said)
         adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
         adapter_head = starting_head(given, source.config, source.head_plan, task)
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
@@ -130,17 +139,18 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
 
 
 def open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
-    """The run's folder with its config.json; checkpoints that it doesn't go on from are set aside."""
+    """The run's folder with its config.json; checkpoints and results that it doesn't go on from are set aside."""
     if ranks.is_main:
         description, continuation = config_record(prepared, ranks), prepared.continuation
         damaged, left = bool(continuation.skipped), []
         with output.writing():
             output.folder.mkdir(parents=True, exist_ok=True)
             write_json(output.folder / "config.json", description)
+            left = set_results_aside(output.folder, continuation)
             if continuation.folder is not None:
-                left = set_aside(output.folder / "checkpoints", continuation.folder, damaged)
+                left += set_aside(output.folder / "checkpoints", continuation.folder, damaged)
         if left and not damaged:
-            log.info("going on from %s: set aside %s", continuation.folder, ", ".join(left))
+            log.info("going on from %s: set aside %s", continuation.folder or "the start", ", ".join(left))
     output.agree()
 
 

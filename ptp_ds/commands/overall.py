@@ -18,7 +18,10 @@ from ptp_ds.config.parsers import overall_parser
 from ptp_ds.config.run_config import BEFORE, RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
+from ptp_ds.ranks.log import get_logger
+from ptp_ds.training.checkpoint import gone_on
 
+log = get_logger(__name__)
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 _LONGEST = 200  # characters of a name in a table
 DIAGNOSTICS = ("AX-b", "AX-g")
@@ -92,6 +95,8 @@ def read_result(folder: str) -> Result:
     lacking += [] if _are_numbers(metrics) else ["metrics"]
     if lacking:
         raise UserError(f"{file} has no valid {lacking[0]}; give a file that train.py or evaluate.py --json wrote.")
+    if said := gone_on(Path(folder), found.get("steps")):
+        log.warning("warning: %s %s", file, said)
     return Result(folder=folder, seed=seed, metrics=metrics, settings=_settings(found, Path(folder)), **texts)
 
 

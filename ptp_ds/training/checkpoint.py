@@ -120,6 +120,17 @@ def saved_steps(root: Path) -> list[int]:
     return [int(match[1]) for path in list_checkpoints(root) if (match := _NAME.fullmatch(path.name))]
 
 
+def gone_on(output_dir: Path, steps: Any) -> str:
+    """What is to say of a result of step `steps` where the run in the folder has gone on since, '' where it hasn't.
+
+    A run that is resumed writes its result at its new end alone.
+    """
+    newest = max(saved_steps(output_dir / "checkpoints"), default=0)
+    if not isinstance(steps, int) or newest <= steps:
+        return ""
+    return f"is of step {steps}, and its run has gone on to step {newest}: let it end, or end it with --resume auto"
+
+
 def newest_whole(output_dir: Path) -> tuple[Path | None, Checkpoint | None, list[str]]:
     """--resume auto: output_dir's newest checkpoint that is whole (None where there are none), and a sentence for each
     newer one that is damaged. ValueError where all are: their steps are not done again without being asked for.

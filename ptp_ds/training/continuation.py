@@ -1,6 +1,9 @@
-"""Whether a run starts or goes on: its output folder, the checkpoint to resume from, what both must share."""
+"""Whether a run starts or goes on: its output folder, the checkpoint to resume from, what both must share, what is left
+of an end before.
+"""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_locked
+from ptp_ds.files import is_file, is_locked, read_json
 from ptp_ds.models.identity import model_identity
 from ptp_ds.models.source import BackboneSource
 from ptp_ds.precision import PRECISION_OF
@@ -23,12 +26,15 @@ from ptp_ds.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
     find_checkpoint,
+    left_behind,
+    list_checkpoints,
     load_checkpoint,
     newest_whole,
     require_same_run,
 )
 
 _OF_ONE = ("result.json", "adapter", "checkpoints/*")  # what a run left that another could destroy
+_RESULTS = ("adapter", "result.json", "predictions")  # what a run writes at its end alone
 _OF_SEVERAL = ("population.json", *(f"members/*/{name}" for name in _OF_ONE))
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
 _CONFIG = "model's config.json"
@@ -136,6 +142,41 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
     assert output_dir is not None
     newest, checkpoint, skipped = newest_whole(output_dir)
     return Continuation(checkpoint, newest, tuple(skipped))
+
+
+def set_results_aside(output_dir: Path, continuation: Continuation) -> list[str]:
+    """Renames what an ended run has left in the folder, where the run that goes on leaves that end; returns the new
+    names. Rank 0 only, before the checkpoints are set aside.
+
+    It does where it starts anew, goes on from another folder's checkpoint, or from one before that end. Where that is
+    because newer checkpoints are damaged, it is the same run.
+    """
+    held = [name for name in _RESULTS if (output_dir / name).exists()]
+    if not {"adapter", "result.json"} & set(held) or continuation.skipped:
+        return []
+    if continuation.checkpoint is not None:
+        assert continuation.folder is not None
+        root, steps = output_dir / "checkpoints", _ended_at(output_dir)
+        left = left_behind(root, continuation.folder)
+        own = any(folder.samefile(continuation.folder) for folder in list_checkpoints(root))
+        if own and (not left if steps is None else steps <= continuation.checkpoint.step):
+            return []
+    free = (f"left{number or ''}" for number in itertools.count())
+    ending = next(one for one in free if not any((output_dir / f"{name}.{one}").exists() for name in _RESULTS))
+    for name in held:
+        (output_dir / name).rename(output_dir / f"{name}.{ending}")
+    return [f"{name}.{ending}" for name in held]
+
+
+def _ended_at(output_dir: Path) -> int | None:
+    """The step at which the run in the folder has ended, None where no result.json says."""
+    file = output_dir / "result.json"
+    try:
+        found = read_json(file, str(file)) if is_file(file) else None
+    except UserError:
+        return None
+    steps = found.get("steps") if isinstance(found, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def identity_of(

@@ -218,3 +218,18 @@ def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
     (tmp_path / "early" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"early: the run in that folder has written no adapter yet; let it end"):
         adapter_folder(tmp_path / "early")
+
+
+@pytest.mark.parametrize("given", ["run", "adapter"])
+def test_an_adapter_whose_run_has_gone_on_since(adapter, capsys, given):
+    """A run that was resumed and stopped leaves the adapter of its end before."""
+    change(adapter, result={"steps": 20})
+    folder = adapter.parent if given == "run" else adapter
+    for step in (20, 194):
+        (adapter.parent / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        serve([folder])
+        said = f"warning: adapter {adapter} is of step 20, and its run has gone on to step 194: let it end, or end it"
+        assert capsys.readouterr().err.count(said) == (step == 194)
+    adapter.rename(adapter.with_name("adapter.left"))
+    serve([adapter.with_name("adapter.left")])
+    assert "has gone on" not in capsys.readouterr().err, "a run that was left and one that took its place"

@@ -216,6 +216,16 @@ def test_the_command(run, tmp_path, capsys):
         assert message.lower() in error.lower()
 
 
+def test_a_run_that_has_gone_on_since_its_result(run, capsys):
+    folder = run("CB", 0)
+    for step, said in ((3, ""), (9, "result.json is of step 3, and its run has gone on to step 9: let it end, or ")):
+        (Path(folder) / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        read_result(folder)
+        told = capsys.readouterr().err
+        assert said in told
+        assert bool(said) == bool(told)
+
+
 def test_the_script(run):
     command = [sys.executable, str(ROOT / "scripts" / "overall.py"), run("RTE", 0)]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=60, check=False)

@@ -155,7 +155,8 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_gone_on_from(run_train, 
     check(run_train([*args, branch, "--max_steps", "8"]))
     four = branch / "checkpoints" / "step-000004"
     done = check(run_train([*args, branch, *long, "6", "--resume", four]))
-    assert f"going on from {four}: set aside step-000008.left" in done.stdout
+    assert f"going on from {four}: set aside adapter.left, result.json.left, step-000008.left" in done.stdout
+    assert [json.loads((branch / f"result.json{left}").read_text())["steps"] for left in (".left", "")] == [8, 6]
     done = check(run_train([*args, branch, *long, "10", "--resume", "auto"]))
     assert "resumed behind step 6" in done.stdout
     check(run_train([*args, plain, *long, "10", "--resume", four]))

@@ -1,15 +1,21 @@
-"""Which folders a run may write to: none that another run, of one prompt or of several, has left something in."""
+"""Which folders a run may write to: none that another run, of one prompt or of several, has left something in; and what
+one that goes on leaves of an end before.
+"""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import lock
-from ptp_ds.training.continuation import checked_output_dir, holds_run
+from ptp_ds.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ptp_ds.training.continuation import Continuation, checked_output_dir, holds_run, set_results_aside
 
 OF_ONE = ["result.json", "adapter/x", "checkpoints/step-000001/state.json", "checkpoints/step-000001.damaged/x"]
+STATE = {name: torch.zeros(4, 8) for name in ("prompt", "exp_avg", "exp_avg_sq")} | {"adam_step": torch.zeros(1)}
 OF_SEVERAL = ["population.json", *(f"members/seed-0/{name}" for name in OF_ONE)]
 GO_ON = "holds another run; continue it with --resume auto or give a new folder."
 
@@ -69,3 +75,54 @@ def test_a_folder_that_is_being_written(tmp_path, held, several, resume):
         lock(log)
         assert refusal(folder, several, resume) == "is being written by a run that still goes on; give another folder."
     assert refusal(folder, several, resume) == ""
+
+
+@pytest.fixture
+def ended(tmp_path) -> Path:
+    """The folder of a run that ended at step 4, with checkpoints of steps 2 and 4, and what it wrote at its end."""
+    for step in (2, 4):
+        save_checkpoint(tmp_path / "run" / "checkpoints", Checkpoint(step, STATE, None, {}), keep=None)
+    for name in ("adapter/x", "predictions/x", "result.json"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text('{"steps": 4}')
+    return tmp_path / "run"
+
+
+def going_on(folder: Path | None, **changes) -> Continuation:
+    return Continuation(None if folder is None else load_checkpoint(folder), folder, **changes)
+
+
+def test_results_of_an_end_that_is_left_are_set_aside(ended):
+    """They would be taken for those of the run that goes on, which writes its own at its end alone."""
+    two, four = list_checkpoints(ended / "checkpoints")
+    assert set_results_aside(ended, going_on(four)) == []
+    assert set_results_aside(ended, going_on(two, skipped=("step-000004 is damaged",))) == [], "the same run"
+    assert set_results_aside(ended, going_on(two)) == ["adapter.left", "result.json.left", "predictions.left"]
+    assert set_results_aside(ended, going_on(two)) == []
+    (ended / "result.json").write_text('{"steps": 2}')
+    assert set_results_aside(ended, going_on(two)) == [], "it goes on from there"
+    (ended / "result.json").write_text('{"steps": 3}')
+    assert set_results_aside(ended, going_on(two)) == ["result.json.left1"]
+    assert sorted(path.name for path in ended.iterdir()) == [
+        "adapter.left", "checkpoints", "predictions.left", "result.json.left", "result.json.left1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", ['{"steps": 4}', "{}", "{", None])
+def test_results_beside_a_checkpoint_from_elsewhere_are_set_aside(ended, tmp_path, steps):
+    (ended / "result.json").unlink()
+    if steps is not None:
+        (ended / "result.json").write_text(steps)
+    elsewhere = save_checkpoint(tmp_path / "other", Checkpoint(9, STATE, None, {}), keep=None)
+    assert "adapter.left" in set_results_aside(ended, going_on(elsewhere))
+
+
+def test_results_are_set_aside_where_a_run_starts_anew(ended):
+    """Its checkpoints were taken away, so --resume auto finds none."""
+    shutil.rmtree(ended / "checkpoints")
+    assert "adapter.left" in set_results_aside(ended, going_on(None))
+
+
+def test_predictions_alone_are_the_users(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    assert set_results_aside(tmp_path, going_on(None)) == []
