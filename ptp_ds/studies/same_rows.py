@@ -54,7 +54,9 @@ def require_rows(part: Study, out: Path) -> None:
 def _require_as_recorded(cell: Cell, record: dict[str, Any], now: dict[str, str], out: Path) -> None:
     """Records of older versions don't say what their rows were; they are taken as they are."""
     changed = [f"{use} rows" for use, digest in now.items() if record.get("rows", now).get(use) != digest]
-    if record.get("template", _read_task(cell.run.task).spec()) != _read_task(cell.run.task).spec():
+    spec = _read_task(cell.run.task).spec()
+    told = record.get("template", spec)
+    if told != spec or list(told["answers"]) != list(spec["answers"]):  # a classifier's outputs follow their order
         changed.append("template")
     if changed:
         raise UserError(

@@ -53,9 +53,12 @@ def test_rows_that_changed_behind_a_finished_cell(study, tmp_path, write_rows):
     with pytest.raises(UserError, match=r"Reviews/plain/population\.json was run with other eval rows than the files"):
         require_rows(found, tmp_path)
     require_rows(found.part(["noise"], None), tmp_path)
-    record(found.cells[0], tmp_path, template={"name": "Reviews"})
-    with pytest.raises(UserError, match="other template"):
-        require_rows(found, tmp_path)
+    spec = load_task("Reviews").spec()
+    turned = {**spec, "answers": dict(reversed(spec["answers"].items()))}
+    for other in ({"name": "Reviews"}, turned):
+        record(found.cells[0], tmp_path, template=other)
+        with pytest.raises(UserError, match="other template"):
+            require_rows(found, tmp_path)
 
 
 def test_a_record_that_does_not_tell_its_rows_is_taken(study, tmp_path, write_rows):
