@@ -208,6 +208,25 @@ def tensor_shape(handle: Any, name: str, where: str, most: int | None = MOST_NUM
     return shape
 
 
+def in_moved_run(path: Any, was: Any, now: Path) -> str | None:
+    """Where a path lies that lay in a run's folder `was`, or in its population's, now that the run's folder is `now`.
+
+    None for one that lay outside, and where nothing of its name is there. path, was: as both were given to the run.
+    """
+    if not (isinstance(path, str) and isinstance(was, str) and path and was):
+        return None
+    before, old = Path(os.path.normpath(path)), Path(os.path.normpath(was))
+    roots = [(old, now)]
+    if old.parent.name == "members":
+        roots.append((old.parent.parent, now.parent.parent))
+    for root, moved in roots:
+        if before != root and before.is_relative_to(root):
+            found = moved / before.relative_to(root)
+            if is_file(found) or is_folder(found):
+                return str(found)
+    return None
+
+
 def shipped(folder: str, name: str) -> Path | None:
     """A file of one of the project's folders beside the package (ds_configs, hostfiles, scripts), in a checkout or in
     an installation; None where there is none of that name.

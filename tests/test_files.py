@@ -5,7 +5,17 @@ import os
 
 import pytest
 
-from ptp_ds.files import brief, is_file, is_folder, listed, parse_json, plain_name, read_json, read_text
+from ptp_ds.files import (
+    brief,
+    in_moved_run,
+    is_file,
+    is_folder,
+    listed,
+    parse_json,
+    plain_name,
+    read_json,
+    read_text,
+)
 
 
 @pytest.mark.parametrize("name", ["CB", "AX-b", "RTE.pet", "my task", "Aufgabe \u00e4", "a" * 128])
@@ -74,3 +84,17 @@ def test_what_stands_in_a_file_s_place(tmp_path):
         assert not any(map(look, (tmp_path / "pipe", tmp_path / "loop", tmp_path / ("x" * 300), tmp_path / "none")))
     assert is_file(tmp_path / "latin")
     assert is_folder(tmp_path)
+
+
+def test_what_lay_in_a_run_s_folder_is_found_where_that_is_now(tmp_path):
+    now = tmp_path / "moved" / "members" / "x"
+    (now / "data").mkdir(parents=True)
+    (tmp_path / "moved" / "data").mkdir()
+    assert in_moved_run("a/r/data", "a/r", now) == in_moved_run("./a/r/data/", "a//r", now) == str(now / "data")
+    assert in_moved_run("/a/r/data", "/a/r", now) == str(now / "data")
+    assert in_moved_run("ten/data", "ten/members/x", now) == str(tmp_path / "moved" / "data")
+    for path, was in (
+        ("a/r/gone", "a/r"), ("a/data", "a/r"), ("a/r/../data", "a/r"), ("a/r", "a/r"), ("a/rest/data", "a/r"),
+        (None, "a/r"), ("a/r/data", None), (3, "a/r"), ("", ""),
+    ):  # fmt: skip
+        assert in_moved_run(path, was, now) is None

@@ -9,7 +9,7 @@ from typing import Any
 from ptp_ds.adapters.read import adapter_config, read_card
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_folder
+from ptp_ds.files import brief, in_moved_run, is_file, is_folder
 from ptp_ds.models.identity import difference, model_identity
 from ptp_ds.models.source import BackboneSource
 from ptp_ds.ranks.log import get_logger
@@ -99,12 +99,48 @@ def adapter_rows(
     """Rows to score an adapter on: of the data that is given, else of its run's. split: None for the one that the run
     reported.
 
-    Raises ValueError where the run's data is gone, and load_split's.
+    Warns where the run's data holds other rows in that split by now. Raises ValueError where it is gone, and
+    load_split's.
     """
     split = split or adapter_split(folder, task)
-    if data_dir is None and dataset is None:
-        data_dir, dataset = _trained_data(folder)
-    return load_split(task, split, data_dir, dataset)
+    if data_dir is not None or dataset is not None:
+        return load_split(task, split, data_dir, dataset)
+    found = load_split(task, split, *_trained_data(folder))
+    if _digest_on_record(folder, task, split) not in (None, found.digest):
+        log.warning(
+            "warning: split %r holds other rows than the run of adapter %s read there: they were changed, or another "
+            "run's lie in their place; the score is of those that are there now", split, folder,
+        )  # fmt: skip
+    return found
+
+
+def reported_rows(folder: Path) -> str | None:
+    """The digest of the rows that the adapter's run reported its scores on, None where an older one doesn't say."""
+    return _digests(folder).get("eval")
+
+
+def _digests(folder: Path) -> dict[str, Any]:
+    """Of the run's rows, by what they are for."""
+    said = (read_card(folder).get("result") or {}).get("rows")
+    return said if isinstance(said, dict) else {}
+
+
+def _digest_on_record(folder: Path, task: Task, split: str) -> str | None:
+    """That of the split's rows as the run read them; None for a split that it didn't read, and for another task, whose
+    rows are others, or have other labels."""
+    spec = read_card(folder).get("task") or {}
+    if (spec.get("name"), spec.get("label"), set(spec.get("answers") or ())) != (
+        task.name, task.label, set(task.labels)
+    ):  # fmt: skip
+        return None
+    settings = _settings(folder)
+    return next((of for use, of in _digests(folder).items() if settings.get(f"{use}_split") == split), None)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Those of the adapter's run, {} where the card holds none."""
+    said = (read_card(folder).get("result") or {}).get("settings")
+    return said if isinstance(said, dict) else {}
 
 
 def adapter_split(folder: Path, task: Task) -> str:
@@ -116,7 +152,7 @@ def adapter_split(folder: Path, task: Task) -> str:
 
 
 def _trained_data(folder: Path) -> tuple[str | None, str | None]:
-    """(data_dir, dataset) of the adapter's run; says which one is taken."""
+    """(data_dir, dataset) of the adapter's run; says which one is taken. Data in a run's folder moves with it."""
     found = read_card(folder).get("data")
     if found is None:
         log.warning(
@@ -134,6 +170,8 @@ def _trained_data(folder: Path) -> tuple[str | None, str | None]:
             continue
         if not isinstance(said, str):
             raise UserError(f"Adapter {folder}: the card's {name} is {brief(said)}; expected text or null.")
+        if Path(said).is_absolute():
+            said = _beside(folder, name) or said
         if (name == "data_dir" or Path(said).is_absolute()) and not is_folder(said):
             raise UserError(
                 f"Adapter {folder} was trained on data in {_shown(said)}, which is gone; give --data_dir or --dataset."
@@ -143,8 +181,18 @@ def _trained_data(folder: Path) -> tuple[str | None, str | None]:
     return None, None
 
 
+def _beside(folder: Path, name: str) -> str | None:
+    """The data that setting `name` says, in the folder of the run that the adapter lies in; None where it isn't there.
+
+    An adapter that was taken out of its run has no config.json above it.
+    """
+    run = folder.absolute().parent
+    settings = _settings(folder)
+    found = in_moved_run(settings.get(name), settings.get("output_dir"), run) if is_file(run / "config.json") else None
+    return found if found is not None and is_folder(found) else None
+
+
 def trained_max_length(folder: Path) -> int | None:
     """--max_length of the adapter's run, None where it had none or doesn't say."""
-    settings = (read_card(folder).get("result") or {}).get("settings")
-    said = settings.get("max_length") if isinstance(settings, dict) else None
+    said = _settings(folder).get("max_length")
     return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None

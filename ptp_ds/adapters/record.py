@@ -57,7 +57,7 @@ def result_record(
 ) -> dict[str, Any]:
     """result.json: the metrics of the best prompt on --eval_split, what they cost, and every setting.
 
-    untrained: those of the prompt that training began with.
+    untrained: those of the prompt that training began with. Its `rows` are digests by what the rows are for.
     """
     run = prepared.run
     return {
@@ -70,6 +70,7 @@ def result_record(
         "eval_split": run.eval_split, "eval_examples": result.examples, "eval_cross_entropy": result.cross_entropy,
         "best_step": progress.best_step, "select_metrics": progress.best.metrics if progress.best else {},
         "settings": asdict(run), "training_data_sha256": prepared.identity["training data"],
+        "rows": dict(prepared.digests),
     }  # fmt: skip
 
 

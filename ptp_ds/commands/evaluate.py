@@ -10,7 +10,7 @@ import torch
 
 from ptp_ds.adapters.card import untrained_metrics
 from ptp_ds.adapters.lm_eval import write_harness_task
-from ptp_ds.adapters.origin import adapter_rows, adapter_split, trained_max_length
+from ptp_ds.adapters.origin import adapter_rows, adapter_split, reported_rows, trained_max_length
 from ptp_ds.adapters.read import adapter_folder, read_card
 from ptp_ds.adapters.served import Served, serve
 from ptp_ds.adapters.task import adapter_task, ensemble_task
@@ -59,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.lm_eval_tasks is not None and env_rank() == 0:
         command = write_harness_task(Path(args.lm_eval_tasks), served, split)
         log.info("lm-eval gives these scores by: %s", command)
-    untrained = _untrained(args, served, split_name, len(examples)) if labelled else {}
+    untrained = _untrained(args, served, split) if labelled else {}
     resolved = _resolved(raw, args, served)
     ranks = start_processes()
     scores = served.score(served.load(resolved, ranks, examples), examples, ranks, args.eval_tokens)
@@ -96,14 +96,16 @@ def _write(
     ranks.barrier()
 
 
-def _untrained(args: argparse.Namespace, served: Served, split: str, rows: int) -> dict[str, float]:
-    """Metrics of the prompt that the run began with, where it scored these rows, read alike; {} for an ensemble."""
-    if len(served.folders) != 1 or args.data_dir is not None or args.dataset is not None:
+def _untrained(args: argparse.Namespace, served: Served, split: Split) -> dict[str, float]:
+    """Metrics of the prompt that the run began with, where it scored these very rows, by their digest, read alike; {}
+    for an ensemble, and where an older run doesn't say which rows it scored.
+    """
+    if len(served.folders) != 1 or reported_rows(served.folders[0]) != split.digest:
         return {}
     (folder,) = served.folders
     card = read_card(folder)
     trained = card.get("result") or {}
-    if (trained.get("eval_split"), trained.get("eval_examples")) != (split, rows) or not card.get("task"):
+    if not card.get("task"):
         return {}
     if args.max_length not in (None, trained_max_length(folder)) or adapter_task(folder, None) != served.task:
         return {}

@@ -13,7 +13,7 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import PRESETS, with_preset
 from ptp_ds.config.run_config import BEFORE, GROUPS, RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, nearest, require_writable
+from ptp_ds.files import brief, in_moved_run, nearest, require_writable
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.redact import HIDDEN, redacted
 from ptp_ds.settings_file import read_settings
@@ -131,9 +131,18 @@ def _of_a_run(record: dict[str, Any], file: str) -> Any:
         )
     log.info("settings of the run in %s, without its %s", file, f"{', '.join(_ITS_OWN[:-1])} and {_ITS_OWN[-1]}")
     settings, preset = {**BEFORE, **settings}, settings.get("preset")
+    settings |= _in_its_folder(settings, Path(file).parent)
     usual = vars(RunConfig()) | PRESETS.get(preset if isinstance(preset, str) else "", {})
     absent = object()
     return {n: value for n, value in settings.items() if n not in _ITS_OWN and value != usual.get(n, absent)}
+
+
+def _in_its_folder(settings: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Data and template that the run kept in its own folder, as Python's train does, by where that folder is now."""
+    task = settings.get("task")
+    said = {"data_dir": settings.get("data_dir"), "task": task if str(task).endswith(".json") else None}
+    found = {name: in_moved_run(path, settings.get("output_dir"), folder) for name, path in said.items()}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def read_config(file: str) -> dict[str, Any]:

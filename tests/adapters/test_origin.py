@@ -134,6 +134,46 @@ def test_data_that_is_gone_is_asked_for(adapter, data):
     assert len(given.rows) == 64
 
 
+@pytest.mark.parametrize(("place", "data_dir"), [("run", "runs/x/data"), ("ten/members/x", "ten/data")])
+def test_data_in_the_run_s_folder_moves_with_it(adapter, data, tmp_path, place, data_dir, write_rows):
+    """A member's lies in its population's folder. What was copied out of its run takes nothing that lies beside."""
+    was = "runs/x" if place == "run" else place
+    settings = {"output_dir": was, "data_dir": data_dir, "eval_split": "dev"}
+    change(adapter, result={"eval_split": "dev", "settings": settings})
+    run = tmp_path / "moved" / place
+    run.parent.mkdir(parents=True)
+    adapter.parent.rename(run)
+    beside = (run if place == "run" else tmp_path / "moved" / "ten") / "data"
+    own = [{**ROWS[0], "premise": "It snows."}]
+    write_rows(beside / "RTE" / "dev.jsonl", own)
+    assert adapter_rows(run / "adapter", load_task("RTE")).rows == ROWS
+    (run / "config.json").write_text("{}")
+    assert adapter_rows(run / "adapter", load_task("RTE")).rows == own
+    shutil.rmtree(beside)
+    assert adapter_rows(run / "adapter", load_task("RTE")).rows == ROWS
+
+
+def test_a_split_that_holds_other_rows_now_is_told(adapter, data, capsys, write_rows):
+    task = load_task("RTE")
+    rows = {"eval": adapter_rows(adapter, task).digest, "train": "0" * 64}
+    settings = {"eval_split": "dev", "train_split": "other"}
+    change(adapter, result={"eval_split": "dev", "settings": settings, "rows": rows})
+    write_rows(data / "RTE" / "other.jsonl", ROWS)
+
+    def told(**given) -> bool:
+        adapter_rows(adapter, task, **given)
+        return "holds other rows than the run of adapter" in capsys.readouterr().err
+
+    assert not told()
+    assert told(split="other")
+    write_rows(data / "RTE" / "dev.jsonl", ROWS[:-1])
+    assert told()
+    assert not told(data_dir=str(data)), "rows that are given are the user's choice"
+    for result in ({"eval_split": "dev"}, {"eval_split": "dev", "settings": settings, "rows": "x"}):
+        change(adapter, result=result)
+        assert not told(), "older cards don't say"
+
+
 def test_data_of_the_demo_and_data_that_is_not_on_record(adapter, capsys):
     change(adapter, data={"data_dir": None, "dataset": None})
     assert len(adapter_rows(adapter, load_task("RTE"), "val").rows) == 64

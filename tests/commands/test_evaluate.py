@@ -85,20 +85,87 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert read_result(str(report.parent)).seed == 3
 
 
+@pytest.fixture
+def shows_untrained(tmp_path, monkeypatch, capsys):
+    """shows_untrained(argv): whether evaluate.py shows an untrained score, and what it warns of; the model is left
+    out."""
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.load", lambda *rest: None)
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.score", lambda self, _, examples, *rest: torch.zeros(7, 3))
+    monkeypatch.setattr("ptp_ds.commands.evaluate.start_processes", alone)
+    monkeypatch.setattr("ptp_ds.ranks.distributed.Ranks.barrier", lambda self: None)
+
+    def run(*argv) -> tuple[bool, str]:
+        assert main([*map(str, argv), "--json", str(tmp_path / "out.json")]) == 0
+        printed = capsys.readouterr()
+        shown = "untrained" in json.loads((tmp_path / "out.json").read_text())
+        assert ("|  untrained" in printed.out) == shown
+        return shown, printed.err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [([], True), (["--task", "CB"], True), (["--max_length", "60"], True), (["--max_length", "50"], False),
      (["--task", "CB.pet"], False)],
 )  # fmt: skip
-def test_the_untrained_score_is_of_the_same_rows_read_alike(trained, tmp_path, flags, shown, monkeypatch, capsys):
+def test_the_untrained_score_is_of_the_same_rows_read_alike(trained, flags, shown, shows_untrained):
     """CB.pet has CB's name, rows and answers, and another text."""
-    monkeypatch.setattr("ptp_ds.adapters.served.Served.load", lambda *rest: None)
-    monkeypatch.setattr("ptp_ds.adapters.served.Served.score", lambda self, _, examples, *rest: torch.zeros(7, 3))
-    monkeypatch.setattr("ptp_ds.commands.evaluate.start_processes", alone)
-    monkeypatch.setattr("ptp_ds.ranks.distributed.Ranks.barrier", lambda self: None)
-    assert main(["--adapter", str(trained / "run"), "--json", str(tmp_path / "out.json"), *flags]) == 0
-    assert ("untrained" in json.loads((tmp_path / "out.json").read_text())) == shown
-    assert ("|  untrained" in capsys.readouterr().out) == shown
+    assert shows_untrained("--adapter", trained / "run", *flags)[0] == shown
+
+
+def test_the_untrained_score_is_of_these_very_rows(trained, tmp_path, shows_untrained):
+    """As many rows of the same split with another label are other rows, and the same ones elsewhere are the same."""
+    run, data = (Path(shutil.copytree(trained / name, tmp_path / name)) for name in ("run", "data"))
+    card, rows = run / "adapter" / "ptp_ds.json", data / "CB" / "dev.jsonl"
+    card.write_text(card.read_text().replace(str(trained / "data"), str(data)))
+    assert shows_untrained("--adapter", run) == (True, "")
+    assert shows_untrained("--adapter", run, "--data_dir", trained / "data") == (True, "")
+    rows.write_text(rows.read_text().replace("entailment", "neutral", 1))
+    shown, warned = shows_untrained("--adapter", run)
+    assert not shown
+    assert "split 'dev' holds other rows than the run of adapter" in warned
+    assert shows_untrained("--adapter", run, "--data_dir", data) == (False, "")
+    assert shows_untrained("--adapter", run, "--data_dir", trained / "data") == (True, "")
+
+
+def test_an_older_run_doesn_t_say_which_rows_it_scored(trained, tmp_path, shows_untrained):
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    card = json.loads((run / "adapter" / "ptp_ds.json").read_text())
+    assert card["result"].pop("rows").keys() == {"train", "eval"}
+    (run / "adapter" / "ptp_ds.json").write_text(json.dumps(card))
+    assert shows_untrained("--adapter", run) == (False, "")
+
+
+def test_a_run_that_was_moved_takes_its_data_and_template_along(tiny_model, tmp_path, monkeypatch, capfd):
+    """Another run in its old place is not scored for it, and its settings train on."""
+    from ptp_ds.api.run import train
+
+    monkeypatch.chdir(tmp_path)
+    template = {"name": "Tone", "text": "{line}\nTone:", "label": "tone", "metrics": ["accuracy"],
+                "verbalizers": {"warm": " warm", "cold": " cold"}}  # fmt: skip
+
+    def rows(word: str) -> list[dict[str, str]]:
+        return [{"line": f"{word} {n}.", "tone": ("warm", "cold")[n % 2]} for n in range(10)]
+
+    settings = {"model": str(tiny_model), "task": template, "max_steps": 2, "prompt_length": 3, "batch_size": 2}
+    first = train(data=rows("Yes"), output_dir="r/tone", perturbation="none", verbose=False, **settings)
+    Path("r/tone").rename("r/old")
+    train(data=rows("No"), output_dir="r/tone", perturbation="none", verbose=False, **settings)
+    Path("away").mkdir()
+    Path("r/old").rename("away/old")
+    capfd.readouterr()
+    assert main(["--adapter", "away/old", "--json", "out.json"]) == 0
+    printed = capfd.readouterr()
+    assert f"data of the adapter's run: {tmp_path / 'away' / 'old' / 'data'}\n" in printed.out
+    assert "holds other rows" not in printed.err
+    found = json.loads(Path("out.json").read_text())
+    assert (found["metrics"], found["untrained"]) == (first.metrics, first.untrained)
+    shutil.rmtree("r")
+    run, _ = parse_run(["--config", "away/old/config.json", "--output_dir", "away/old", "--resume", "auto"])
+    assert (run.task, run.data_dir) == ("away/old/task.json", "away/old/data")
+    longer = train("away/old/config.json", output_dir="away/old", resume="auto", max_steps=3, verbose=False)
+    assert longer.record["steps"] == 3
 
 
 def test_the_check_tries_rows_as_long_as_those_that_are_scored(trained, monkeypatch):
