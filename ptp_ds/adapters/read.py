@@ -13,6 +13,7 @@ from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, HEAD_PREFIX, PRO
 from ptp_ds.choices import HEADS
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, listed, open_tensors, read_json, tensor_shape
+from ptp_ds.training.checkpoint import saved_steps
 
 
 def adapter_folder(given: str | Path) -> Path:
@@ -33,9 +34,11 @@ def adapter_folder(given: str | Path) -> Path:
     if is_file(folder / "population.json"):
         raise UserError(f"Adapter {folder} holds several prompts; give one or more of {folder / 'members'}/*.")
     if is_file(folder / "config.json") and (is_folder(folder / "checkpoints") or is_file(folder / "log.jsonl")):
+        steps = saved_steps(folder / "checkpoints")
+        ends = f", and with --max_steps {steps[-1]} it ends at its newest checkpoint" if steps else ""
         raise UserError(
             f"Adapter {folder}: the run in that folder has written no adapter yet; let it end, --resume auto goes on "
-            "with it."
+            f"with it{ends}."
         )
     raise UserError(f"Adapter {folder}: no {CONFIG_FILE} there; give a run's folder, or an adapter's, ours or peft's.")
 

@@ -14,7 +14,7 @@ from ptp_ds.config.presets import preset_effect
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.trainer import Progress, median_or_zero
+from ptp_ds.training.progress import Progress, median_or_zero
 
 _VERSIONED = ("deepspeed", "transformers", "datasets", "sentencepiece", "tensorboard", "safetensors", "ptp_ds")
 

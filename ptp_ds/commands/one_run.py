@@ -54,10 +54,11 @@ from ptp_ds.training.evaluate import Evaluation, score_examples
 from ptp_ds.training.examples import load_splits, require_rows_for, run_examples
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.progress import Progress
 from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
 from ptp_ds.training.step import settings_of
 from ptp_ds.training.trackers import TENSORBOARD, of_member, report_names, require_trackers, told_settings
-from ptp_ds.training.trainer import Progress, Trainer
+from ptp_ds.training.trainer import Trainer
 
 log = get_logger(__name__)
 

@@ -38,9 +38,9 @@ from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.progress import Progress, progress_from
 from ptp_ds.training.start import initial_trained, made_from, open_backbone, perturbation_unit
 from ptp_ds.training.trackers import TENSORBOARD, report_names, shared_settings
-from ptp_ds.training.trainer import Progress, progress_from
 
 log = get_logger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, is_locked, read_json
+from ptp_ds.files import is_file, is_folder, is_locked, read_json
 from ptp_ds.models.identity import model_identity
 from ptp_ds.models.source import BackboneSource
 from ptp_ds.precision import PRECISION_OF
@@ -63,9 +63,11 @@ class Continuation:
         saved = self.checkpoint.identity
         require_same_run(self.checkpoint, {n: v for n, v in identity.items() if n not in _MAY_DIFFER}, self.folder)
         if identity["max_steps"] < self.checkpoint.step:
+            step, run = self.checkpoint.step, self.folder.parent.parent
+            there = f", or score the adapter in {run} by `ptp evaluate`" if is_folder(run / "adapter") else ""
             raise UserError(
-                f"--max_steps is {identity['max_steps']} and {self.folder} has {self.checkpoint.step} steps behind it; "
-                "give more steps, or evaluate its adapter with scripts/evaluate.py."
+                f"--max_steps is {identity['max_steps']} and {self.folder} has {step} steps behind it; give "
+                f"--max_steps {step} to end it there, or more{there}."
             )
         changes = []
         now = identity["precision"]

@@ -28,9 +28,10 @@ from ptp_ds.training.population_engine import MemberEngine, PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.population_step import MemberStep, PopulationRow, population_loss, population_row
 from ptp_ds.training.prepared import Prepared
+from ptp_ds.training.progress import Progress
 from ptp_ds.training.schedules import learning_rate
 from ptp_ds.training.step import StepLoss, carried_delta, loss_of_all
-from ptp_ds.training.trainer import NonFiniteLossError, Progress, Trainer
+from ptp_ds.training.trainer import NonFiniteLossError, Trainer
 
 log = get_logger(__name__)
 
@@ -106,6 +107,7 @@ class PopulationTrainer:
         """Steps all members while any has steps left, or until a signal, whose number it returns. All ranks call it."""
         stop = StopRequest(self.ranks)
         try:
+            self._score_ends()
             while alive := self.alive:
                 self.watchdog.doing(f"optimizer step {self.members[alive[0]].progress.step + 1}")
                 self._step()
@@ -239,17 +241,27 @@ class PopulationTrainer:
             by_callback = [member.name for member in chosen if member.trainer.ends_here(member.progress)]
             ended = [member.name for member in chosen if not member.trains and not member.progress.ended]
             self.monitor.ended(step, ended, by_callback)
-        saved = [member for member in whole if due.saves or not member.trains]
-        for member in saved:
+        self._save([member for member in whole if due.saves or not member.trains], guards, step)
+        for member in whole:
+            member.meter.restart_clock()
+
+    def _score_ends(self) -> None:
+        """See Trainer.lacks_end."""
+        members = [one for one in self.members if not one.failed and one.trainer.lacks_end(one.progress)]
+        if members:
+            guards = {member.name: OutputGuard(self.ranks, member.trainer.output_dir) for member in members}
+            self._select(members, guards)
+            self._save(members, guards, members[0].progress.step)
+
+    def _save(self, members: Sequence[Member], guards: Mapping[str, OutputGuard], step: int) -> None:
+        for member in members:
             self.watchdog.doing(f"saving step {step} of {member.name}")
             member.serve()
             member.trainer.save(member.progress, guards[member.name], prunes=False)
         for guard in guards.values():
             guard.agree()
-        self._prune(saved, step)  # not before all have saved: a job that is killed goes on from a step that all have
+        self._prune(members, step)  # not before all have saved: a job that is killed goes on from a step that all have
         self.output.agree()
-        for member in whole:
-            member.meter.restart_clock()
 
     def _logged(self, member: Member, output: OutputGuard) -> bool:
         """Whether the member's step was a whole one; one whose loss or gradient is not finite ends here."""

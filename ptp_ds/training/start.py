@@ -19,7 +19,7 @@ from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.trainer import Progress, progress_from
+from ptp_ds.training.progress import Progress, progress_from
 
 log = get_logger(__name__)
 

@@ -1,9 +1,7 @@
 """The train loop: batches in seeded order, the step of ptp_ds.training.step, evaluation, checkpoints, records."""
 
-import math
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from ptp_ds.training.examples import batch_order
 from ptp_ds.training.meter import Meter, Shares
 from ptp_ds.training.micro_batches import dealt
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
+from ptp_ds.training.progress import Progress
 from ptp_ds.training.schedules import learning_rate
 from ptp_ds.training.step import most_rows, step_in_parts
 
@@ -45,27 +44,6 @@ log = get_logger(__name__)
 
 class NonFiniteLossError(UserError):
     """Training diverged; nothing of the broken state was saved."""
-
-
-@dataclass
-class Progress:
-    """What changes while training: optimizer steps done, timings of logged steps, and the prompt to keep.
-
-    best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that;
-    stale: evaluations since it rose. ended: whether a listener has ended the run.
-    """
-
-    step: int = 0
-    best: Evaluation | None = None
-    best_prompt: Tensor | None = None
-    best_step: int = 0
-    highest: float = -math.inf
-    stale: int = 0
-    step_seconds: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
-    stopped_by: int = 0
-    ended: bool = False
-    carried: Carried | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +76,11 @@ class Trainer:
         """Runs from progress.step to the last step, or until a signal; all ranks call it."""
         stop, meter = StopRequest(self.ranks), Meter(self.ranks)
         try:
+            if self.lacks_end(progress):
+                output = OutputGuard(self.ranks, self.output_dir)
+                self._score(progress, output)
+                self.save(progress, output)
+                output.agree()
             while self.goes_on(progress):
                 self._doing(f"optimizer step {progress.step + 1}")
                 self._optimizer_step(progress, meter)
@@ -292,15 +275,23 @@ class Trainer:
         output = OutputGuard(self.ranks, self.output_dir)
         self.log(progress, meter, output)
         if self.ends_here(progress) or due.evaluates:
-            self._doing(f"the evaluation behind step {progress.step}")
-            prompt = self.engine.kept()
-            self.select(progress, prompt, self.evaluate(prompt, self.select_examples), output)
+            self._score(progress, output)
             self.ends_here(progress)
         if due.saves or not self.goes_on(progress):
             self._doing(f"saving step {progress.step}")
             self.save(progress, output)
         output.agree()
         meter.restart_clock()
+
+    def lacks_end(self, progress: Progress) -> bool:
+        """Whether a run that a signal stopped unscored shall end there: its last step is evaluated like any other's."""
+        known = progress.best is not None and (progress.scored or _due(progress.step, self.run.eval_every))
+        return progress.step == self.run.max_steps and not known
+
+    def _score(self, progress: Progress, output: OutputGuard) -> None:
+        self._doing(f"the evaluation behind step {progress.step}")
+        prompt = self.engine.kept()
+        self.select(progress, prompt, self.evaluate(prompt, self.select_examples), output)
 
     def log(self, progress: Progress, meter: "Meter", output: OutputGuard) -> None:
         """The values since the last logged step, to the monitor; NonFiniteLossError: see after_step."""
@@ -369,22 +360,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def progress_from(checkpoint: Checkpoint) -> Progress:
-    """The progress that a checkpoint recorded."""
-    progress = Progress(step=checkpoint.step)
-    if checkpoint.carried or "carried_delta" in checkpoint.tensors:
-        progress.carried = Carried(files=tuple(checkpoint.carried), whole=checkpoint.tensors.get("carried_delta"))
-    if checkpoint.best is not None:
-        progress.best = Evaluation(**checkpoint.best["evaluation"])
-        progress.best_step = int(checkpoint.best["step"])
-        progress.best_prompt = checkpoint.tensors["best_prompt"]
-        progress.highest = float(checkpoint.best.get("highest", progress.best.score))  # before it, best was highest
-        progress.stale = int(checkpoint.best.get("stale", 0))
-    return progress
-
-
-def median_or_zero(values: Sequence[float]) -> float:
-    """The median, 0.0 where nothing was timed (a resumed run that had no step left)."""
-    return statistics.median(values) if values else 0.0

@@ -36,7 +36,8 @@ from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.training.evaluate import Evaluation, least_score
 from ptp_ds.training.prepared import Prepared
-from ptp_ds.training.trainer import Progress, Trainer
+from ptp_ds.training.progress import Progress
+from ptp_ds.training.trainer import Trainer
 
 
 class Point(NamedTuple):

@@ -256,7 +256,12 @@ def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
         adapter_folder(tmp_path / "several")
     (tmp_path / "early" / "checkpoints").mkdir(parents=True)
     (tmp_path / "early" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"early: the run in that folder has written no adapter yet; let it end"):
+    why = r"early: the run in that folder has written no adapter yet; let it end, --resume auto goes on with it"
+    with pytest.raises(ValueError, match=why + r"\.$"):
+        adapter_folder(tmp_path / "early")
+    for step in (30, 231):
+        (tmp_path / "early" / "checkpoints" / f"step-{step:06d}").mkdir()
+    with pytest.raises(ValueError, match=why + r", and with --max_steps 231 it ends at its newest checkpoint\.$"):
         adapter_folder(tmp_path / "early")
 
 

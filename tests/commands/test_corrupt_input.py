@@ -47,7 +47,7 @@ from ptp_ds.training.checkpoint import (
 )
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import _open_log
-from ptp_ds.training.trainer import progress_from
+from ptp_ds.training.progress import progress_from
 from tests.support.mutations import damage
 from tests.support.paths import ROOT
 

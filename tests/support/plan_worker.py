@@ -51,8 +51,9 @@ from ptp_ds.tasks import load_task  # noqa: E402
 from ptp_ds.tasks.example import Example  # noqa: E402
 from ptp_ds.training.engine import Engine  # noqa: E402
 from ptp_ds.training.monitor import Monitor  # noqa: E402
+from ptp_ds.training.progress import Progress  # noqa: E402
 from ptp_ds.training.step import settings_of, step_in_parts  # noqa: E402
-from ptp_ds.training.trainer import Progress, Trainer  # noqa: E402
+from ptp_ds.training.trainer import Trainer  # noqa: E402
 
 
 class TorchQuantiser:

@@ -11,7 +11,7 @@ from ptp_ds.files import sha256_of
 from ptp_ds.training import carried
 from ptp_ds.training.carried import Carried, gather, part_name
 from ptp_ds.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ptp_ds.training.trainer import progress_from
+from ptp_ds.training.progress import progress_from
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 1, 4, 2, 5, 2]
