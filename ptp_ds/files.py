@@ -113,7 +113,7 @@ def read_text(path: str | Path, where: str, most: int | None = JSON_BYTES, hint:
     try:
         return read_bytes(path, where, most, hint).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
 
 
 def read_json(path: str | Path, where: str, hint: str = "") -> Any:

@@ -88,8 +88,10 @@ def _find_file(task: Task, split: str, data_dir: str | None) -> Path:
             return file
     if not is_folder(folder / task.name):
         raise UserError(_no_folder(task, folder, data_dir is None))
-    found = sorted({path.stem for path in (folder / task.name).iterdir() if path.suffix in ENDINGS})
-    file = folder / task.name / f"{stem}{ENDINGS[0]}"
+    files = sorted(path for path in (folder / task.name).iterdir() if path.suffix.lower() in ENDINGS)
+    if named := [path for path in files if path.stem == stem and is_file(path)]:  # train.CSV
+        return named[0]
+    found, file = sorted({path.stem for path in files}), folder / task.name / f"{stem}{ENDINGS[0]}"
     raise UserError(f"No file {file}; splits there ({', '.join(ENDINGS)}): {listed(found) or 'none'}.")
 
 
@@ -99,7 +101,7 @@ def _no_folder(task: Task, folder: Path, demo: bool) -> str:
     if demo:
         known = f"the packaged demo data; it holds {listed(found)}"
         return f"No folder {task.name!r} in {known}; give --data_dir or --dataset."
-    if files := sorted(path.name for path in folder.iterdir() if path.suffix in ENDINGS and is_file(path)):
+    if files := sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ENDINGS and is_file(path)):
         return (
             f"No folder {task.name!r} in --data_dir {folder}; it holds {listed(files)} itself. Give the folder above "
             f"it, and name this one {task.name}."

@@ -11,6 +11,7 @@ from ptp_ds.files import brief, memory_bytes, parse_json, read_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".jsonl", *_DELIMITERS)  # of a split's file, in the order in which they are looked for
+_SHOWN = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 FORMATS = "JSON lines (.jsonl), or CSV or TSV with a header (.csv, .tsv)"
 STANDARD_INPUT = "-"
 
@@ -42,7 +43,9 @@ def rows_of_standard_input() -> Rows:
     try:
         return _rows_of_lines(read.decode("utf-8-sig"), "standard input")
     except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(
+            f"standard input: not UTF-8 text ({error.reason} at byte {error.start}); give it as UTF-8."
+        ) from None
 
 
 def _rows_of_lines(text: str, name: str) -> Rows:
@@ -60,6 +63,7 @@ def _rows_of_lines(text: str, name: str) -> Rows:
 
 def _rows_of_table(text: str, name: str, delimiter: str) -> Rows:
     """Lines of cells, quoted as Python's csv module reads them; a row's place is the line that it ends on."""
+    _require_delimiter(text, name, delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[dict[str, Any]] = []
     where: list[str] = []
@@ -80,8 +84,20 @@ def _rows_of_table(text: str, name: str, delimiter: str) -> Rows:
             rows.append({field: cell for field, cell in zip(header, cells, strict=True) if cell.strip()})
             where.append(place)
     except csv.Error as error:
-        raise UserError(f"{name}:{reader.line_num}: not a valid table ({brief(str(error))[1:-1]}).") from None
+        raise UserError(f"{name}:{reader.line_num}: not a valid table ({error}).") from None
     return rows, where
+
+
+def _require_delimiter(text: str, name: str, delimiter: str) -> None:
+    """UserError where the header is one cell that holds another delimiter: such a name is no field's."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    other = next((one for one in ";\t,|" if one in header), delimiter)
+    if delimiter not in header and other != delimiter:
+        remedy = ", or name it .csv" if other == "," else ", or as .tsv with tabs" if delimiter == "," else ""
+        raise UserError(
+            f"{name}: its cells are separated by {_SHOWN[other]}, expected {_SHOWN[delimiter]}; save it with "
+            f"{_SHOWN[delimiter]}{remedy}."
+        )
 
 
 def _checked_header(cells: list[str], place: str) -> list[str]:

@@ -156,8 +156,8 @@ class Task:
             return Rendered(pieces, candidates, 0, prompt_at=at)
         if self.label is None or self.label not in row:
             raise NoLabelError(
-                f"{where}: the row has no {brief(self.label)}, the label of task {self.name}; it has "
-                f"{listed(row) or 'nothing'}. Correct the template, or give a split whose rows all have labels."
+                f"{where}: the row has no {brief(self.label)}, the label of task {self.name}, or an empty cell; it has "
+                f"{listed(row) or 'nothing'}. Correct row or template, or give a split whose rows all have labels."
             )
         label = canonical_label(row[self.label])
         if label not in self.answers and label in _SPELLED_BOOLEANS:  # a table's cells, which are text
@@ -195,8 +195,8 @@ class Task:
     def _field(self, row: Mapping[str, Any], name: str, filter_name: str | None, where: str) -> str:
         if name not in row:
             raise UserError(
-                f"{where}: the row has no field {brief(name)}; task {self.name} needs it (the row has "
-                f"{listed(row) or 'nothing'})."
+                f"{where}: the row has no field {brief(name)}, or an empty cell; task {self.name} needs it (the row "
+                f"has {listed(row) or 'nothing'})."
             )
         value = row[name]
         if not isinstance(value, str) or not (value.strip() or name in MAY_BE_EMPTY.get(self.reader, ())):
@@ -312,7 +312,10 @@ def parse_task(spec: Any, where: str) -> Task:
         raise UserError(f"{where}: the text holds {PROMPT_MARK} twice; the prompt stands in one place.")
     in_text = {slot[1] for slot in SLOT.finditer(spec["text"])}
     if not in_text or re.search(r"[{}]", SLOT.sub("", "".join((spec["text"], *answers.values())))):
-        raise UserError(f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter.")
+        raise UserError(
+            f"{where}: the text needs a {{field}}, and braces may hold nothing but field or field|filter; a field's "
+            "name there is one word of letters, digits and _, so rename a column whose name is not."
+        )
     values = spec.get("values", {})
     if not isinstance(values, dict) or not all(_maps_texts(words) for words in values.values()):
         raise UserError(f"{where}: 'values' must map fields to objects of raw value: text.")

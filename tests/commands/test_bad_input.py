@@ -129,7 +129,7 @@ def test_rows_that_the_prompt_leaves_no_room_for(base, refuse):
         ),
         (
             json.dumps({"premise": "It", "label": "neutral"}),
-            ":2: the row has no field 'hypothesis'; task CB needs it (the row has premise, label).",
+            ":2: the row has no field 'hypothesis', or an empty cell; task CB needs it (the row has premise, label).",
         ),
         (json.dumps({**CB_ROW, "premise": None}), ":2: field 'premise' must be non-empty text, not None."),
     ],

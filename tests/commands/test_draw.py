@@ -53,7 +53,10 @@ def test_a_table_becomes_the_splits_of_two_draws(given, tmp_path, capsys):
         (["--draws", "13", "13"], "--draws has 13 twice; give each once."),
         (["--rows", "8"], "has 15 rows; expected 16 or more of each label"),
         (["--task", "Tony"], "Unknown task 'Tony'"),
-        (["--task", "CB"], "rows.csv:2: the row has no field 'premise'; task CB needs it (the row has "),
+        (
+            ["--task", "CB"],
+            "rows.csv:2: the row has no field 'premise', or an empty cell; task CB needs it (the row has ",
+        ),
         (["--data_dir", "{file}"], "is a file; give a folder."),
     ],
 )

@@ -106,6 +106,19 @@ def test_missing_folders_and_files(tmp_path, write_rows):
         load("CB", tmp_path, "val")
 
 
+@pytest.mark.parametrize("ending", ["CSV", "Csv", "TSV", "JSONL"])
+def test_a_split_s_ending_may_be_in_capitals(tmp_path, ending):
+    """As load_rows takes it."""
+    rows = {"J": '{"review": "a", "label": "b"}\n', "T": "review\tlabel\na\tb\n", "C": "review,label\na,b\n"}[ending[0]]
+    (tmp_path / "Reviews").mkdir()
+    (tmp_path / "Reviews" / f"train.{ending}").write_text(rows)
+    assert load("Reviews", tmp_path).rows == [{"review": "a", "label": "b"}]
+    with pytest.raises(ValueError, match=r"splits there \(\.jsonl, \.csv, \.tsv\): train\."):
+        load("Reviews", tmp_path, "val")
+    with pytest.raises(ValueError, match=f"it holds train.{ending} itself"):
+        load("Reviews", tmp_path / "Reviews")
+
+
 def test_task_without_demo_data(tmp_path):
     own = tmp_path / "own.json"
     spec = {"name": "Own", "text": "{a}:", "label": "y", "verbalizers": {"0": " a", "1": " b"}, "metrics": ["accuracy"]}
@@ -127,7 +140,7 @@ def test_two_sources_are_refused():
     ("row", "message"),
     [
         ({**CB_ROWS[0], "label": "maybe"}, r"train\.jsonl:2: label 'maybe' is not one of entailment, contradiction"),
-        ({"premise": "a", "label": "neutral"}, r"train\.jsonl:2: the row has no field 'hypothesis'; task CB needs it"),
+        ({"premise": "a", "label": "neutral"}, r"train\.jsonl:2: the row has no field 'hypothesis', or an empty"),
     ],
 )  # fmt: skip
 def test_bad_rows_name_their_line(tmp_path, write_rows, tokenizer, row, message):

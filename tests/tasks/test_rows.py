@@ -54,10 +54,11 @@ def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
     (tmp_path / "rows.csv").write_text("review,label\nA film.,\n,positive\n")
     split, task = load_rows(str(tmp_path / "rows.csv")), load_task("Reviews")
     assert split.rows == [{"review": "A film."}, {"label": "positive"}]
-    with pytest.raises(NoLabelError):
+    with pytest.raises(NoLabelError, match="the row has no 'label', the label of task Reviews, or an empty cell;"):
         task.entries(split.rows[0], "row 0")
     with pytest.raises(
-        ValueError, match=r"rows\.csv:3: the row has no field 'review'; task Reviews needs it \(the row has label"
+        ValueError,
+        match=r"rows\.csv:3: the row has no field 'review', or an empty cell; task Reviews needs it \(the row has",
     ):
         is_labelled(task, split)
 
@@ -69,8 +70,25 @@ def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
         ("a.csv", "x,y\n1,2,3\n", r"a\.csv:2: 3 cells; expected 2"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv:1: the header has the field 'x' twice; expected the fields' names, each once"),
         ("a.tsv", "x\t\n1\t2\n", r"a\.tsv:1: the header has a field without a name; expected"),
-        ("a.csv", 'x\n"a"b\n', r"a\.csv:2: not a valid table \("),
+        ("a.csv", 'x\n"a"b\n', r"a\.csv:2: not a valid table \(',' expected after '\"'\)\.$"),
         ("a.csv", 'x\n"a\n', r"a\.csv:2: not a valid table \(unexpected end of data\)\."),
+        (
+            "a.csv",
+            '\nText;Bewertung\n"Gut, schnell";5\n',
+            r"a\.csv: its cells are separated by semicolons, expected commas; save it with commas, or as \.tsv with",
+        ),
+        (
+            "a.csv",
+            '"Text";"Bewertung"\n"Gut";"5"\n',
+            r"a\.csv: its cells are separated by semicolons, expected commas;",
+        ),
+        (
+            "a.CSV",
+            "Text\tBewertung\nGut\t5\n",
+            r"a\.CSV: its cells are separated by tabs, expected commas; save it with",
+        ),
+        ("a.tsv", "x,y\n1,2\n", r"separated by commas, expected tabs; save it with tabs, or name it \.csv\.$"),
+        ("a.tsv", "x;y\n1;2\n", r"separated by semicolons, expected tabs; save it with tabs\.$"),
         ("a.csv", "x,y\n", r"a\.csv has no rows; give a file with at least one\."),
         ("a.jsonl", "x,y\n1,2\n", r"a\.jsonl:1: not valid JSON \([^)]*\)\.$"),
         (
@@ -85,6 +103,19 @@ def test_files_that_are_no_rows(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name))
+
+
+def test_other_delimiters_within_a_table_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text("one;two,y\n1,2\n")
+    assert load_rows(str(tmp_path / "a.csv")).rows == [{"one;two": "1", "y": "2"}]
+    (tmp_path / "b.csv").write_text("x\n1;2\n")
+    assert load_rows(str(tmp_path / "b.csv")).rows == [{"x": "1;2"}]
+
+
+def test_a_table_of_another_encoding(tmp_path):
+    (tmp_path / "a.csv").write_bytes("Text,Note\nSch\u00f6n.,gut\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"a\.csv: not UTF-8 text \(.* at byte 13\); save it as UTF-8\.$"):
+        load_rows(str(tmp_path / "a.csv"))
 
 
 def test_official_rows_are_no_table(tmp_path):
@@ -109,7 +140,7 @@ def test_standard_input(monkeypatch):
     for content, message in (
         (b"", "--input - has no rows; give a file with at least one"),
         (b"{\n", r"standard input:1: not valid JSON \("),
-        (b"\xff\n", r"standard input: not UTF-8 text \("),
+        (b"\xff\n", r"standard input: not UTF-8 text \(.*\); give it as UTF-8\.$"),
     ):
         monkeypatch.setattr("sys.stdin", Lines(content))
         with pytest.raises(ValueError, match=message):

@@ -143,14 +143,17 @@ def test_spec_tells_templates_apart():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a": ...}, r"row 7: the row has no field 'a'; task T needs it \(the row has b, y\)\.$"),
+        (
+            {"a": ...},
+            r"row 7: the row has no field 'a', or an empty cell; task T needs it \(the row has b, y\)\.$",
+        ),
         ({"a": ""}, "row 7: field 'a' must be non-empty text, not ''"),
         ({"a": "  "}, "row 7: field 'a' must be non-empty text"),
         ({"a": 3}, "row 7: field 'a' must be non-empty text, not 3"),
         (
             {"y": ...},
-            r"row 7: the row has no 'y', the label of task T; it has a, b\. Correct the template, or give a split "
-            r"whose rows all have labels\.$",
+            r"row 7: the row has no 'y', the label of task T, or an empty cell; it has a, b\. Correct row or template, "
+            r"or give a split whose rows all have labels\.$",
         ),
         ({"y": "2"}, r"row 7: label '2' is not one of 0, 1 \(task T\)"),
         ({"y": True}, "row 7: label 'true' is not one of 0, 1"),
@@ -250,6 +253,13 @@ def test_template_errors(spec, message):
 def test_template_parts_of_the_wrong_kind(changes):
     with pytest.raises(ValueError, match=r"^t: "):
         parse_task(template(**changes), "t")
+
+
+def test_a_column_s_name_in_the_text_is_one_word():
+    """Letters of any language."""
+    with pytest.raises(ValueError, match=r"one word of letters, digits and _, so rename a column whose name is not\.$"):
+        parse_task(template(text="{Mein Text} {b}", truncate=...), "t")
+    assert parse_task(template(text="{L\u00e4nge_2} {b}", truncate=...), "t").fields == ("L\u00e4nge_2", "b")
 
 
 @pytest.mark.parametrize(
