@@ -32,7 +32,7 @@ def adapter_folder(given: str | Path) -> Path:
             "hub id, owner/name."
         )
     if is_file(folder / "population.json"):
-        raise UserError(f"Adapter {folder} holds several prompts; give one or more of {folder / 'members'}/*.")
+        raise UserError(f"Adapter {folder} holds several prompts; give one of them, {folder / 'members'}/NAME.")
     if is_file(folder / "config.json") and (is_folder(folder / "checkpoints") or is_file(folder / "log.jsonl")):
         steps = saved_steps(folder / "checkpoints")
         ends = f", and with --max_steps {steps[-1]} it ends at its newest checkpoint" if steps else ""

@@ -87,8 +87,8 @@ def template_of(task: Task) -> dict[str, Any]:
 def rows_by_split(data: Any, task: Task, splits: tuple[str, str], seed: int) -> dict[str, Rows]:
     """The rows of each split. A fifth of a single list, drawn by `seed`, is reported. Raises UserError.
 
-    data: a file of rows; a list of dicts or a datasets.Dataset; or any of these by split. splits: the ones that train
-    and that are reported.
+    data: a file of rows; a list of dicts, a datasets.Dataset or a pandas.DataFrame; or any of these by split. splits:
+    the ones that train and that are reported.
     """
     train, reported = splits
     if isinstance(data, Mapping):  # a DatasetDict, too
@@ -128,12 +128,14 @@ def _rows(data: Any, where: str) -> Rows:
                 f"{where} is {brief(str(data))}; expected a folder, a file in {', '.join(ENDINGS)}, or rows."
             )
         return rows_of_file(path)[0]
+    if hasattr(data, "iterrows"):
+        data = _of_frame(data)
     try:
         each = iter(data)
     except TypeError:
         raise UserError(
-            f"{where} is {brief(data)}; expected a path, a list of dicts, a datasets.Dataset, or a dict of these by "
-            "split."
+            f"{where} is {brief(data)}; expected a path, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or "
+            "a dict of these by split."
         ) from None
     rows = []
     for number, row in enumerate(each):
@@ -141,6 +143,14 @@ def _rows(data: Any, where: str) -> Rows:
             raise UserError(f"{where}: row {number} is {brief(row)}; expected a dict of the task's fields.")
         rows.append(dict(row))
     return rows
+
+
+def _of_frame(frame: Any) -> Rows:
+    """The rows of a pandas.DataFrame. A missing value, NaN, is a field that the row lacks, like a CSV's empty cell."""
+    return [
+        {str(name): value for name, value in row.items() if not (isinstance(value, float) and value != value)}
+        for row in frame.to_dict("records")
+    ]
 
 
 def _rows_of_split(data: Any, task: Task, where: str) -> Rows:
@@ -173,7 +183,11 @@ def _from_array(value: Any) -> Any:
 
 
 def rows_of(given: Any, task: Task) -> Rows:
-    """Rows to answer: one or several, dicts or texts for a task with a single field. Raises UserError."""
+    """Rows to answer: one or several, dicts or texts for a task with a single field; texts also as an array of numpy's
+    or a pandas.Series. Raises UserError.
+    """
+    if hasattr(given, "tolist"):
+        given = given.tolist()
     if isinstance(given, str):
         if len(task.fields) != 1 or not task.of_fields:
             raise UserError(

@@ -63,8 +63,8 @@ class Predictor:
         """For each row `answer`, the likeliest label, and `probabilities` of all, by label.
 
         rows: dicts with the fields of the task's template, or texts where it has a single field; one, or several, or a
-        datasets.Dataset. Rows that hold several questions give a line each, as predict.py does. eval_tokens: tokens
-        of a pass. Raises UserError for a row without a field.
+        datasets.Dataset or pandas.DataFrame. Rows that hold several questions give a line each, as predict.py does.
+        eval_tokens: tokens of a pass. Raises UserError for a row without a field.
         """
         split = _split(rows_of(rows, self.task))
         if not split.rows:

@@ -78,10 +78,10 @@ def train(
     """Trains a prompt, or with `seeds` or `population` several at once, and returns what it leaves.
 
     config: a RunConfig, or a file as for --config. settings: those of `ptp train`, without dashes; they win over it.
-    data: a folder as for --data_dir, a file of rows, a list of dicts, a datasets.Dataset, or a dict of these by split;
-    rows are written below output_dir, so that the run can be resumed and evaluated. task: a name, a template's path, or
-    a template as a dict. callbacks: called on rank 0 with every line of the log, a dict with `step` and `kind`; one
-    that raises StopRun ends the run as its last step would. verbose: whether the run's lines are printed.
+    data: a folder as for --data_dir, a file of rows, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or a dict
+    of these by split; rows are written below output_dir, so that the run can be resumed and evaluated. task: a name, a
+    template's path, or a template as a dict. callbacks: called on rank 0 with every line of the log, a dict with `step`
+    and `kind`; one that raises StopRun ends the run as its last step would. verbose: whether its lines are printed.
 
     Ctrl-C saves and raises KeyboardInterrupt; with `resume="auto"` the run goes on. Signals, environment variables and
     the number of threads are the caller's own again behind it. Raises UserError, one sentence, for what is wrong.

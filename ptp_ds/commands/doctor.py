@@ -3,13 +3,13 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import doctor_parser
 from ptp_ds.errors import UserError
+from ptp_ds.files import is_file, shipped_names
 from ptp_ds.hosts.environment import shared_environment
-from ptp_ds.hosts.hostfile import active_slots
+from ptp_ds.hosts.hostfile import active_slots, named_hostfile
 from ptp_ds.launch.doctor import examine, run_collectives
 from ptp_ds.launch.doctor_report import Limits, find_faults, table
 from ptp_ds.launch.quiet import hush_echoes
@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 def _examine(args: argparse.Namespace) -> int:
     own = dict(os.environ)
     prepare_environment()
-    if not Path(args.hostfile).is_file():
-        raise UserError(f"--hostfile {args.hostfile}: there is no such file.")
+    args.hostfile = named_hostfile(args.hostfile)
+    if not is_file(args.hostfile):
+        known = ", ".join(name for name in shipped_names("hostfiles", "") if "." not in name)
+        raise UserError(f"--hostfile {args.hostfile}: there is no such file; give a path, or a packaged one: {known}.")
     hush_echoes()
     slots = {host: len(numbers) for host, numbers in active_slots(args).items()}
     seen, faults = examine(args, list(slots), shared_environment(own))

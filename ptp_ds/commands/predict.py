@@ -37,6 +37,11 @@ def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
             raise UserError(f"--{name} is {value}; expected a whole number of 1 or more.")
     if args.output is not None:
         require_writable("--output", args.output)
+        if Path(args.output).suffix.lower() in (".csv", ".tsv"):
+            raise UserError(
+                f"--output {args.output}: answers are JSON lines, no table; give a name in .jsonl, such as "
+                f"{Path(args.output).with_suffix('.jsonl')}."
+            )
     if env_world() > 1:
         raise UserError("scripts/predict.py is one process; start it with plain python, not with a launcher.")
     return args

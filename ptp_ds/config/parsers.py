@@ -204,7 +204,8 @@ def plan_parser(description: str = "") -> StrictParser:
 def doctor_parser(description: str = "") -> argparse.ArgumentParser:
     """scripts/doctor.py; flags that choose hosts are DeepSpeed's. Its exit code 2 is argparse's own."""
     parser = argparse.ArgumentParser(description=description or "Checks every host of a hostfile before a run.")
-    parser.add_argument("-H", "--hostfile", required=True, help="as for the deepspeed command")
+    parser.add_argument("-H", "--hostfile", required=True, help="a hostfile's path, or the name of a packaged "
+                        "one, as for ptp launch")  # fmt: skip
     parser.add_argument("-i", "--include", default="", help="as for the deepspeed command")
     parser.add_argument("-e", "--exclude", default="", help="as for the deepspeed command")
     parser.add_argument("--num_nodes", type=int, metavar="N", default=-1, help="as for the deepspeed command")

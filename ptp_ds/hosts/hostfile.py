@@ -5,7 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, read_text
+from ptp_ds.files import is_file, read_text, shipped
+
+
+def named_hostfile(given: str) -> str:
+    """A hostfile's path: as it was given, or the packaged one's of that name, where no such file is here."""
+    return given if is_file(given) else str(shipped("hostfiles", given) or given)
 
 
 def hosts_of(hostfile: str) -> list[str]:

@@ -21,11 +21,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ptp_ds.errors import UserError
+from ptp_ds.files import brief
 from ptp_ds.objective import cross_entropy_sum, divergence_sum
 from ptp_ds.perturb.units import unit_of
 from ptp_ds.trainer.deltas import batch_places, climbed_delta, example_norms, masked_ids, noisy_delta
 from ptp_ds.trainer.moved import moved_pass, mover_of
-from ptp_ds.trainer.settings import PTPSettings
+from ptp_ds.trainer.settings import PTPSettings, require_settings
 from ptp_ds.training.schedules import reg_weight_at
 
 IGNORED = -100
@@ -87,7 +88,11 @@ def ptp_loss(
     of the possible answers, [C] or [B, C], one labelled token a row: the prediction is then the softmax over them, as
     in `ptp train`. Without a perturbation the model's own loss, of one pass. Raises UserError for what doesn't fit.
     """
+    require_settings(settings, "settings")
+    _require_tensors(numbers=numbers, movable=movable, answer_ids=answer_ids)
     expect_perturbed(model, batch, settings)
+    if not isinstance(batch.get("labels"), Tensor):
+        raise UserError("A batch needs labels, a tensor, to have a loss; see docs/own_loop.md.")
     outputs = model(**batch)
     logits = logits_of(outputs)
     answers = answers_of(model, batch["labels"], logits, answer_ids)
@@ -102,6 +107,13 @@ def ptp_loss(
     divergence = total / answers.count
     loss = cross_entropy + reg_weight_at(settings.run, step) * divergence
     return PTPLoss(loss, cross_entropy.detach(), divergence.detach(), norm, outputs)
+
+
+def _require_tensors(**given: Any) -> None:
+    """UserError for an argument that is no tensor; None is none given."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise UserError(f"{name} is {brief(value)}, of type {type(value).__name__}; expected a tensor.")
 
 
 def expect_perturbed(model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings) -> None:

@@ -7,7 +7,7 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import PRESETS
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import nearest
+from ptp_ds.files import brief, nearest
 
 PERTURBATIONS = ("none", "gaussian", "uniform", "mask", "pgd")
 
@@ -68,3 +68,9 @@ class PTPSettings:
     def perturbs(self) -> bool:
         """Whether there is a second pass: not for a weight of 0 or a delta that can only be zero."""
         return self.run.perturbs
+
+
+def require_settings(given: Any, name: str) -> None:
+    """UserError for what is no PTPSettings. name: of the argument."""
+    if not isinstance(given, PTPSettings):
+        raise UserError(f"{name} is {brief(given)}; expected PTPSettings, as PTPSettings(perturbation='gaussian').")

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ptp_ds.errors import UserError
 from ptp_ds.trainer.loss import answers_of, divergence_of, expect_perturbed, logits_of, movable_tokens
-from ptp_ds.trainer.settings import PTPSettings
+from ptp_ds.trainer.settings import PTPSettings, require_settings
 from ptp_ds.training.schedules import reg_weight_at
 
 
@@ -40,6 +40,7 @@ class PTPMixin:
 
     def __init__(self, *args: Any, ptp: PTPSettings | None = None, **kwargs: Any) -> None:
         self.ptp = PTPSettings() if ptp is None else ptp
+        require_settings(self.ptp, "ptp")
         self._told: dict[str, Tensor] = {}
         self._told_passes = 0
         self._special: set[int] = set()

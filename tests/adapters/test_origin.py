@@ -252,7 +252,7 @@ def test_folders_of_runs_and_of_nothing(adapter, tmp_path):
         adapter_folder(tmp_path / "elsewhere")
     (tmp_path / "several").mkdir()
     (tmp_path / "several" / "population.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"several holds several prompts; give one or more of .*several/members/\*\.$"):
+    with pytest.raises(ValueError, match=r"several holds several prompts; give one of them, .*several/members/NAME\.$"):
         adapter_folder(tmp_path / "several")
     (tmp_path / "early" / "checkpoints").mkdir(parents=True)
     (tmp_path / "early" / "config.json").write_text("{}")

@@ -10,7 +10,9 @@ import sys
 import threading
 from dataclasses import asdict
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -299,8 +301,39 @@ def test_a_preset_sets_what_a_config_left_as_it_was(config, given, wanted):
 def test_rows_to_answer():
     task = ptp_ds.load_task("Reviews")
     assert rows_of("Fine.", task) == rows_of({"review": "Fine."}, task) == rows_of(["Fine."], task)
+    texts = ["Fine.", "Poor."]
+    for several in (np.array(texts), np.array(texts, dtype=object), pandas.Series(texts), datasets_column(texts)):
+        assert rows_of(several, task) == rows_of(texts, task)
+    assert rows_of(np.array("Fine."), task) == rows_of(np.str_("Fine."), task) == rows_of("Fine.", task)
+    frame = pandas.DataFrame({"review": texts, "label": ["positive", None], "n": [1.5, float("nan")]})
+    assert rows_of(frame, task)[0] == {"review": "Fine.", "label": "positive", "n": 1.5}
+    assert "n" not in rows_of(frame, task)[1]
+    with pytest.raises(UserError, match="row 0 is 1; expected a dict"):
+        rows_of(np.array([1, 2]), task)
     with pytest.raises(UserError, match="has the fields premise, "):
         rows_of("Fine.", ptp_ds.load_task("COPA"))
+
+
+def datasets_column(texts: list[str]):
+    return datasets.Dataset.from_dict({"review": texts})["review"]
+
+
+@pytest.mark.parametrize("labels", ["text", "numbers", "categories"])
+def test_a_frame_is_its_rows(labels):
+    """Numbers are numpy's, and are stored as numbers; a cell without a value is a field that the row lacks."""
+    words = {"text": ["up", "down"], "numbers": [1, 0], "categories": ["up", "down"]}[labels] * 5
+    task = parse_task(
+        {**TEMPLATE, "verbalizers": {"1": " good", "0": " bad"}} if labels == "numbers" else TEMPLATE, "t"
+    )
+    rows = [{"line": f"Line {n}.", "mood": word, "note": 0.5} for n, word in enumerate(words)]
+    frame = pandas.DataFrame(rows)
+    if labels == "categories":
+        frame["mood"] = frame["mood"].astype("category")
+    assert rows_by_split(frame, task, ("train", "val"), 3) == rows_by_split(rows, task, ("train", "val"), 3)
+    frame.loc[2, "line"] = None
+    frame["line"] = frame["line"].astype(object).where(frame["line"].notna(), float("nan"))
+    found = rows_by_split({"train": frame, "val": frame}, task, ("train", "val"), 3)
+    assert found["val"] == [row if n != 2 else {"mood": row["mood"], "note": 0.5} for n, row in enumerate(rows)]
 
 
 @pytest.mark.slow

@@ -201,6 +201,8 @@ def test_texts_that_are_no_row(name, words, message):
         (["--input", "empty.jsonl"], "--input empty.jsonl has no rows; give a file with at least one."),
         (["--input", "bad.jsonl"], "bad.jsonl:1: the row has no field 'premise', or an empty cell; task COPA"),
         (["--input", "bad.jsonl", "--output", "."], "--output .: that is a folder or lies below a file; give a "),
+        (["--input", "bad.jsonl", "--output", "out.CSV"],
+         "--output out.CSV: answers are JSON lines, no table; give a name in .jsonl, such as out.jsonl."),
         (["--task", "Boolq", "--text", "x"], "Unknown task 'Boolq' (did you mean BoolQ?)"),
     ],
 )  # fmt: skip

@@ -122,3 +122,26 @@ def test_words_for_the_shell(tmp_path):
     subprocess.run([sys.executable, "-m", "ptp_ds"], env=env, timeout=60, check=False)
     assert (tmp_path / "words").read_text().split() == ["--divergence_gradient"]
     assert "_ARGCOMPLETE" not in os.environ
+
+
+def test_doctor_finds_packaged_hostfiles_by_name_as_launch_does(monkeypatch, tmp_path, capsys):
+    """A file of that name here goes first."""
+    from ptp_ds.commands import doctor
+
+    seen = []
+    monkeypatch.setattr(
+        doctor, "examine", lambda args, hosts, shared: (seen.append((args.hostfile, hosts)), ({}, []))[1]
+    )
+    monkeypatch.setattr(doctor, "find_faults", lambda *rest: [])
+    monkeypatch.setattr(doctor, "table", lambda *rest: "")
+    monkeypatch.chdir(tmp_path)
+    assert doctor.main(["--hostfile", "local", "--no_collectives"]) == 0
+    (tmp_path / "local").write_text("other slots=1\n")
+    assert doctor.main(["--hostfile", "local", "--no_collectives"]) == 0
+    assert seen == [(str(ROOT / "hostfiles" / "local"), ["localhost"]), ("local", ["other"])]
+    capsys.readouterr()
+    assert doctor.main(["--hostfile", "lokal"]) == 2
+    assert (
+        "--hostfile lokal: there is no such file; give a path, or a packaged one: local, node8."
+        in capsys.readouterr().err
+    )

@@ -288,6 +288,17 @@ def test_batches_that_do_not_fit():
     batch, answer_ids, _ = batch_of(make_examples("single"))
     with pytest.raises(UserError, match="answer_ids must hold every row's labelled token once"):
         ptp_loss(model, batch, PTPSettings(), answer_ids=answer_ids.flip(0))
+    with pytest.raises(UserError, match=r"answer_ids is \[1, 2\], of type list; expected a tensor\.$"):
+        ptp_loss(model, batch, PTPSettings(), answer_ids=[1, 2])
+    with pytest.raises(UserError, match=r"movable is \(True,\), of type tuple; expected a tensor\.$"):
+        ptp_loss(model, batch, PTPSettings(), movable=(True,))
+    with pytest.raises(UserError, match=r"settings is 'pgd'; expected PTPSettings, as PTPSettings\("):
+        ptp_loss(model, batch, "pgd")
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+    with pytest.raises(UserError, match="A batch needs labels, a tensor, to have a loss"):
+        ptp_loss(model, unlabelled, PTPSettings(perturbation="none"))
+    with pytest.raises(UserError, match="A batch needs input_ids and labels to be perturbed"):
+        ptp_loss(model, unlabelled, PTPSettings())
     batch["labels"][0] = -100
     with pytest.raises(UserError, match="every row has one labelled token"):
         ptp_loss(model, batch, PTPSettings(), answer_ids=answer_ids)

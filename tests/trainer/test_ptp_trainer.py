@@ -60,6 +60,11 @@ def prompt_of(model):
     return model.prompt_encoder["default"].embedding.weight.detach().clone()
 
 
+def test_a_perturbations_name_is_no_settings(lively_model, rows, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"ptp is 'gaussian'; expected PTPSettings, as PTPSettings\(perturbation="):
+        trainer_of(PTPTrainer, model_of(lively_model), rows, tokenizer, tmp_path, "gaussian")
+
+
 def test_the_first_steps_gradient_is_ptp_losss(lively_model, rows, tokenizer, tmp_path):
     ptp = PTPSettings(perturbation="pgd", epsilon=0.5, seed=3)
     model, other = model_of(lively_model), model_of(lively_model)
