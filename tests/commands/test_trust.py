@@ -196,7 +196,7 @@ def test_the_source_has_no_way_into_a_pickle():
             if name.endswith(".from_pretrained") and not re.search("Config|Tokenizer", name):
                 loads.append(file.name)
                 assert options.get("use_safetensors") == "True" or "gguf_file" in options, (file, name)
-    assert sorted(loads) == ["bench_sides.py", "loading.py", "served.py", "source.py"]
+    assert sorted(loads) == ["bench_sides.py", "loading.py", "lora_line.py", "served.py", "source.py"]
 
 
 # code in a model's folder
