@@ -71,4 +71,4 @@ def test_ascent_reuses_the_moved_inputs(dtype):
     delta = PERTURBATIONS["pgd"].find(shared, row, shared.clean_TH, settings_of(run, 1.0), Noise(3, 4))
     assert shared._moved is not None
     assert shared._moved[0] is delta
-    assert torch.equal(shared._moved[1], backbone.inputs(row, prompt, clean=False, delta_TH=delta))
+    assert torch.equal(shared._moved[2], backbone.inputs(row, prompt, clean=False, delta_TH=delta))
