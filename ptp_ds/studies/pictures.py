@@ -52,9 +52,10 @@ def strip_plot(
         axis.hlines(spread.mean, place - 0.3, place + 0.3, color=colour)
         beside = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
         axis.plot(place + np.asarray(beside), values, "o", color=colour, markersize=4)
-    for name, height in (lines or {}).items():
+    for place, (name, height) in enumerate((lines or {}).items()):
         axis.axhline(height, color="grey", linestyle=":" if name == "untrained" else "--", linewidth=1)
-        axis.annotate(name, (1.0, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        at, side = ((0.01, "left"), (0.99, "right"))[place % 2]  # names of lines that lie close don't cover each other
+        axis.annotate(name, (at, height), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=7)
     axis.set_xticks(range(len(scores)), list(scores), rotation=30, ha="right")
     axis.set_xlim(-0.6, len(scores) - 0.4)
     axis.set_ylabel("score")

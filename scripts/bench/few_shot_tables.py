@@ -16,13 +16,14 @@ from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.studies.report import shown_p
-from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, spread_of
+from ptp_ds.studies.statistics import Comparison, Spread, compare, compare_all, holm, spread_of
 
 NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
     "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
+    "ptp-adv-warm": "the same with `--reg_warmup_steps 50`",
 }  # fmt: skip
-SHORT = {"ptp-rn": "noise", "ptp-adv": "adversarial"}
+SHORT = {"ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-warm": "adversarial, rising"}
 BASE = "plain"
 
 
@@ -63,10 +64,14 @@ def scores_table(rows: Rows) -> list[str]:
                 found = spread_of(list(rows.scores[task, method].values()))
                 beside = (rows.mean_of(column, task, method) for column in ("untrained", "majority"))
                 lines.append(
-                    f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | {found.std:.3f} | "
+                    f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | {_std(found)} | "
                     f"{found.least:.3f} | {' | '.join(f'{value:.3f}' for value in beside)} |"
                 )
     return lines
+
+
+def _std(spread: Spread) -> str:
+    return "-" if spread.std is None else f"{spread.std:.3f}"  # of one seed there is none
 
 
 def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
@@ -81,7 +86,7 @@ def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
         groups = [tasks, [task for task in tasks if task in seen], [task for task in tasks if task not in seen]]
         for place, group in enumerate(groups):
             if len(group) > 1 and (place == 0 or len(group) < len(tasks)):
-                name = f"all {len(tasks)}" if place == 0 else ", ".join(group)
+                name = f"its {len(tasks)} tasks" if place == 0 else ", ".join(group)
                 one = compare_all(rows.sides(group, method))
                 assert one is not None
                 lines.append(_line(name, method, one, None))
@@ -110,7 +115,7 @@ def halves_table(rows: Rows) -> list[str]:
             if (task, method) in rows.scores:
                 scores = rows.scores[task, method]
                 parts = (spread_of([scores[seed] for seed in half if seed in scores]) for half in (first, last))
-                shown = " | ".join(f"{part.mean:.3f}, {part.std:.3f}, {part.least:.3f}" for part in parts)
+                shown = " | ".join(f"{part.mean:.3f}, {_std(part)}, {part.least:.3f}" for part in parts)
                 lines.append(f"| {task} | {NAMES.get(method, method)} | {shown} |")
     return lines
 

@@ -186,4 +186,6 @@ def test_wrong_command_lines(tmp_path):
     command = [*DOCTOR, "--hostfile", str(tmp_path / "hosts")]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"error: --hostfile {tmp_path / 'hosts'}: there is no such file; give a path, or a packaged one" in done.stderr
+    assert (
+        f"error: --hostfile {tmp_path / 'hosts'}: there is no such file; give a path, or a packaged one" in done.stderr
+    )
