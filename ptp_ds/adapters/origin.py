@@ -87,10 +87,11 @@ def require_trained_on(adapters: Sequence[Path], model: str, folder: Path, confi
             )  # fmt: skip
 
 
-def overtaken(folder: Path) -> str:
-    """What is to say of an adapter whose run has gone on since it was written; '' for others. See gone_on."""
+def warn_if_overtaken(folder: Path) -> None:
+    """Warns of an adapter whose run has gone on since it was written; see gone_on."""
     place, result = folder.resolve(), read_card(folder).get("result") or {}
-    return gone_on(place.parent, result.get("steps")) if place.name == "adapter" else ""
+    if place.name == "adapter" and (said := gone_on(place.parent, result.get("steps"))):
+        log.warning("warning: adapter %s %s", folder, said)
 
 
 def adapter_rows(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptp_ds.adapters.origin import adapter_model, overtaken, require_trained_on, trained_max_length
+from ptp_ds.adapters.origin import adapter_model, require_trained_on, trained_max_length, warn_if_overtaken
 from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, read_head
 from ptp_ds.adapters.task import ensemble_plan, ensemble_task
 from ptp_ds.backbone.backbone import Backbone
@@ -130,8 +130,7 @@ def serve(
     """
     folders = tuple(map(adapter_folder, adapters))
     for one in folders:
-        if said := overtaken(one):
-            log.warning("warning: adapter %s %s", one, said)
+        warn_if_overtaken(one)
     first, kind = folders[0], adapter_kind(folders[0])
     task = task if isinstance(task, Task) else ensemble_task(folders, task)
     name = adapter_model(first, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptp_ds.adapters.card import OWN_ID, model_card
 from ptp_ds.adapters.hub import hub_model, is_hub_id, is_repo_name
-from ptp_ds.adapters.origin import overtaken
+from ptp_ds.adapters.origin import warn_if_overtaken
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from ptp_ds.adapters.read import adapter_config, adapter_folder, read_adapter, read_card
 from ptp_ds.errors import UserError
@@ -43,8 +43,7 @@ def push_adapter(folder: str | Path, repo_id: str, private: bool = False, *, bas
     if base_model is not None and not is_repo_name(base_model):
         raise UserError(f"The base model is {brief(base_model)}; expected its hub id, owner/name.")
     files = shared_files(folder, base_model)
-    if said := overtaken(folder):
-        log.warning("warning: adapter %s %s", folder, said)
+    warn_if_overtaken(folder)
     if json.loads(files[CONFIG_FILE])["base_model_name_or_path"] is None:
         log.warning(
             "warning: the adapter was trained on a model in a folder, which is not named where it is pushed to; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.adapters.hub import base_model_name
-from ptp_ds.adapters.origin import overtaken
+from ptp_ds.adapters.origin import warn_if_overtaken
 from ptp_ds.adapters.read import adapter_folder, read_adapter
 from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.share import push_adapter, require_can_push
@@ -83,8 +83,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)
-        if said := overtaken(given):
-            log.warning("warning: adapter %s %s", given, said)
+        warn_if_overtaken(given)
         adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
         adapter_head = starting_head(given, source.config, source.head_plan, task)
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)

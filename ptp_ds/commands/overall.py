@@ -9,13 +9,13 @@ Everything is a fraction of 1.
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import overall_parser
-from ptp_ds.config.run_config import BEFORE, RunConfig
+from ptp_ds.config.run_config import recorded_settings
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
 from ptp_ds.ranks.log import get_logger
@@ -104,15 +104,14 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The run's settings, result.json's own or those of config.json beside an older one; the hash of its data, and how
     its weights were gathered, which config.json tells.
 
-    A setting that an older run's version didn't have is as that version behaved: its default, or what BEFORE says. {}
-    where neither file tells any.
+    Those that an older run's version didn't have: see recorded_settings. {} where neither file tells any.
     """
     read = read_json(folder / "config.json", str(folder / "config.json")) if is_file(folder / "config.json") else {}
     config: dict[str, Any] = read if isinstance(read, dict) else {}
     known = result["settings"] if result.get("settings") is not None else config.get("run")
     if not isinstance(known, dict):
         return {}
-    found = {field.name: known.get(field.name, BEFORE.get(field.name, field.default)) for field in fields(RunConfig)}
+    found = recorded_settings(known)
     if found["schedule_steps"] == found["max_steps"]:
         found["schedule_steps"] = None  # its default, spelled out
     digest = result[_DATA] if result.get(_DATA) is not None else config.get(_DATA)

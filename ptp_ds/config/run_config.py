@@ -1,8 +1,8 @@
 """The run's configuration: one flat dataclass whose fields are the flags of scripts/train.py."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,12 @@ BEFORE = {
     "divergence_gradient": "both", "average": 0.0, "reg_schedule": "constant", "min_confidence": 0.0,
     "prompt_residual": None,
 }  # fmt: skip
+
+
+def recorded_settings(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting as a run that recorded `known` had it: one that its version didn't know is as that version behaved,
+    what BEFORE says, or the default."""
+    return {field.name: known.get(field.name, BEFORE.get(field.name, field.default)) for field in fields(RunConfig)}
 
 
 # --help's groups, in its order, each with what it says

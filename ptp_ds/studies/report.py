@@ -72,17 +72,17 @@ def _scores(cells: Cells) -> list[str]:
             if not rows:
                 continue
             failed = sum(row.failed is not None for row in rows)
-            shown = ["-"] * 4 if spread is None else [_shown(x) for x in _of(spread)]
+            shown = ["-"] * 4 if spread is None else [shown_score(x) for x in _of(spread)]
             lines.append(
                 f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {failed} | "
-                f"{mean(row.untrained_score for row in rows):.3f} | {_shown(majority_of(rows))} |"
+                f"{mean(row.untrained_score for row in rows):.3f} | {shown_score(majority_of(rows))} |"
             )
     if len(cells.tasks) > 1:
         for method in cells.methods:
             spreads = [cells.spread(task, method) for task in cells.tasks]
             if all(spread is not None for spread in spreads):
                 means = zip(*(_of(spread) for spread in spreads if spread is not None), strict=True)
-                shown = [_shown(mean(column) if None not in column else None) for column in means]  # type: ignore[arg-type]
+                shown = [shown_score(mean(column) if None not in column else None) for column in means]  # type: ignore[arg-type]
                 lines.append(f"| {ALL} | {method} | | {' | '.join(shown)} | | | |")
     return lines
 
@@ -97,7 +97,8 @@ def _of(spread: Spread) -> tuple[float, float | None, float, float]:
     return spread.mean, spread.std, spread.least, spread.gap
 
 
-def _shown(value: float | None) -> str:
+def shown_score(value: float | None) -> str:
+    """To three digits, "-" for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -120,18 +121,20 @@ def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
                 continue
             p_holm = corrected.get(task)
             lines.append(
-                f"| {task} | {method} | {one.pairs} | {one.gain:+.3f} | {_interval(one.gain_interval, '+.3f')} | "
-                f"{_ratio(one.spread_ratio)} | {_interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
+                f"| {task} | {method} | {one.pairs} | {one.gain:+.3f} | {shown_interval(one.gain_interval, '+.3f')} | "
+                f"{shown_ratio(one.spread_ratio)} | {shown_interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
                 f"{shown_p(p_holm)} | {one.worst_gain:+.3f} |"
             )
     return lines
 
 
-def _interval(bounds: tuple[float, float] | None, form: str) -> str:
+def shown_interval(bounds: tuple[float, float] | None, form: str) -> str:
+    """Both bounds in a format, "-" for None."""
     return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
 
 
-def _ratio(value: float | None) -> str:
+def shown_ratio(value: float | None) -> str:
+    """To two digits, "-" for None."""
     return "-" if value is None else f"{value:.2f}"
 
 

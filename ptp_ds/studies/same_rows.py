@@ -11,17 +11,15 @@ from ptp_ds.errors import UserError
 from ptp_ds.studies.study import Cell, Row, Study, finished, members_on_record
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import load_split
-from ptp_ds.tasks.template import load_task
+from ptp_ds.tasks.template import load_task, same_spec
 from ptp_ds.training.examples import split_names
-
-_read_task = functools.cache(load_task)
 
 
 def require_one_task(study: Study) -> None:
     """UserError where methods are compared on what are two tasks, or on one with other metrics."""
     first: dict[str, tuple[Cell, Task]] = {}
     for cell in study.cells:
-        task = _read_task(cell.run.task)
+        task = load_task(cell.run.task)
         other, wanted = first.setdefault(cell.task, (cell, task))
         if (task.name, task.metrics) != (wanted.name, wanted.metrics):
             raise UserError(
@@ -34,7 +32,7 @@ def require_rows(part: Study, out: Path) -> None:
     """UserError for rows that can't be read, for methods of a task that report other rows than each other, and for a
     finished cell that was run on other rows, or with another template, than the files hold now.
     """
-    read = functools.cache(lambda *source: load_split(_read_task(source[0]), *source[1:]).digest)
+    read = functools.cache(lambda task, *source: load_split(load_task(task), *source).digest)
     reported: dict[tuple[str, str], tuple[str, str]] = {}
     for cell in part.cells:
         on_record = members_on_record(cell, out) if finished(cell, out) else {}
@@ -48,15 +46,15 @@ def require_rows(part: Study, out: Path) -> None:
                 raise UserError(
                     f"{cell.name} and {other} report other rows of {name}; methods are compared on the same rows."
                 )
-            _require_as_recorded(cell, on_record.get(name, {}), now, out)
+            if name in on_record:
+                _require_as_recorded(cell, on_record[name], now, out)
 
 
 def _require_as_recorded(cell: Cell, record: dict[str, Any], now: dict[str, str], out: Path) -> None:
     """Records of older versions don't say what their rows were; they are taken as they are."""
     changed = [f"{use} rows" for use, digest in now.items() if record.get("rows", now).get(use) != digest]
-    spec = _read_task(cell.run.task).spec()
-    told = record.get("template", spec)
-    if told != spec or list(told["answers"]) != list(spec["answers"]):  # a classifier's outputs follow their order
+    spec = load_task(cell.run.task).spec()
+    if not same_spec(record.get("template", spec), spec):
         changed.append("template")
     if changed:
         raise UserError(

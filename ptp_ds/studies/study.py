@@ -1,7 +1,7 @@
 """What a study file says: methods x tasks x seeds, each (method, task) a cell whose seeds train as one population."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,7 +10,7 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.flags import require_type
 from ptp_ds.config.population import VARIED, members_of, seeds_of
 from ptp_ds.config.presets import with_preset
-from ptp_ds.config.run_config import BEFORE, RunConfig
+from ptp_ds.config.run_config import RunConfig, recorded_settings
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, plain_name, read_json
 from ptp_ds.settings_file import read_settings
@@ -213,14 +213,11 @@ def finished(cell: Cell, out: Path) -> bool:
     for name, wanted in cell.runs.items():
         if name not in found:
             raise UserError(f"{record} has no member {name}: it is of another study; give another --output_dir.")
-        for field in fields(RunConfig):
-            if field.name in _OF_A_JOB:
-                continue
-            value = getattr(wanted, field.name)
-            before = found[name]["settings"].get(field.name, BEFORE.get(field.name, field.default))
-            if before != value:
+        before = recorded_settings(found[name]["settings"])
+        for setting, value in asdict(wanted).items():
+            if setting not in _OF_A_JOB and before[setting] != value:
                 raise UserError(
-                    f"{record} was run with {field.name} {brief(before)}, the study says {brief(value)}; "
+                    f"{record} was run with {setting} {brief(before[setting])}, the study says {brief(value)}; "
                     "give another --output_dir, or remove that cell's folder."
                 )
     return True

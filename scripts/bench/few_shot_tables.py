@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
-from ptp_ds.studies.report import shown_p
-from ptp_ds.studies.statistics import Comparison, Spread, compare, compare_all, holm, spread_of
+from ptp_ds.studies.report import shown_interval, shown_p, shown_ratio, shown_score
+from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, spread_of
 
 NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
@@ -64,14 +64,10 @@ def scores_table(rows: Rows) -> list[str]:
                 found = spread_of(list(rows.scores[task, method].values()))
                 beside = (rows.mean_of(column, task, method) for column in ("untrained", "majority"))
                 lines.append(
-                    f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | {_std(found)} | "
-                    f"{found.least:.3f} | {' | '.join(f'{value:.3f}' for value in beside)} |"
+                    f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | "
+                    f"{shown_score(found.std)} | {found.least:.3f} | {' | '.join(f'{value:.3f}' for value in beside)} |"
                 )
     return lines
-
-
-def _std(spread: Spread) -> str:
-    return "-" if spread.std is None else f"{spread.std:.3f}"  # of one seed there is none
 
 
 def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
@@ -94,13 +90,9 @@ def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
 
 
 def _line(name: str, method: str, one: Comparison, corrected: float | None) -> str:
-    def interval(bounds: tuple[float, float] | None, form: str) -> str:
-        return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
-
-    ratio = "-" if one.spread_ratio is None else f"{one.spread_ratio:.2f}"
     return (
-        f"| {name} | {SHORT.get(method, method)} | {one.gain:+.3f} | {interval(one.gain_interval, '+.3f')} | {ratio} | "
-        f"{interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
+        f"| {name} | {SHORT.get(method, method)} | {one.gain:+.3f} | {shown_interval(one.gain_interval, '+.3f')} | "
+        f"{shown_ratio(one.spread_ratio)} | {shown_interval(one.spread_interval, '.2f')} | {shown_p(one.p)} | "
         f"{'' if corrected is None else shown_p(corrected)} | {one.worst_gain:+.3f} |"
     )
 
@@ -115,7 +107,7 @@ def halves_table(rows: Rows) -> list[str]:
             if (task, method) in rows.scores:
                 scores = rows.scores[task, method]
                 parts = (spread_of([scores[seed] for seed in half if seed in scores]) for half in (first, last))
-                shown = " | ".join(f"{part.mean:.3f}, {_std(part)}, {part.least:.3f}" for part in parts)
+                shown = " | ".join(f"{part.mean:.3f}, {shown_score(part.std)}, {part.least:.3f}" for part in parts)
                 lines.append(f"| {task} | {NAMES.get(method, method)} | {shown} |")
     return lines
 

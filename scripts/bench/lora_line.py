@@ -136,8 +136,7 @@ def main(argv: list[str]) -> int | None:
     found = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = [{name: row[name] for name in ("task", "seed", "lr", "rank", "layers")} for row in found]
     for cell in cells:
-        for own in cell.members.values():
-            run = replace(cell.run, **own)
+        for run in cell.runs.values():
             if (args.seeds and run.seed not in args.seeds) or _key(cell.task, run.seed, args) in done:
                 continue
             found.append(one_run(cell.task, run, cell.explicit, args))

@@ -103,9 +103,9 @@ def opened(kind="tree", shape="ragged"):
     return backbone, Subject("p", prompt, rows), examples
 
 
-def plain_mean(prompt, examples, deltas):
+def plain_mean(prompt, examples, deltas, family="llama"):
     """Mean cross-entropy by an ordinary forward of every candidate."""
-    model, losses = make_model("llama"), []
+    model, losses = make_model(family), []
     for example, delta in zip(examples, deltas, strict=True):
         scores = plain_scores(model, prompt, example, delta)
         losses.append(-scores.log_softmax(-1)[example.gold])
@@ -149,13 +149,9 @@ def test_planes_of_a_family_that_is_padded(family):
     """Its own rows carry the prompt: both spaces have the same centre, that of plain forwards."""
     backbone = PaddedBackbone(Backbone(make_model(family)))
     examples = with_instruction(make_examples("single"))
-    model, still = make_model(family), [torch.zeros(len(example.context_ids), 32) for example in examples]
+    still = [torch.zeros(len(example.context_ids), 32) for example in examples]
     for prompt in (make_prompt(), -2 * make_prompt()):
-        subject, losses = Subject("p", prompt, TreeRows()), []
-        for example, delta in zip(examples, still, strict=True):
-            scores = plain_scores(model, prompt, example, delta)
-            losses.append(-scores.log_softmax(-1)[example.gold])
-        expected = float(torch.stack(losses).mean())
+        subject, expected = Subject("p", prompt, TreeRows()), plain_mean(prompt, examples, still, family)
         loss = InputLoss(backbone, subject, examples, 300)
         assert input_plane(loss, input_axes([loss]), 0.5, 3).centre == pytest.approx(expected, rel=1e-4)
         plane = prompt_plane(backbone, subject, examples, ALONE, 4096, 0.5, 3)

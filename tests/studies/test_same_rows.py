@@ -98,3 +98,17 @@ def test_records_that_were_scored_on_other_rows(study, tmp_path):
     with pytest.raises(UserError, match="Reviews/noise and Reviews/plain were scored on other rows of seed 1"):
         require_scored_alike(other)
     require_scored_alike([*rows[:-1], replace(rows[-1], rows=None)])
+
+
+def test_a_template_that_changes_while_the_process_lives(study, tmp_path):
+    """As in a notebook that starts a study twice."""
+    file = tmp_path / "own.json"
+    spec = {"name": "Reviews", "text": "{review}\nIt was", "truncate": "review", "label": "label",
+            "verbalizers": {"positive": " good", "negative": " bad"}, "metrics": ["accuracy"]}  # fmt: skip
+    file.write_text(json.dumps(spec))
+    found = study(tasks=f"{{Reviews: {{task: {file}}}}}")
+    record(found.cells[0], tmp_path)
+    require_rows(found, tmp_path)
+    file.write_text(json.dumps({**spec, "text": "{review}\nAll in all"}))
+    with pytest.raises(UserError, match="other template"):
+        require_rows(found, tmp_path)
