@@ -65,22 +65,25 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def confident(clean_BC: Tensor, least: float) -> Tensor:
-    """[B] whether the likeliest candidate has a probability of `least` or more."""
-    return log_probabilities(clean_BC.detach()).amax(-1).exp() >= least
+def confident(clean_BC: Tensor, least: float, label_B: Tensor | None = None) -> Tensor:
+    """[B] whether the likeliest candidate, or the one that label_B names, has a probability of `least` or more."""
+    log_BC = log_probabilities(clean_BC.detach())
+    log_B = log_BC.amax(-1) if label_B is None else log_BC.gather(-1, label_B[:, None])[:, 0]
+    return log_B.exp() >= least
 
 
 def divergence_sum(
     kind: str, clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, clean_fixed: bool = False,
-    min_confidence: float = 0.0,
+    min_confidence: float = 0.0, of_label: bool = False,
 ) -> Tensor:  # fmt: skip
     """Sum over examples of a divergence between candidate scores. kind: see DIVERGENCES.
 
-    Gradient flows to both, or with clean_fixed to the perturbed ones alone. min_confidence: see `confident`; rows below
-    it count nothing.
+    Gradient flows to both, or with clean_fixed to the perturbed ones alone. min_confidence, of the likeliest
+    candidate or of the label's: see `confident`; rows below it count nothing.
     """
     given = clean_BC.detach() if clean_fixed else clean_BC
     divergence_B = DIVERGENCES[kind](log_probabilities(given), log_probabilities(perturbed_BC), gold_B)
     if min_confidence > 0:
-        divergence_B = torch.where(confident(clean_BC, min_confidence), divergence_B, 0.0)
+        sure_B = confident(clean_BC, min_confidence, gold_B if of_label else None)
+        divergence_B = torch.where(sure_B, divergence_B, 0.0)
     return divergence_B.sum()

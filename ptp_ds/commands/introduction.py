@@ -86,7 +86,8 @@ def _perturbation(run: RunConfig) -> str:
         ", the clean prediction fixed" if run.divergence_gradient == "clean_fixed" and run.divergence != "ce" else ""
     )
     falls = "" if run.reg_schedule == "constant" else f", falling to 0 ({run.reg_schedule})"
-    sure = f" of rows with a confidence of {_short(run.min_confidence)} or more" if run.min_confidence else ""
+    of = " in their label" if run.confidence_in == "label" else ""
+    sure = f" of rows with a confidence of {_short(run.min_confidence)} or more{of}" if run.min_confidence else ""
     weight = f"lambda {_short(run.reg_weight)}{falls}"
     return f"{run.perturbation}{sizes}{unit}{target}; divergence {run.divergence}{fixed}{sure}, {weight}"
 

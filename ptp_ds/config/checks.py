@@ -80,12 +80,15 @@ def without_effect(run: RunConfig, explicit: set[str]) -> list[str]:
         unread |= {"units", "target"}
     if perturbation is None:
         unread |= {
-            "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "divergence", "divergence_gradient",
+            "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "confidence_in", "divergence",
+            "divergence_gradient",
         }  # fmt: skip
         if chosen is not None:  # what turns it off has that effect
             unread -= {name for name in unread & {"reg_weight", *chosen.sizes} if not getattr(run, name)}
     if run.divergence == "ce":  # of the perturbed prediction alone
         unread.add("divergence_gradient")
+    if not run.min_confidence:
+        unread.add("confidence_in")
     if run.tokens_per_step is not None:
         unread.add("batch_size")
     if run.select_split is not None:
@@ -124,6 +127,8 @@ def _cause(run: RunConfig, name: str) -> str:
         return f"--{beside[name]}"
     if name == "hub_visibility":
         return "no --push_to_hub"
+    if name == "confidence_in" and run.perturbs:
+        return "--min_confidence 0"
     if name == "divergence_gradient" and run.perturbs:
         return "--divergence ce"
     if run.chosen_perturbation.perturbation is not None and not run.perturbs:

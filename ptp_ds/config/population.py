@@ -14,7 +14,7 @@ from ptp_ds.settings_file import read_settings
 
 VARIED = (
     "seed", "lr", "weight_decay", "max_grad_norm", "warmup_steps", "lr_schedule", "schedule_steps", "reg_weight",
-    "reg_warmup_steps", "reg_schedule", "min_confidence", "sigma", "epsilon", "alpha", "divergence",
+    "reg_warmup_steps", "reg_schedule", "min_confidence", "confidence_in", "sigma", "epsilon", "alpha", "divergence",
     "divergence_gradient", "mask_share", "a2t_share",
     "prompt_init", "init_text", "init_adapter", "prompt_length", "holdout", "max_length", "task", "data_dir", "dataset",
     "patience", "train_split", "eval_split", "select_split", "predict_split",

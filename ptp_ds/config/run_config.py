@@ -30,7 +30,7 @@ DEFAULT_DS_CONFIG = "ds_configs/zero3.json"
 # What versions did that had no such setting: where the default is another now, and where a checkpoint must share it.
 BEFORE = {
     "divergence_gradient": "both", "average": 0.0, "reg_schedule": "constant", "min_confidence": 0.0,
-    "prompt_residual": None,
+    "confidence_in": "likeliest", "prompt_residual": None,
 }  # fmt: skip
 
 
@@ -143,8 +143,12 @@ class RunConfig:
     )  # fmt: skip
     min_confidence: float = _objective(
         0.0,
-        "least probability of the clean prediction's likeliest answer at which a row's divergence counts; 0: all do",
+        "least probability that the clean prediction gives an answer for the row's divergence to count; 0: all rows do",
     )
+    confidence_in: str = _objective(
+        "likeliest", "which answer --min_confidence means: the likeliest one, or the row's label, so that no wrong "
+        "prediction is kept", ("likeliest", "label"),
+    )  # fmt: skip
     mask_share: float = _perturbation(
         0.15, "mask: share of a row's words that the second stream hides, at least one; 0: none"
     )

@@ -11,7 +11,8 @@ With a = log p, b = log q, m = log((p + q) / 2) and E_p[x] = sum p x, the gradie
     ce       0                                   q - onehot(y)
 
 With the clean prediction as a constant for D (clean_fixed), D's column for clean is 0; sym_kl's for perturbed stays.
-With a least confidence, D and its gradients are 0 in rows whose likeliest clean candidate is less probable than that.
+With a least confidence, D and its gradients are 0 in rows whose likeliest clean candidate, or whose label's, is less
+probable than that.
 
 The reference is ptp_ds.objective. Scores of hidden states are a product with the verbalizers' rows of the head
 (ptp_ds.backbone.verbalizers), so nothing of the vocabulary's size is made for either.
@@ -38,23 +39,23 @@ class DualLoss(NamedTuple):
 
 def dual_divergence(
     clean_BC: Tensor, perturbed_BC: Tensor, gold_B: Tensor, kind: str, *, reg_weight: float, ce_weight: float = 1.0,
-    count: int = 1, clean_fixed: bool = False, min_confidence: float = 0.0, impl: str = "auto",
+    count: int = 1, clean_fixed: bool = False, min_confidence: float = 0.0, of_label: bool = False, impl: str = "auto",
 ) -> DualLoss:  # fmt: skip
     """The module's total over candidate scores, -inf where a candidate is absent, with gradient to both streams.
 
     kind: see ptp_ds.objective.DIVERGENCES. clean_fixed: whether the clean stream is a constant for D. count: examples
-    of the optimizer step on all ranks, or 1 for a sum. min_confidence: see ptp_ds.objective.confident. Raises
-    ValueError for another kind.
+    of the optimizer step on all ranks, or 1 for a sum. min_confidence, of_label: see
+    ptp_ds.objective.divergence_sum. Raises ValueError for another kind.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"Unknown divergence {kind!r}; choose from {', '.join(DIVERGENCES)}.")
     if use_triton(impl, clean_BC, perturbed_BC):
         weights = ce_weight / count, reg_weight / count
-        how = clean_fixed, min_confidence
+        how = clean_fixed, min_confidence, of_label
         total, sums = _DualDivergence.apply(clean_BC, perturbed_BC, gold_B, kind, *weights, *how)
         return DualLoss(total, sums[0], sums[1])
     cross_entropy = cross_entropy_sum(clean_BC, gold_B)
-    divergence = divergence_sum(kind, clean_BC, perturbed_BC, gold_B, clean_fixed, min_confidence)
+    divergence = divergence_sum(kind, clean_BC, perturbed_BC, gold_B, clean_fixed, min_confidence, of_label)
     total = (ce_weight / count) * cross_entropy if ce_weight else torch.zeros_like(cross_entropy)
     return DualLoss(total + (reg_weight / count) * divergence, cross_entropy.detach(), divergence.detach())
 
@@ -77,7 +78,7 @@ def _dual_kernel(
     to_clean,  # [B, C] fp32
     to_perturbed,  # [B, C] fp32
     B, C, clean_stride, perturbed_stride, ce_weight, reg_weight, least, KIND: tl.constexpr, FIXED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LABEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS examples: their losses and the gradients of the weighted sum."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +91,8 @@ def _dual_kernel(
     b, q = _log_softmax(y, present)
     right = (columns[None, :] == tl.load(gold + rows, mask=rows < B, other=0)[:, None]).to(tl.float32)
     ce = -tl.sum(right * a, 1)
-    weight = tl.where(tl.max(p, 1) < least, 0.0, reg_weight)[:, None]
+    sure = tl.sum(right * p, 1) if LABEL else tl.max(p, 1)
+    weight = tl.where(sure < least, 0.0, reg_weight)[:, None]
     to_a = ce_weight * (p - tl.where(present, right, 0.0))
     if KIND == 3:
         divergence = -tl.sum(right * b, 1)
@@ -117,7 +119,7 @@ def _dual_kernel(
             to_b += q * (-gap - back[:, None])
             divergence += back
     tl.store(losses + rows, ce, mask=rows < B)
-    tl.store(losses + B + rows, tl.where(tl.max(p, 1) < least, 0.0, divergence), mask=rows < B)
+    tl.store(losses + B + rows, tl.where(sure < least, 0.0, divergence), mask=rows < B)
     at = rows[:, None] * C + columns[None, :]
     tl.store(to_clean + at, to_a, mask=real)
     tl.store(to_perturbed + at, weight * to_b, mask=real)
@@ -127,7 +129,7 @@ class _DualDivergence(torch.autograd.Function):
     """Gradients are found beside the losses, and multiplied by the output's own in backward."""
 
     @staticmethod
-    def forward(ctx, clean, perturbed, gold, kind, ce_weight, reg_weight, fixed, least):  # type: ignore[override]
+    def forward(ctx, clean, perturbed, gold, kind, ce_weight, reg_weight, fixed, least, of_label):  # type: ignore[override]
         examples, candidates = clean.shape
         clean, perturbed = (x if x.stride(-1) == 1 else x.contiguous() for x in (clean, perturbed))
         losses = torch.empty(2, examples, device=clean.device)
@@ -136,8 +138,8 @@ class _DualDivergence(torch.autograd.Function):
         rows = max(1, min(block_of(examples, 64), 1024 // block))
         _dual_kernel[(-(-examples // rows),)](
             clean, perturbed, gold, losses, *gradients, examples, candidates, clean.stride(0), perturbed.stride(0),
-            ce_weight, reg_weight, least, KIND=_CODES[kind], FIXED=fixed, ROWS=rows, BLOCK=block,
-            num_warps=warps_of(rows * block),
+            ce_weight, reg_weight, least, KIND=_CODES[kind], FIXED=fixed, LABEL=of_label,
+            ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
         )  # fmt: skip
         ctx.save_for_backward(gradients)
         ctx.dtypes = clean.dtype, perturbed.dtype
@@ -151,4 +153,4 @@ class _DualDivergence(torch.autograd.Function):
             (grad * gradient).to(dtype) if needed else None
             for gradient, dtype, needed in zip(ctx.saved_tensors[0], ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         ]
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None

@@ -150,7 +150,8 @@ def divergence_of(
     clean_NC, fixed = answers.scores(logits), settings.divergence_gradient == "clean_fixed"
 
     def total_of(perturbed_NC: Tensor) -> Tensor:
-        return divergence_sum(settings.divergence, clean_NC, perturbed_NC, answers.gold, fixed, settings.min_confidence)
+        sure = settings.min_confidence, settings.confidence_in == "label"
+        return divergence_sum(settings.divergence, clean_NC, perturbed_NC, answers.gold, fixed, *sure)
 
     if settings.perturbation == "mask":
         outputs = model(input_ids=masked_ids(ids, movable, numbers, settings, step), **rest)

@@ -27,6 +27,7 @@ class PTPSettings:
     reg_weight: float = 1.0
     reg_warmup_steps: int = 0
     min_confidence: float = 0.0
+    confidence_in: str = "likeliest"
     units: str = "relative"
     sigma: float = 1.0
     epsilon: float = 0.1
@@ -45,7 +46,7 @@ class PTPSettings:
             )
         if self.perturbation == "mask" and self.mask_token_id is None:
             raise UserError("perturbation mask needs mask_token_id, such as the tokenizer's mask_token_id.")
-        for name in ("divergence", "divergence_gradient", "units", "norm"):
+        for name in ("divergence", "divergence_gradient", "confidence_in", "units", "norm"):
             field = next(field for field in fields(RunConfig) if field.name == name)
             if (value := getattr(self, name)) not in field.metadata["choices"]:
                 raise UserError(f"{name} is {value!r}; choose from {', '.join(field.metadata['choices'])}.")

@@ -196,10 +196,10 @@ def identity_of(
     """
     names = (
         "model", "head", "prompt", "prompt_length", "prompt_mlp", "prompt_residual", "perturbation", "divergence",
-        "divergence_gradient", "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "sigma", "epsilon",
-        "alpha", "ascent_steps", "norm", "units", "target", "mask_share", "mask_token", "batch_size",
-        "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "average",
-        "max_steps", "seed", "holdout", "max_length", "prompt_init", "init_text",
+        "divergence_gradient", "reg_weight", "reg_warmup_steps", "reg_schedule", "min_confidence", "confidence_in",
+        "sigma", "epsilon", "alpha", "ascent_steps", "norm", "units", "target", "mask_share", "mask_token",
+        "batch_size", "tokens_per_step", "lr", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm",
+        "average", "max_steps", "seed", "holdout", "max_length", "prompt_init", "init_text",
     )  # fmt: skip
     attacks = run.active_perturbation is not None and run.active_perturbation.attack is not None
     asked = ("a2t_share", "a2t_neighbours", "a2t_min_cosine") if attacks else ()

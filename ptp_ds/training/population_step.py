@@ -10,17 +10,14 @@ from torch import Tensor
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.trunks import RowPlan
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.kernels import dual_divergence
-from ptp_ds.objective import confident, cross_entropy_sum
+from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.packing.forest import join_rows, parts
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.packing.transfer import Move, moved
 from ptp_ds.perturb import Noise, PerturbSettings, SharedPass
 from ptp_ds.perturb.ascent import moved_delta
-from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import DEFAULT_PASS, PassOptions, climbed_sum
-from ptp_ds.training.schedules import reg_weight_at
-from ptp_ds.training.step import StepLoss, ptp_loss
+from ptp_ds.training.step import StepLoss, loss_of_both, ptp_loss
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def population_loss(
     scores = zip(population.parts(clean_BC), population.parts(perturbed_BC), strict=True)
     streams = 2 if shared is not None else 1
     return [
-        _both(pair, member, delta, tokens)
+        loss_of_both(*pair, member.row, member.run, member.noise.step, tokens, delta)
         for pair, member, delta, tokens in zip(
             scores, population.members, deltas, _tokens(population, streams), strict=True
         )
@@ -161,17 +158,6 @@ def _plain(scores_BC: Tensor, member: MemberStep, tokens: int) -> StepLoss:
     total = cross_entropy_sum(scores_BC, member.row.gold)
     zero = torch.zeros((), device=total.device)
     return StepLoss(total, total.detach(), zero, zero, tokens)
-
-
-def _both(pair: tuple[Tensor, Tensor], member: MemberStep, delta_TH: Tensor | None, tokens: int) -> StepLoss:
-    run = member.run
-    total, cross_entropy, divergence = dual_divergence(
-        *pair, member.row.gold, run.divergence, reg_weight=reg_weight_at(run, member.noise.step),
-        clean_fixed=run.divergence_gradient == "clean_fixed", min_confidence=run.min_confidence, impl=run.kernels,
-    )  # fmt: skip
-    moved = example_norm(delta_TH, member.row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
-    counted = confident(pair[0], run.min_confidence).sum() if run.min_confidence else None
-    return StepLoss(total, cross_entropy, divergence, moved, tokens, delta_TH, counted)
 
 
 def _found(

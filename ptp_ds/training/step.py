@@ -85,13 +85,24 @@ def ptp_loss(
             clean_BC, perturbed_BC = backbone.score(
                 row, inputs_TH, trained, max_rows=options.max_rows, narrow=True, plan=options.plan
             )
-    weight = reg_weight_at(run, noise.step)
+    return loss_of_both(clean_BC, perturbed_BC, row, run, noise.step, tokens, delta_TH)
+
+
+def loss_of_both(
+    clean_BC: Tensor, perturbed_BC: Tensor, row: PackedRow, run: RunConfig, step: int, tokens: int,
+    delta_TH: Tensor | None,
+) -> StepLoss:  # fmt: skip
+    """The objective of a row's clean and perturbed scores, and what is told of it."""
+    of_label = run.confidence_in == "label"
     total, cross_entropy, divergence = dual_divergence(
-        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=weight,
-        clean_fixed=run.divergence_gradient == "clean_fixed", min_confidence=run.min_confidence, impl=run.kernels,
+        clean_BC, perturbed_BC, row.gold, run.divergence, reg_weight=reg_weight_at(run, step),
+        clean_fixed=run.divergence_gradient == "clean_fixed", min_confidence=run.min_confidence, of_label=of_label,
+        impl=run.kernels,
     )  # fmt: skip
     delta_norm = example_norm(delta_TH, row).sum() if delta_TH is not None else torch.zeros_like(total.detach())
-    counted = confident(clean_BC, run.min_confidence).sum() if run.min_confidence else None
+    counted = None
+    if run.min_confidence:
+        counted = confident(clean_BC, run.min_confidence, row.gold if of_label else None).sum()
     return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH, counted)
 
 

@@ -74,6 +74,7 @@ MEMBERS = [
         "divergence": "js",
         "reg_schedule": "linear",
         "min_confidence": 0.502,
+        "confidence_in": "label",
     },
 ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptp_ds.config.checks import require_valid, unsuited, without_effect
+from ptp_ds.config.checks import describe_unread, require_valid, unsuited, without_effect
 from ptp_ds.config.flags import build_parser, dump_config, dumped_to, parse_run
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import GROUPS, RunConfig
@@ -194,6 +194,7 @@ def test_contradictions(settings, message):
                 "reg_warmup_steps",
                 "reg_schedule",
                 "min_confidence",
+                "confidence_in",
                 "divergence",
                 "divergence_gradient",
             },
@@ -211,7 +212,7 @@ def test_contradictions(settings, message):
 def test_without_effect(perturbation, unread):
     names = {field.name for field in dataclasses.fields(RunConfig)}
     run = RunConfig(perturbation=perturbation)
-    assert without_effect(run, names) == sorted({*unread, "hub_visibility"})  # nothing is pushed
+    assert without_effect(run, names) == sorted({*unread, "hub_visibility", "confidence_in"})  # nothing is pushed
     assert without_effect(run, set()) == []
     assert without_effect(run, {"lr"}) == []
 
@@ -220,6 +221,17 @@ def test_nothing_of_a_perturbation_that_is_turned_off_has_an_effect():
     given = {"reg_weight", "sigma", "divergence", "reg_warmup_steps", "lr"}
     assert without_effect(RunConfig(reg_weight=0.0), given) == ["divergence", "reg_warmup_steps", "sigma"]
     assert without_effect(RunConfig(sigma=0.0), given) == ["divergence", "reg_warmup_steps", "reg_weight"]
+
+
+def test_whose_confidence_it_is_has_an_effect_where_there_is_a_least_one():
+    given = {"confidence_in", "min_confidence"}
+    assert describe_unread(RunConfig(confidence_in="label"), given) == [
+        "--confidence_in has no effect with --min_confidence 0"
+    ]
+    assert describe_unread(RunConfig(confidence_in="label", min_confidence=0.8), given) == []
+    assert describe_unread(RunConfig(perturbation="none", min_confidence=0.8, confidence_in="label"), given) == [
+        "--confidence_in and --min_confidence have no effect with --perturbation none"
+    ]
 
 
 def test_defaults_that_do_not_suit():

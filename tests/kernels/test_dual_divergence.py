@@ -94,17 +94,19 @@ def test_a_fixed_clean_stream_gets_the_cross_entropys_gradient_alone(case, kind,
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("clean_fixed", [False, True])
-def test_rows_that_are_not_confident_have_their_cross_entropy_alone(kind, clean_fixed, impl):
+@pytest.mark.parametrize(("clean_fixed", "of_label"), [(False, False), (True, False), (True, True), (False, True)])
+def test_rows_that_are_not_confident_have_their_cross_entropy_alone(kind, clean_fixed, of_label, impl):
     counts = COUNTS["ragged"]
     clean, perturbed, gold = given(counts, torch.float32)
-    likeliest = clean.softmax(-1).amax(-1)
-    least = float((likeliest.sort().values[1] + likeliest.sort().values[2]) / 2)
-    kept = (likeliest >= least).tolist()
+    chances = clean.softmax(-1)
+    sure = chances[range(len(counts)), gold] if of_label else chances.amax(-1)
+    least = float((sure.sort().values[1] + sure.sort().values[2]) / 2)
+    kept = (sure >= least).tolist()
     assert sum(kept) == 3
+    assert (kept == (chances.amax(-1) >= least).tolist()) == (not of_label)
     leaves = [x.clone().requires_grad_() for x in (clean, perturbed)]
     exact = [x.double().requires_grad_() for x in (clean, perturbed)]
-    how = {"reg_weight": 0.7, "clean_fixed": clean_fixed, "min_confidence": least, "impl": impl}
+    how = {"clean_fixed": clean_fixed, "min_confidence": least, "of_label": of_label, "reg_weight": 0.7, "impl": impl}
     found = dual_divergence(*leaves, gold, kind, **how)
     ce = plain(*exact, gold, counts, kind)[0]
     rows = [row for row, counted in enumerate(kept) if counted]

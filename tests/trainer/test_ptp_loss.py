@@ -57,6 +57,7 @@ def batch_of(examples):
         ("pgd", {"epsilon": 0.5}), ("pgd", {"epsilon": 0.5, "norm": "linf", "units": "l2", "divergence": "ce"}),
         ("pgd", {"epsilon": 0.3, "norm": "token_l2", "ascent_steps": 3, "reg_warmup_steps": 9}),
         ("gaussian", {"sigma": 0.5, "min_confidence": 0.51}),
+        ("gaussian", {"sigma": 0.5, "min_confidence": 0.5, "confidence_in": "label"}),
     ],
 )  # fmt: skip
 def test_the_packed_steps_loss_and_gradient(family, perturbation, more):
