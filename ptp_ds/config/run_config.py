@@ -146,8 +146,8 @@ class RunConfig:
         "least probability that the clean prediction gives an answer for the row's divergence to count; 0: all rows do",
     )
     confidence_in: str = _objective(
-        "likeliest", "which answer --min_confidence means: the likeliest one, or the row's label, so that no wrong "
-        "prediction is kept", ("likeliest", "label"),
+        "likeliest", "which answer --min_confidence means: the likeliest one, or the row's label: above 0.5 no "
+        "wrong prediction is held then", ("likeliest", "label"),
     )  # fmt: skip
     mask_share: float = _perturbation(
         0.15, "mask: share of a row's words that the second stream hides, at least one; 0: none"
