@@ -48,11 +48,12 @@ class PTPLoss:
 
 @dataclass(frozen=True)
 class Answers:
-    """Where a batch's answers are predicted, and the right ones. rows, places: of the logits, None for a classifier's.
-    gold [N]: among the vocabulary, the classes, or the candidates. candidates: their token ids, [C] or [B, C].
+    """Where a batch's answers are predicted, and the right ones. rows, places: of the logits; no places for a
+    classifier of rows. gold [N]: among the vocabulary, the classes, or the candidates. candidates: their token ids,
+    [C] or [B, C].
     """
 
-    rows: Tensor | None
+    rows: Tensor
     places: Tensor | None
     gold: Tensor
     candidates: Tensor | None = None
@@ -64,8 +65,8 @@ class Answers:
 
     def scores(self, logits: Tensor) -> Tensor:
         """[N, C] logits of what could be answered."""
-        if self.rows is None or self.places is None:
-            return logits
+        if self.places is None:
+            return logits[self.rows]
         found = logits[self.rows, self.places]
         if self.candidates is None:
             return found
@@ -80,8 +81,8 @@ def ptp_loss(
 ) -> PTPLoss:  # fmt: skip
     """The loss of one batch, a mean over its answers: labelled tokens, or rows of a classifier.
 
-    batch: what the model takes: input_ids [B, T], attention_mask, labels [B, T] with -100 where there is no answer, or
-    [B] classes. step: of the optimizer; noise differs from step to step, lambda may warm up. numbers [B]: of the rows
+    batch: what the model takes: input_ids [B, T], attention_mask, labels [B, T] or [B] classes, -100 where there is
+    no answer. step: of the optimizer; noise differs from step to step, lambda may warm up. numbers [B]: of the rows
     in their data set, so that an example's noise doesn't depend on its batch; default: their places, which repeat
     from one of a step's micro-batches, or ranks, to the next. movable [B, T]: the tokens that may be perturbed;
     default: those that are attended to, no special ones and no answers that stand in the text. answer_ids: token ids
@@ -93,18 +94,24 @@ def ptp_loss(
     expect_perturbed(model, batch, settings)
     if not isinstance(batch.get("labels"), Tensor):
         raise UserError("A batch needs labels, a tensor, to have a loss; see docs/own_loop.md.")
+    if "num_items_in_batch" in batch:
+        raise UserError("num_items_in_batch would scale the model's own loss alone; leave it out and scale found.loss.")
+    if settings.perturbs and movable is None:
+        movable = movable_tokens(model, batch)
+        if step == 0:
+            require_some(movable)
     outputs = model(**batch)
     logits = logits_of(outputs)
     answers = answers_of(model, batch["labels"], logits, answer_ids)
     if answer_ids is None:
         cross_entropy = outputs.loss
     else:
-        cross_entropy = cross_entropy_sum(answers.scores(logits), answers.gold) / answers.count
+        cross_entropy = cross_entropy_sum(answers.scores(logits), answers.gold) / max(1, answers.count)
     zero = torch.zeros((), device=logits.device)
     if not settings.perturbs:
         return PTPLoss(cross_entropy, cross_entropy.detach(), zero, zero, outputs)
     total, norm = divergence_of(model, batch, logits, answers, settings, step, numbers, movable)
-    divergence = total / answers.count
+    divergence = total / max(1, answers.count)
     loss = cross_entropy + reg_weight_at(settings.run, step) * divergence
     return PTPLoss(loss, cross_entropy.detach(), divergence.detach(), norm, outputs)
 
@@ -146,7 +153,7 @@ def divergence_of(
     rows = ids.shape[0]
     numbers = torch.arange(rows, device=ids.device) if numbers is None else numbers.to(ids.device)
     movable = movable_tokens(model, batch) if movable is None else movable.to(ids.device).bool()
-    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "num_items_in_batch")}
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
     clean_NC, fixed = answers.scores(logits), settings.divergence_gradient == "clean_fixed"
 
     def total_of(perturbed_NC: Tensor) -> Tensor:
@@ -196,7 +203,8 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
     if labels.dim() == 1 and not labels.is_floating_point():
         if answer_ids is not None:
             raise UserError("answer_ids are for language models; a classifier's answers are its classes.")
-        return Answers(None, None, labels)
+        rows = (labels != IGNORED).nonzero()[:, 0]
+        return Answers(rows, None, labels[rows])
     if labels.dim() != 2 or labels.is_floating_point() or logits.dim() != 3:
         raise UserError(
             f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected classes [B] or tokens [B, T]."
@@ -231,6 +239,15 @@ def movable_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if labels is not None and labels.dim() == 2 and not is_token_classifier(model):
         found &= labels == IGNORED
     return found
+
+
+def require_some(movable_BT: Tensor) -> None:
+    """UserError where nothing of a batch may move. It waits for the device: for a run's first step."""
+    if not bool(movable_BT.any()):
+        raise UserError(
+            "Every token of the first batch is an answer, special or padding: nothing may be perturbed; label the "
+            "answers alone (-100 elsewhere)."
+        )
 
 
 def special_ids(model: nn.Module) -> set[int]:

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ptp_ds.errors import UserError
-from ptp_ds.trainer.loss import answers_of, divergence_of, expect_perturbed, logits_of, movable_tokens
+from ptp_ds.objective import cross_entropy_sum
+from ptp_ds.trainer.loss import (
+    Answers,
+    answers_of,
+    divergence_of,
+    expect_perturbed,
+    logits_of,
+    movable_tokens,
+    require_some,
+)
 from ptp_ds.trainer.settings import PTPSettings, require_settings
 from ptp_ds.training.schedules import reg_weight_at
 
@@ -63,8 +71,8 @@ class PTPMixin:
         answers = answers_of(model, batch["labels"], logits)
         step, numbers = self.state.global_step, self._numbers(batch["labels"].shape[0]).to(logits.device)
         total, norm = divergence_of(model, batch, logits, answers, self.ptp, step, numbers, movable)
-        divergence = total * self._scale(answers.count, num_items_in_batch)
-        self._tell(total.detach() / answers.count, norm)
+        divergence = total * self._scale(answers, logits, loss.detach(), num_items_in_batch)
+        self._tell(total.detach() / max(1, answers.count), norm)
         loss = loss + reg_weight_at(self.ptp.run, step) * divergence
         return (loss, outputs) if return_outputs else loss
 
@@ -77,25 +85,32 @@ class PTPMixin:
         dealt.most = max(dealt.most, rows, self.args.train_batch_size)
         return torch.arange(rows) + (dealt.micro_batch * ranks + rank) * dealt.most
 
-    def _scale(self: Any, answers: int, num_items: Tensor | int | None) -> Any:
+    def _scale(self: Any, answers: Answers, logits: Tensor, loss: Tensor, num_items: Tensor | int | None) -> Any:
         """What a sum over this batch's answers is multiplied by, as the Trainer's own loss is (transformers 5.23)."""
+        of_batch = 1 / max(1, answers.count)
         if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            return 1 / answers
-        scale = 1 / num_items
+            return of_batch
+        gpus, times = max(1, self.args.n_gpu), 1
         if self.args.average_tokens_across_devices:
-            scale = scale * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
-        return scale
+            times = gpus if gpus > 1 else self.accelerator.num_processes // self.get_tp_size()
+        of_step = times / (num_items.flatten()[0] if isinstance(num_items, Tensor) else num_items)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            return of_step
+        # The model's own. Many classifiers take the step's number of answers and don't use it: of the two scales the
+        # one that makes this loss of the cross-entropy. DataParallel's losses, one a device, are averaged.
+        of_step, of_batch = of_step / gpus, times * of_batch
+        with torch.no_grad():
+            own, total = loss.mean(), cross_entropy_sum(answers.scores(logits), answers.gold)
+            nearer = (own - total * of_step).abs() <= (own - total * of_batch).abs()
+            return nearer * of_step + ~nearer * of_batch
 
     def _movable(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """movable_tokens without the tokenizer's special ones; UserError at the first step where nothing may move."""
         found = movable_tokens(model, batch)
         for special in self._special:
             found &= batch["input_ids"] != special
-        if self.state.global_step == 0 and not bool(found.any()):
-            raise UserError(
-                "Every token of the first batch is an answer, special or padding: nothing may be perturbed; label the "
-                "answers alone (-100 elsewhere)."
-            )
+        if self.state.global_step == 0:
+            require_some(found)
         return found
 
     def _tell(self, divergence: Tensor, norm: Tensor) -> None:

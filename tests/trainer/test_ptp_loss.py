@@ -6,7 +6,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
@@ -217,6 +223,20 @@ def test_classifiers_and_causal_models_under_every_adapter(adapter, perturbation
         assert all(p.grad is None for name, p in model.named_parameters() if name in frozen)
 
 
+@pytest.mark.parametrize("confidence_in", ["likeliest", "label"])
+def test_a_classifiers_rows_without_a_class_count_nowhere(confidence_in):
+    """The loss is that of a batch without them."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape)).eval()
+    ids, labels = torch.randint(5, VOCABULARY, (4, 6)), torch.tensor([0, -100, 1, -100])
+    settings = PTPSettings(sigma=0.5, min_confidence=0.4, confidence_in=confidence_in)
+    every = ptp_loss(model, {"input_ids": ids, "labels": labels}, settings)
+    some = ptp_loss(model, {"input_ids": ids[::2], "labels": labels[::2]}, settings, numbers=torch.tensor([0, 2]))
+    assert float(some.divergence) > 0
+    torch.testing.assert_close((every.loss, every.divergence), (some.loss, some.divergence))
+
+
 def test_a_masked_model_predicts_where_the_answer_stands():
     model = encoder(AutoModelForMaskedLM)
     batch, _, movable = batch_of(make_examples("single"))
@@ -300,6 +320,10 @@ def test_batches_that_do_not_fit():
         ptp_loss(model, unlabelled, PTPSettings(perturbation="none"))
     with pytest.raises(UserError, match="A batch needs input_ids and labels to be perturbed"):
         ptp_loss(model, unlabelled, PTPSettings())
+    with pytest.raises(UserError, match="num_items_in_batch would scale the model's own loss alone; leave it out"):
+        ptp_loss(model, {**batch, "num_items_in_batch": 4}, PTPSettings())
+    with pytest.raises(UserError, match=r"Every token of the first batch is an answer.*\(-100 elsewhere\)"):
+        ptp_loss(model, {**batch, "labels": batch["input_ids"]}, PTPSettings())
     batch["labels"][0] = -100
     with pytest.raises(UserError, match="every row has one labelled token"):
         ptp_loss(model, batch, PTPSettings(), answer_ids=answer_ids)

@@ -10,14 +10,18 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorForTokenClassification,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from ptp_ds.errors import UserError
 from ptp_ds.trainer import PTPMixin, PTPSettings, PTPTrainer, ptp_loss
 from ptp_ds.trainer import loss as loss_module
+from ptp_ds.trainer.loss import Answers
 from ptp_ds.trainer.trainer import Dealt
 from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
@@ -43,7 +47,7 @@ def model_of(folder):
     return peft.get_peft_model(model, config)
 
 
-def trainer_of(kind, model, rows, tokenizer, folder, ptp=None, **more):
+def trainer_of(kind, model, rows, tokenizer, folder, ptp=None, data_collator=None, **more):
     """On a CPU, no shuffling that differs from batch size to batch size."""
     tokenizer.pad_token = tokenizer.eos_token
     given = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 0.05, "logging_steps": 1,
@@ -52,8 +56,17 @@ def trainer_of(kind, model, rows, tokenizer, folder, ptp=None, **more):
     extra = {} if ptp is None else {"ptp": ptp}
     return kind(
         model=model, args=TrainingArguments(str(folder), **given), train_dataset=rows, eval_dataset=rows,
-        processing_class=tokenizer, data_collator=DataCollatorForTokenClassification(tokenizer), **extra,
+        processing_class=tokenizer, **extra,
+        data_collator=data_collator or DataCollatorForTokenClassification(tokenizer),
     )  # fmt: skip
+
+
+def classifier_of(tokenizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=len(tokenizer), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
+    )
 
 
 def prompt_of(model):
@@ -105,6 +118,57 @@ def test_accumulated_batches_give_one_batchs_gradient(lively_model, rows, tokeni
     assert float(found[4].norm()) > 0
     torch.testing.assert_close(found[2], found[4], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[1], found[4], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("causal", 1), ("causal", 4), ("classifier", 1), ("classifier", 2), ("classifier", 4), ("uneven classifier", 2)],
+)
+def test_the_divergence_is_scaled_as_the_models_loss(lively_model, rows, tokenizer, tmp_path, kind, parts):
+    """With the perturbed cross-entropy at a delta of almost nothing, the loss is twice the Trainer's own. BERT's
+    classifier takes the step's number of answers and leaves it unused: its losses are summed over micro-batches.
+    """
+    if kind != "causal":
+        rows = [{"input_ids": row["input_ids"][:6], "labels": number % 2} for number, row in enumerate(rows)]
+    if kind == "uneven classifier":
+        rows[1]["labels"] = rows[2]["labels"] = -100
+    found = []
+    for trainer_kind, ptp in ((Trainer, None), (PTPTrainer, PTPSettings(divergence="ce", sigma=1e-6))):
+        model = model_of(lively_model) if kind == "causal" else classifier_of(tokenizer)
+        collator = {} if kind == "causal" else {"data_collator": default_data_collator}
+        trainer = trainer_of(trainer_kind, model, rows, tokenizer, tmp_path / trainer_kind.__name__, ptp, max_steps=1,
+                             per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts,
+                             learning_rate=0.0, **collator)  # fmt: skip
+        trainer.train()
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[0] > 0.1
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("counts_items", [True, False])
+def test_the_divergence_is_scaled_as_the_losses_of_several_devices(across, counts_items):
+    """DataParallel: a loss for each of two devices, whose mean goes backward; the step has two micro-batches."""
+    logits, gold = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+    each = torch.nn.functional.cross_entropy(logits, gold, reduction="none").view(2, 4)
+    items = torch.tensor(16 if across else 16 // 2).unsqueeze(0).expand(2, -1)  # as _get_num_items_in_batch has it
+    losses = each.sum(1) / items[:, 0] if counts_items else each.mean(1)
+    losses = losses * (2 if across else 1)  # as compute_loss has it
+    trainer = PTPMixin.__new__(PTPMixin)
+    trainer.model_accepts_loss_kwargs, trainer.compute_loss_func, trainer.label_smoother = True, None, None
+    trainer.args = SimpleNamespace(n_gpu=2, average_tokens_across_devices=across)
+    scale = trainer._scale(Answers(torch.arange(8), None, gold), logits, losses, items)
+    torch.testing.assert_close(each.sum() * scale, losses.mean())
+
+
+def test_a_micro_batch_without_answers_is_told_as_zero(lively_model, rows, tokenizer, tmp_path):
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    trainer = trainer_of(PTPTrainer, model_of(lively_model), rows, tokenizer, tmp_path, PTPSettings(), max_steps=1,
+                         per_device_train_batch_size=1, gradient_accumulation_steps=2)  # fmt: skip
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert 0 < line["divergence"] < 10
+    assert 0 < line["loss"] < 20
 
 
 def test_the_rows_of_a_step_have_noise_of_their_own(lively_model, rows, tokenizer, tmp_path, monkeypatch):
