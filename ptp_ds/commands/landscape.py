@@ -79,7 +79,7 @@ class Opened:
 
 def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
     """The adapters on their backbone, loaded once, and the first --rows labelled rows of --split; see
-    adapters_parser.
+    adapters_parser. The Served is that of the longest prompt, or the shortest --max_length: its rows fit behind all.
 
     Raises UserError for adapters of different models, tasks or kinds of prompt, before the model is loaded.
     """
@@ -98,12 +98,13 @@ def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
                     "task and kind of prompt."
                 )
     read = adapter_rows(folders[0], task, args.split, args.data_dir, args.dataset)
-    examples = [example for example in first.examples(read, labelled=True) if example.trainable][: args.rows]
-    backbone = first.load(whole(args.precision), alone(), examples)
+    served = min(each, key=lambda one: one.room)
+    examples = [example for example in served.examples(read, labelled=True) if example.trainable][: args.rows]
+    backbone = served.load(whole(args.precision), alone(), examples)
     subjects = [
         Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)
     ]
-    return first, Opened(backbone, subjects, examples, read)
+    return served, Opened(backbone, subjects, examples, read)
 
 
 def _classes(served: Served) -> tuple[str, ...]:
