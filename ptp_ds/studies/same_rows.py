@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.studies.study import Cell, Row, Study, finished, members_on_record
 from ptp_ds.tasks import Task
@@ -16,16 +17,19 @@ from ptp_ds.training.examples import split_names
 
 
 def require_one_task(study: Study) -> None:
-    """UserError where methods are compared on what are two tasks, or on one with other metrics."""
-    first: dict[str, tuple[Cell, Task]] = {}
+    """UserError where methods or seeds are compared on what are two tasks, or on one with other metrics."""
+    read = functools.cache(load_task)
+    first: dict[str, tuple[str, Task]] = {}
     for cell in study.cells:
-        task = load_task(cell.run.task)
-        other, wanted = first.setdefault(cell.task, (cell, task))
-        if (task.name, task.metrics) != (wanted.name, wanted.metrics):
-            raise UserError(
-                f"{cell.name} is of task {task.name} ({', '.join(task.metrics)}), {other.name} of {wanted.name} "
-                f"({', '.join(wanted.metrics)}); methods are compared on one task with the same metrics."
-            )
+        for name, run in cell.runs.items():
+            where = cell.name if run.task == cell.run.task else f"{cell.name}, {name},"
+            task = read(run.task)
+            other, wanted = first.setdefault(cell.task, (where, task))
+            if (task.name, task.metrics) != (wanted.name, wanted.metrics):
+                raise UserError(
+                    f"{where} is of task {task.name} ({', '.join(task.metrics)}), {other} of {wanted.name} "
+                    f"({', '.join(wanted.metrics)}); methods and seeds are compared on one task with the same metrics."
+                )
 
 
 def require_rows(part: Study, out: Path) -> None:
@@ -47,13 +51,13 @@ def require_rows(part: Study, out: Path) -> None:
                     f"{cell.name} and {other} report other rows of {name}; methods are compared on the same rows."
                 )
             if name in on_record:
-                _require_as_recorded(cell, on_record[name], now, out)
+                _require_as_recorded(cell, run, on_record[name], now, out)
 
 
-def _require_as_recorded(cell: Cell, record: dict[str, Any], now: dict[str, str], out: Path) -> None:
-    """Records of older versions don't say what their rows were; they are taken as they are."""
+def _require_as_recorded(cell: Cell, run: RunConfig, record: dict[str, Any], now: dict[str, str], out: Path) -> None:
+    """run, record: a member's. Records of older versions don't say what their rows were; they are taken as they are."""
     changed = [f"{use} rows" for use, digest in now.items() if record.get("rows", now).get(use) != digest]
-    spec = load_task(cell.run.task).spec()
+    spec = load_task(run.task).spec()
     if not same_spec(record.get("template", spec), spec):
         changed.append("template")
     if changed:

@@ -32,6 +32,21 @@ def study(tmp_path, write_rows):
     return made
 
 
+@pytest.fixture
+def own_templates(tmp_path):
+    """own_templates(**changes): a template for each of the two draws, of texts of their own; changes: the second's."""
+
+    def made(**changes):
+        for draw, other in (("1", {}), ("2", {"text": "{review}\nAll in all", **changes})):
+            spec = {"name": "Reviews", "text": "{review}\nIt was", "truncate": "review", "label": "label",
+                    "verbalizers": {"positive": " good", "negative": " bad"}, "metrics": ["accuracy"],
+                    **other}  # fmt: skip
+            (tmp_path / f"t-{draw}.json").write_text(json.dumps(spec))
+        return f'{{Reviews: {{task: "{tmp_path}/t-{{draw}}.json"}}}}\ndraws: [1, 2]'
+
+    return made
+
+
 def record(cell, out, **changes):
     """population.json of a cell whose runs have just ended."""
     members = []
@@ -112,3 +127,20 @@ def test_a_template_that_changes_while_the_process_lives(study, tmp_path):
     file.write_text(json.dumps({**spec, "text": "{review}\nAll in all"}))
     with pytest.raises(UserError, match="other template"):
         require_rows(found, tmp_path)
+
+
+def test_a_template_for_each_draw(study, tmp_path, own_templates):
+    """Each seed's record is compared with that seed's template."""
+    found = study(tasks=own_templates())
+    require_one_task(found)
+    record(found.cells[0], tmp_path)
+    require_rows(found, tmp_path)
+    own_templates(text="{review}\nTo sum up")
+    with pytest.raises(UserError, match="other template"):
+        require_rows(found, tmp_path)
+
+
+def test_seeds_of_two_tasks(study, own_templates):
+    found = study(tasks=own_templates(name="Films"))
+    with pytest.raises(UserError, match=r"Reviews/plain, seed-1, is of task Films \(accuracy\), Reviews/plain of Rev"):
+        require_one_task(found)
