@@ -119,7 +119,7 @@ def _study(argv: Sequence[str], description: str) -> int:
     if args.report:
         code = 0
     else:
-        require_rows(part, out)
+        require_rows(_with_finished(study, part, out), out)
         try:
             code = run_study(part, out)
         except UserError:
@@ -128,6 +128,12 @@ def _study(argv: Sequence[str], description: str) -> int:
     if not code and not _report(study, out, Path(args.study).stem):
         raise UserError(f"No cell of {args.study} is finished in {out}.")
     return code
+
+
+def _with_finished(study: Study, part: Study, out: Path) -> Study:
+    """The part, and what its report will compare it with: the finished cells of its tasks."""
+    beside = [cell for cell in study.cells if cell in part.cells or (cell.task in part.tasks and finished(cell, out))]
+    return replace(study, cells=tuple(beside))
 
 
 def _report(study: Study, out: Path, title: str) -> bool:

@@ -91,6 +91,20 @@ def test_a_report_of_what_is_there_and_refusals(study):
         assert message in done.stderr
 
 
+def test_a_finished_cell_of_other_rows_is_told_before_another_method_trains(study, tmp_path):
+    """The report would refuse to compare them, behind the training."""
+    shutil.copytree(study[0], tmp_path, dirs_exist_ok=True)
+    cells = tmp_path / "out" / "cells" / "COPA"
+    shutil.rmtree(cells / "noise")
+    record = json.loads((cells / "plain" / "population.json").read_text())
+    record["members"][1]["rows"]["eval"] = "other"
+    (cells / "plain" / "population.json").write_text(json.dumps(record))
+    done = run_script("study.py", ["study.yaml", "--output_dir", "out", "--methods", "noise"], tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "COPA/plain/population.json was run with other eval rows than the files hold now" in done.stderr
+    assert not (cells / "noise").exists()
+
+
 def test_a_cell_that_is_run_again_has_its_new_score_on_tensorboard(study, tmp_path):
     """A cell's folder removed and trained again is another outcome: played here by changing what is on record."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
