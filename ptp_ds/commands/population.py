@@ -99,9 +99,10 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
     log.info("%d members, the first of them:", len(members))
     for line in introduction(first, ranks):
         log.info("%s", line)
+    is_new = all(one.continuation.checkpoint is None for one in members.values())
     for one in members.values():
         output = OutputGuard(ranks, _folder(one))
-        if ranks.is_main and one.run.resume is None:
+        if ranks.is_main and is_new:  # what failed before may have had other settings
             with output.writing():
                 (_folder(one) / FAILED).unlink(missing_ok=True)
         open_output(one, ranks, output)

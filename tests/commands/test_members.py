@@ -152,6 +152,28 @@ def test_a_job_that_ends_between_two_saves_goes_on(job, tmp_path, monkeypatch):
         assert steps_of(tmp_path / "half" / "members" / name) == [20]
 
 
+def test_a_failure_is_forgotten_where_nothing_was_saved(job, tmp_path, monkeypatch):
+    """A job that starts anew may have other settings; here the member that failed has another learning rate."""
+    given = {"max_steps": 4, "schedule_steps": 4, "eval_every": 4, "save_every": 4, "resume": "auto"}
+
+    def dies(*args, **kwargs):
+        raise RuntimeError("killed")
+
+    def members(lr: float) -> str:
+        both = [{"name": "good", "seed": 1}, {"name": "bad", "lr": lr, "warmup_steps": 0}]
+        return written(tmp_path / "members.json", both)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            job("all", population=members(1e38), **given)
+    failed = tmp_path / "all" / "members" / "bad" / "failed.json"
+    assert "not finite" in failed.read_text()
+    again = job("all", population=members(0.05), **given)
+    assert [(one["failed"], one["steps"]) for one in again.record["members"]] == [(None, 4)] * 2
+    assert not failed.exists()
+
+
 @pytest.mark.parametrize("lost", ["a file", "all of one"])
 def test_a_step_that_one_has_lost(job, tmp_path, capsys, lost):
     """The step before it is taken, or none where a member has saved nothing."""
