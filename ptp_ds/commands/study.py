@@ -77,12 +77,12 @@ def _picture(cells: Cells, task: str, out: Path) -> str:
 
 
 def _write_hparams(cells: Sequence[Cell], rows: Sequence[Row], out: Path) -> None:
-    """Every prompt as a run of TensorBoard's hparams page: what differs between cells, and its score. Written anew with
-    each report: a cell may have been run again, and what differs depends on all of them.
+    """Every prompt as a run of TensorBoard's hparams page: which settings differ between prompts, and its score.
+    Written anew with each report: a cell may have been run again, and what differs depends on all of them.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    settings = {(cell.task, cell.method): asdict(cell.run) for cell in cells}
+    settings = {(cell.task, cell.method, run.seed): asdict(run) for cell in cells for run in cell.runs.values()}
     differing = [
         name
         for name in next(iter(settings.values()))
@@ -93,10 +93,10 @@ def _write_hparams(cells: Sequence[Cell], rows: Sequence[Row], out: Path) -> Non
     for row in rows:
         if row.score is None:
             continue
-        own = {name: str(settings[row.task, row.method][name]) for name in differing}
+        own = {name: str(settings[row.task, row.method, row.seed][name]) for name in differing}
         folder = out / "tensorboard" / row.task / row.method / f"seed-{row.seed}"
         with SummaryWriter(str(folder)) as board:
-            hparams = {"task": row.task, "method": row.method, "seed": row.seed, **own}
+            hparams = {**own, "task": row.task, "method": row.method, "seed": row.seed}  # the study's name of the task
             board.add_hparams(hparams, {"hparam/score": row.score, "hparam/steps": float(row.steps)}, run_name=".")
 
 

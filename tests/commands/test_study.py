@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -124,6 +125,32 @@ def test_a_cell_that_is_run_again_has_its_new_score_on_tensorboard(study, tmp_pa
     assert sorted(str(path.relative_to(boards)) for path in boards.glob("*/*")) == [
         "noise/seed-0", "noise/seed-1", "plain/seed-0",
     ]  # fmt: skip
+
+
+def test_tensorboard_shows_each_seeds_own_settings(tmp_path):
+    """Where they have {draw}; a task keeps the study's name, whatever its template."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    (tmp_path / "study.yaml").write_text(
+        'seeds: 0-1\ndraws: [13, 21]\ntasks: {R: {task: "t-{draw}.json", train_split: "few-{draw}"}}\n'
+        "methods: {plain: {perturbation: none}}\n"
+    )
+    found = read_study(str(tmp_path / "study.yaml"))
+    members = [{"name": name, "settings": asdict(run), "metrics": {"accuracy": 0.5}, "untrained": {"accuracy": 0.5},
+                "majority": 0.5, "failed": None, "best_step": 1, "steps": 1}
+               for name, run in found.cells[0].runs.items()]  # fmt: skip
+    folder = found.cells[0].folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "population.json").write_text(json.dumps({"members": members}))
+    write_report(found, tmp_path, "study")
+    for seed, draw in ((0, "13"), (1, "21")):
+        board = EventAccumulator(str(tmp_path / "tensorboard" / "R" / "plain" / f"seed-{seed}")).Reload()
+        content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        shown = HParamsPluginData.FromString(content).session_start_info.hparams
+        assert {name: one.string_value or one.number_value for name, one in shown.items()} == {
+            "task": "R", "method": "plain", "seed": seed, "train_split": f"few-{draw}",
+        }  # fmt: skip
 
 
 def test_a_landscape_of_two_adapters(study):
