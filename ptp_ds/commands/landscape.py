@@ -31,7 +31,7 @@ from ptp_ds.studies.landscape import (
     input_plane,
     prompt_plane,
 )
-from ptp_ds.studies.pictures import figure, landscapes
+from ptp_ds.studies.pictures import landscapes, require_plot_extra
 from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 
@@ -157,7 +157,7 @@ def _axes(args: argparse.Namespace, opened: Opened) -> tuple[Tensor, Tensor]:
 
 
 def _landscape(args: argparse.Namespace) -> None:
-    figure(1)  # no matplotlib: said before anything is computed
+    require_plot_extra()
     served, opened = open_adapters(args)
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.studies.landscape import Subject
-from ptp_ds.studies.pictures import curves, figure
+from ptp_ds.studies.pictures import curves, require_plot_extra
 from ptp_ds.studies.robustness import Bench, attacked, scored, typo_fields, with_masks, with_noise, with_typos
 from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
@@ -125,7 +125,7 @@ def _shown(line: dict[str, Any]) -> str:
 
 
 def _robustness(args: argparse.Namespace) -> None:
-    figure(1)  # no matplotlib: said before anything is computed
+    require_plot_extra()
     args.kinds = _kinds(args)
     served, opened = open_adapters(args)
     out = Path(args.output_dir)

@@ -15,7 +15,7 @@ from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once
-from ptp_ds.studies.pictures import strip_plot
+from ptp_ds.studies.pictures import require_plot_extra, strip_plot
 from ptp_ds.studies.report import Cells, majority_of, markdown, write_csv
 from ptp_ds.studies.same_rows import require_one_task, require_rows, require_scored_alike
 from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def _study(argv: Sequence[str], description: str) -> int:
     args = study_parser(description).parse_args(argv)
+    require_plot_extra()
     study, out = read_study(args.study), Path(args.output_dir)
     require_one_task(study)
     if out.exists() and not out.is_dir():

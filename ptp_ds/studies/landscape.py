@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import BarycentricInterpolator
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
@@ -145,6 +144,8 @@ def _checks(radius: float, seed: int) -> list[tuple[float, float]]:
 
 def _interpolated(at: Sequence[float], table: np.ndarray, xs: Any, ys: Any) -> np.ndarray:
     """[Y, X] the polynomial through `table` [ys, xs] of the points `at`, at ys and xs."""
+    from scipy.interpolate import BarycentricInterpolator
+
     along = BarycentricInterpolator(at, table.T)(xs)  # [X, nodes of y]
     return BarycentricInterpolator(at, along.T)(ys)
 

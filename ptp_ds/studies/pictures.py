@@ -1,5 +1,6 @@
 """Pictures of studies and landscapes, as PNG by matplotlib without a screen."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from ptp_ds.studies.statistics import spread_of
 _SIZE, _DPI = 4.0, 120  # inches a panel, dots an inch
 
 
+def require_plot_extra() -> None:
+    """UserError where a package of the `plot` extra isn't installed: for commands, before anything is computed."""
+    for package, name in (("matplotlib", "matplotlib"), ("scipy", "SciPy")):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"Studies, landscapes and robustness need matplotlib and SciPy, and {name} isn't installed: "
+                "pip install 'ptp_ds[plot]'."
+            )
+
+
 def figure(columns: int, rows: int = 1, **how: Any) -> tuple[Any, Any]:
-    """(figure, [rows, columns] axes); UserError where matplotlib isn't installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("Pictures need matplotlib: pip install 'ptp_ds[plot]'.") from None
+    """(figure, [rows, columns] axes)."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

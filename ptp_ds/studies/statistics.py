@@ -1,7 +1,7 @@
 """Scores over seeds: their spread, and how a method compares with another on the same seeds.
 
 Tests and intervals are SciPy's; Holm's correction (Scandinavian Journal of Statistics 6, 1979) is a few lines here,
-since SciPy has none.
+since SciPy has none. SciPy is imported where it is called, so that commands can say that it isn't installed.
 """
 
 import warnings
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 _RESAMPLES = 9999  # of an interval
 _FLIPS = 99_999  # more sign flips than these are drawn, fewer are all looked at
@@ -140,6 +139,8 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray, seed: int = 0) -> flo
 
     In whole numbers of 1e-9, so that sums which are equal count as equal.
     """
+    from scipy import stats
+
     values = np.sort(np.rint(np.asarray(differences, dtype=float) * _DIGITS))
     found = stats.permutation_test(
         (values,), lambda x, axis=-1: x.sum(axis=axis), permutation_type="samples", vectorized=True, batch=10_000,
@@ -163,6 +164,7 @@ def _intervals(
     left: np.ndarray, right: np.ndarray, seed: int
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
     """95 % percentile intervals of the mean difference and of the ratio of standard deviations, pairs resampled."""
+    from scipy import stats
 
     def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
         spread = _std(theirs, axis)

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 
@@ -15,6 +17,7 @@ from ptp_ds.commands.robustness import _kinds
 from ptp_ds.commands.study import write_report
 from ptp_ds.studies.study import read_study
 from ptp_ds.tasks import load_task
+from tests.support.processes import worker_environment
 from tests.support.runs import check
 from tests.support.zygote import run_script
 
@@ -187,6 +190,27 @@ def test_robustness_counts_what_evaluations_count(study):
         (attack,) = [x for x in lines if x["adapter"] == adapter and x["kind"] == "attack"]
         assert attack["score"] == pytest.approx((attack["right"] - attack["fooled"]) / result["eval_examples"])
     assert (folder / "robust" / "robustness.png").stat().st_size > 10000
+
+
+WITHOUT = """
+import sys
+sys.modules[PACKAGE] = None  # as if it were not installed
+from ptp_ds.commands import landscape, robustness, study
+for main, given in ((study.main, ["study.yaml"]), (landscape.main, ["--adapters", "one"]),
+                    (robustness.main, ["--adapters", "one"])):
+    print("code", main([*given, "--output_dir", "out"]))
+"""
+
+
+@pytest.mark.parametrize(("package", "name"), [("scipy", "SciPy"), ("matplotlib", "matplotlib")])
+def test_a_missing_plot_extra_is_one_sentence(tmp_path, package, name):
+    """Before a study file or an adapter, which aren't there, is looked for."""
+    code = WITHOUT.replace("PACKAGE", repr(package))
+    done = subprocess.run([sys.executable, "-c", code], env=worker_environment(), cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout.count("code 2\n")) == (0, 3), done.stderr
+    said = f"error: Studies, landscapes and robustness need matplotlib and SciPy, and {name} isn't installed: "
+    assert done.stderr.count(f"{said}pip install 'ptp_ds[plot]'.\n") == done.stderr.count("error: ") == 3
 
 
 def test_what_the_pictures_scripts_refuse(study, tmp_path):
