@@ -4,17 +4,18 @@
     python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --seen SST2 Subj
 
 --seen names the tasks on which the defaults were chosen: lines over these, and over the others, stand behind those over
-all. A study's own report has the same numbers in one table; here are also lines over some of its tasks and seeds.
+all. --baseline names the method that the others are compared with, plain without it. A study's own report has the same
+numbers in one table; here are also lines over some of its tasks and seeds.
 """
 
 import argparse
 import csv
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
+from ptp_ds.errors import UserError
 from ptp_ds.studies.report import shown_interval, shown_p, shown_ratio, shown_score
 from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, spread_of
 
@@ -25,33 +26,50 @@ NAMES = {
 }  # fmt: skip
 SHORT = {"ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-warm": "adversarial, rising"}
 BASE = "plain"
+Pairs = dict[str, tuple[dict[int, float], dict[int, float]]]
 
 
 class Rows:
-    """The rows of rows.csv that have a score. scores: by task and method, then by seed."""
+    """The rows of rows.csv that have a score. scores: by task and method, then by seed. base: the baseline's name.
 
-    def __init__(self, file: Path) -> None:
+    Raises UserError where the baseline has no score.
+    """
+
+    def __init__(self, file: Path, base: str = BASE) -> None:
         with file.open(newline="", encoding="utf-8") as stream:
             self.rows = [row for row in csv.DictReader(stream) if row["score"]]
-        self.scores: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+        self.base = base
+        self.scores: dict[tuple[str, str], dict[int, float]] = {}
         for row in self.rows:
-            self.scores[row["task"], row["method"]][int(row["seed"])] = float(row["score"])
+            self.scores.setdefault((row["task"], row["method"]), {})[int(row["seed"])] = float(row["score"])
         self.tasks = list(dict.fromkeys(row["task"] for row in self.rows))
         self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
+        if base not in self.methods:
+            raise UserError(
+                f"{file} has no score of {base}, with which the other methods are compared; it has those of "
+                f"{', '.join(self.methods) or 'no method'}: give --baseline one of its methods."
+            )
 
-    def mean_of(self, column: str, task: str, method: str) -> float:
-        """Of a column over the seeds."""
-        own = [float(row[column]) for row in self.rows if (row["task"], row["method"]) == (task, method)]
-        return sum(own) / len(own)
+    @property
+    def others(self) -> list[str]:
+        """The methods beside the baseline."""
+        return [method for method in self.methods if method != self.base]
 
-    def sides(
-        self, tasks: Sequence[str], method: str, seeds: Sequence[int] | None = None
-    ) -> list[tuple[dict[int, float], dict[int, float]]]:
-        """The method's and the baseline's scores of each of the tasks that the method has, of some seeds."""
-        pairs = [(self.scores[one, method], self.scores[one, BASE]) for one in tasks if (one, method) in self.scores]
-        if seeds is None:
-            return pairs
-        return [({seed: score for seed, score in ours.items() if seed in seeds}, base) for ours, base in pairs]
+    def mean_of(self, column: str, task: str, method: str) -> float | None:
+        """Of a column over the seeds; None where one of them has none."""
+        own = [row[column] for row in self.rows if (row["task"], row["method"]) == (task, method)]
+        return sum(map(float, own)) / len(own) if all(own) else None
+
+    def pairs(self, method: str, seeds: Sequence[int] | None = None) -> Pairs:
+        """The method's and the baseline's scores, of some seeds, of each task on which both have one of a seed."""
+        found = {}
+        for task in self.tasks:
+            ours, theirs = self.scores.get((task, method), {}), self.scores.get((task, self.base), {})
+            if seeds is not None:
+                ours = {seed: score for seed, score in ours.items() if seed in seeds}
+            if ours.keys() & theirs.keys():
+                found[task] = ours, theirs
+        return found
 
 
 def scores_table(rows: Rows) -> list[str]:
@@ -62,10 +80,10 @@ def scores_table(rows: Rows) -> list[str]:
         for method in rows.methods:
             if (task, method) in rows.scores:
                 found = spread_of(list(rows.scores[task, method].values()))
-                beside = (rows.mean_of(column, task, method) for column in ("untrained", "majority"))
+                beside = (shown_score(rows.mean_of(column, task, method)) for column in ("untrained", "majority"))
                 lines.append(
                     f"| {task} | {NAMES.get(method, method)} | {found.count} | {found.mean:.3f} | "
-                    f"{shown_score(found.std)} | {found.least:.3f} | {' | '.join(f'{value:.3f}' for value in beside)} |"
+                    f"{shown_score(found.std)} | {found.least:.3f} | {' | '.join(beside)} |"
                 )
     return lines
 
@@ -74,19 +92,25 @@ def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
     """Each method against the baseline: task by task with Holm's correction, then over all tasks, seen and unseen."""
     lines = ["| task | method | gain | interval | ratio of standard deviations | interval | p | p (Holm) "
              "| worst seed |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for method in (method for method in rows.methods if method != BASE):
-        tasks = [task for task in rows.tasks if (task, method) in rows.scores]
-        found = {task: compare(rows.scores[task, method], rows.scores[task, BASE]) for task in tasks}
+    for method in rows.others:
+        pairs = rows.pairs(method)
+        found = {task: compare(*sides) for task, sides in pairs.items()}
         corrected = holm({task: one.p for task, one in found.items() if one is not None})
         lines += [_line(task, method, one, corrected[task]) for task, one in found.items() if one is not None]
-        groups = [tasks, [task for task in tasks if task in seen], [task for task in tasks if task not in seen]]
-        for place, group in enumerate(groups):
-            if len(group) > 1 and (place == 0 or len(group) < len(tasks)):
-                name = f"its {len(tasks)} tasks" if place == 0 else ", ".join(group)
-                one = compare_all(rows.sides(group, method))
-                assert one is not None
-                lines.append(_line(name, method, one, None))
+        lines += [_line(name, method, one, None) for name, one in _over(pairs, seen).items()]
     return lines
+
+
+def _over(pairs: Pairs, seen: Sequence[str]) -> dict[str, Comparison]:
+    """By their names, comparisons over all tasks of a method, the seen and the unseen; of several tasks each, once."""
+    tasks, found = list(pairs), {}
+    groups = [tasks, [task for task in tasks if task in seen], [task for task in tasks if task not in seen]]
+    for place, group in enumerate(groups):
+        if len(group) > 1 and (place == 0 or len(group) < len(tasks)):
+            one = compare_all([pairs[task] for task in group])
+            assert one is not None
+            found[f"its {len(tasks)} tasks" if place == 0 else ", ".join(group)] = one
+    return found
 
 
 def _line(name: str, method: str, one: Comparison, corrected: float | None) -> str:
@@ -98,18 +122,26 @@ def _line(name: str, method: str, one: Comparison, corrected: float | None) -> s
 
 
 def halves_table(rows: Rows) -> list[str]:
-    """Mean, standard deviation and worst seed of the lower and the upper half of the seeds."""
+    """Mean, standard deviation and worst seed of the lower and the upper half of the seeds; nothing of one seed."""
     first, last = halves(rows)
+    if not first:
+        return []
     lines = [f"| task | method | seeds {first[0]} to {first[-1]}: mean, standard deviation, worst | seeds {last[0]} to "
              f"{last[-1]}: mean, standard deviation, worst |", "|---|---|---|---|"]  # fmt: skip
     for task in rows.tasks:
         for method in rows.methods:
             if (task, method) in rows.scores:
-                scores = rows.scores[task, method]
-                parts = (spread_of([scores[seed] for seed in half if seed in scores]) for half in (first, last))
-                shown = " | ".join(f"{part.mean:.3f}, {shown_score(part.std)}, {part.least:.3f}" for part in parts)
+                shown = " | ".join(_half(rows.scores[task, method], half) for half in (first, last))
                 lines.append(f"| {task} | {NAMES.get(method, method)} | {shown} |")
     return lines
+
+
+def _half(scores: dict[int, float], seeds: Sequence[int]) -> str:
+    own = [scores[seed] for seed in seeds if seed in scores]
+    if not own:
+        return "-"
+    part = spread_of(own)
+    return f"{part.mean:.3f}, {shown_score(part.std)}, {part.least:.3f}"
 
 
 def halves(rows: Rows) -> tuple[list[int], list[int]]:
@@ -119,11 +151,16 @@ def halves(rows: Rows) -> tuple[list[int], list[int]]:
 
 
 def later_seeds(rows: Rows, seen: Sequence[str]) -> list[str]:
-    """What each method gains over the upper half of the seeds, on all tasks and on the seen ones, in words."""
+    """What each method gains over the upper half of the seeds, on its tasks and on the seen ones, in words."""
     lines = []
-    for method in (method for method in rows.methods if method != BASE):
-        for name, tasks in (("all tasks", rows.tasks), (", ".join(seen), list(seen))):
-            one = compare_all(rows.sides(tasks, method, halves(rows)[1]))
+    for method in rows.others:
+        pairs = rows.pairs(method, halves(rows)[1])
+        known = [task for task in pairs if task in seen]
+        groups = {f"its {len(pairs)} tasks" if len(pairs) > 1 else "".join(pairs): list(pairs)}
+        if len(known) < len(pairs):
+            groups[", ".join(known)] = known
+        for name, tasks in groups.items():
+            one = compare_all([pairs[task] for task in tasks])
             if one is not None and one.gain_interval is not None:
                 low, high = one.gain_interval
                 lines.append(f"{SHORT.get(method, method)}, {name}, the later half of the seeds: {one.gain:+.3f} "
@@ -136,15 +173,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="rows.csv of a study")
     parser.add_argument("--seen", nargs="*", default=[], help="tasks on which the defaults were chosen")
+    parser.add_argument("--baseline", default=BASE, help="the method that the others are compared with")
     args = parser.parse_args(argv)
-    rows = Rows(args.rows)
+    rows = Rows(args.rows, args.baseline)
     for part in (
         scores_table(rows),
         comparison_table(rows, args.seen),
         halves_table(rows),
         later_seeds(rows, args.seen),
     ):
-        print("\n".join(part), end="\n\n")
+        if part:
+            print("\n".join(part), end="\n\n")
 
 
 if __name__ == "__main__":

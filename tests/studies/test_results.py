@@ -5,6 +5,7 @@ import re
 import few_shot_tables
 import pytest
 
+from ptp_ds.errors import UserError
 from tests.support.paths import ROOT
 
 ROWS = few_shot_tables.Rows(ROOT / "docs" / "few_shot" / "rows.csv")
@@ -21,6 +22,15 @@ def test_the_tables_of_the_results_are_those_of_their_rows(table):
     shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     start = shown.index(made[0])
     assert shown[start : start + len(made) + 1] == [*made, ""]
+
+
+def rows_of(folder, *lines, base=few_shot_tables.BASE):
+    """Rows of a file of these lines, `task,method,seed,score` and a majority, 0.5 without."""
+    cells = [line.split(",") for line in lines]
+    text = [",".join([*own, *["0.5"][: 5 - len(own)], "0.25"]) for own in cells]
+    written = "\n".join(["task,method,seed,score,majority,untrained", *text])
+    (folder / "rows.csv").write_text(written, encoding="utf-8")
+    return few_shot_tables.Rows(folder / "rows.csv", base)
 
 
 def test_a_table_by_hand(tmp_path):
@@ -40,3 +50,44 @@ def test_a_table_by_hand(tmp_path):
     ]
     assert [found for line in gains for found in line] == [("A", "+0.050"), ("B", "+0.100"), ("its 2 tasks", "+0.075")]
     assert few_shot_tables.halves(rows) == ([0], [1])
+
+
+def test_a_method_is_told_of_the_tasks_that_it_has(tmp_path):
+    """Over the later half of the seeds: of three tasks one method has two, another one, a third none in that half."""
+    lines = [f"{task},{method},{seed},{0.5 + 0.1 * (seed % 2)}" for task, method in
+             (("A", "plain"), ("B", "plain"), ("C", "plain"), ("A", "two"), ("B", "two"), ("C", "one"))
+             for seed in range(4)]  # fmt: skip
+    rows = rows_of(tmp_path, *lines, "A,early,0,0.5")
+    told = [line.split(", the later half")[0] for line in few_shot_tables.later_seeds(rows, ["A"])]
+    assert told == ["two, its 2 tasks", "two, A", "one, C"]
+    assert [line for line in few_shot_tables.halves_table(rows) if "early" in line] == [
+        "| A | early | 0.500, -, 0.500 | - |"
+    ]
+
+
+def test_tables_with_cells_that_are_not_there(tmp_path, capsys):
+    """A task that the baseline hasn't run, seeds that methods don't share, a majority that older runs don't tell."""
+    given = ["A,base,0,0.5", "A,base,1,0.6,", "A,new,0,0.7", "A,new,1,0.6", "B,new,0,0.5", "C,base,0,0.5",
+             "C,new,1,0.5"]  # fmt: skip
+    rows = rows_of(tmp_path, *given, base="base")
+    assert few_shot_tables.scores_table(rows)[2:4] == [
+        "| A | base | 2 | 0.550 | 0.071 | 0.500 | 0.250 | - |",
+        "| A | new | 2 | 0.650 | 0.071 | 0.600 | 0.250 | 0.500 |",
+    ]
+    assert [line.split(" | ")[:2] for line in few_shot_tables.scores_table(rows)[4:]] == [
+        ["| B", "new"], ["| C", "base"], ["| C", "new"],
+    ]  # fmt: skip
+    assert [line.split(" | ")[0] for line in few_shot_tables.comparison_table(rows, ["A"])[2:]] == ["| A"]
+    few_shot_tables.main([str(tmp_path / "rows.csv"), "--baseline", "base", "--seen", "A"])
+    assert "| A | new | 0.700, -, 0.700 | 0.600, -, 0.600 |" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_halves(tmp_path, capsys):
+    rows_of(tmp_path, "A,plain,0,0.5", "A,new,0,0.6", "B,plain,0,0.5", "B,new,0,0.6")
+    few_shot_tables.main([str(tmp_path / "rows.csv")])
+    assert capsys.readouterr().out.splitlines()[-2].startswith("| its 2 tasks | new | +0.100 | - |")
+
+
+def test_a_file_without_its_baseline(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.csv has no score of plain, .* it has those of a, b: give --baseline"):
+        rows_of(tmp_path, "A,a,0,0.5", "A,b,0,0.5", "A,plain,0,")
