@@ -6,13 +6,16 @@
 Of the study's baseline it takes each seed's training, selection and reported rows, its steps, batches, warm-up and
 schedule; learning rate, rank and layers are LoRA's own. The objective and the scores are a prompt's: the softmax over
 the task's answers. The adapter of the last step is scored. --out gets a line a run; runs that it holds are not run
-again, and a table over seeds is printed at the end. For causal models.
+again, where settings, rows, template and model are the same: `run` in its line is a hash of these, `study` one of those
+of all the task's seeds. A table over seeds, a line for each study, is printed at the end. For causal models.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptp_ds.commands.exits import run_command
-from ptp_ds.commands.one_run import prepare
-from ptp_ds.config.run_config import RunConfig
+from ptp_ds.commands.members import prepare_population
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import Head
 from ptp_ds.objective import cross_entropy_sum
@@ -97,10 +99,16 @@ class LoraRun:
             scores = self.scores(rows)
             loss = cross_entropy_sum(scores, self.padded.gold) / len(rows)
             self.optimizer.zero_grad()
+            self._require_finite(loss, f"loss is not finite at step {step + 1}")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.trained, self.run.max_grad_norm)
+            if self.run.max_grad_norm:  # 0 turns clipping off
+                torch.nn.utils.clip_grad_norm_(self.trained, self.run.max_grad_norm)
             self.optimizer.step()
         return float(loss.detach())
+
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        if not bool(values.detach().isfinite().all()):
+            raise UserError(f"LoRA on {self.task.name}, seed {self.run.seed}: the {what}; lower --lr.")
 
     @torch.no_grad()
     def evaluate(self, examples: Any) -> Evaluation:
@@ -110,21 +118,33 @@ class LoraRun:
         for first in range(0, len(order), _ROWS):
             numbers = order[first : first + _ROWS]
             found[numbers] = self.scores([examples[number] for number in numbers]).float()
+        self._require_finite(found, f"scores of the adapter of step {self.run.max_steps} are not finite")
         return evaluation_of(found, examples, self.task)
 
 
-def one_run(task: str, run: RunConfig, explicit: frozenset[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and scores one seed; a line of --out."""
-    lora = LoraRun(prepare(run, explicit), args)
+def one_run(prepared: Prepared, key: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and scores one seed; a line of --out, which begins with what it is known by."""
+    lora = LoraRun(prepared, args)
     loss = lora.train()
     select, reported = lora.evaluate(lora.examples.select), lora.evaluate(lora.examples.evaluation)
-    return {**_key(task, run.seed, args), "trained": sum(parameter.numel() for parameter in lora.trained), "loss": loss,
+    return {**key, "trained": sum(parameter.numel() for parameter in lora.trained), "loss": loss,
             "select": select.score, "select_cross_entropy": select.cross_entropy, "score": reported.score,
             "metrics": reported.metrics}  # fmt: skip
 
 
-def _key(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    return {"task": task, "seed": seed, "lr": args.lr, "rank": args.rank, "layers": list(args.layers)}
+def keys_of(task: str, members: Mapping[str, Prepared], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each seed's line is known by. run: a hash of all that it has beside its seed; study: of its task's runs."""
+    runs = {name: _short({**one.identity, "seed": None, "rows": one.digests}) for name, one in members.items()}
+    study = _short(list(dict.fromkeys(runs.values())))  # more seeds on the same draws are the same study
+    asked = {"lr": args.lr, "rank": args.rank, "layers": list(args.layers)}
+    return {
+        name: {"task": task, "seed": one.run.seed, **asked, "study": study, "run": runs[name]}
+        for name, one in members.items()
+    }
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def main(argv: list[str]) -> int | None:
@@ -134,26 +154,27 @@ def main(argv: list[str]) -> int | None:
     cells = study.part([study.baseline], args.tasks).cells
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = [{name: row[name] for name in ("task", "seed", "lr", "rank", "layers")} for row in found]
     for cell in cells:
-        for run in cell.runs.values():
-            if (args.seeds and run.seed not in args.seeds) or _key(cell.task, run.seed, args) in done:
+        members = prepare_population(cell.run, cell.explicit, cell.members)
+        for name, key in keys_of(cell.task, members, args).items():
+            is_done = any(all(row.get(part) == value for part, value in key.items()) for row in found)
+            if (args.seeds and key["seed"] not in args.seeds) or is_done:
                 continue
-            found.append(one_run(cell.task, run, cell.explicit, args))
+            found.append(one_run(members[name], key, args))
             with args.out.open("a") as file:
                 print(json.dumps(found[-1]), file=file)
-            print(f"{cell.task} seed {run.seed}: score {found[-1]['score']:.3f}", flush=True)
+            print(f"{cell.task} seed {key['seed']}: score {found[-1]['score']:.3f}", flush=True)
     print(*table(found), sep="\n")
     return None
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each task and setting: over seeds, of the selection rows and of the reported ones."""
+    """A line for each study, task and setting: over seeds, of the selection rows and of the reported ones."""
     groups = defaultdict(list)
-    for row in rows:
-        groups[row["task"], row["lr"], row["rank"], " ".join(row["layers"])].append(row)
-    lines = ["| task | lr | rank | layers | seeds | selection rows | mean | standard deviation | worst seed |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:  # lines of older versions don't say of which study they are
+        groups[row.get("study", "-"), row["task"], row["lr"], row["rank"], " ".join(row["layers"])].append(row)
+    lines = ["| study | task | lr | rank | layers | seeds | selection rows | mean | standard deviation | worst seed |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for key, own in groups.items():
         spread = spread_of([row["score"] for row in own])
         select = sum(row["select"] for row in own) / len(own)

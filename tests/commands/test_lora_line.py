@@ -81,3 +81,63 @@ def test_it_trains_and_goes_on_with_what_is_missing(study):
     before = (study / "lora.jsonl").read_text()
     lines(study, "--lr", 0.05)
     assert (study / "lora.jsonl").read_text() == before
+
+
+def changed(study, **settings):
+    """The study's file with these settings, which are few for quick runs."""
+    value = json.loads((study / "study.json").read_text())
+    value["settings"] |= {"max_steps": 2, **settings}
+    (study / "study.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_lines_of_another_study_are_neither_taken_nor_averaged(study, write_rows):
+    """Of another number of steps, other reported rows, another template; more seeds on the same draws belong to one."""
+    changed(study)
+    lines(study, "--seeds", 0)
+    changed(study, max_steps=3)
+    lines(study, "--seeds", 0)
+    write_rows(study / "data" / "Tone" / "val.jsonl", [{"text": "a fine tune", "label": "positive"}] * 2)
+    lines(study, "--seeds", 0)
+    template = json.loads((study / "tone.json").read_text())
+    (study / "tone.json").write_text(json.dumps({**template, "text": "{text} All in all"}), encoding="utf-8")
+    rows, said = lines(study)
+    assert [row["seed"] for row in rows] == [0, 0, 0, 0, 1]
+    assert len({row["run"] for row in rows}) == 5, "each seed has a draw of its own"
+    assert [row["study"] for row in rows[:4]] == list(dict.fromkeys(row["study"] for row in rows))
+    assert rows[3]["study"] == rows[4]["study"]
+    assert [line.split(" | ")[5] for line in said.splitlines() if " | Tone | " in line] == ["1", "1", "1", "2"]
+
+
+def test_a_line_without_a_hash_is_of_a_study_of_its_own(study):
+    changed(study)
+    old = {
+        "task": "Tone",
+        "seed": 0,
+        "lr": 0.001,
+        "rank": 8,
+        "layers": ["q_proj", "v_proj"],
+        "select": 0.5,
+        "score": 0.5,
+    }
+    (study / "lora.jsonl").write_text(json.dumps(old) + "\n", encoding="utf-8")
+    rows, said = lines(study, "--seeds", 0)
+    assert len(rows) == 2
+    assert "| - | Tone | 0.001 | 8 | q_proj v_proj | 1 | 0.500 | 0.500 |" in said
+
+
+def test_no_clipping_is_no_gradient_of_zero(study):
+    changed(study, max_grad_norm=0)
+    still, trained = lines(study, "--seeds", 0, "--lr", 0)[0][0], lines(study, "--seeds", 0, "--lr", 0.05)[0][1]
+    assert trained["loss"] != still["loss"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "what"),
+    [(2, "scores of the adapter of step 2 are not finite"), (3, "loss is not finite at step 3")],
+)
+def test_what_is_not_finite_is_no_score(study, steps, what):
+    changed(study, max_steps=steps, warmup_steps=0)
+    done = run_script(SCRIPT, ["study.json", "--out", "lora.jsonl", "--lr", "1e37"], study)
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1), done.stderr
+    assert f"LoRA on Tone, seed 0: the {what}; lower --lr." in done.stderr
+    assert not (study / "lora.jsonl").exists()
