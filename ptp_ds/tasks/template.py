@@ -37,7 +37,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "lower_first": lambda text: text[:1].lower() + text[1:],
 }
 PROMPT_MARK = "<prompt>"
-_SPELLED_BOOLEANS = {"True", "False", "TRUE", "FALSE"}  # as Python and spreadsheets write them into a table
+_BOOLEANS = (("true", "True", "TRUE"), ("false", "False", "FALSE"))  # as JSON, Python and spreadsheets spell them
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
 _KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
@@ -159,10 +159,9 @@ class Task:
                 f"{where}: the row has no {brief(self.label)}, the label of task {self.name}, or an empty cell; it has "
                 f"{listed(row) or 'nothing'}. Correct row or template, or give a split whose rows all have labels."
             )
-        label = canonical_label(row[self.label])
-        if label not in self.answers and label in _SPELLED_BOOLEANS:  # a table's cells, which are text
-            label = label.lower()
-        if label not in self.answers:
+        label = next((one for one in _spellings(row[self.label]) if one in self.answers), None)
+        if label is None:
+            label = canonical_label(row[self.label])
             kind = NoLabelError if label in _UNLABELLED else UserError
             known = listed(self.answers)
             raise kind(f"{where}: label {brief(label)} is not one of {known} (task {self.name}).")
@@ -230,8 +229,17 @@ def require_utf8(text: str, what: str) -> None:
 
 
 def canonical_label(value: Any) -> str:
-    """A label as the template spells it: true / false for booleans, digits for whole numbers, else the text."""
+    """A label as JSON spells it: true / false for booleans, digits for whole numbers (1.0, too), else the text."""
+    if isinstance(value, float) and value.is_integer():  # pandas makes a column with gaps one of floats
+        value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _spellings(value: Any) -> tuple[str, ...]:
+    """What a template may call a row's label, first what comes before the others."""
+    label = canonical_label(value)
+    booleans = next((spelled for spelled in _BOOLEANS if label in spelled), ())
+    return (str(value), label, *booleans) if isinstance(value, float) else (label, *booleans)
 
 
 def builtin_templates() -> list[str]:

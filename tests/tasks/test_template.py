@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptp_ds.errors import UserError
-from ptp_ds.tasks import builtin_tasks, load_task
+from ptp_ds.tasks import NoLabelError, builtin_tasks, load_task
 from ptp_ds.tasks.data import DEMO_DATA, load_split
 from ptp_ds.tasks.readers import noun_phrases
 from ptp_ds.tasks.template import builtin_templates, canonical_label, parse_task
@@ -124,10 +124,39 @@ def test_filters(name, text, filtered):
 
 
 @pytest.mark.parametrize(
-    ("value", "label"), [(True, "true"), (False, "false"), (1, "1"), ("True", "True"), ("entailment", "entailment")]
-)
+    ("value", "label"),
+    [
+        (True, "true"), (False, "false"), (1, "1"), (1.0, "1"), (-1.0, "-1"), (0.5, "0.5"), ("1.0", "1.0"),
+        ("True", "True"), ("entailment", "entailment"),
+    ],
+)  # fmt: skip
 def test_canonical_label(value, label):
     assert canonical_label(value) == label
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "gold"),
+    [
+        (("0", "1"), 1.0, 1), (("0", "1"), -0.0, 0), (("1", "1.0"), 1.0, 1), (("1.0", "2.5"), 1, None),
+        (("1.0", "2.5"), 2.5, 1), (("True", "False"), False, 1), (("FALSE", "TRUE"), True, 1),
+        (("True", "False"), "true", 0), (("true", "True"), True, 0), (("true", "True"), "True", 1),
+        (("0", "1"), 0.5, None), (("0", "1"), float("nan"), None), (("0", "1"), float("inf"), None),
+        (("True", "False"), 1, None), (("0", "1"), True, None),
+    ],
+)  # fmt: skip
+def test_a_label_by_another_spelling_of_its_value(labels, value, gold):
+    task = parse_task(template(verbalizers=dict(zip(labels, (" no", " yes"), strict=True))), "t")
+    row = {"a": "x", "b": "y"}
+    if gold is None:
+        with pytest.raises(UserError, match=r"here: label '\S+' is not one of "):
+            task.render({**row, "y": value}, "here")
+    else:
+        assert task.render({**row, "y": value}, "here").gold == gold
+
+
+def test_the_hub_s_number_of_no_label_as_a_float():
+    with pytest.raises(NoLabelError, match=r"here: label '-1' is not one of 0, 1"):
+        parse_task(template(), "t").render({"a": "x", "b": "y", "y": -1.0}, "here")
 
 
 def test_spec_tells_templates_apart():
