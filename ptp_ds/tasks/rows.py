@@ -64,13 +64,16 @@ def _rows_of_lines(text: str, name: str) -> Rows:
 def _rows_of_table(text: str, name: str, delimiter: str) -> Rows:
     """Lines of cells, quoted as Python's csv module reads them; a row's place is the line that it ends on."""
     _require_delimiter(text, name, delimiter)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[dict[str, Any]] = []
     where: list[str] = []
     header: list[str] = []
+    begin = end = 0
     try:
         for cells in reader:
-            place = f"{name}:{reader.line_num}"
+            begin, end = end, reader.line_num
+            place = f"{name}:{end}"
             if not cells:
                 continue
             if not header:
@@ -81,11 +84,25 @@ def _rows_of_table(text: str, name: str, delimiter: str) -> Rows:
                     f"{place}: {len(cells)} cells; expected {len(header)}, one a field of the header (a cell that "
                     "holds the delimiter, a quote or a line's end stands in double quotes)."
                 )
+            if delimiter == "\t":
+                _require_one_row(lines[begin:end], len(header), name, begin + 1)
             rows.append({field: cell for field, cell in zip(header, cells, strict=True) if cell.strip()})
             where.append(place)
     except csv.Error as error:
         raise UserError(f"{name}:{reader.line_num}: not a valid table ({error}).") from None
     return rows, where
+
+
+def _require_one_row(lines: list[str], cells: int, name: str, first: int) -> None:
+    """UserError where each of the lines that quotes join to one row of tabs, from line `first` on, has a row's cells:
+    a text that begins with a double quote, unquoted, takes the rows behind it into its cell up to the next quote.
+    """
+    if cells > 1 and len(lines) > 1 and all(line.count("\t") == cells - 1 for line in lines if line.strip()):
+        raise UserError(
+            f"{name}:{first}: a double quote at a cell's beginning joins the rows up to line {first + len(lines) - 1} "
+            "into one; expected a row a line, so put a text that holds double quotes between double quotes and double "
+            "its own, or save the rows as JSON lines."
+        )
 
 
 def _require_delimiter(text: str, name: str, delimiter: str) -> None:

@@ -89,6 +89,13 @@ def test_an_empty_cell_is_a_field_that_the_row_lacks(tmp_path):
         ),
         ("a.tsv", "x,y\n1,2\n", r"separated by commas, expected tabs; save it with tabs, or name it \.csv\.$"),
         ("a.tsv", "x;y\n1;2\n", r"separated by semicolons, expected tabs; save it with tabs\.$"),
+        (
+            "a.tsv",
+            'x\ty\nno\t1\n2\t"Well\n\n3\tyes\n4\tsaid"\n5\tno\n',
+            r"a\.tsv:3: a double quote at a cell's beginning joins the rows up to line 6 into one; expected a row a "
+            r"line, so put a text .* between double quotes and double its own, or save the rows as JSON lines\.$",
+        ),
+        ("a.tsv", 'x\ty\n"Well\t1\nsaid"\t2\n', r"a\.tsv:2: a double quote at .* up to line 3 into one"),
         ("a.csv", "x,y\n", r"a\.csv has no rows; give a file with at least one\."),
         ("a.jsonl", "x,y\n1,2\n", r"a\.jsonl:1: not valid JSON \([^)]*\)\.$"),
         (
@@ -103,6 +110,16 @@ def test_files_that_are_no_rows(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name))
+
+
+def test_a_quoted_cell_of_tabs_holds_its_line_ends(tmp_path):
+    """Also a quote within a text, where none is at a cell's beginning."""
+    (tmp_path / "a.tsv").write_text('x\ty\n"Well,\r\nhe said"\t1\n2\t"a\nb"\nso "he" said\t"3"\n')
+    assert [list(row.values()) for row in load_rows(str(tmp_path / "a.tsv")).rows] == [
+        ["Well,\r\nhe said", "1"], ["2", "a\nb"], ['so "he" said', "3"],
+    ]  # fmt: skip
+    (tmp_path / "b.tsv").write_text('x\n"Well,\nhe said"\n')
+    assert load_rows(str(tmp_path / "b.tsv")).rows == [{"x": "Well,\nhe said"}]
 
 
 def test_other_delimiters_within_a_table_are_text(tmp_path):
