@@ -12,13 +12,14 @@ class Outcome:
     """What was predicted for each row, and what is right: label numbers.
 
     groups: rows with the same number belong together (a question's answers, a pair), -1 for none. answers: where rows
-    name their own options, each row's (predicted text, right texts).
+    name their own options, each row's (predicted text, right texts). positive: the label number that f1a counts.
     """
 
     predicted: Sequence[int]
     gold: Sequence[int]
     groups: Sequence[int] = ()
     answers: Sequence[tuple[str, Sequence[str]]] = ()
+    positive: int = 1
 
     def grouped(self) -> list[list[int]]:
         """Row numbers of each group."""
@@ -46,8 +47,8 @@ def macro_f1(outcome: Outcome) -> float:
 
 
 def f1a(outcome: Outcome) -> float:
-    """F1 of label 1 over all rows: MultiRC's F1 over answers."""
-    return _label_f1(outcome, 1)
+    """F1 of the positive label over all rows: MultiRC's F1 over answers."""
+    return _label_f1(outcome, outcome.positive)
 
 
 def exact_match(outcome: Outcome) -> float:

@@ -86,6 +86,11 @@ class Task:
         return tuple(self.answers)
 
     @property
+    def positive(self) -> int:
+        """The number of the label whose F1 is f1a: the label 1, the second where none is called so."""
+        return self.labels.index("1") if "1" in self.answers else 1
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Fields that the context and the answers are made of, in order."""
         texts = (self.text, *self.answers.values())

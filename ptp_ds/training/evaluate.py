@@ -229,7 +229,7 @@ def evaluate(
 def evaluation_of(scores_NC: Tensor, examples: Sequence[Example], task: Task) -> Evaluation:
     """Metrics from candidate log-probabilities."""
     chosen = scores_NC.argmax(-1).tolist()
-    outcome = outcome_of(chosen, examples)
+    outcome = outcome_of(chosen, examples, task.positive)
     metrics = compute_metrics(task.metrics, outcome)
     known = [number for number, example in enumerate(examples) if example.trainable]
     gold = torch.tensor([examples[number].gold for number in known])
@@ -247,7 +247,7 @@ def majority_metrics(examples: Sequence[Example], task: Task) -> dict[str, float
     found = []
     for answer in sorted(answer for answer, count in counts.items() if count == most):
         chosen = [_place_of(answer, example) for example in examples]
-        found.append(compute_metrics(task.metrics, outcome_of(chosen, examples)))
+        found.append(compute_metrics(task.metrics, outcome_of(chosen, examples, task.positive)))
     return max(found, key=lambda metrics: sum(metrics.values()))
 
 
@@ -257,8 +257,8 @@ def _place_of(answer: int, example: Example) -> int:
     return min(place, len(example.candidate_ids) - 1)
 
 
-def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:
-    """Chosen candidates as official labels and answers."""
+def outcome_of(chosen: Sequence[int], examples: Sequence[Example], positive: int = 1) -> Outcome:
+    """Chosen candidates as official labels and answers. positive: see Task.positive."""
     predicted, gold, answers = [], [], []
     for choice, example in zip(chosen, examples, strict=True):
         by_label = example.label is not None
@@ -267,4 +267,4 @@ def outcome_of(chosen: Sequence[int], examples: Sequence[Example]) -> Outcome:
         if example.names:
             right = [example.names[place] for place in example.golds or ()]
             answers.append((example.names[choice], right))
-    return Outcome(predicted, gold, [example.group for example in examples], answers)
+    return Outcome(predicted, gold, [example.group for example in examples], answers, positive)

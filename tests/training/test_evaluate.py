@@ -21,6 +21,7 @@ from ptp_ds.training.evaluate import (
     Evaluation,
     Questions,
     ensemble_scores,
+    evaluation_of,
     least_score,
     majority_metrics,
     outcome_of,
@@ -307,6 +308,17 @@ def test_the_most_frequent_answer_has_each_metric():
         assert majority_metrics(labelled(*golds), replace(task, metrics=tuple(balanced))) == pytest.approx(balanced)
         # both are as frequent: answering 1 has the higher F1 of label 1
         assert majority_metrics(labelled(*golds), replace(task, metrics=("f1a",))) == pytest.approx({"f1a": 2 / 3})
+
+
+def test_f1a_is_that_of_label_1_wherever_the_template_has_it():
+    """By hand: of label 1 two rows of three are right, and one row is called so that isn't."""
+    labels, gold, said = {"0": " no", "1": " yes"}, "10110", "11100"
+    for order in (labels, dict(reversed(labels.items()))):
+        task = replace(load_task("MultiRC"), answers=order, metrics=("f1a",))
+        rows = labelled(*(task.labels.index(label) for label in gold))
+        scores_NC = torch.tensor([[float(label == one) for one in task.labels] for label in said])
+        assert evaluation_of(scores_NC, rows, task).metrics == pytest.approx({"f1a": 2 * 2 / (3 + 3)})
+        assert majority_metrics(rows, task) == pytest.approx({"f1a": 2 * 3 / (3 + 5)})
 
 
 def test_the_most_frequent_place_among_options_of_a_rows_own():
