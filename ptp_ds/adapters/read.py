@@ -120,17 +120,32 @@ def read_head(
     wanted: names and shapes that the model has. held: see Head; what an adapter lacks of it, from before it was
     trained, is as the model has it. ValueError where the adapter's differ.
     """
+    return fitted_head(folder, stored_head(folder), wanted, held)
+
+
+def stored_head(folder: str | Path) -> dict[str, Tensor]:
+    """All that was trained beside an adapter's prompt, fp32, by the file's names; {} for a prompt alone."""
     where = f"Adapter {folder}: {WEIGHTS_FILE}"
     with open_tensors(Path(folder) / WEIGHTS_FILE, where) as handle:
         names = _head_names(handle)
-        shapes = {name.removeprefix(HEAD_PREFIX): tensor_shape(handle, name, where) for name in names}
-        lacking = {name: tensor for name, tensor in (held or {}).items() if shapes and name not in shapes}
-        if shapes != {name: shape for name, shape in wanted.items() if name not in lacking} or len(shapes) < len(names):
-            raise UserError(
-                f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
-                f"this model and task need {dict(wanted) or 'none'}."
-            )
-        found = {name.removeprefix(HEAD_PREFIX): handle.get_tensor(name).float() for name in names}
+        for name in names:
+            tensor_shape(handle, name, where)
+        return {name: handle.get_tensor(name).float() for name in names}
+
+
+def fitted_head(
+    folder: str | Path, stored: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
+    held: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What `stored_head` found in `folder`, as a model has it; see read_head."""
+    found = {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in stored.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    lacking = {name: tensor for name, tensor in (held or {}).items() if shapes and name not in shapes}
+    if shapes != {name: shape for name, shape in wanted.items() if name not in lacking} or len(shapes) < len(stored):
+        raise UserError(
+            f"Adapter {folder} holds a head of {brief(shapes) if shapes else 'nothing'}; "
+            f"this model and task need {dict(wanted) or 'none'}."
+        )
     for name, tensor in found.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"Adapter {folder}: {name} holds values that are not finite.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptp_ds.adapters.origin import adapter_model, require_trained_on, trained_max_length, warn_if_overtaken
-from ptp_ds.adapters.read import adapter_folder, adapter_kind, read_adapter, read_head
+from ptp_ds.adapters.read import adapter_folder, adapter_kind, fitted_head, read_adapter, stored_head
 from ptp_ds.adapters.task import ensemble_plan, ensemble_task
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
@@ -44,7 +44,9 @@ class Served:
     """What `serve` found. folders: one adapter, or an ensemble's. model: by the name that it was asked for.
 
     task: the one to answer, its classes in the order that a trained classifier knows. kind, prompts: soft [P, H] or
-    deep [P, D] each. rows: how examples become rows. room: tokens of a row that fit behind the prompt.
+    deep [P, D] each. heads: what lies beside each prompt (see stored_head), read with it, so that neither is another
+    run's and nothing is read when rows are scored. rows: how examples become rows. room: tokens of a row that fit
+    behind the prompt.
     """
 
     folders: tuple[Path, ...]
@@ -53,6 +55,7 @@ class Served:
     task: Task
     kind: str
     prompts: tuple[Tensor, ...]
+    heads: tuple[dict[str, Tensor], ...]
     rows: Rows
     room: int
 
@@ -112,8 +115,8 @@ class Served:
         """All that is trained of each adapter: the prompt's rows, then those of its head. ValueError: see score."""
         head = backbone.head
         return [
-            head.join(prompt, read_head(folder, head.trained, head.held))
-            for folder, prompt in zip(self.folders, self.prompts, strict=True)
+            head.join(prompt, fitted_head(folder, stored, head.trained, head.held))
+            for folder, prompt, stored in zip(self.folders, self.prompts, self.heads, strict=True)
         ]
 
 
@@ -143,11 +146,20 @@ def serve(
     prompts = [read_adapter(first, prompt_width(kind, config))]
     width, length = prompts[0].shape[1], prompts[0].shape[0]
     prompts += [read_adapter(adapter, width, length, kind) for adapter in folders[1:]]
+    heads = tuple(map(stored_head, folders))
     rows = rows_for(plan, task, source.tokenizer, kind, length)
     longest = trained_max_length(first) if max_length is None else max_length
     room = row_room(longest, length, config, plan) - rows.extra_tokens
     return Served(
-        folders=folders, model=name, source=source, task=task, kind=kind, prompts=tuple(prompts), rows=rows, room=room
+        folders=folders,
+        model=name,
+        source=source,
+        task=task,
+        kind=kind,
+        prompts=tuple(prompts),
+        heads=heads,
+        rows=rows,
+        room=room,
     )
 
 

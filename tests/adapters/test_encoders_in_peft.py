@@ -1,6 +1,7 @@
 """Encoders' adapters as peft loads them: its logits are our scores, or it refuses what it would compute otherwise."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan
 from ptp_ds.tasks import load_task
-from tests.support.encoders import ENCODERS, make_backbone, make_encoder, make_values
+from tests.support.encoders import ENCODERS, make_backbone, make_encoder, make_head, make_values
 from tests.support.reference import make_examples
 from tests.support.tiny import make_wordpiece
 
@@ -135,6 +136,26 @@ def test_classes_of_peft_s_own_classifier(monkeypatch, tmp_path, capsys, kind, s
     source, left_out = served.source, "is left out, only its prompt is taken: it tells negative, positive apart"
     assert bool(starting_head(tmp_path / "theirs", source.config, source.head_plan, load_task("Reviews"))) == (not says)
     assert (left_out in capsys.readouterr().err) == says
+
+
+def test_a_served_classifier_is_the_one_of_its_prompt(monkeypatch, tmp_path):
+    """Whatever another run has written into the folder since, and where it is gone."""
+    tokenizer = make_wordpiece()
+    monkeypatch.setitem(ENCODERS, "bert", {**ENCODERS["bert"], "vocab_size": len(tokenizer)})
+    model = make_encoder("bert", "classes", labels=2)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    card, trained = {"task": load_task("Reviews").spec(), "head": {"kind": "classes"}}, make_head(model, "classes")
+    heads = [{name: torch.randn(shape) for name, shape in trained.trained.items()} for _ in range(2)]
+    for name, head in zip("ab", heads, strict=True):
+        write_adapter(tmp_path / name, torch.ones(4, 32), str(tmp_path / "model"), model.config, card, "soft",
+                      HeadPlan("classes", False, 2), head)  # fmt: skip
+    one, other = (Predictor(serve([tmp_path / name]), "fp32") for name in "ab")
+    wanted = other.predict("A quiet film.")
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert other.predict("A quiet film.") == wanted
+    assert one.predict("A quiet film.") != wanted
 
 
 def test_an_adapter_without_the_first_layer_takes_the_model_s(distilbert, tmp_path):
