@@ -106,7 +106,8 @@ def shared_files(folder: Path, base_model: str | None = None) -> dict[str, str]:
     """The adapter's texts as others may read them, by file; its weights are shared as they are.
 
     adapter_config.json and ptp_ds.json name models and data by their hub ids alone; README.md is the folder's, as its
-    owner left it, or one made anew where it isn't there or names a path of this machine. base_model: see push_adapter.
+    owner left it, or one made anew where it isn't there or names a path of this machine, with a warning where that
+    drops words that aren't ours. base_model: see push_adapter.
     """
     config, card = redacted(adapter_config(folder)), redacted(read_card(folder))
     model = base_model or hub_model(config.get("base_model_name_or_path"), card)
@@ -117,14 +118,16 @@ def shared_files(folder: Path, base_model: str | None = None) -> dict[str, str]:
     texts = {CONFIG_FILE: json.dumps(own, indent=2) + "\n"}
     if card:
         texts[CARD_FILE] = json.dumps(shared, indent=2) + "\n"
-    paths = _PATH.findall(json.dumps([config, {name: part for name, part in card.items() if name != "task"}]))
-    return texts | {README_FILE: _readme(folder, model_card(model, shared), paths, base_model is not None)}
+    said = [config, {name: part for name, part in card.items() if name != "task"}]
+    paths = _PATH.findall(json.dumps(said, ensure_ascii=False))
+    first = model_card(config.get("base_model_name_or_path"), card)
+    return texts | {README_FILE: _readme(folder, model_card(model, shared), first, paths, base_model is not None)}
 
 
-def _readme(folder: Path, made: str, paths: list[str], anew: bool) -> str:
+def _readme(folder: Path, made: str, first: str, paths: list[str], anew: bool) -> str:
     """The folder's README.md; `made`, with what an owner adds to the metadata, where that one can't be shared.
 
-    paths: of this machine. anew: whether it says too little anyway.
+    first: as the adapter was written with. paths: of this machine. anew: whether it says too little anyway.
     """
     from huggingface_hub import ModelCard
 
@@ -132,8 +135,15 @@ def _readme(folder: Path, made: str, paths: list[str], anew: bool) -> str:
     if not is_file(file):
         return made
     text = read_text(file, where)
-    if not anew and not any(path in text for path in paths):
+    named = next((path for path in paths if _names(text, path)), None)
+    if not anew and named is None:
         return text
+    if text != first:
+        why = "doesn't know what --base_model says" if named is None else f"names {brief(named)} of this machine"
+        log.warning(
+            "warning: %s %s, so one made anew is pushed, with its license and language but without its text, which "
+            "can be added on the hub", where, why,
+        )  # fmt: skip
     try:
         own = ModelCard(text).data.to_dict()
     except Exception as error:  # of YAML, and of the hub client's checks
@@ -143,6 +153,11 @@ def _readme(folder: Path, made: str, paths: list[str], anew: bool) -> str:
         if name in own:
             card.data[name] = own[name]
     return str(card)
+
+
+def _names(text: str, path: str) -> bool:
+    """Whether a text names a path, or one below it, and not an address or another path that holds the same letters."""
+    return re.search(rf"(?<![\w.~-]){re.escape(path)}(?![\w~-]|\.\w)", text) is not None
 
 
 def shareable_card(card: Mapping[str, Any], base_model: str | None = None) -> dict[str, Any]:
