@@ -117,7 +117,7 @@ def _of_run(args: argparse.Namespace, served: Served, split: str) -> dict[str, A
     trained = read_card(served.folders[0]).get("result") or {} if len(served.folders) == 1 else {}
     run = {name: trained[name] for name in ("perturbation", "prompt", "seed", "settings") if name in trained}
     model = args.model or trained.get("model") or served.model
-    return {"task": served.task.name, "model": model, "eval_split": split, **run}
+    return {"task": served.task.name, "model": model, "eval_split": split, "template": served.task.spec(), **run}
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:

@@ -6,11 +6,13 @@ over the eight tasks' scores. The diagnostics AX-b and AX-g are shown and not co
 Everything is a fraction of 1.
 """
 
+import hashlib
+import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ptp_ds.commands.exits import run_command
@@ -43,6 +45,8 @@ _NO_METHOD = frozenset({
 })  # fmt: skip
 _DATA = "training_data_sha256"
 _WEIGHTS = "weights_gathered"  # as int8 they are another model's, whatever else ds_config says
+_VARIANT = "template"  # how a template is called beside its task: pet for RTE.pet
+_TEMPLATE = "template_sha256"
 _TOLD = "settings"  # whether a result tells its settings: what tells tables apart where only some do
 
 
@@ -101,8 +105,8 @@ def read_result(folder: str) -> Result:
 
 
 def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The run's settings, result.json's own or those of config.json beside an older one; the hash of its data, and how
-    its weights were gathered, which config.json tells.
+    """The run's settings, result.json's own or those of config.json beside an older one; the hash of its data, the
+    name and the hash of its template, and how its weights were gathered, which config.json tells.
 
     Those that an older run's version didn't have: see recorded_settings. {} where neither file tells any.
     """
@@ -119,7 +123,25 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     resolved = config.get("deepspeed")
     zero = resolved.get("zero_optimization") if isinstance(resolved, dict) else None
     kept[_WEIGHTS] = "as int8" if isinstance(zero, dict) and zero.get("zero_quantized_weights") else "as stored"
-    return {**kept, _DATA: digest[:8]} if isinstance(digest, str) else kept
+    kept |= {_DATA: digest[:8]} if isinstance(digest, str) else {}
+    return kept | _template(known.get("task"), result, result.get("template", config.get("task")))
+
+
+def _template(named: Any, result: Mapping[str, Any], spec: Any) -> dict[str, str]:
+    """_VARIANT by what --task named, _TEMPLATE by Task.spec, as far as they are told."""
+    found, task = {}, result.get("task")
+    if isinstance(named, str):
+        path = PurePath(named)
+        name = path.stem if path.suffix == ".json" else named
+        if name == task:
+            found[_VARIANT] = "named as the task"
+        elif name.startswith(f"{task}."):
+            found[_VARIANT] = name.removeprefix(f"{task}.")
+        elif path.suffix == ".json":
+            found[_VARIANT] = name
+    if isinstance(spec, dict):
+        found[_TEMPLATE] = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8]
+    return found
 
 
 def _is_short(text: Any) -> bool:
@@ -161,9 +183,28 @@ def _differing(results: Sequence[Result]) -> list[str]:
         runs = [result for result in results if result.task == task]
         telling = [result for result in runs if result.settings]
         names = {name for result in telling for name in result.settings}
-        found |= {name for name in names if len({result.setting(name) for result in telling}) > 1}
+        found |= {name for name in names - {_VARIANT, _TEMPLATE} if _differ(telling, name)}
         found |= {_TOLD} if 0 < len(telling) < len(runs) else set()
+        found |= _templates(telling)
     return sorted(found)
+
+
+def _differ(results: Iterable[Result], name: str) -> bool:
+    return len({result.setting(name) for result in results}) > 1
+
+
+def _templates(runs: Iterable[Result]) -> set[str]:
+    """What tells templates of one task apart: their names, which other tasks' may share, and their hashes only where
+    two have one name. A record that lacks either tells nothing apart.
+    """
+    by_name: dict[str | None, list[Result]] = {}
+    for result in runs:
+        by_name.setdefault(result.settings.get(_VARIANT), []).append(result)
+    found = {_VARIANT} if len(by_name.keys() - {None}) > 1 else set()
+    for alike in by_name.values():
+        if _differ([result for result in alike if _TEMPLATE in result.settings], _TEMPLATE):
+            found.add(_TEMPLATE)
+    return found
 
 
 def _check_alike(one: Result, other: Result) -> None:

@@ -81,6 +81,7 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert "CB dev (7 rows): " in done.stdout
     assert f"data of the adapter's run: {trained / 'data'}\n" in done.stdout
     assert found["settings"] == result["settings"]
+    assert found["template"] == json.loads((trained / "run" / "config.json").read_text())["task"]
     assert found["model"] == result["model"] == "model"
     assert read_result(str(report.parent)).seed == 3
 

@@ -152,6 +152,37 @@ def test_data_count_by_their_rows_and_not_by_their_path(run):
     ]  # fmt: skip
 
 
+def test_templates_of_one_task_have_tables_of_their_own(run):
+    """Told by their names, which are those of other tasks' templates, too; AX-b's record is of an adapter of RTE."""
+    folders = [
+        run(task, seed, f"{task}{variant}-{seed}", settings=all_settings(seed=seed, task=f"{task}{variant}"))
+        for task in ("CB", "RTE") for variant in ("", ".pet") for seed in (0, 1)
+    ]  # fmt: skip
+    for folder in folders[::2]:  # the others tell no template, as older ones
+        (Path(folder) / "config.json").write_text(json.dumps({"task": {"text": Path(folder).name[:-2]}}))
+    found = tables(*folders)
+    assert [table["settings"] for table in found] == [{"template": "named as the task"}, {"template": "pet"}]
+    assert [{task: kept["seeds"] for task, kept in table["tasks"].items()} for table in found] == (
+        [{"CB": [0, 1], "RTE": [0, 1]}] * 2
+    )
+    assert table_text(found[1]).startswith("small | pgd | soft | template pet\n")
+    only = [run("AX-b", 0, settings=all_settings(task="RTE"), template={"text": "a"}), *folders[:2]]
+    assert [table["settings"] for table in tables(*only)] == [{}]
+
+
+def test_templates_of_one_name_are_told_by_their_hash(run):
+    """config.json holds the template, or the record itself; a run that doesn't tell is like those that agree."""
+    folders = [run(seed=seed, settings=all_settings(seed=seed, task=f"{seed}/mine.json")) for seed in range(3)]
+    for folder, text in zip(folders, ("a", "a"), strict=False):
+        (Path(folder) / "config.json").write_text(json.dumps({"task": {"text": text, "name": "CB"}}))
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in tables(*folders)] == [({}, [0, 1, 2])]
+    other = run(seed=0, folder="other", settings=all_settings(task="mine.json"), template={"name": "CB", "text": "b"})
+    first, untold, last = tables(*folders, other)
+    assert [table["tasks"]["CB"]["seeds"] for table in (first, untold, last)] == [[0, 1], [2], [0]]
+    told = [table["settings"]["template_sha256"] for table in (first, untold, last)]
+    assert (told[1], len(set(told)), len(told[0])) == ("not told", 3, 8)
+
+
 def test_tasks_of_ones_own_are_shown_and_not_counted(run):
     (table,) = tables(run("Mine", 0))
     assert table["overall"] is None
