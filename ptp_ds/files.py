@@ -287,19 +287,23 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON without secrets (ptp_ds.redact), written beside `path` and renamed."""
-    work = path.with_name(f".{path.name}.writing")
-    work.write_text(json.dumps(redacted(value), indent=2) + "\n", encoding="utf-8")
-    _sync(work)
-    os.replace(work, path)
+    """JSON without secrets (ptp_ds.redact); see write_text."""
+    write_text(path, json.dumps(redacted(value), indent=2) + "\n")
 
 
 def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line, written beside `path` and renamed; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.writing")
-    work.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(work, path)
+    """One object a line; see write_text."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text in UTF-8, written beside the file and renamed, where a link leads; makes the folder."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.writing")
+    work.write_text(text, encoding="utf-8")
+    _sync(work)
+    os.replace(work, target)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -309,10 +313,15 @@ def nearest_existing(path: Path) -> Path:
 
 
 def require_writable(flag: str, file: str) -> Path:
-    """The path of an output file; ValueError where it names a folder or lies below a file."""
-    path = Path(file)
-    if is_folder(path) or not is_folder(nearest_existing(path.absolute().parent)):
+    """The path of an output file; ValueError where it names a folder, a device or a pipe, or lies below a file."""
+    path, target = Path(file), Path(os.path.realpath(file))
+    if is_folder(path) or not is_folder(nearest_existing(target.parent)):
         raise UserError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
+    if not is_file(path) and (os.path.exists(path) or os.path.lexists(target)):
+        raise UserError(
+            f"{flag} {file}: that is a device, a pipe or a loop of links, not a file that can be replaced; give a "
+            "file's name."
+        )
     return path
 
 

@@ -88,7 +88,6 @@ def _write(
 ) -> None:
     if args.json and ranks.is_main:
         rows = [[value for value in row if value > float("-inf")] for row in scores.tolist()]
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.json), {**record, "scores": rows})
     if args.predictions and ranks.is_main:
         write_jsonl(Path(args.predictions), prediction_lines(task, split, scores.argmax(-1).tolist()))

@@ -286,5 +286,4 @@ def _overall(argv: Sequence[str], description: str) -> None:
     tables = [table_of(*found) for found in group_results(map(read_result, args.runs))]
     print("\n\n".join(map(table_text, tables)))
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, tables)

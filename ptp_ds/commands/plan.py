@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.checks import describe_unread
@@ -12,7 +11,7 @@ from ptp_ds.config.parsers import CLUSTER, plan_parser
 from ptp_ds.config.population import is_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import write_json
+from ptp_ds.files import require_writable, write_json
 from ptp_ds.planning.report import report
 from ptp_ds.planning.work import Cluster
 from ptp_ds.ranks.distributed import prepare_environment
@@ -52,9 +51,10 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def _plan(argv: Sequence[str], description: str) -> None:
     cluster, run, explicit, file, members = parse_plan(argv, description)
+    target = None if file is None else require_writable("--json", file)
     for sentence in describe_unread(run, explicit):
         log.warning("warning: %s", sentence)
     text, data = report(cluster, run, explicit, members)
     print(text)
-    if file is not None:
-        write_json(Path(file), json.loads(json.dumps(data)))
+    if target is not None:
+        write_json(target, json.loads(json.dumps(data)))

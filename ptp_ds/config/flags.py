@@ -13,7 +13,7 @@ from ptp_ds.config.checks import require_valid
 from ptp_ds.config.presets import PRESETS, with_preset
 from ptp_ds.config.run_config import BEFORE, GROUPS, RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, in_moved_run, nearest, require_writable
+from ptp_ds.files import brief, in_moved_run, nearest, require_writable, write_text
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.redact import HIDDEN, redacted
 from ptp_ds.settings_file import read_settings
@@ -204,5 +204,4 @@ def dump_config(run: RunConfig, file: str) -> None:
         sys.stdout.write(settings_text(run))
         return
     path = require_writable("--dump_config", file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(settings_text(run), encoding="utf-8")
+    write_text(path, settings_text(run))

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import os
 import subprocess
 
 import pytest
 
-from ptp_ds.files import require_writable, write_jsonl
+from ptp_ds.files import require_writable, write_json, write_jsonl
 from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
 from ptp_ds.tasks.predictions import check_numbers, prediction_lines
@@ -180,6 +181,37 @@ def test_gold_entities_of_the_real_record_rows(superglue):
     for line, query, entry in zip(lines, queries, entries, strict=True):
         assert line["idx"] == query["idx"]
         assert not entry.golds or line["label"] in {answer["text"] for answer in query["answers"]}
+
+
+def test_devices_pipes_and_loops_are_no_output(tmp_path):
+    """Renaming would put a file in their place, also where a link leads to them."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for bad in ("/dev/null", tmp_path / "pipe", tmp_path / "loop", tmp_path / "null"):
+        with pytest.raises(ValueError, match=r"--out .*: that is a device, a pipe or a loop of links, not a file that"):
+            require_writable("--out", str(bad))
+    reader, writer = os.pipe()
+    with pytest.raises(ValueError, match=r"--out /dev/fd/\d+: that is a device, a pipe or a loop"):
+        require_writable("--out", f"/dev/fd/{writer}")
+    for end in (reader, writer):
+        os.close(end)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_written_through(tmp_path, there):
+    target = tmp_path / "disk" / "there.jsonl"
+    if there:
+        target.parent.mkdir()
+        target.write_text("before")
+    (tmp_path / "a.jsonl").symlink_to("disk/there.jsonl")
+    write_jsonl(require_writable("--out", str(tmp_path / "a.jsonl")), [{"idx": 0}])
+    assert (tmp_path / "a.jsonl").is_symlink()
+    assert target.read_text() == '{"idx": 0}\n'
+    write_json(tmp_path / "a.jsonl", {"a": 1})
+    assert (tmp_path / "a.jsonl").is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [file.name for file in target.parent.iterdir()] == ["there.jsonl"]
 
 
 def test_files_that_cannot_be_written(tmp_path):
