@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     Any other error, a ValueError too, is a fault of ours or of a library: commands show its traceback and exit with 1.
     """
+
+
+class UnwritableError(OSError, UserError):
+    """A file that couldn't be written, in one sentence; an OSError of the cause's errno, too, which a run's guard of
+    its output (ptp_ds.ranks.faults) catches like any other of its disk.
+    """

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from ptp_ds.errors import UserError
+from ptp_ds.errors import UnwritableError, UserError
 from ptp_ds.redact import redacted
 
 JSON_BYTES = 1 << 24  # of one JSON file; the largest of ours holds a task's template
@@ -297,13 +297,24 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text in UTF-8, written beside the file and renamed, where a link leads; makes the folder."""
+    """A text in UTF-8, written beside the file and renamed, where a link leads; makes the folder. Raises
+    UnwritableError."""
     target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.writing")
-    work.write_text(text, encoding="utf-8")
-    _sync(work)
-    os.replace(work, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(text, encoding="utf-8")
+        _sync(work)
+        os.replace(work, target)
+    except OSError as error:
+        with suppress(OSError):
+            work.unlink()
+        found = UnwritableError(
+            f"{path} can't be written ({error.strerror or error}); make room there, make its folder writable, or give "
+            "another file."
+        )
+        found.errno = error.errno
+        raise found from error
 
 
 def nearest_existing(path: Path) -> Path:
@@ -313,15 +324,20 @@ def nearest_existing(path: Path) -> Path:
 
 
 def require_writable(flag: str, file: str) -> Path:
-    """The path of an output file; ValueError where it names a folder, a device or a pipe, or lies below a file."""
+    """The path of an output file; ValueError where it names a folder, a device or a pipe, lies below a file, or where
+    this user may not write.
+    """
     path, target = Path(file), Path(os.path.realpath(file))
-    if is_folder(path) or not is_folder(nearest_existing(target.parent)):
+    folder = nearest_existing(target.parent)
+    if is_folder(path) or not is_folder(folder):
         raise UserError(f"{flag} {file}: that is a folder or lies below a file; give a file's name.")
     if not is_file(path) and (os.path.exists(path) or os.path.lexists(target)):
         raise UserError(
             f"{flag} {file}: that is a device, a pipe or a loop of links, not a file that can be replaced; give a "
             "file's name."
         )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {file}: this user can't write in {folder}; give a file in another folder.")
     return path
 
 

@@ -22,6 +22,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
 from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
+from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split, is_labelled
@@ -44,7 +45,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.eval_tokens < 1:
         raise UserError(f"--eval_tokens is {args.eval_tokens}; expected a whole number of 1 or more.")
     for flag, file in (("--json", args.json), ("--predictions", args.predictions)):
-        if file is not None:
+        if file is not None and env_rank() == 0:  # other hosts need not have that folder
             require_writable(flag, file)
     folders = [adapter_folder(given) for given in args.adapter]
     task = ensemble_task(folders, args.task)
@@ -86,13 +87,15 @@ def _resolved(raw: dict[str, Any], args: argparse.Namespace, served: Served) -> 
 def _write(
     args: argparse.Namespace, ranks: Ranks, record: dict[str, Any], split: Split, task: Task, scores: torch.Tensor
 ) -> None:
-    if args.json and ranks.is_main:
-        rows = [[value for value in row if value > float("-inf")] for row in scores.tolist()]
-        write_json(Path(args.json), {**record, "scores": rows})
-    if args.predictions and ranks.is_main:
-        write_jsonl(Path(args.predictions), prediction_lines(task, split, scores.argmax(-1).tolist()))
-        log.info("predictions: %s", args.predictions)
-    ranks.barrier()
+    output = OutputGuard(ranks, Path(args.json or args.predictions or "."), resumes=False)
+    with output.writing():
+        if args.json and ranks.is_main:
+            rows = [[value for value in row if value > float("-inf")] for row in scores.tolist()]
+            write_json(Path(args.json), {**record, "scores": rows})
+        if args.predictions and ranks.is_main:
+            write_jsonl(Path(args.predictions), prediction_lines(task, split, scores.argmax(-1).tolist()))
+            log.info("predictions: %s", args.predictions)
+    output.agree()
 
 
 def _untrained(args: argparse.Namespace, served: Served, split: Split) -> dict[str, float]:

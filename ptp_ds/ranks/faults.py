@@ -78,10 +78,13 @@ def disk_sentence(error: Exception, folder: Path) -> str:
 
 
 class OutputGuard:
-    """Rank 0 writes, all ranks learn of a failure at the same place: none is left waiting for another."""
+    """Rank 0 writes, all ranks learn of a failure at the same place: none is left waiting for another.
 
-    def __init__(self, ranks: Ranks, folder: Path) -> None:
-        self.ranks, self.folder = ranks, folder
+    resumes: whether --resume auto goes on behind it.
+    """
+
+    def __init__(self, ranks: Ranks, folder: Path, resumes: bool = True) -> None:
+        self.ranks, self.folder, self._resumes = ranks, folder, resumes
         self._failure: str | None = None
 
     @contextmanager
@@ -91,7 +94,7 @@ class OutputGuard:
             yield
         except (OSError, SafetensorError) as error:
             if self._failure is None:
-                self._failure = disk_sentence(error, self.folder)
+                self._failure = disk_sentence(error, self.folder) if self._resumes else str(error)
 
     def agree(self) -> None:
         """Raises OutputError on every rank where one has failed to write; all ranks must call it."""

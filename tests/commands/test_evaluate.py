@@ -4,19 +4,23 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ptp_ds.adapters.origin import adapter_rows
 from ptp_ds.adapters.served import alone, serve, whole
-from ptp_ds.commands.evaluate import main
+from ptp_ds.commands.evaluate import _write, main
 from ptp_ds.commands.overall import read_result
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.tasks.data import load_split
+from ptp_ds.errors import UserError
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import Split, load_split
 from ptp_ds.training.evaluate import evaluation_of
 from tests.support.zygote import run_script
 
@@ -84,6 +88,16 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert found["template"] == json.loads((trained / "run" / "config.json").read_text())["task"]
     assert found["model"] == result["model"] == "model"
     assert read_result(str(report.parent)).seed == 3
+
+
+def test_every_rank_ends_where_rank_0_can_not_write(tmp_path):
+    """None is left waiting for it; only rank 0 knows why."""
+    (tmp_path / "file").write_text("")
+    args = Namespace(json=str(tmp_path / "file" / "new" / "a.json"), predictions=None)
+    for rank, message in enumerate((r"a\.json can't be written \(Not a directory\); make room", "^Another rank can't")):
+        ranks = SimpleNamespace(is_main=rank == 0, host_max=lambda failed, rank=rank: max(failed, rank))
+        with pytest.raises(UserError, match=message):
+            _write(args, ranks, {}, Split([], [], ""), load_task("CB"), torch.zeros(0, 3))
 
 
 @pytest.fixture

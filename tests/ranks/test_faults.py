@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ptp_ds.files import write_json
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.faults import (
     OutputError,
@@ -95,6 +96,18 @@ def test_all_ranks_raise_what_one_has_met(tmp_path):
         thread.join(20)
     assert "No space left on device" in raised[0]
     assert raised[1] == f"Another rank can't write to {tmp_path}; see its own line."
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_file_s_own_sentence_where_nothing_resumes(tmp_path, resumes):
+    """What write_json raises is its sentence to an evaluation, and a failure of the run's disk to training."""
+    (tmp_path / "file").write_text("")
+    guard = OutputGuard(Ranks(0, 1, 0, torch.device("cpu")), tmp_path, resumes=resumes)
+    with guard.writing():
+        write_json(tmp_path / "file" / "new" / "below.json", {})
+    wanted = "^Can't write to .*: Not a directory.* --resume auto" if resumes else "below.json can't be written "
+    with pytest.raises(OutputError, match=wanted):
+        guard.agree()
 
 
 def test_lost_ranks_are_told_from_other_errors():

@@ -1,12 +1,14 @@
 """SuperGLUE's prediction files: their form for all ten tasks, splits without labels, both scripts."""
 
 import copy
+import errno
 import json
 import os
 import subprocess
 
 import pytest
 
+from ptp_ds.commands.exits import run_command
 from ptp_ds.files import require_writable, write_json, write_jsonl
 from ptp_ds.tasks import NoLabelError, load_task
 from ptp_ds.tasks.data import Split, is_labelled, load_split, tokenise
@@ -212,6 +214,39 @@ def test_a_link_is_written_through(tmp_path, there):
     assert (tmp_path / "a.jsonl").is_symlink()
     assert json.loads(target.read_text()) == {"a": 1}
     assert [file.name for file in target.parent.iterdir()] == ["there.jsonl"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused_beforehand(tmp_path, monkeypatch):
+    """Root may write anywhere, so the system's answer is given; of the nearest folder that is there, behind links."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("kept/there.jsonl")
+    monkeypatch.setattr("ptp_ds.files.os.access", lambda folder, _: folder != tmp_path / "kept")
+    for bad in ("kept/a.jsonl", "kept/new/a.jsonl", "link.jsonl"):
+        with pytest.raises(ValueError, match=r"--out .*: this user can't write in .*kept; give a file in another"):
+            require_writable("--out", str(tmp_path / bad))
+    require_writable("--out", str(tmp_path / "a.jsonl"))
+
+
+def test_a_write_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "a.jsonl"
+    file.write_text("before")
+    monkeypatch.setattr("ptp_ds.files._sync", full)
+    for write, value in ((write_jsonl, [{"idx": 0}]), (write_json, {})):
+        assert run_command(lambda write=write, value=value: write(file, value)) == 2
+        assert capsys.readouterr().err == (
+            f"error: {file} can't be written (No space left on device); make room there, make its folder writable, or "
+            "give another file.\n"
+        )
+        with pytest.raises(OSError, match="can't be written") as caught:
+            write(file, value)
+        assert caught.value.errno == errno.ENOSPC
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a.jsonl", "before")]
+    monkeypatch.undo()
+    assert run_command(lambda: write_json(file / "below" / "b.json", {})) == 2
+    assert "can't be written (Not a directory); make room" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_written(tmp_path):
