@@ -98,8 +98,8 @@ def require_rows_for(run: RunConfig, rows: Rows, train: Sequence[Example], hands
     """
     if run.tokens_per_step is None or hands == 1:
         return
-    lengths = sorted(_step_tokens(run, rows, train))
-    enough = sum(lengths[-hands:])
+    lengths = _step_tokens(run, rows, train)
+    enough = sum(sorted(2 * lengths)[-hands:])  # a batch from one epoch into the next may hold a row twice
     if len(train) >= hands and enough <= run.tokens_per_step:
         return
     order = batch_order(run, rows, train)

@@ -42,9 +42,10 @@ def test_both_streams_count():
     assert [noisy.batch(step) for step in range(9)] == [plain.batch(step) for step in range(9)]
 
 
-@pytest.mark.parametrize(("tokens", "hands"), [(600, 1), (600, 2), (1080, 4), (100, 1)])
+@pytest.mark.parametrize(("tokens", "hands"), [(600, 1), (600, 2), (1160, 4), (100, 1)])
 def test_batches_with_a_row_for_each(tokens, hands):
-    """Longest rows: 300, 280, 260, 240, so 1080 tokens always hold four; alone, any budget does."""
+    """Longest rows: 300 and 280, each of them twice where two epochs meet, so 1160 tokens always hold four; alone, any
+    budget does."""
     require_rows_for(budget(tokens), TreeRows(), rows_of(), hands)
 
 
@@ -54,12 +55,24 @@ def test_a_batch_that_holds_fewer_rows_than_there_are_hands():
     fewest, first = min(sizes), sizes.index(min(sizes)) + 1
     message = (
         rf"^--tokens_per_step 600 holds {fewest} of the 10 training rows in batch {first}, and each of the 4 "
-        r"micro-batches \(ranks times --gradient_accumulation_steps\) needs a row; give --tokens_per_step 1080, "
+        r"micro-batches \(ranks times --gradient_accumulation_steps\) needs a row; give --tokens_per_step 1160, "
         r"which is always enough, or fewer ranks or a smaller --gradient_accumulation_steps\.$"
     )
     with pytest.raises(ValueError, match=message):
         require_rows_for(run, TreeRows(), rows_of(), 4)
     require_rows_for(run, TreeRows(), rows_of(), fewest)
+
+
+def test_a_budget_that_is_always_enough_is_so_where_two_epochs_meet():
+    """There a batch may hold the longest row twice: 80 tokens hold two rows of one epoch, but not of batch 45."""
+    rows = rows_of([50, 30, 20, 10])
+    sizes = [len(batch_order(budget(80), TreeRows(), rows).batch(step)) for step in range(200)]
+    assert sizes.index(1) + 1 == 45
+    with pytest.raises(ValueError, match="holds 1 of the 4 training rows in batch 45, and"):
+        require_rows_for(budget(80, max_steps=200), TreeRows(), rows, 2)
+    with pytest.raises(ValueError, match="give --tokens_per_step 100, which is always enough, or"):
+        require_rows_for(budget(70, max_steps=200), TreeRows(), rows, 2)
+    require_rows_for(budget(100, max_steps=200), TreeRows(), rows, 2)
 
 
 def test_steps_that_the_run_does_not_take_do_not_count():
