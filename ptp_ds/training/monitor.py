@@ -88,8 +88,8 @@ class Monitor:
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""
+        self.latest = values  # before the record, which a full disk may refuse: a population reads it behind
         self._record("train", step, values)
-        self.latest = values
         if not self.ranks.is_main or not self.speaks:
             return
         left = (self.last_step - step) * values["step_seconds"]

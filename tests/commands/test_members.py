@@ -1,5 +1,6 @@
 """What a population's members must share, where they go on, and one that ends or whose gradient is not finite."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ import ptp_ds
 from ptp_ds.commands.members import prepare_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.ranks.faults import OutputError
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split
 from ptp_ds.training import step
 from ptp_ds.training.checkpoint import saved_steps
+from ptp_ds.training.monitor import Monitor
 from ptp_ds.training.trainer import Trainer
 from tests.support.paths import ROOT
 from tests.support.populations import distance, state_of
@@ -114,6 +117,19 @@ def test_what_a_folder_holds_is_not_written_over(job, tmp_path):
     job("several/members/seed-0", max_steps=2, schedule_steps=2, resume="auto")
     job("several", seeds="0 1", max_steps=2, resume="auto")
     assert len(job("several", seeds="0-2", max_steps=2, resume="auto").members) == 3
+
+
+def test_a_disk_that_is_full_at_the_first_log_line(job, monkeypatch):
+    real = Monitor._record
+
+    def full(monitor, group, *args):
+        if group == "train":
+            raise OSError(errno.ENOSPC, "x")
+        real(monitor, group, *args)
+
+    monkeypatch.setattr(Monitor, "_record", full)
+    with pytest.raises(OutputError, match=r"^Can't write to .*seed-0: No space left on device\."):
+        job("both", seeds="0 1", max_steps=1)
 
 
 # what the table over them says
