@@ -122,7 +122,7 @@ def test_fp16_is_refused_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])
 def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
-    done = run_script(SUPPORT / "fp16_worker.py", [stage, perturbation])
+    done = run_script(SUPPORT / "fp16_worker.py", [stage, perturbation, 0])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     moved = found["moved"]
@@ -136,3 +136,13 @@ def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
     assert found["fp32"][-1] < 0.5 * found["fp32"][0]
     assert found["resumed"]
     assert found["resumed_scale"] == found["scale"]
+
+
+def test_a_loss_scale_that_the_configuration_fixes_is_saved_and_resumed():
+    """A scaler that doesn't move has no numbers of its own."""
+    done = run_script(SUPPORT / "fp16_worker.py", [2, "gaussian", 128])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found["moved"])
+    assert found["resumed"]
+    assert found["resumed_scale"] == found["scale"] == 128

@@ -167,8 +167,8 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """The weight under the name prompt, exp_avg, exp_avg_sq, all [R, H], and adam_step [1], on the CPU.
 
-        With a running mean also average [R, H]. Under fp16 also loss_scaler [4], what DeepSpeed's dynamic scaling has
-        come to.
+        With a running mean also average [R, H]. Where DeepSpeed moves fp16's loss scale also loss_scaler [4], what that
+        has come to.
 
         The weight is the prompt itself, or what it is computed from (SoftPrompt.trained_of). All ranks must call it.
         """
@@ -179,10 +179,14 @@ class Engine:
             tensors[name] = self._gather(held[name]) if name in held else torch.zeros(self.shape)
         if self._averaged is not None:
             tensors[AVERAGE] = self._gather(self._averaged)
-        if self.deepspeed.fp16_enabled():
-            scaler = self.deepspeed.optimizer.loss_scaler
+        if (scaler := self._dynamic_scaler()) is not None:
             tensors[_SCALER] = torch.tensor([getattr(scaler, name) for name in _SCALER_FIELDS], dtype=torch.float64)
         return tensors
+
+    def _dynamic_scaler(self) -> Any:
+        """What moves fp16's loss scale; None for a scale that the configuration fixes, and without fp16."""
+        scaler = self.deepspeed.optimizer.loss_scaler if self.deepspeed.fp16_enabled() else None
+        return scaler if scaler is not None and scaler.dynamic else None
 
     def set_prompt(self, weight_RH: Tensor) -> None:
         """Sets the weight, its fp32 master and mean and the copy in the backbone's dtype; all ranks must call it."""
@@ -211,8 +215,7 @@ class Engine:
             for name in MOMENTS:
                 held[name] = self._part(tensors[name]).view_as(self._master).clone()
             self._adamw.state[self._master] = held
-        if self.deepspeed.fp16_enabled() and _SCALER in tensors:
-            scaler = self.deepspeed.optimizer.loss_scaler
+        if (scaler := self._dynamic_scaler()) is not None and _SCALER in tensors:
             for name, value in zip(_SCALER_FIELDS, tensors[_SCALER].tolist(), strict=True):
                 setattr(scaler, name, type(getattr(scaler, name))(value))
 

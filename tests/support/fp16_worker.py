@@ -1,4 +1,5 @@
-"""Run by tests/test_precision.py: fp16 with dynamic loss scaling, on a CPU where DeepSpeed is told that it may.
+"""Run by tests/test_precision.py: fp16 with a loss scale, 0 for a dynamic one, on a CPU where DeepSpeed is told that it
+may.
 
 Prints one JSON line: losses of fp32 and of fp16, which fp16 steps moved the prompt, and whether a resumed engine goes
 on bit for bit.
@@ -23,10 +24,10 @@ from tests.support.reference import make_examples, make_model
 STEPS = 16
 
 
-def make_engine(stage: int, half: bool, ranks: Ranks) -> Engine:
+def make_engine(stage: int, half: bool, ranks: Ranks, scale: float = 0) -> Engine:
     config = {
         "train_batch_size": 3, "zero_optimization": {"stage": stage}, "gradient_clipping": 1.0,
-        "fp16": {"enabled": half}, "steps_per_print": 1 << 30,
+        "fp16": {"enabled": half, "loss_scale": scale}, "steps_per_print": 1 << 30,
     }  # fmt: skip
     dtype = torch.float16 if half else torch.float32
     start = 0.3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
@@ -54,18 +55,18 @@ def train(engine: Engine, run: RunConfig, first: int, last: int) -> tuple[list[f
     return losses, moved, engine.prompt()
 
 
-def main(stage: int, perturbation: str) -> None:
+def main(stage: int, perturbation: str, scale: float) -> None:
     ranks = start_processes()
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
     run = RunConfig(perturbation=perturbation, epsilon=0.05, batch_size=3, prompt_length=5)
     wide, _, _ = train(make_engine(stage, False, ranks), run, 0, STEPS)
-    engine = make_engine(stage, True, ranks)
+    engine = make_engine(stage, True, ranks, scale)
     narrow, moved, _ = train(engine, run, 0, STEPS)
     state = engine.state()
     _, _, on = train(engine, run, STEPS, STEPS + 4)
-    resumed = make_engine(stage, True, ranks)
+    resumed = make_engine(stage, True, ranks, scale)
     resumed.load_state(state)
     _, _, again = train(resumed, run, STEPS, STEPS + 4)
     report = {"fp32": wide, "fp16": narrow, "moved": moved, "resumed": torch.equal(on, again),
@@ -75,5 +76,5 @@ def main(stage: int, perturbation: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
     exit_process(0)  # see there: a rank now and then aborts in the interpreter's own teardown
