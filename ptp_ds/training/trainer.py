@@ -299,8 +299,8 @@ class Trainer:
         if window.broken is not None:
             what, step = window.broken
             raise NonFiniteLossError(
-                f"The {what} is not finite at step {step}; nothing was saved after the last checkpoint. Lower --lr, "
-                "--sigma or --epsilon, or raise --warmup_steps; --resume auto goes back to that checkpoint."
+                f"The {what} is not finite at step {step}; nothing was saved after the last checkpoint. Start anew "
+                "in another --output_dir, with a lower --lr, --sigma or --epsilon or a higher --warmup_steps."
             )
         prompt = self.engine.prompt()
         progress.step_seconds.append(window.step_seconds)

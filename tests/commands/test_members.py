@@ -278,7 +278,8 @@ def test_a_gradient_that_is_not_finite_ends_a_member_as_its_own_run(job, tmp_pat
 
     monkeypatch.setattr(step, "dual_divergence", broken)
     members = [{"name": "good", "seed": 1}, {"name": "bad", "reg_weight": bad}, {"name": "fine", "seed": 2}]
-    with pytest.raises(UserError, match="The prompt's gradient is not finite at step 1; nothing was saved") as told:
+    said = r"The prompt's gradient is not finite at step 1; nothing was saved .*\. Start anew in another --output_dir"
+    with pytest.raises(UserError, match=said) as told:
         job("alone", reg_weight=bad)
     together = job("all", population=written(tmp_path / "members.json", members))
     sentences = [one["failed"] for one in together.record["members"]]
