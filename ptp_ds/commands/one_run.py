@@ -58,7 +58,7 @@ from ptp_ds.training.progress import Progress
 from ptp_ds.training.start import initial_trained, neighbours_of, open_engine, perturbation_unit
 from ptp_ds.training.step import settings_of
 from ptp_ds.training.trackers import TENSORBOARD, of_member, report_names, require_trackers, told_settings
-from ptp_ds.training.trainer import Trainer
+from ptp_ds.training.trainer import Trainer, require_finite
 
 log = get_logger(__name__)
 
@@ -240,7 +240,11 @@ def record_untrained(trainer: Trainer, progress: Progress, result: Evaluation) -
 def report_run(
     prepared: Prepared, trainer: Trainer, progress: Progress, result: Evaluation, untrained: Evaluation
 ) -> None:
-    """Writes adapter and result.json. result: the best prompt's scores on --eval_split, untrained: the start's."""
+    """Writes adapter and result.json. result: the best prompt's scores on --eval_split, untrained: the start's.
+
+    Raises NonFiniteLossError for a result that is no number.
+    """
+    require_finite(result, "--eval_split", progress.best_step)
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
     metrics = {**result.metrics, "cross_entropy": result.cross_entropy}
     with output.writing():

@@ -41,6 +41,7 @@ from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.progress import Progress, progress_from
 from ptp_ds.training.start import initial_trained, made_from, open_backbone, perturbation_unit
 from ptp_ds.training.trackers import TENSORBOARD, report_names, shared_settings
+from ptp_ds.training.trainer import NonFiniteLossError
 
 log = get_logger(__name__)
 
@@ -152,15 +153,29 @@ def _report(trainer: PopulationTrainer, untrained: Mapping[str, Evaluation]) -> 
         return {}
     best = [_best(member) for member in members]
     results = trainer.evaluate(members, best, [member.prepared.examples.evaluation for member in members])
+    found, step = {}, max(member.progress.step for member in members)
     for member, result in zip(members, results, strict=True):
         member.serve()
-        report_run(member.prepared, member.trainer, member.progress, result, untrained[member.name])
-    trainer.monitor.evaluation(max(member.progress.step for member in members), "eval", results)
+        try:
+            report_run(member.prepared, member.trainer, member.progress, result, untrained[member.name])
+            found[member.name] = result
+        except NonFiniteLossError as error:
+            _drop(trainer, member, error)
+    members = [member for member in members if member.name in found]
+    trainer.monitor.evaluation(step, "eval", list(found.values()))
     asked = [member for member in members if member.prepared.examples.predict_split is not None]
     scores = trainer.scores(asked, [_best(m) for m in asked], [m.prepared.examples.predict for m in asked])
     for member, scores_NC in zip(asked, scores, strict=True):
         write_predictions(member.prepared, member.trainer, scores_NC)
-    return {member.name: result for member, result in zip(members, results, strict=True)}
+    return found
+
+
+def _drop(trainer: PopulationTrainer, member: Member, error: NonFiniteLossError) -> None:
+    """The member fails at the last evaluation, and the prompt that it kept is no result."""
+    output = OutputGuard(trainer.ranks, _folder(member.prepared))
+    member.progress.best = member.progress.best_prompt = None
+    trainer.fail(member, error, output)
+    output.agree()
 
 
 def _best(member: Member) -> Tensor:

@@ -237,7 +237,8 @@ class PopulationTrainer:
             self.monitor.train(step, [member.trainer.monitor.latest for member in whole])
         ending = [member for member in whole if member.trainer.ends_here(member.progress)]
         if chosen := whole if due.evaluates else ending:
-            self._select(chosen, guards)
+            chosen = self._select(chosen, guards)
+            whole = [member for member in whole if not member.failed]
             by_callback = [member.name for member in chosen if member.trainer.ends_here(member.progress)]
             ended = [member.name for member in chosen if not member.trains and not member.progress.ended]
             self.monitor.ended(step, ended, by_callback)
@@ -250,8 +251,7 @@ class PopulationTrainer:
         members = [one for one in self.members if not one.failed and one.trainer.lacks_end(one.progress)]
         if members:
             guards = {member.name: OutputGuard(self.ranks, member.trainer.output_dir) for member in members}
-            self._select(members, guards)
-            self._save(members, guards, members[0].progress.step)
+            self._save(self._select(members, guards), guards, members[0].progress.step)
 
     def _save(self, members: Sequence[Member], guards: Mapping[str, OutputGuard], step: int) -> None:
         for member in members:
@@ -268,26 +268,35 @@ class PopulationTrainer:
         try:
             member.trainer.log(member.progress, member.meter, output)
         except NonFiniteLossError as error:
-            member.failed = str(error).split(";")[0]
-            kept = f"the prompt of step {member.progress.best_step} stays" if member.progress.best else "none is kept"
-            log.warning("warning: member %s: %s; %s, the others go on", member.name, member.failed, kept)
-            if self.ranks.is_main:
-                with output.writing():
-                    write_json(output.folder / FAILED, {"step": member.progress.step, "failed": member.failed})
-            return False
-        return True
+            self.fail(member, error, output)
+        return not member.failed
 
-    def _select(self, members: Sequence[Member], guards: Mapping[str, OutputGuard]) -> None:
+    def fail(self, member: Member, error: NonFiniteLossError, output: OutputGuard) -> None:
+        """Ends a member's training; the prompt that it keeps stays."""
+        member.failed = str(error).split(";")[0]
+        kept = f"the prompt of step {member.progress.best_step} stays" if member.progress.best else "none is kept"
+        log.warning("warning: member %s: %s; %s, the others go on", member.name, member.failed, kept)
+        if self.ranks.is_main:
+            with output.writing():
+                write_json(output.folder / FAILED, {"step": member.progress.step, "failed": member.failed})
+
+    def _select(self, members: Sequence[Member], guards: Mapping[str, OutputGuard]) -> list[Member]:
+        """Scores prompts on the selection rows; the members without those whose scores are not finite, which end."""
         step = members[0].progress.step
         self.watchdog.doing(f"the evaluation behind step {step}")
         prompts = [member.trainer.engine.kept() for member in members]
         results = self.evaluate(members, prompts, [member.trainer.select_examples for member in members])
         for member, prompt, result in zip(members, prompts, results, strict=True):
-            member.trainer.select(member.progress, prompt, result, guards[member.name])
+            try:
+                member.trainer.select(member.progress, prompt, result, guards[member.name])
+            except NonFiniteLossError as error:
+                self.fail(member, error, guards[member.name])
+        whole = {number: member for number, member in enumerate(members) if not member.failed}
         with self.output.writing():
-            self.monitor.evaluation(step, "select", results)
-        kept = [held.score for member in members if (held := member.progress.best) is not None]
+            self.monitor.evaluation(step, "select", [results[number] for number in whole])
+        kept = [held.score for member in whole.values() if (held := member.progress.best) is not None]
         self.monitor.selected(step, kept)
+        return list(whole.values())
 
     def _prune(self, members: Sequence[Member], step: int) -> None:
         if self.ranks.is_main:

@@ -1,5 +1,6 @@
 """The train loop: batches in seeded order, the step of ptp_ds.training.step, evaluation, checkpoints, records."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,6 +45,19 @@ log = get_logger(__name__)
 
 class NonFiniteLossError(UserError):
     """Training diverged; nothing of the broken state was saved."""
+
+
+def require_finite(result: Evaluation, rows: str, step: int) -> None:
+    """NonFiniteLossError for a prompt whose scores are no numbers: a row's first NaN would count as its answer."""
+    if not math.isfinite(result.cross_entropy):
+        raise _not_finite(f"cross-entropy on the {rows} rows", step)
+
+
+def _not_finite(what: str, step: int) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"The {what} is not finite at step {step}; nothing was saved after the last checkpoint. Start anew in another "
+        "--output_dir, with a lower --lr, --sigma or --epsilon or a higher --warmup_steps."
+    )
 
 
 @dataclass(frozen=True)
@@ -267,7 +281,8 @@ class Trainer:
     def after_step(self, progress: Progress, meter: "Meter") -> None:
         """Logs, evaluates and saves where step progress.step is one for it; all ranks must call it.
 
-        Raises NonFiniteLossError on every rank where the loss or the gradient of any step isn't finite.
+        Raises NonFiniteLossError on every rank where the loss or the gradient of any step isn't finite, or the prompt's
+        cross-entropy on the selection rows.
         """
         due = self.due(progress)
         if not due.logs:
@@ -297,11 +312,7 @@ class Trainer:
         """The values since the last logged step, to the monitor; NonFiniteLossError: see after_step."""
         window = meter.reduce()
         if window.broken is not None:
-            what, step = window.broken
-            raise NonFiniteLossError(
-                f"The {what} is not finite at step {step}; nothing was saved after the last checkpoint. Start anew "
-                "in another --output_dir, with a lower --lr, --sigma or --epsilon or a higher --warmup_steps."
-            )
+            raise _not_finite(*window.broken)
         prompt = self.engine.prompt()
         progress.step_seconds.append(window.step_seconds)
         progress.tokens_per_second.append(window.tokens_per_second)
@@ -316,7 +327,8 @@ class Trainer:
             self.monitor.train(progress.step, values)
 
     def select(self, progress: Progress, prompt: Tensor, result: Evaluation, output: OutputGuard) -> None:
-        """Keeps the prompt where its scores on the selection rows are good enough; see Evaluation."""
+        """Keeps the prompt where its scores on the selection rows are good enough; see Evaluation, require_finite."""
+        require_finite(result, "selection", progress.step)
         marker = ""
         progress.stale = 0 if result.score > progress.highest else progress.stale + 1
         progress.highest = max(progress.highest, result.score)

@@ -1,8 +1,10 @@
-"""What a population's members must share, where they go on, and one that ends or whose gradient is not finite."""
+"""What a population's members must share, where they go on, and one that ends or whose numbers are not finite."""
 
 import errno
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from sklearn.metrics import f1_score
 
 import ptp_ds
+from ptp_ds.commands import one_run, population
 from ptp_ds.commands.members import prepare_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -18,8 +21,9 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split
 from ptp_ds.training import step
 from ptp_ds.training.checkpoint import saved_steps
+from ptp_ds.training.engine import Engine
 from ptp_ds.training.monitor import Monitor
-from ptp_ds.training.trainer import Trainer
+from ptp_ds.training.trainer import NonFiniteLossError, Trainer
 from tests.support.paths import ROOT
 from tests.support.populations import distance, state_of
 
@@ -299,3 +303,51 @@ def test_a_member_beyond_all_numbers_beside_others_that_a_network_makes(job, tmp
     ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
     assert float(theirs["adam_step"]) == float(ours["adam_step"]) == 20
     assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
+
+
+# scores that are not finite
+
+
+def test_a_selection_score_that_is_not_finite_is_no_score(job, tmp_path, monkeypatch):
+    """Nothing of its step is kept or saved; of several prompts it is that one which ends."""
+    real = Engine.kept
+
+    def kept(engine):
+        """Of several prompts the last is broken, or the lone one; each has 4 rows."""
+        prompts = real(engine)
+        prompts[-4:] = math.nan
+        return prompts
+
+    monkeypatch.setattr(Engine, "kept", kept)
+    said = "The cross-entropy on the selection rows is not finite at step 1"
+    given = {"max_steps": 1, "eval_every": 1}
+    with pytest.raises(NonFiniteLossError, match=f"^{said}; nothing was saved after the last checkpoint"):
+        job("alone", **given)
+    assert steps_of(tmp_path / "alone") == []
+    assert not (tmp_path / "alone" / "adapter").exists()
+    together = job("all", seeds="0 1", **given)
+    assert [one["failed"] for one in together.record["members"]] == [None, said]
+    assert [one["metrics"] is None for one in together.record["members"]] == [False, True]
+    assert [steps_of(tmp_path / "all" / "members" / name) for name in ("seed-0", "seed-1")] == [[1], []]
+
+
+def test_a_last_score_that_is_not_finite_is_no_result(job, tmp_path, monkeypatch):
+    """Seed 0's, on the rows that are reported."""
+    real = one_run.report_run
+
+    def broken(prepared, trainer, progress, result, untrained):
+        bad = replace(result, cross_entropy=math.nan) if prepared.run.seed == 0 else result
+        return real(prepared, trainer, progress, bad, untrained)
+
+    monkeypatch.setattr(one_run, "report_run", broken)
+    monkeypatch.setattr(population, "report_run", broken)
+    said = "The cross-entropy on the --eval_split rows is not finite at step 1"
+    given = {"max_steps": 1, "eval_every": 1}
+    with pytest.raises(NonFiniteLossError, match=f"^{said};"):
+        job("alone", **given)
+    together = job("all", seeds="0 1", **given)
+    assert [one["failed"] for one in together.record["members"]] == [said, None]
+    assert [one["metrics"] is None for one in together.record["members"]] == [True, False]
+    for folder in (tmp_path / "alone", tmp_path / "all" / "members" / "seed-0"):
+        assert not (folder / "adapter").exists()
+        assert not (folder / "result.json").exists()
