@@ -291,6 +291,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(redacted(value), indent=2) + "\n")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """safetensors, written beside `path` and renamed."""
+    from safetensors.torch import save_file
+
+    work = path.with_name(f".{path.name}.writing")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work)
+    _sync(work)
+    os.replace(work, path)
+
+
 def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """One object a line; see write_text."""
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -18,7 +18,7 @@ from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.checkpoint import load_checkpoint, saved_steps, step_folder
 from ptp_ds.training.continuation import Continuation, checked_output_dir
-from ptp_ds.training.population import FAILED
+from ptp_ds.training.failed import failure_in
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.trackers import require_trackers
 
@@ -182,7 +182,6 @@ def _has_ended(prepared: Prepared) -> bool:
 
 def failure_of(prepared: Prepared) -> str:
     """The sentence that ended a member before the job was resumed; '' for one that goes on."""
-    if prepared.run.resume is None or prepared.output_dir is None or not is_file(prepared.output_dir / FAILED):
+    if prepared.run.resume is None or prepared.output_dir is None:
         return ""
-    record = read_json(prepared.output_dir / FAILED, str(prepared.output_dir / FAILED))
-    return str(record.get("failed", "")) if isinstance(record, dict) else ""
+    return failure_in(prepared.output_dir)

@@ -138,15 +138,18 @@ def default_output_dir(prepared: Prepared, ranks: Ranks) -> Path:
     return Path("runs") / f"{prepared.task.name}-{run.chosen_perturbation.name}-{run.seed}-{stamp}"
 
 
-def open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard) -> None:
-    """The run's folder with its config.json; checkpoints and results that it doesn't go on from are set aside."""
+def open_output(prepared: Prepared, ranks: Ranks, output: OutputGuard, stays: bool = False) -> None:
+    """The run's folder with its config.json; checkpoints and results that it doesn't go on from are set aside.
+
+    stays: whether the run goes on no more, so that its results are those of its end.
+    """
     if ranks.is_main:
         description, continuation = config_record(prepared, ranks), prepared.continuation
         damaged, left = bool(continuation.skipped), []
         with output.writing():
             output.folder.mkdir(parents=True, exist_ok=True)
             write_json(output.folder / "config.json", description)
-            left = set_results_aside(output.folder, continuation)
+            left = [] if stays else set_results_aside(output.folder, continuation)
             if continuation.folder is not None:
                 left += set_aside(output.folder / "checkpoints", continuation.folder, damaged)
         if left and not damaged:

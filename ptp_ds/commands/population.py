@@ -31,10 +31,11 @@ from ptp_ds.ranks.watchdog import Watchdog
 from ptp_ds.training.checkpoint import Checkpoint
 from ptp_ds.training.engine import AVERAGE, MOMENTS
 from ptp_ds.training.evaluate import Evaluation, majority_metrics
+from ptp_ds.training.failed import forget_failure, take_failure
 from ptp_ds.training.fingerprints import fingerprints, require_agreement
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.monitor import Listener
-from ptp_ds.training.population import FAILED, Member, PopulationTrainer, member_engine
+from ptp_ds.training.population import Member, PopulationTrainer, member_engine
 from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
@@ -105,8 +106,8 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
         output = OutputGuard(ranks, _folder(one))
         if ranks.is_main and is_new:  # what failed before may have had other settings
             with output.writing():
-                (_folder(one) / FAILED).unlink(missing_ok=True)
-        open_output(one, ranks, output)
+                forget_failure(_folder(one))
+        open_output(one, ranks, output, stays=ranks.is_main and bool(failure_of(one)))
     trainer = _open(members, ranks, watchdog, folder)
     log.info("  output: %s", folder)
     if step := _step_behind(trainer.members):
@@ -207,10 +208,12 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
         checkpoint = saved[number]
         progress = Progress() if checkpoint is None else progress_from(checkpoint)
         progress.ended = checkpoint is not None and checkpoint.ended
+        if failed := failure_of(one):
+            take_failure(progress, _folder(one), one.identity)
         unit = found[0].trainer.settings.unit if found else perturbation_unit(one, backbone)
         output = OutputGuard(ranks, _folder(one))
         trainer = open_trainer(one, member_engine(engine, number), progress, unit, output, watchdog, speaks=False)
-        found.append(Member(name, one, trainer, progress, Meter(ranks), failure_of(one)))
+        found.append(Member(name, one, trainer, progress, Meter(ranks), failed))
     output = OutputGuard(ranks, folder)
     with output.writing():
         settings = shared_settings([one.run for one in prepared])

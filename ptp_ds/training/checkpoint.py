@@ -196,13 +196,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(meta, dict):
         raise UserError(f"{where} can't be read: no JSON object{_HINT}.")
     if (found := meta.get("format", _PLAIN)) not in (_PLAIN, _IN_PARTS) or isinstance(found, bool):
-        later = _is_count(found) and _IN_PARTS < found < 1000  # may have other fields; else a damaged number
+        later = is_count(found) and _IN_PARTS < found < 1000  # may have other fields; else a damaged number
         error = OtherFormatError if later else UserError
         raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_PLAIN} and {_IN_PARTS}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
     micro_tokens, ended = meta.get("micro_tokens"), meta.get("ended", False)
-    fine = _is_count(step) and (micro_tokens is None or _is_count(micro_tokens)) and isinstance(ended, bool)
-    if not fine or not isinstance(identity, dict) or not (best is None or _is_best(best)):
+    fine = is_count(step) and (micro_tokens is None or is_count(micro_tokens)) and isinstance(ended, bool)
+    if not fine or not isinstance(identity, dict) or not (best is None or is_best(best)):
         raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
@@ -222,18 +222,18 @@ def _carried(folder: Path, meta: dict[str, Any], in_parts: bool) -> dict[Path, s
     return files
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
-def _is_best(best: Any) -> bool:
+def is_best(best: Any) -> bool:
     """Whether `best` is what Checkpoint says: step, an Evaluation's fields; older ones lack highest and stale."""
     if not isinstance(best, dict) or best.keys() - {"highest", "stale"} != {"step", "evaluation"}:
         return False
     highest = best.get("highest", 0.0)
     if (
-        not _is_count(best["step"])
-        or not _is_count(best.get("stale", 0))
+        not is_count(best["step"])
+        or not is_count(best.get("stale", 0))
         or not isinstance(highest, float)
         or not math.isfinite(highest)
     ):
@@ -246,7 +246,7 @@ def _is_best(best: Any) -> bool:
     ):
         return False
     numbers = (*scores["metrics"].values(), *map(scores.get, _NUMBERS))
-    return all(isinstance(x, float) or _is_count(x) for x in numbers) and scores["examples"] >= 1
+    return all(isinstance(x, float) or is_count(x) for x in numbers) and scores["examples"] >= 1
 
 
 def _verify(file: Path, digest: Any) -> None:

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ptp_ds.files import write_json
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.faults import OutputGuard
@@ -21,6 +20,7 @@ from ptp_ds.training.checkpoint import prune
 from ptp_ds.training.drawn import Ahead, Drawn
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, Questions, evaluation_of, score_prompts
+from ptp_ds.training.failed import write_failure
 from ptp_ds.training.member_adamw import MemberRate
 from ptp_ds.training.meter import Meter
 from ptp_ds.training.micro_batches import summed
@@ -34,9 +34,6 @@ from ptp_ds.training.step import StepLoss, carried_delta, loss_of_all
 from ptp_ds.training.trainer import NonFiniteLossError, Trainer
 
 log = get_logger(__name__)
-
-
-FAILED = "failed.json"  # in a member's folder: at which step it ended, and the sentence
 
 
 @dataclass
@@ -278,7 +275,7 @@ class PopulationTrainer:
         log.warning("warning: member %s: %s; %s, the others go on", member.name, member.failed, kept)
         if self.ranks.is_main:
             with output.writing():
-                write_json(output.folder / FAILED, {"step": member.progress.step, "failed": member.failed})
+                write_failure(output.folder, member.failed, member.progress, member.trainer.identity)
 
     def _select(self, members: Sequence[Member], guards: Mapping[str, OutputGuard]) -> list[Member]:
         """Scores prompts on the selection rows; the members without those whose scores are not finite, which end."""

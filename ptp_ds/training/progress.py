@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,19 @@ class Progress:
     scored: bool = False
     carried: Carried | None = None
 
+    def best_record(self) -> dict[str, Any] | None:
+        """What is written of the prompt to keep, beside itself; see Checkpoint."""
+        if self.best is None:
+            return None
+        scores = self.best.as_dict()
+        return {"step": self.best_step, "evaluation": scores, "highest": self.highest, "stale": self.stale}
+
+    def keep(self, record: Mapping[str, Any], prompt: Tensor) -> None:
+        """The prompt to keep, as best_record has told it; older ones lack highest and stale."""
+        self.best, self.best_prompt = Evaluation(**record["evaluation"]), prompt
+        self.best_step, self.stale = int(record["step"]), int(record.get("stale", 0))
+        self.highest = float(record.get("highest", self.best.score))  # before it, best was highest
+
 
 def progress_from(checkpoint: Checkpoint) -> Progress:
     """The progress that a checkpoint recorded."""
@@ -42,11 +56,7 @@ def progress_from(checkpoint: Checkpoint) -> Progress:
     if checkpoint.carried or "carried_delta" in checkpoint.tensors:
         progress.carried = Carried(files=tuple(checkpoint.carried), whole=checkpoint.tensors.get("carried_delta"))
     if checkpoint.best is not None:
-        progress.best = Evaluation(**checkpoint.best["evaluation"])
-        progress.best_step = int(checkpoint.best["step"])
-        progress.best_prompt = checkpoint.tensors["best_prompt"]
-        progress.highest = float(checkpoint.best.get("highest", progress.best.score))  # before it, best was highest
-        progress.stale = int(checkpoint.best.get("stale", 0))
+        progress.keep(checkpoint.best, checkpoint.tensors["best_prompt"])
     return progress
 
 

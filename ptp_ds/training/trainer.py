@@ -354,15 +354,10 @@ class Trainer:
         if progress.best_prompt is not None:
             tensors["best_prompt"] = progress.best_prompt
         carried = self._carried_parts(progress)
-        best = None
-        if progress.best is not None:
-            best = {
-                "step": progress.best_step, "evaluation": progress.best.as_dict(), "highest": progress.highest,
-                "stale": progress.stale,
-            }  # fmt: skip
         if self.ranks.is_main:
             most = self.engine.backbone.activations.most_tokens
-            checkpoint = Checkpoint(progress.step, tensors, best, self.identity, {}, most, progress.ended)
+            best, step = progress.best_record(), progress.step
+            checkpoint = Checkpoint(step, tensors, best, self.identity, {}, most, progress.ended)
             keep = self.run.keep_checkpoints if prunes else None
             with output.writing():
                 save_checkpoint(self.output_dir / "checkpoints", checkpoint, keep, carried)

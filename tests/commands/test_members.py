@@ -26,6 +26,7 @@ from ptp_ds.training.monitor import Monitor
 from ptp_ds.training.trainer import NonFiniteLossError, Trainer
 from tests.support.paths import ROOT
 from tests.support.populations import distance, state_of
+from tests.support.runs import adapter
 
 RUN = {"task": "COPA", "prompt_length": 4, "batch_size": 4, "max_steps": 20, "schedule_steps": 20, "eval_every": 10,
        "save_every": 5, "eval_tokens": 600, "lr": 0.05, "log_every": 1, "perturbation": "gaussian",
@@ -192,6 +193,31 @@ def test_a_failure_is_forgotten_where_nothing_was_saved(job, tmp_path, monkeypat
     again = job("all", population=members(0.05), **given)
     assert [(one["failed"], one["steps"]) for one in again.record["members"]] == [(None, 4)] * 2
     assert not failed.exists()
+
+
+def test_a_member_that_failed_keeps_its_prompt_and_results(job, tmp_path, monkeypatch):
+    """It had scored a prompt and saved none, and the others go on from a step behind its failure."""
+    given = {"seeds": "0 1", "max_steps": 4, "eval_every": 2, "save_every": 4}
+    said, real = "The loss is not finite at step 3", Trainer.log
+
+    def breaks(trainer, progress, *args):
+        if (trainer.run.seed, progress.step) == (1, 3):
+            raise NonFiniteLossError(f"{said}; nothing was saved")
+        real(trainer, progress, *args)
+
+    monkeypatch.setattr(Trainer, "log", breaks)
+    folder, seen = tmp_path / "run" / "members" / "seed-1", []
+    for steps in (4, 6):
+        record = job("run", **{**given, "max_steps": steps}, resume="auto").record["members"][1]
+        assert (record["failed"], record["steps"], record["best_step"]) == (said, 3, 2)
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["steps"], result["metrics"]) == (3, record["metrics"])
+        seen.append((record["metrics"], adapter(folder).tolist()))
+    assert seen[0] == seen[1]
+    assert not list(folder.glob("*.left"))
+    (folder / "kept.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"kept\.safetensors is missing or altered .*; put a copy back or start anew"):
+        job("run", **{**given, "max_steps": 6}, resume="auto")
 
 
 @pytest.mark.parametrize("lost", ["a file", "all of one"])
