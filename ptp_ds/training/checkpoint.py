@@ -55,7 +55,8 @@ class Checkpoint:
     identity: what must not change between save and resume (model, task, prompt, data, seed ...). carried: of one that
     was read, the files of carried deltas (ptp_ds.training.carried), a rank's each, and their sha256. micro_tokens:
     those of a micro-batch, where they go one after the other: sums are the same to the bit only in the same parts.
-    ended: whether a callback had ended the run; older ones don't say.
+    ended: whether a callback had ended the run; older ones don't say. scored: whether the step's prompt was scored on
+    the selection rows; None where an older one doesn't say.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Checkpoint:
     carried: dict[Path, str] = field(default_factory=dict)
     micro_tokens: int | None = None
     ended: bool = False
+    scored: bool | None = None
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int | None, carried: Iterable[Part] = ()) -> Path:
@@ -85,6 +87,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int | None, carrie
             "format": _IN_PARTS if digests else _PLAIN, "step": checkpoint.step, "best": checkpoint.best,
             "identity": checkpoint.identity, "micro_tokens": checkpoint.micro_tokens,
             "sha256": sha256_of(folder / _STATE), "ended": checkpoint.ended,
+            "scored": checkpoint.scored,
         }  # fmt: skip
         if digests:
             meta["carried"] = digests
@@ -200,14 +203,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         error = OtherFormatError if later else UserError
         raise error(f"{folder} has checkpoint format {brief(found)}; this version reads {_PLAIN} and {_IN_PARTS}.")
     step, best, identity = (meta.get(name) for name in ("step", "best", "identity"))
-    micro_tokens, ended = meta.get("micro_tokens"), meta.get("ended", False)
+    micro_tokens, ended, scored = meta.get("micro_tokens"), meta.get("ended", False), meta.get("scored")
     fine = is_count(step) and (micro_tokens is None or is_count(micro_tokens)) and isinstance(ended, bool)
+    fine = fine and (scored is None or isinstance(scored, bool))
     if not fine or not isinstance(identity, dict) or not (best is None or is_best(best)):
         raise UserError(f"{where} can't be read: it has no valid step, identity and best{_HINT}.")
     assert isinstance(step, int)
     _verify(folder / _STATE, meta.get("sha256"))
     tensors = _load_tensors(folder / _STATE, best is not None)
-    return Checkpoint(step, tensors, best, identity, _carried(folder, meta, found == _IN_PARTS), micro_tokens, ended)
+    carried = _carried(folder, meta, found == _IN_PARTS)
+    return Checkpoint(step, tensors, best, identity, carried, micro_tokens, ended, scored)
 
 
 def _carried(folder: Path, meta: dict[str, Any], in_parts: bool) -> dict[Path, str]:

@@ -18,8 +18,8 @@ class Progress:
     """What changes while training: optimizer steps done, timings of logged steps, and the prompt to keep.
 
     best, best_prompt, best_step: the latest evaluation within one standard error of the highest score; highest: that;
-    stale: evaluations since it rose. ended: whether a listener has ended the run. scored: whether the checkpoint that
-    it goes on from was a run's end, and so evaluated.
+    stale: evaluations since it rose. ended: whether a listener has ended the run. scored: the newest step that was
+    evaluated, 0 for none; None where it goes on from an older checkpoint, which doesn't say.
     """
 
     step: int = 0
@@ -32,7 +32,7 @@ class Progress:
     tokens_per_second: list[float] = field(default_factory=list)
     stopped_by: int = 0
     ended: bool = False
-    scored: bool = False
+    scored: int | None = 0
     carried: Carried | None = None
 
     def best_record(self) -> dict[str, Any] | None:
@@ -51,13 +51,20 @@ class Progress:
 
 def progress_from(checkpoint: Checkpoint) -> Progress:
     """The progress that a checkpoint recorded."""
-    scored = checkpoint.ended or checkpoint.identity.get("max_steps") == checkpoint.step
-    progress = Progress(step=checkpoint.step, scored=scored)
+    progress = Progress(step=checkpoint.step, scored=_scored(checkpoint))
     if checkpoint.carried or "carried_delta" in checkpoint.tensors:
         progress.carried = Carried(files=tuple(checkpoint.carried), whole=checkpoint.tensors.get("carried_delta"))
     if checkpoint.best is not None:
         progress.keep(checkpoint.best, checkpoint.tensors["best_prompt"])
     return progress
+
+
+def _scored(checkpoint: Checkpoint) -> int | None:
+    """Progress.scored; an older checkpoint tells it where it is a run's end."""
+    if checkpoint.scored is None:
+        ends = checkpoint.ended or checkpoint.identity.get("max_steps") == checkpoint.step
+        return checkpoint.step if ends else None
+    return checkpoint.step if checkpoint.scored else 0
 
 
 def median_or_zero(values: Sequence[float]) -> float:

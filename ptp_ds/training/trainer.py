@@ -300,8 +300,11 @@ class Trainer:
 
     def lacks_end(self, progress: Progress) -> bool:
         """Whether a run that a signal stopped unscored shall end there: its last step is evaluated like any other's."""
-        known = progress.best is not None and (progress.scored or _due(progress.step, self.run.eval_every))
-        return progress.step == self.run.max_steps and not known
+        step, scored = progress.step, progress.scored
+        if scored is None and _due(step, self.run.eval_every):
+            scored = step  # an older checkpoint doesn't say: then as often as today
+        known = progress.best is not None and scored == step
+        return step == self.run.max_steps and not known
 
     def _score(self, progress: Progress, output: OutputGuard) -> None:
         self._doing(f"the evaluation behind step {progress.step}")
@@ -329,6 +332,7 @@ class Trainer:
     def select(self, progress: Progress, prompt: Tensor, result: Evaluation, output: OutputGuard) -> None:
         """Keeps the prompt where its scores on the selection rows are good enough; see Evaluation, require_finite."""
         require_finite(result, "selection", progress.step)
+        progress.scored = progress.step
         marker = ""
         progress.stale = 0 if result.score > progress.highest else progress.stale + 1
         progress.highest = max(progress.highest, result.score)
@@ -357,7 +361,8 @@ class Trainer:
         if self.ranks.is_main:
             most = self.engine.backbone.activations.most_tokens
             best, step = progress.best_record(), progress.step
-            checkpoint = Checkpoint(step, tensors, best, self.identity, {}, most, progress.ended)
+            scored = progress.scored == step
+            checkpoint = Checkpoint(step, tensors, best, self.identity, {}, most, progress.ended, scored)
             keep = self.run.keep_checkpoints if prunes else None
             with output.writing():
                 save_checkpoint(self.output_dir / "checkpoints", checkpoint, keep, carried)

@@ -22,6 +22,7 @@ from ptp_ds.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from ptp_ds.training.progress import progress_from
 
 IDENTITY = {"task": {"name": "CB", "text": "{premise}"}, "seed": 3, "lr": 0.1, "max_length": None}
 
@@ -68,9 +69,21 @@ def test_a_run_that_a_callback_has_ended(tmp_path):
     assert not load_checkpoint(folder).ended
     changed_meta(folder, ended=...)
     assert not load_checkpoint(folder).ended
-    changed_meta(folder, ended="no")
-    with pytest.raises(ValueError, match="it has no valid step, identity and best; resume from another checkpoint"):
-        load_checkpoint(folder)
+    for name in ("ended", "scored"):
+        changed_meta(folder, **{"ended": False, "scored": False, name: "no"})
+        with pytest.raises(ValueError, match="it has no valid step, identity and best; resume from another checkpoint"):
+            load_checkpoint(folder)
+
+
+def test_whether_the_step_was_scored(tmp_path):
+    """Older checkpoints say it by their identity, where they are a run's end, and otherwise not."""
+    for told, scored in ((True, 5), (False, 0), (None, None)):
+        folder = save_checkpoint(tmp_path, checkpoint(scored=told), keep=1)
+        assert progress_from(load_checkpoint(folder)).scored == scored
+    changed_meta(folder, scored=...)
+    assert progress_from(load_checkpoint(folder)).scored is None
+    changed_meta(folder, identity={**IDENTITY, "max_steps": 5})
+    assert progress_from(load_checkpoint(folder)).scored == 5
 
 
 def test_nothing_is_pruned_before_it_is_asked_for(tmp_path):

@@ -63,3 +63,22 @@ def test_it_ends_where_it_was_stopped(tiny_model, tmp_path, seeds, eval_every):
     for folder in (stopped, out):
         ptp_ds.train(**given, max_steps=step + 2, output_dir=folder, resume="auto")
     assert torch.equal(adapter(stopped / part), adapter(out / part))
+
+
+@pytest.mark.parametrize("seeds", [None, "0-1"])
+def test_an_end_that_other_evaluations_would_have_scored(tiny_model, tmp_path, seeds):
+    """Step 3, stopped where every second one is scored, is scored where it shall be the end of a run that scores every
+    third; and only once."""
+    given = {**QUICK, "model": str(tiny_model), "seeds": seeds, "output_dir": tmp_path / "run"}
+    folder = tmp_path / "run" / ("." if seeds is None else "members/seed-1")
+
+    def stop(line: dict) -> None:
+        if line["kind"] == "train" and line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        ptp_ds.train(**given, max_steps=50, eval_every=2, callbacks=[stop])
+    assert (saved_steps(folder / "checkpoints"), scored_at(folder)) == ([3], [2])
+    for _ in range(2):
+        ptp_ds.train(**given, max_steps=3, eval_every=3, resume="auto")
+        assert scored_at(folder) == [2, 3]
