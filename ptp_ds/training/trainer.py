@@ -271,7 +271,8 @@ class Trainer:
         return progress.ended
 
     def due(self, progress: Progress) -> Due:
-        """What is done behind step progress.step."""
+        """What is done behind step progress.step. An end is scored whatever --eval_every says: a run that goes on from
+        it has an evaluation more than one that was as long from the start."""
         step, run = progress.step, self.run
         ends = step == run.max_steps
         evaluates = _due(step, run.eval_every) or ends
