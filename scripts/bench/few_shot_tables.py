@@ -21,10 +21,15 @@ from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, sp
 
 NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
+    "plain-w30": "plain, `--warmup_steps 30`", "plain-lr01": "plain, `--lr 0.01`",
     "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
     "ptp-adv-warm": "the same with `--reg_warmup_steps 50`",
+    "ptp-adv-right": "the same with `--min_confidence 0.8 --confidence_in label`",
 }  # fmt: skip
-SHORT = {"ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-warm": "adversarial, rising"}
+SHORT = {
+    "plain-w30": "plain, longer warm-up", "plain-lr01": "plain, lower rate", "ptp-rn": "noise",
+    "ptp-adv": "adversarial", "ptp-adv-warm": "adversarial, rising", "ptp-adv-right": "adversarial, where right",
+}  # fmt: skip
 BASE = "plain"
 Pairs = dict[str, tuple[dict[int, float], dict[int, float]]]
 
