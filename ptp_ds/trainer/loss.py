@@ -110,6 +110,7 @@ def ptp_loss(
     zero = torch.zeros((), device=logits.device)
     if not settings.perturbs:
         return PTPLoss(cross_entropy, cross_entropy.detach(), zero, zero, outputs)
+    assert movable is not None
     total, norm = divergence_of(model, batch, logits, answers, settings, step, numbers, movable)
     divergence = total / max(1, answers.count)
     loss = cross_entropy + reg_weight_at(settings.run, step) * divergence
@@ -143,7 +144,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 def divergence_of(
     model: nn.Module, batch: Mapping[str, Any], logits: Tensor, answers: Answers, settings: PTPSettings, step: int,
-    numbers: Tensor | None = None, movable: Tensor | None = None,
+    numbers: Tensor | None, movable: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(the divergence summed over the answers, with gradient to what is trained; mean l2 norm of a row's delta).
 
@@ -152,7 +153,7 @@ def divergence_of(
     ids = batch["input_ids"]
     rows = ids.shape[0]
     numbers = torch.arange(rows, device=ids.device) if numbers is None else numbers.to(ids.device)
-    movable = movable_tokens(model, batch) if movable is None else movable.to(ids.device).bool()
+    movable = movable.to(ids.device).bool()
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
     clean_NC, fixed = answers.scores(logits), settings.divergence_gradient == "clean_fixed"
 

@@ -96,6 +96,8 @@ class PTPMixin:
         of_step = times / (num_items.flatten()[0] if isinstance(num_items, Tensor) else num_items)
         if self.label_smoother is not None or self.compute_loss_func is not None:
             return of_step
+        if gpus == 1 == self.args.gradient_accumulation_steps == self.accelerator.num_processes:
+            return of_step  # the step's answers are the batch's
         # The model's own. Many classifiers take the step's number of answers and don't use it: of the two scales the
         # one that makes this loss of the cross-entropy. DataParallel's losses, one a device, are averaged.
         of_step, of_batch = of_step / gpus, times * of_batch

@@ -6,13 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
@@ -226,9 +220,7 @@ def test_classifiers_and_causal_models_under_every_adapter(adapter, perturbation
 @pytest.mark.parametrize("confidence_in", ["likeliest", "label"])
 def test_a_classifiers_rows_without_a_class_count_nowhere(confidence_in):
     """The loss is that of a batch without them."""
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape)).eval()
+    model = encoder(AutoModelForSequenceClassification)
     ids, labels = torch.randint(5, VOCABULARY, (4, 6)), torch.tensor([0, -100, 1, -100])
     settings = PTPSettings(sigma=0.5, min_confidence=0.4, confidence_in=confidence_in)
     every = ptp_loss(model, {"input_ids": ids, "labels": labels}, settings)
