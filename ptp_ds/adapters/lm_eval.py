@@ -170,14 +170,20 @@ def _choices(task: Task) -> list[str] | str:
 def _special_tokens(served: Served, split: Split) -> bool | None:
     """Whether the harness has to put the tokenizer's special tokens around a text; None where it has none.
 
-    UserError where it would see other tokens: rows that we shorten, special tokens that it puts elsewhere. That a
-    text's tokens don't change where the answer begins is tokenise's own rule.
+    UserError where it would see other tokens: rows that we shorten, answers that we end, special tokens that it puts
+    elsewhere. That a text's tokens don't change where the answer begins is tokenise's own rule.
     """
     tokenizer = served.source.tokenizer
-    if tokenise(served.task, split, tokenizer, served.room).truncated:
+    tokenised = tokenise(served.task, split, tokenizer, served.room)
+    if tokenised.truncated:
         raise UserError(
             "--lm_eval_tasks: some rows are longer than the context; ptp_ds shortens them within a field, lm-eval cuts "
             "their start, so the scores would differ."
+        )
+    if tokenised.ended:
+        raise UserError(
+            "--lm_eval_tasks: some rows' answers are ended by the end-of-text token, since one begins with another; "
+            "lm-eval scores them without, so the scores would differ."
         )
     with_special = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])

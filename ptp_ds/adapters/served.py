@@ -69,8 +69,8 @@ class Served:
 
         labelled: whether the rows' labels are read. Raises ValueError for rows that don't fit (see tokenise).
         """
-        task = self.task
-        found = tokenise(task, split, self.source.tokenizer, self.room - left, labelled)
+        task, source = self.task, self.source
+        found = tokenise(task, split, source.tokenizer, self.room - left, labelled, source.head_plan.kind)
         if found.truncated:
             behind = f" and {left} tokens behind it" if left else ""
             log.warning(

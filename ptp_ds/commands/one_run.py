@@ -89,7 +89,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
-    examples = run_examples(run, task, splits, source.tokenizer, room)
+    examples = run_examples(run, task, splits, source.tokenizer, room, source.head_plan.kind)
     beside = run.prompt_length + rows.extra_tokens
     twin_room = checked_length(source.config, examples.longest + beside, room + beside) - beside
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)

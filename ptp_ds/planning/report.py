@@ -21,13 +21,16 @@ CONFIGS = ("zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme", "zero3_
 _GB, _GIB = 1e9, 2.0**30
 
 
-def row_tokens(run: RunConfig, shape_room: int) -> float | None:
-    """Mean tokens of a row of --task's training split, one stream; None where --model is no folder with a tokenizer."""
+def row_tokens(run: RunConfig, shape_room: int, head: str) -> float | None:
+    """Mean tokens of a row of --task's training split, one stream; None where --model is no folder with a tokenizer.
+
+    head: see tokenise.
+    """
     if not Path(run.model).is_dir():
         return None
     task = load_task(run.task)
     split = load_split(task, run.train_split, run.data_dir, run.dataset)
-    examples = tokenise(task, split, load_tokenizer(Path(run.model)), shape_room).examples
+    examples = tokenise(task, split, load_tokenizer(Path(run.model)), shape_room, head=head).examples
     return sum(example.packed_length for example in examples) / len(examples)
 
 
@@ -36,7 +39,8 @@ def tokens_of(run: RunConfig, explicit: set[str], cluster: Cluster, config: Any)
     if run.tokens_per_step is not None:
         return run.tokens_per_step, "--tokens_per_step"
     room = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
-    mean = row_tokens(run, max(2, room - run.prompt_length)) if {"task", "batch_size"} & explicit else None
+    room, asked = max(2, room - run.prompt_length), {"task", "batch_size"} & explicit
+    mean = row_tokens(run, room, head_kind(config, run.head)) if asked else None
     if mean is None:
         why = "no --tokens_per_step" + (
             f", and {run.model} has no tokenizer here for {run.task}'s rows" if "task" in explicit else ""

@@ -56,5 +56,6 @@ def repeat_to_length(ids: list[int], length: int) -> list[int]:
 
 def label_ids(length: int, tokenizer: Any, vocabulary: int, seed: int, answers: Sequence[Sequence[int]]) -> list[int]:
     """The answers' tokens first, seeded vocabulary rows behind them (Lester et al.: repeat no class word)."""
-    words = [token for answer in answers for token in answer][:length]
+    end = tokenizer.eos_token_id  # told_apart may have put one behind each answer
+    words = [token for answer in answers for token in answer if token != end][:length]
     return words + vocab_ids(length - len(words), tokenizer, vocabulary, seed)

@@ -14,6 +14,7 @@ from ptp_ds.files import is_file, is_folder, listed, plain_name
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
+from ptp_ds.tasks.answers import IN_ORDER, answer_ids, told_apart
 from ptp_ds.tasks.example import Example
 from ptp_ds.tasks.hub_table import load_table
 from ptp_ds.tasks.rows import ENDINGS, FORMATS, STANDARD_INPUT, rows_of_file, rows_of_standard_input
@@ -154,10 +155,11 @@ def _labels_of_classes(names: Sequence[str], task: Task, where: str) -> list[str
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A split ready for packing. truncated: how many rows were shortened."""
+    """A split ready for packing. truncated: how many rows were shortened. ended: how many have answers with an end."""
 
     examples: Sequence[Example]
     truncated: int
+    ended: int
 
 
 def is_labelled(task: Task, split: Split) -> bool:
@@ -171,13 +173,16 @@ def is_labelled(task: Task, split: Split) -> bool:
     return False
 
 
-def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled: bool = True) -> Tokenised:
+def tokenise(
+    task: Task, split: Split, tokenizer: Any, max_length: int, labelled: bool = True, head: str = "causal"
+) -> Tokenised:
     """Examples of a split. max_length: tokens that fit behind the prompt, answers included.
 
     labelled: every row must have its label; without, labels are not read, and the examples are for prediction alone.
+    head: the kind that scores the answers; where it does so token by token, see told_apart.
 
     A longer row loses tokens from the middle of the task's `truncate` field only. Raises ValueError where that can't
-    make it fit, where the tokenizer gives no offsets, or where a context and its answers share a token.
+    make it fit, where the tokenizer gives no offsets, where a context and its answers share a token, or told_apart's.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
@@ -193,10 +198,13 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
     contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
     texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
     answered = iter(_encode(tokenizer, texts))
-    examples, truncated = [], 0
+    examples, truncated, ended = [], 0, 0
     groups: dict[Any, int] = {}
     for number, ((entry, where), (ids, offsets)) in enumerate(zip(entries, contexts, strict=True)):
-        candidates = [_answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
+        candidates = [answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
+        if head in IN_ORDER:
+            candidates, needed = told_apart(candidates, entry.candidates, tokenizer, where)
+            ended += needed
         fields = _field_of_tokens(entry, offsets)
         words = words_of_tokens(entry.context, offsets, fields)
         movable = [name is not None and name not in task.fixed_fields for name in fields]
@@ -211,7 +219,7 @@ def tokenise(task: Task, split: Split, tokenizer: Any, max_length: int, labelled
             words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
             prompt_at=sum(offsets[place][0] < entry.prompt_at for place in keep),
         ))  # fmt: skip
-    return Tokenised(examples, truncated)
+    return Tokenised(examples, truncated, ended)
 
 
 def tail_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -232,15 +240,6 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tupl
             end -= 1
         encoded.append((list(ids[:end]), list(offsets[:end])))
     return encoded
-
-
-def _answer_ids(context: list[int], full: list[int], where: str) -> list[int]:
-    if full[: len(context)] != context or len(full) == len(context):
-        raise UserError(
-            f"{where}: the tokenizer joins the end of the context with the answer's start; "
-            "end the template's text without a space and begin each answer with one."
-        )
-    return full[len(context) :]
 
 
 def _field_of_tokens(row: Rendered, offsets: Sequence[tuple[int, int]]) -> list[str | None]:

@@ -44,21 +44,25 @@ def load_splits(run: RunConfig, task: Task) -> dict[str, Split]:
     return {name: load_split(task, split, run.data_dir, run.dataset) for name, split in split_names(run).items()}
 
 
-def run_examples(run: RunConfig, task: Task, splits: Mapping[str, Split], tokenizer: Any, room: int) -> RunExamples:
-    """The splits' rows as examples. room: tokens that fit behind the prompt. Raises ValueError (see tokenise)."""
-    tokenised = {name: tokenise(task, split, tokenizer, room) for name, split in splits.items()}
+def run_examples(
+    run: RunConfig, task: Task, splits: Mapping[str, Split], tokenizer: Any, room: int, head: str
+) -> RunExamples:
+    """The splits' rows as examples. room: tokens that fit behind the prompt; head: see tokenise. Raises ValueError."""
+    tokenised = {name: tokenise(task, split, tokenizer, room, head=head) for name, split in splits.items()}
     train, select = _train_and_select(run, tokenised)
-    predict_split, predict = _to_predict(run, task, tokenizer, room)
+    predict_split, predict = _to_predict(run, task, tokenizer, room, head)
     truncated = sum(part.truncated for part in tokenised.values())
     return RunExamples(train, select, tokenised["eval"].examples, truncated, predict_split, predict)
 
 
-def _to_predict(run: RunConfig, task: Task, tokenizer: Any, room: int) -> tuple[Split | None, Sequence[Example]]:
+def _to_predict(
+    run: RunConfig, task: Task, tokenizer: Any, room: int, head: str
+) -> tuple[Split | None, Sequence[Example]]:
     """--predict_split's rows, read without labels; ValueError where its prediction file couldn't be written."""
     if run.predict_split is None:
         return None, ()
     split = load_split(task, run.predict_split, run.data_dir, run.dataset)
-    examples = tokenise(task, split, tokenizer, room, labelled=False).examples
+    examples = tokenise(task, split, tokenizer, room, labelled=False, head=head).examples
     check_numbers(task, split, len(examples))
     return split, examples
 

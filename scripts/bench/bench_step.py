@@ -303,7 +303,7 @@ def bench_length(args: argparse.Namespace, length: int, of_precision: dict[str, 
         task = load_task(name)
         split = load_split(task, args.split, args.data_dir or None, None)
         room = min(2048, row_room(None, length, backbone.model.config)) - backbone.rows.extra_tokens
-        examples = list(tokenise(task, split, first.sides.tokenizer, room).examples)
+        examples = list(tokenise(task, split, first.sides.tokenizer, room, head=first.sides.plan.kind).examples)
         for rows in args.rows:
             batches = draw_batches(examples, rows, args.pairs + 1, seed=0)
             for bench in benches:

@@ -88,7 +88,8 @@ def main() -> int:
     for precision in args.precisions:
         run = RunConfig(ds_config=DEFAULT_DS_CONFIG, precision=precision)
         sides = Sides.of(args.model, task, run, ranks, "soft", args.rows)
-        batch = draw_batches(list(tokenise(task, split, sides.tokenizer, 1000).examples), args.rows, 1, seed=0)[0]
+        examples = tokenise(task, split, sides.tokenizer, 1000, head=sides.plan.kind).examples
+        batch = draw_batches(list(examples), args.rows, 1, seed=0)[0]
         for length in args.prompt_lengths:
             ours, _ = sides.open_ours(length)
             for method in args.methods:

@@ -148,6 +148,8 @@ def test_models_rows_and_tokenizers_that_it_treats_otherwise(served, tmp_path):
     long = {**ROWS["RTE"], "premise": "It rains. " * 300}
     folder, split = tmp_path / "tasks", rows_of(ROWS["RTE"])
     assert "some rows are longer than the context" in refusal(write_harness_task, folder, served, rows_of(long))
+    alike = replace(served.task, answers={"entailment": " 10", "not_entailment": " 1"})
+    assert "since one begins with another" in refusal(write_harness_task, folder, replace(served, task=alike), split)
     two = replace(served, folders=served.folders * 2)
     assert "lm-eval knows no ensembles" in refusal(write_harness_task, folder, two, split)
     masked = replace(served.source, head_plan=replace(served.source.head_plan, kind="masked"))
