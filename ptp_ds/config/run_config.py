@@ -183,7 +183,8 @@ class RunConfig:
                              "many layers as fit", ACTIVATIONS)  # fmt: skip
     schedule: str = _memory(
         "auto", "breadth: all micro-batches through a layer before the next; depth: one micro-batch through all "
-        "layers; auto: depth where each rank has all weights and the activations of a step don't fit", SCHEDULES,
+        "layers; auto: depth where each rank has all weights and the activations of a step don't fit, and on the "
+        "generic path", SCHEDULES,
     )  # fmt: skip
     chunk_tokens: int | None = _memory(
         None, "tokens that a layer handles at a time (whole rows): bounds memory under recompute; default: 2048, on a "

@@ -10,6 +10,7 @@ from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.frozen_linear import explain_product
 from ptp_ds.backbone.frozen_ops import explain_fused
 from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.kernels import explain
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
 from ptp_ds.perturb.units import unit_of, vanishes
@@ -74,6 +75,7 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
         )
     if refused is not None:
         log.info("  generic path, padded and slower: %s", refused.finding)
+        _warn_unheeded(run)
     if backbone.shards.shared and ranks.world > 1:
         log.info("  shards: one memory that the %d ranks of this host share; nothing is sent", ranks.world)
     elif backbone.shards.shared:
@@ -87,12 +89,29 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
 
 
 def _scheduled(prepared: Prepared, backbone: Backbone, ranks: Ranks) -> Activations:
-    """How micro-batches go through the layers, the same on all ranks; all ranks must call it."""
-    activations, checkpoint = backbone.activations, prepared.continuation.checkpoint
+    """How micro-batches go through the layers, the same on all ranks; all ranks must call it.
+
+    On the generic path, whose layers are the family's own, all rows of a forward go through a layer at once: the
+    micro-batches that are asked for are forwards of their own.
+    """
+    activations, checkpoint, wanted = backbone.activations, prepared.continuation.checkpoint, prepared.run.schedule
+    if not backbone.packs and wanted == "auto" and prepared.run.gradient_accumulation_steps > 1:
+        wanted = "depth"
     resident = backbone.shards.shared or not backbone.shards.sharded
     fit = -ranks.host_max(-activations.fit)
     before = checkpoint.micro_tokens if checkpoint is not None else None
-    return activations.scheduled(prepared.run.schedule, resident, fit, before)
+    return activations.scheduled(wanted, resident, fit, before)
+
+
+def _warn_unheeded(run: RunConfig) -> None:
+    """Warns of settings that were given and that the generic path doesn't read: its layers are the family's own."""
+    given = [f"--{name}" for name in ("activations", "chunk_tokens") if getattr(run, name) != getattr(RunConfig, name)]
+    if given:
+        log.warning(
+            "warning: %s %s no effect on the generic path, which keeps all activations of a micro-batch; give more "
+            "--gradient_accumulation_steps to save memory there", " and ".join(given),
+            "have" if len(given) > 1 else "has",
+        )  # fmt: skip
 
 
 def made_from(prepared: Prepared) -> Reparametrised | None:

@@ -1,16 +1,19 @@
-"""How training starts: the prompt that --prompt_init names."""
+"""How training starts: the prompt that --prompt_init names, what the backbone's path makes of settings."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+import ptp_ds
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.training import start
 from ptp_ds.training.start import initial_trained
+from tests.support.reference import relative_error
+from tests.support.runs import adapter
 
 
 def test_labels_start_at_the_tokens_that_are_scored(tiny_model, tokenizer):
@@ -45,3 +48,35 @@ def test_deltas_that_the_dtype_loses_are_told(tiny_model, monkeypatch):
         assert start.perturbation_unit(one, stub) == 5.0
         told[name] = any("deltas of norm 4.0e-03 on a token are mostly lost" in line for line in said)
     assert told == {"short": False, "long": True, "per token": False, "fp32": False}
+
+
+def test_the_generic_path_takes_the_micro_batches_that_are_asked_for(tiny_model, tmp_path, monkeypatch):
+    """One after the other, with the prompt of the run that takes all rows in one forward; --activations is told of."""
+    torch.manual_seed(3)
+    config = BloomConfig(vocab_size=600, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bloom")
+    forward, rows, said = BloomForCausalLM.forward, [], []
+
+    def counted(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            rows.append(kwargs["inputs_embeds"].shape[0])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(BloomForCausalLM, "forward", counted)
+    monkeypatch.setattr(start.log, "warning", lambda text, *values: said.append(text % values))
+    found, seen = {}, {}
+    for schedule in ("auto", "breadth"):
+        rows.clear()
+        ptp_ds.train(
+            task="RTE", model=tmp_path / "bloom", output_dir=tmp_path / schedule, ds_config="zero2", verbose=False,
+            prompt_length=4, batch_size=8, max_steps=2, gradient_accumulation_steps=4, schedule=schedule,
+            activations="recompute", chunk_tokens=64, perturbation="gaussian",
+        )  # fmt: skip
+        found[schedule], seen[schedule] = adapter(tmp_path / schedule), rows[-(8 if schedule == "auto" else 2) :]
+    assert seen == {"auto": [2 * 4] * 8, "breadth": [8 * 4] * 2}  # two streams, two answers of several tokens
+    assert relative_error(found["auto"], found["breadth"]) < 1e-5
+    assert said.count(
+        "warning: --activations and --chunk_tokens have no effect on the generic path, which keeps all activations of "
+        "a micro-batch; give more --gradient_accumulation_steps to save memory there"
+    ) == 2  # fmt: skip
