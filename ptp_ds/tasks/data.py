@@ -217,7 +217,7 @@ def tokenise(
             candidate_ids=candidates, gold=entry.gold, index=number, golds=entry.golds, names=entry.names,
             group=-1 if entry.key is None else groups.setdefault(entry.key, len(groups)), label=entry.label,
             words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
-            prompt_at=sum(offsets[place][0] < entry.prompt_at for place in keep),
+            prompt_at=sum(offsets[place][1] <= entry.prompt_at for place in keep) if entry.prompt_at else 0,
         ))  # fmt: skip
     return Tokenised(examples, truncated, ended)
 

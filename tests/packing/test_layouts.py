@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import HeadPlan, rows_for
+from ptp_ds.models.source import load_tokenizer
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.tasks import load_task
@@ -173,6 +175,30 @@ def test_the_mark_becomes_a_place_among_the_tokens(tokenizer):
         rows_for(HeadPlan(), task, None, "deep", 5)
     with pytest.raises(ValueError, match="holds <prompt> twice"):
         parse_task({**TEMPLATE, "text": "<prompt>{title}<prompt>{body}"}, "t")
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("About: <prompt>{body}\nTopic:", "About:"), ("About:<prompt> {body}\nTopic:", "About:"),
+        ("About: {body}<prompt>\nTopic:", "About: They won"), ("<prompt>About: {body}\nTopic:", ""),
+        ("About: {body}\nTopic:<prompt>", "About: They won\nTopic:"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("first", ["", "<eos>"])
+def test_a_word_behind_the_mark_keeps_its_space_and_stands_behind_the_prompt(tiny_model, text, before, first):
+    """first: a special token that the tokenizer puts in front of all; the prompt stands before it only at the start."""
+    tokenizer = load_tokenizer(tiny_model)
+    if first:
+        marks = [(first, tokenizer.eos_token_id)]
+        single = f"{first} $A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=marks)
+    task = parse_task({**TEMPLATE, "text": text, "truncate": "body"}, "t")
+    row = {"body": "They won", "topic": "sport"}
+    (example,) = tokenise(task, Split([row], ["here"], ""), tokenizer, 100).examples
+    ids, whole = list(example.context_ids), first + text.format(body="They won").replace("<prompt>", "")
+    assert tokenizer.decode(ids[: example.prompt_at]) == (first if before else "") + before
+    assert tokenizer.decode(ids) == whole
 
 
 @pytest.mark.slow
