@@ -51,7 +51,7 @@ from ptp_ds.training.continuation import (
 )
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, score_examples
-from ptp_ds.training.examples import load_splits, require_rows_for, run_examples
+from ptp_ds.training.examples import load_splits, nothing_to_change, require_rows_for, run_examples
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.progress import Progress
@@ -95,7 +95,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     require_rows_for(run, rows, examples.train, env_world() * run.gradient_accumulation_steps)
     identity = identity_of(run, task, source, splits, adapter, resolved.dtype, adapter_head)
     changes = continuation.require_same(identity)
-    _warn(run, explicit, continuation, changes)
+    still = nothing_to_change(run, examples.train, source.tokenizer)
+    _warn(run, explicit, continuation, [*changes, *still])
     return Prepared(
         run=run, task=task, source=source, rows=rows, resolved=resolved, examples=examples, continuation=continuation,
         identity=identity, mask_id=mask_id, room=twin_room, output_dir=output_dir, adapter=adapter,

@@ -6,15 +6,15 @@ instead of a search word by word, a few texts a row with all of its swaps made, 
 the most damaging kept. An optimizer step costs one more pass with gradient, over the clean rows, and one without.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ptp_ds.objective import log_probabilities
-from ptp_ds.perturb.neighbours import BARE, WORD, Vocabulary
+from ptp_ds.perturb.neighbours import BARE, WORD, Vocabulary, is_letter
 from ptp_ds.perturb.perturbation import Attacked, Twin
 from ptp_ds.perturb.settings import PerturbSettings
 from ptp_ds.perturb.text_scoring import Gradients, TextScorer
@@ -131,12 +131,12 @@ def swappable(example: Example, vocabulary: Vocabulary) -> list[int]:
 
 
 def _spelled(vocabulary: Vocabulary, token_ids: Sequence[int]) -> str:
-    """The tokens' text, a space for each token of -1."""
-    return "".join(" " if token < 0 else vocabulary.text([token]) for token in token_ids)
+    """The tokens' text, a space for each run of tokens of -1."""
+    return " ".join(vocabulary.text(run) for gap, run in groupby(token_ids, lambda token: token < 0) if not gap)
 
 
 def _stems(text: str) -> set[str]:
-    return {word[:_STEM] for word in re.findall("[a-z]+", text)}
+    return {word[:_STEM] for word in "".join(c if is_letter(c) else " " for c in text).split()}
 
 
 def most_swaps(words: int, share: float) -> int:

@@ -1,30 +1,34 @@
 """Near words: tokens whose input embeddings in the frozen backbone point in nearly the same direction (cosine).
 
-A word here is one token of two or more ASCII letters that begins a word of the text, is no function word, and is not
-merely the beginning of longer words ("discrep"). Only words of one kind are each other's neighbours: all lower case,
-capitalised, or all upper case.
+A word here is one token of two or more letters that begins a word of the text, is no function word, and is not merely
+the beginning of longer words ("discrep"). Only words of one kind are each other's neighbours: of one script, and all
+lower case, capitalised, all upper case, or without case. Scripts that write no spaces have no words here.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.tasks.words import unspaced
 
 OTHER, BARE, WORD = 0, 1, 2  # kinds of tokens: anything else, punctuation or spaces alone, from here on words
-_SPACE_MARKERS = ("\u0120", "\u2581")  # byte-level BPE's and sentencepiece's
+_SPACE_MARKERS = _OF_BYTES, _OF_PIECES = "\u0120", "\u2581"  # byte-level BPE's and sentencepiece's
 _CONTINUES = "##"  # WordPiece's
 _SPACES = "\u0120\u010a\u0109\u010d\u2581 \t\n\r"  # as vocabularies store them
-_CASES = (str.islower, str.istitle, str.isupper)
+_CASES = (str.islower, str.istitle, str.isupper, lambda body: body.lower() == body.upper())
+_DECODER = ByteLevel()
 _CHUNK = 16384  # embeddings that are compared at a time
 _TOKENS = 512  # tokens whose neighbours are looked for at a time
 _SPARE = 8  # more than asked for, compared again in double precision
-# A2T leaves stop words alone as well: swapping them turns sentences round, or breaks them.
+# A2T leaves stop words alone as well: swapping them turns sentences round, or breaks them. English's alone are known.
 _FUNCTION_WORDS = frozenset(re.findall("[a-z]+", """
     about above after again against all am an and any are as at be because been before being below between both but by
     can cannot could did do does doing down during each few for from further had has have having he her here hers him
@@ -37,14 +41,19 @@ _FUNCTION_WORDS = frozenset(re.findall("[a-z]+", """
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Each token's kind (OTHER, BARE, WORD and up) and its text in lower case, with a space where it begins a word."""
+    """Each token's kind (OTHER, BARE, WORD and up) and its text, with a space where it begins a word.
+
+    in_bytes: whether texts hold a character for each byte, as byte-level BPE stores them.
+    """
 
     kinds: Sequence[int]
     texts: Sequence[str]
+    in_bytes: bool = False
 
     def text(self, token_ids: Iterable[int]) -> str:
-        """The tokens' text in lower case; ASCII is legible, the rest as the tokenizer stores it."""
-        return "".join(self.texts[token] for token in token_ids if token < len(self.texts))
+        """The tokens' text in lower case."""
+        texts = [self.texts[token] for token in token_ids if token < len(self.texts)]
+        return (_DECODER.decode(texts) if self.in_bytes else "".join(texts)).lower()
 
     def kind(self, token: int) -> int:
         """OTHER, too, for rows of the embedding that have no token."""
@@ -65,11 +74,15 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     marked = _marked(tokens)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    parts = [(True, "") if n in special else _split(token or "", marked) for n, token in enumerate(tokens)]
+    stored = [(True, "") if n in special else _split(token or "", marked) for n, token in enumerate(tokens)]
+    in_bytes = marked and _count(tokens, _OF_BYTES) > _count(tokens, _OF_PIECES)
+    parts = [(begins, _DECODER.decode([body])) for begins, body in stored] if in_bytes else stored
     pieces = _beginnings(body.lower() for begins, body in parts if begins and _lettered(body))
-    kinds = [OTHER if body.lower() in pieces else _kind(body, begins) for begins, body in parts]
+    numbers = {("LATIN", case): WORD + case for case in range(len(_CASES))}
+    kinds = [OTHER if body.lower() in pieces else _kind(body, begins, numbers) for begins, body in parts]
     kinds = [BARE if token and not token.strip(_SPACES) else kind for token, kind in zip(tokens, kinds, strict=True)]
-    return Vocabulary(kinds, [" " * begins + body.lower() for begins, body in parts])
+    space = _OF_BYTES if in_bytes else " "
+    return Vocabulary(kinds, [space * begins + body for begins, body in stored], in_bytes)
 
 
 def _marked(tokens: Sequence[str | None]) -> bool:
@@ -77,10 +90,12 @@ def _marked(tokens: Sequence[str | None]) -> bool:
 
     A WordPiece vocabulary may hold a marker as a mere character, and any other "##" as punctuation.
     """
-    known = [token for token in tokens if token]
-    begin = sum(token.startswith(_SPACE_MARKERS) and _lettered(token[1:]) for token in known)
-    go_on = sum(token.startswith(_CONTINUES) and _lettered(token.removeprefix(_CONTINUES)) for token in known)
-    return begin > go_on
+    return sum(_count(tokens, marker) for marker in _SPACE_MARKERS) > _count(tokens, _CONTINUES)
+
+
+def _count(tokens: Sequence[str | None], mark: str) -> int:
+    """Words that begin with a mark."""
+    return sum(token.startswith(mark) and _lettered(token.removeprefix(mark)) for token in tokens if token)
 
 
 def _split(token: str, marked: bool) -> tuple[bool, str]:
@@ -92,26 +107,35 @@ def _split(token: str, marked: bool) -> tuple[bool, str]:
 
 
 def _lettered(body: str) -> bool:
-    return len(body) >= 2 and body.isascii() and body.isalpha()
+    return len(body) >= 2 and body[0].isalpha() and not unspaced(body[0]) and all(map(is_letter, body))
+
+
+def is_letter(character: str) -> bool:
+    """Whether it is a letter or stands on one, as vowel signs and accents do."""
+    return character.isalpha() or unicodedata.category(character).startswith("M")
 
 
 def _beginnings(bodies: Iterable[str]) -> set[str]:
-    """Those that others of them continue, all with the same letter, and not as inflections do: with an s or with ly."""
+    """Those that others of them continue, all with the same letter (whatever its accent), and not as inflections do:
+    with an s or with ly."""
     known = set(bodies)
     following: dict[str, set[str]] = {}
     for body in known:
         for end in range(2, len(body)):
             if body[:end] in known:
-                following.setdefault(body[:end], set()).add(body[end])
+                following.setdefault(body[:end], set()).add(unicodedata.normalize("NFD", body[end])[0])
     return {body for body, letters in following.items() if len(letters) == 1 and not letters & {"s", "l"}}
 
 
-def _kind(body: str, begins: bool) -> int:
+def _kind(body: str, begins: bool, numbers: dict[tuple[str, int], int]) -> int:
+    """A token's kind. numbers: the kinds of words met so far, by script and case."""
     if body and body.isascii() and not any(character.isalnum() for character in body):
         return BARE
-    if not begins or not _lettered(body) or body.lower() in _FUNCTION_WORDS:
+    case = next((case for case, holds in enumerate(_CASES) if holds(body)), None)
+    if case is None or not begins or not _lettered(body) or body.lower() in _FUNCTION_WORDS:
         return OTHER
-    return next((WORD + case for case, holds in enumerate(_CASES) if holds(body)), OTHER)
+    script = unicodedata.name(body[0], "").split(" ")[0]
+    return numbers.setdefault((script, case), WORD + len(numbers))
 
 
 class Neighbours:

@@ -33,10 +33,10 @@ def _begins(context: str, start: int) -> bool:
     before, first = context[max(0, start - 1) : start], context[start]
     if not before or before.isspace() or first.isspace():
         return True
-    return first.isalnum() and (_unspaced(first) or _unspaced(before))
+    return first.isalnum() and (unspaced(first) or unspaced(before))
 
 
-def _unspaced(character: str) -> bool:
+def unspaced(character: str) -> bool:
     """Whether the character is of a script without spaces, or of its punctuation."""
     if character.isascii():
         return False

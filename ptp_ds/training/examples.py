@@ -7,6 +7,8 @@ from typing import Any
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.packing.layouts import Rows
+from ptp_ds.perturb.a2t import swappable
+from ptp_ds.perturb.neighbours import vocabulary_of
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import BatchOrder, BudgetOrder, Split, Tokenised, hold_out, load_split, tokenise
 from ptp_ds.tasks.example import Example
@@ -80,6 +82,26 @@ def _train_and_select(
     if not train:
         raise UserError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
     return train, select
+
+
+def nothing_to_change(run: RunConfig, train: Sequence[Example], tokenizer: Any) -> list[str]:
+    """A sentence where the perturbation finds nothing that it may change in any training row: what it adds is 0 then.
+
+    Looks no further than the first row with something. What a perturbation file makes of texts isn't known.
+    """
+    how = run.active_perturbation
+    if how is None or run.target != "input" or (how.in_text and run.chosen_perturbation.sha256 is not None):
+        return []
+    if how.attack is not None:
+        vocabulary = vocabulary_of(tokenizer)
+        if any(swappable(example, vocabulary) for example in train):
+            return []
+        what = "swaps nothing: no training row has a word of one token that may be swapped (see docs/perturbations.md)"
+    elif any(any(example.movable) for example in train):
+        return []
+    else:
+        what = "changes nothing: no training row has a token that may be; leave a field out of 'fixed' and 'values'"
+    return [f"--perturbation {run.perturbation} {what}"]
 
 
 def batch_order(run: RunConfig, rows: Rows, train: Sequence[Example]) -> BatchOrder:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.flags import parse_run
@@ -29,8 +31,9 @@ from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary,
 from ptp_ds.perturb.shared_pass import PassOptions
 from ptp_ds.perturb.text_scoring import TextScorer
 from ptp_ds.tasks import load_task
-from ptp_ds.tasks.data import load_split, tokenise
+from ptp_ds.tasks.data import Split, load_split, tokenise
 from ptp_ds.tasks.example import Example
+from ptp_ds.tasks.template import parse_task
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.deep_prompts import cached_scores, deep_prompt
 from tests.support.packed import make_prompt, plain_twin_gradient, twin_deltas
@@ -273,6 +276,28 @@ def test_words_that_stand_elsewhere_in_the_row_stay():
     assert swappable(replace(row, movable=[True] * 5 + [False] * 5), vocabulary) == []
     assert vocabulary.kind(99) == OTHER
     assert vocabulary.text([7, 0, 99]) == " the river"
+
+
+def cyrillic(text):
+    """Each letter of the Latin alphabet as the Cyrillic one of its number."""
+    return "".join(chr(ord(c) - ord("a") + 0x430) if c.isalpha() else c for c in text)
+
+
+def test_words_of_another_script_are_swapped():
+    """Of a byte-level vocabulary that holds them whole; the question's words, in another form too, stay."""
+    passage, question = cyrillic("old dogs chased one large cat near my house"), cyrillic("did dogs chase this cat")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator([f" {word}\nQ: A: yes no" for word in (passage + " " + question).split() * 3],
+                            trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    task = parse_task({"name": "T", "text": "P: {passage}\nQ: {question}\nA:", "truncate": "passage", "label": "y",
+                       "verbalizers": {"0": " no", "1": " yes"}, "metrics": ["accuracy"]}, "t")  # fmt: skip
+    split = Split([{"passage": passage, "question": question, "y": 0}], ["here"], "")
+    (example,) = tokenise(task, split, tokenizer, 400).examples
+    vocabulary = vocabulary_of(tokenizer)
+    found = [vocabulary.text([example.context_ids[place]]) for place in swappable(example, vocabulary)]
+    assert found == [f" {cyrillic(word)}" for word in ("old", "one", "large", "near", "my", "house")]
 
 
 @pytest.mark.parametrize("name", ["RTE", "CB", "BoolQ", "COPA", "Reviews"])

@@ -5,11 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.perturb.neighbours import BARE, OTHER, WORD, Neighbours, Vocabulary, vocabulary_of
 from tests.support.reference import VOCABULARY, make_model
 from tests.support.words import letters
+
+WORDS = {
+    "English": "wine", "accent": "caf\xe9",
+    "lower": "\u043a\u043e\u0448\u043a\u0430", "other": "\u0441\u043e\u0431\u0430\u043a\u0430",
+    "title": "\u041a\u043e\u0448\u043a\u0430", "upper": "\u0414\u041e\u041c",
+    "Greek": "\u03b3\u03ac\u03c4\u03b1", "Arabic": "\u0642\u0637\u0629",
+    "Hindi": "\u092c\u093f\u0932\u094d\u0932\u0940",
+    "Korean": "\uace0\uc591\uc774", "Chinese": "\u7535\u5f71",
+    "marks": "\xab\xbb", "number": "\u0434\u04301",
+}  # fmt: skip
 
 
 def fake_tokenizer(tokens, special=()):
@@ -30,11 +41,37 @@ def test_kinds_of_tokens_with_a_space_marker(mark):
     words = ["dog", "Dog", "DOG", "dOg", "the", "x", "ing2", "caf\u00e9", "."]
     tokens = ["<s>", *(mark + word for word in words), "dog", ",", None]
     vocabulary = vocabulary_of(fake_tokenizer(tokens, ["<s>"]))
+    accented = WORD if mark == "\u2581" else OTHER  # in a vocabulary of bytes it is half a letter
     assert list(vocabulary.kinds) == [
-        OTHER, WORD, WORD + 1, WORD + 2, OTHER, OTHER, OTHER, OTHER, OTHER, BARE, OTHER, BARE, OTHER
+        OTHER, WORD, WORD + 1, WORD + 2, OTHER, OTHER, OTHER, OTHER, accented, BARE, OTHER, BARE, OTHER
     ]  # fmt: skip
     assert vocabulary.text([1, 10, 11]) == " dogdog,"
-    assert vocabulary.members == {WORD: [1], WORD + 1: [2], WORD + 2: [3]}
+    assert vocabulary.members == {WORD: [1, 8] if accented else [1], WORD + 1: [2], WORD + 2: [3]}
+
+
+@pytest.mark.parametrize("stored", ["bytes", "pieces", "wordpiece"])
+def test_words_of_all_scripts_that_write_spaces(stored):
+    """Of one kind are those of one script and case; vowel signs belong to their letters, Chinese has no words here."""
+    of_bytes, words = ByteLevel(add_prefix_space=False, use_regex=False), list(WORDS.values())
+    tokens = {
+        "bytes": [of_bytes.pre_tokenize_str(f" {word}")[0][0] for word in words], "wordpiece": words,
+        "pieces": [f"\u2581{word}" for word in words],
+    }[stored]  # fmt: skip
+    vocabulary = vocabulary_of(fake_tokenizer(tokens))
+    kinds = dict(zip(WORDS, vocabulary.kinds, strict=True))
+    assert kinds["English"] == kinds["accent"] == WORD
+    assert kinds["lower"] == kinds["other"]
+    apart = ("English", "lower", "title", "upper", "Greek", "Arabic", "Hindi", "Korean")
+    assert len({kinds[name] for name in apart}) == len(apart)
+    assert [name for name, kind in kinds.items() if kind == OTHER] == ["Chinese", "marks", "number"]
+    assert vocabulary.text([2, 0, 8]) == f" {WORDS['lower']} wine {WORDS['Hindi']}"
+    assert vocabulary.text([4]) == f" {WORDS['lower']}", "in lower case"
+
+
+def test_a_letter_with_an_accent_continues_a_beginning_as_the_plain_one_does():
+    words = ["resum", "resume", "resum\u00e9", "caf", "caf\u00e9s", "cafe"]
+    kinds = vocabulary_of(fake_tokenizer([f"\u2581{word}" for word in words])).kinds
+    assert [word for word, kind in zip(words, kinds, strict=True) if kind == OTHER] == ["resum", "caf"]
 
 
 def test_kinds_of_wordpiece_tokens():

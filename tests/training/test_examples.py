@@ -1,14 +1,18 @@
-"""Batches of --tokens_per_step: the same however many share them, and what is refused."""
+"""Batches of --tokens_per_step: the same however many share them, and what is refused; rows that nothing changes."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 
+from ptp_ds.commands import one_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import TreeRows
+from ptp_ds.perturb.neighbours import WORD, vocabulary_of
 from ptp_ds.tasks.example import Example
-from ptp_ds.training.examples import batch_order, require_rows_for
+from ptp_ds.training import examples
+from ptp_ds.training.examples import batch_order, nothing_to_change, require_rows_for
 
 LENGTHS = [120, 300, 180, 240, 100, 260, 140, 280, 160, 220]  # packed tokens of a row, one stream
 
@@ -96,3 +100,37 @@ def test_fewer_rows_than_hands():
         ValueError, match=r"holds 10 of the 10 training rows.* needs a row; give fewer ranks or a smaller --grad"
     ):
         require_rows_for(budget(10**6), TreeRows(), rows_of(), 11)
+
+
+def test_a_perturbation_that_finds_nothing_to_change_is_told(tokenizer, monkeypatch):
+    """A word that may be swapped, or a token that may move, in any row is enough; it looks no further."""
+    fixed = [replace(row, movable=[False] * len(row.movable)) for row in rows_of()]
+    word = replace(rows_of()[0], context_ids=[vocabulary_of(tokenizer).members[WORD][0]], movable=[True])
+    tokens, swaps = ("changes nothing: no training row has a token", "swaps nothing: no training row has a word")
+    for name, target, rows, said in (
+        ("pgd", "input", fixed, tokens), ("gaussian", "input", fixed, tokens), ("mask", "input", fixed, tokens),
+        ("a2t", "input", fixed, swaps), ("a2t", "input", rows_of(), swaps), ("a2t", "input", [*fixed, word], None),
+        ("pgd", "input", [*fixed, *rows_of()], None), ("pgd", "prompt", fixed, None), ("none", "input", fixed, None),
+    ):  # fmt: skip
+        found = nothing_to_change(RunConfig(perturbation=name, target=target), rows, tokenizer)
+        assert [sentence.startswith(f"--perturbation {name} {said}") for sentence in found] == [True] * bool(said)
+    assert nothing_to_change(RunConfig(perturbation="pgd", reg_weight=0.0), fixed, tokenizer) == []
+    monkeypatch.setattr(examples, "swappable", lambda row, vocabulary: next(looked) == 2)
+    looked = iter(range(3))
+    assert nothing_to_change(RunConfig(perturbation="a2t"), rows_of(), tokenizer) == []
+
+
+def test_a_run_says_so(tiny_model, tmp_path, write_rows, monkeypatch):
+    spec = {"name": "T", "text": "{x}", "fixed": ["x"], "label": "y", "verbalizers": {"0": " no", "1": " yes"},
+            "metrics": ["accuracy"]}  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    for split in ("train", "val"):
+        write_rows(tmp_path / "T" / f"{split}.jsonl", [{"x": f"text {n}", "y": n % 2} for n in range(4)])
+    said: list[str] = []
+    monkeypatch.setattr(one_run.log, "warning", lambda line, *values: said.append(line % values))
+    run = RunConfig(model=str(tiny_model), task=str(tmp_path / "t.json"), data_dir=str(tmp_path), perturbation="pgd")
+    one_run.prepare(run)
+    assert said == [
+        "warning: --perturbation pgd changes nothing: no training row has a token that may be; leave a field out of "
+        "'fixed' and 'values'"
+    ]
