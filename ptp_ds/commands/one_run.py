@@ -86,7 +86,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
         warn_if_overtaken(given)
         adapter = read_adapter(given, prompt_width(run.prompt, source.config), run.prompt_length, run.prompt)
         adapter_head = starting_head(given, source.config, source.head_plan, task)
-    rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.target)
+    rows = rows_for(source.head_plan, task, source.tokenizer, run.prompt, run.prompt_length, run.delta_target)
     mask_id = mask_token_id(source.tokenizer, run.mask_token)
     room = row_room(run.max_length, run.prompt_length, source.config, source.head_plan) - rows.extra_tokens
     examples = run_examples(run, task, splits, source.tokenizer, room, source.head_plan.kind)

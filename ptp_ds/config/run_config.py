@@ -276,6 +276,11 @@ class RunConfig:
         return self.chosen_perturbation.perturbation if self.perturbs else None
 
     @property
+    def delta_target(self) -> str:
+        """What a delta moves, which rows are laid out for: as without --target where there is no second stream."""
+        return self.target if self.perturbs else "input"
+
+    @property
     def carries(self) -> bool:
         """Whether deltas are carried from one optimizer step to the next."""
         return self.active_perturbation is not None and self.active_perturbation.carries

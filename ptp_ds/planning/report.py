@@ -64,8 +64,8 @@ def plans(
     tokens, source = tokens_of(run, explicit, cluster, config)
     size = 4 if run.precision == "fp32" else 2
     runs = list(members_of(run).values()) if is_population(run) else [run] * members
-    in_rows = kind != "causal" or run.target != "input"
-    load = population_load([load_of(one, shape, size, tokens, in_rows) for one in runs])
+    in_rows = [kind != "causal" or one.delta_target != "input" for one in runs]
+    load = population_load([load_of(one, shape, size, tokens, own) for one, own in zip(runs, in_rows, strict=True)])
     found = []
     for name in CONFIGS:
         layout = layout_of(name, read_ds_config(f"ds_configs/{name}.json"), cluster)

@@ -1,17 +1,22 @@
 """--target prompt and both: each row's own copy of the soft prompt moves, and the gradient is that of plain passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.models.heads import HeadPlan, rows_for
-from ptp_ds.packing.layouts import SeparateRows
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise
 from ptp_ds.perturb.ball import example_norm
 from ptp_ds.perturb.shared_pass import PassOptions
+from ptp_ds.planning.report import plans
+from ptp_ds.planning.work import Cluster
 from ptp_ds.tasks import load_task
 from ptp_ds.training.step import ptp_loss, settings_of
 from tests.support.encoders import PROMPT, make_backbone, make_encoder, make_values
@@ -83,6 +88,21 @@ def test_step_gradient(model, target, perturbation):
 def test_what_it_is_not_for(change):
     with pytest.raises(ValueError, match="--target both is for soft prompts and deltas in embedding space"):
         require_valid(RunConfig(target="both", **change))
+
+
+def test_without_a_second_stream_it_has_no_effect(tiny_model):
+    """Nor on how rows lie, for what a run says that nothing reads; a plan counts the prompt once then."""
+    run = RunConfig(model=str(tiny_model), task="CB", target="prompt")
+    layouts = {}
+    for name, off in (("none", {"perturbation": "none"}), ("lambda", {"reg_weight": 0.0}), ("size", {"sigma": 0.0})):
+        layouts[name] = prepare(replace(run, **off)).rows
+    assert layouts == dict.fromkeys(layouts, prepare(replace(run, perturbation="none", target="input")).rows)
+    assert layouts["none"] == TreeRows()
+    assert isinstance(prepare(run).rows, SeparateRows)
+    rates = dict.fromkeys(("interconnect", "local", "memory", "link", "disk", "operations"), 1e12)
+    cluster = Cluster(hosts=1, gpus=1, gpu_memory=2**35, **rates)
+    prefixes = [plans(cluster, replace(run, **off), set())[1].prefix for off in ({"perturbation": "none"}, {})]
+    assert prefixes == [run.prompt_length, 0]
 
 
 @pytest.mark.slow
