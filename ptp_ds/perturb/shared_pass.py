@@ -85,7 +85,7 @@ class SharedPass:
         gradient = self.scaled_gradient(delta_TH, self._climbed(settings.divergence))
         delta, moved = moved_delta(delta_TH, gradient, self.row, settings, self.clean_TH.detach())
         assert moved is not None
-        if self._ascent_scale != 1.0:  # under fp16: an overflow leaves its example where it was
+        if self.backbone.dtype == torch.float16:  # an overflow leaves its example where it was
             return torch.where(delta.isfinite(), delta, delta_TH)
         self._moved = delta, delta._version, moved
         return delta

@@ -106,9 +106,11 @@ def loss_of_both(
     return StepLoss(total, cross_entropy, divergence, delta_norm, tokens, delta_TH, counted)
 
 
-def _ascent_scale(engine: Engine) -> float:
-    """Under fp16 somewhat below the loss scale, so that ascents don't overflow where training doesn't; else 1."""
-    return max(1.0, engine.loss_scale() / 16)
+def _ascent_scale(engine: Engine, global_count: int, parts: int) -> float:
+    """Under fp16 a sixteenth of what training multiplies a row's loss by (see Engine.backward_sum, summed), so that
+    ascents, whose losses are sums over rows, don't overflow where training doesn't; at least 1, and 1 without fp16."""
+    of_row = engine.ranks.world / global_count if parts == 1 else 1.0
+    return max(1.0, engine.loss_scale() * of_row / 16)
 
 
 def most_rows(row: PackedRow, run: RunConfig, parts: int = 1) -> int:
@@ -140,11 +142,11 @@ def step_in_parts(
     meanwhile: what the host does while the device is at the backward: the update waits for it. Returns the loss of all
     rows and each one's delta to carry on.
     """
-    scale = engine.loss_scale()
+    scale, ascent_scale = engine.loss_scale(), _ascent_scale(engine, global_count, len(rows))
 
     def loss_of(trained: Tensor, part: tuple[PackedRow, Tensor | None, RowPlan | None]) -> tuple[Tensor, StepLoss]:
         row, mine, plan = part
-        options = PassOptions(most_rows(row, run, len(rows)), mine, _ascent_scale(engine), plan)
+        options = PassOptions(most_rows(row, run, len(rows)), mine, ascent_scale, plan)
         loss = ptp_loss(trained, engine.backbone, row, run, settings, noise, options)
         return loss.total, replace(loss, total=loss.total.detach())
 
