@@ -1,7 +1,7 @@
 """A run's data: the splits it reads, the examples that train, select, are reported and are predicted; their batches."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptp_ds.config.run_config import RunConfig
@@ -17,8 +17,9 @@ from ptp_ds.tasks.predictions import check_numbers
 
 @dataclass(frozen=True)
 class RunExamples:
-    """train: those with a right answer among their options. select: those that choose the best prompt. evaluation:
-    those that are reported. predict: of predict_split, without labels. truncated: rows that had to be shortened.
+    """train: those with a right answer among their options, of several the first alone. select: those that choose the
+    best prompt. evaluation: those that are reported. predict: of predict_split, without labels. truncated: rows that
+    had to be shortened.
     """
 
     train: Sequence[Example]
@@ -78,10 +79,21 @@ def _train_and_select(
     else:
         kept, held = hold_out(len(train), run.holdout, run.seed, [example.group for example in train])
         train, select = [train[number] for number in kept], [train[number] for number in held]
-    train = [example for example in train if example.trainable]
+    train = [_with_one_right(example) for example in train if example.trainable]
     if not train:
         raise UserError(f"No row of split {run.train_split!r} has its right answer among its options; none to learn.")
     return train, select
+
+
+def _with_one_right(example: Example) -> Example:
+    """The example without its right candidates but one, which training would push down for that one's sake."""
+    others = {*(example.golds or ())} - {example.gold}
+    if not others:
+        return example
+    kept = [place for place in range(len(example.candidate_ids)) if place not in others]
+    gold, names = kept.index(example.gold), [example.names[place] for place in kept] if example.names else ()
+    candidates = [example.candidate_ids[place] for place in kept]
+    return replace(example, candidate_ids=candidates, names=names, gold=gold, golds=(gold,))
 
 
 def nothing_to_change(run: RunConfig, train: Sequence[Example], tokenizer: Any) -> list[str]:

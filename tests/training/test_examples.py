@@ -1,4 +1,4 @@
-"""Batches of --tokens_per_step: the same however many share them, and what is refused; rows that nothing changes."""
+"""Batches of --tokens_per_step: the same however many share them, and what is refused; what trains."""
 
 import itertools
 import json
@@ -10,9 +10,12 @@ from ptp_ds.commands import one_run
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.perturb.neighbours import WORD, vocabulary_of
+from ptp_ds.tasks import load_task
+from ptp_ds.tasks.data import Split, tokenise
 from ptp_ds.tasks.example import Example
 from ptp_ds.training import examples
-from ptp_ds.training.examples import batch_order, nothing_to_change, require_rows_for
+from ptp_ds.training.examples import batch_order, nothing_to_change, require_rows_for, run_examples
+from tests.support.task_rows import ROWS
 
 LENGTHS = [120, 300, 180, 240, 100, 260, 140, 280, 160, 220]  # packed tokens of a row, one stream
 
@@ -134,3 +137,21 @@ def test_a_run_says_so(tiny_model, tmp_path, write_rows, monkeypatch):
         "warning: --perturbation pgd changes nothing: no training row has a token that may be; leave a field out of "
         "'fixed' and 'values'"
     ]
+
+
+def test_training_sets_one_right_answer_against_the_wrong_ones(tokenizer):
+    """ReCoRD's rows have several; those that select and are reported keep them all."""
+    task = load_task("ReCoRD")
+    splits = {name: Split([ROWS["ReCoRD"]], ["here"], "") for name in ("train", "select", "eval")}
+    found = run_examples(RunConfig(select_split="select"), task, splits, tokenizer, 400, "causal")
+    whole = tokenise(task, splits["train"], tokenizer, 400).examples
+    assert found.select == found.evaluation == whole
+    one, several = whole
+    assert (several.names, several.gold, several.golds) == (["Ann", "Bob", "Rome"], 0, [0, 1])
+    assert found.train[0] == one, "a row with one right answer stays as it is"
+    candidates = [several.candidate_ids[0], several.candidate_ids[2]]
+    assert found.train[1] == replace(several, candidate_ids=candidates, names=["Ann", "Rome"], golds=(0,))
+    late = replace(several, gold=1, golds=(1, 0))
+    kept = examples._with_one_right(late)
+    assert kept.candidate_ids[kept.gold] == several.candidate_ids[1]
+    assert [kept.names[place] for place in kept.golds] == ["Bob"]
