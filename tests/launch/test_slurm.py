@@ -11,6 +11,7 @@ SCRIPT = ROOT / "scripts" / "slurm.sbatch"
 SRUN = """#!/bin/bash
 [ "$1" = --wait=120 ] || exit 99
 shift
+echo "${SRUN_CPUS_PER_TASK:-none}" > cpus
 for rank in 0 1 2 3; do
     SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || code=$?
 done
@@ -37,7 +38,7 @@ def sbatch(tmp_path):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]",
-             "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}  # fmt: skip
+             "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"}  # fmt: skip
 
     def run(arguments, code=0):
         env = {"PATH": f"{tools}:{os.environ['PATH']}", **slurm, "EXIT": str(code)}
@@ -53,6 +54,7 @@ def test_each_task_is_a_rank(sbatch, tmp_path):
     assert (tmp_path / "ranks").read_text().splitlines() == [
         f"{rank} {rank % 2} 2 4 node1 23456 {arguments}" for rank in range(4)
     ]
+    assert (tmp_path / "cpus").read_text() == "6\n"
     assert not (tmp_path / "requeued").exists()
 
 
