@@ -5,7 +5,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import read_text
+from ptp_ds.files import brief, read_text
 
 _SHARED = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
@@ -14,13 +14,15 @@ _SHARED = (
     "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME",
 )  # fmt: skip
 _SHARED_PREFIXES = ("NCCL_", "MALLOC_")
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # as torch reads them
 
 
 def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that all hosts get: a known list, then the user's .deepspeed_env; never tokens and keys.
 
-    DeepSpeed writes them into a shell command between double quotes, so values that a shell would change are refused.
+    DeepSpeed hands them on between double quotes, in which a shell changes some values: these are refused. Raises
+    UserError for them, and for a line of that file that is neither NAME=value nor a comment.
     """
     shared = {
         name: value
@@ -28,12 +30,16 @@ def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if name in _SHARED or name.startswith(_SHARED_PREFIXES)
     }
     for file in _environment_files(environment):
-        for line in read_text(file, str(file)).splitlines():
-            if line.strip() and "=" not in line:
-                raise UserError(f"{file}: {line.strip()!r} isn't of the form NAME=value.")
-            if line.strip():
-                name, value = line.split("=", 1)
-                shared[name.strip()] = value.strip()
+        for number, line in enumerate(read_text(file, str(file)).splitlines(), start=1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            name, given, value = line.partition("=")
+            if not given or not _NAME.fullmatch(name.strip()):
+                raise UserError(
+                    f"{file}, line {number}: {brief(name.strip())} isn't of the form NAME=value, with letters, digits "
+                    "and _ in the name; mend it, or begin it with # as a comment."
+                )
+            shared[name.strip()] = value.strip()
     for name, value in shared.items():
         if re.search(r'["$`\\\n]', value):
             raise UserError(

@@ -128,7 +128,10 @@ class Launcher:
         from deepspeed.accelerator import get_accelerator
         from deepspeed.launcher import runner
 
+        from ptp_ds.launch.pdsh import QuotingRunner
+
         runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": self.spawn})
+        runner.PDSHRunner = QuotingRunner
         accelerator = get_accelerator()
         runner.get_accelerator = lambda: SimpleNamespace(
             device_count=accelerator.device_count, export_envs=accelerator.export_envs,

@@ -19,10 +19,18 @@ def test_the_users_own_environment_file_wins(tmp_path):
     assert shared_environment({"DS_ENV_FILE": "named"}) == {"MINE": "2"}
 
 
-def test_a_malformed_environment_file_is_refused(tmp_path):
-    (tmp_path / ".deepspeed_env").write_text("export HF_HOME\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="'export HF_HOME' isn't of the form NAME=value"):
+@pytest.mark.parametrize("line", ["export HF_HOME", "export HF_HOME=/x", "2ND=x", "=x", "A-B=x"])
+def test_a_malformed_environment_file_is_refused(tmp_path, line):
+    (tmp_path / ".deepspeed_env").write_text(f"# caches\n{line}\n", encoding="utf-8")
+    sentence = rf"\.deepspeed_env, line 2: {line.split('=')[0]!r} isn't of the form NAME=value.* # as a comment\.$"
+    with pytest.raises(ValueError, match=sentence):
         shared_environment({})
+
+
+def test_comments_in_the_environment_file_are_no_variables(tmp_path):
+    """The rest of the hosts' command line would be a comment, too: they would run nothing and end with 0."""
+    (tmp_path / ".deepspeed_env").write_text("# NCCL_IB_DISABLE=1\n\n  # more\nMINE=1\n", encoding="utf-8")
+    assert shared_environment({}) == {"MINE": "1"}
 
 
 @pytest.mark.parametrize("value", ["$(id)", "`id`", 'a"b', "a\\b", "a\nb"])
