@@ -36,7 +36,6 @@ from ptp_ds.redact import is_secret
 
 log = get_logger(__name__)
 
-_EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed 0.19.8 exports to other hosts
 _NO_VARIABLE = "PTP_DS_NOT_SET"
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
@@ -132,6 +131,8 @@ class Launcher:
 
         runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": self.spawn})
         runner.PDSHRunner = QuotingRunner
+        # what it doesn't write into other hosts' command lines and its log; this machine's ranks have their secrets
+        runner.EXCLUDE_ENVS = {**runner.EXCLUDE_ENVS, **{name: [name] for name in os.environ if is_secret(name)}}
         accelerator = get_accelerator()
         runner.get_accelerator = lambda: SimpleNamespace(
             device_count=accelerator.device_count, export_envs=accelerator.export_envs,
@@ -171,12 +172,6 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.25)
     os.killpg(0, signal.SIGKILL)
-
-
-def keep_from_command_lines() -> None:
-    """Drops secrets that DeepSpeed's runner would write into the other hosts' command lines and its log."""
-    for name in [name for name in os.environ if name.startswith(_EXPORTED) and is_secret(name)]:
-        del os.environ[name]
 
 
 def _notice_lost_hosts() -> None:
@@ -223,7 +218,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     launcher.listen()
     log_to_console()
     prepare_environment()
-    keep_from_command_lines()
     try:
         count, own, script = split_command(sys.argv[1:] if argv is None else argv)
         return run_attempts(launcher, count, own, script)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -104,6 +105,48 @@ def test_the_scripts_arguments_are_its_own(tmp_path):
 def test_a_port_among_the_scripts_arguments_is_its_own(tmp_path):
     file = hostfile(tmp_path, "localhost slots=2\n")
     assert local_only_flags(["--hostfile", file, "scripts/train.py", "--master_port", "9"]) == WITHOUT_SSH
+
+
+# secrets: tests/commands/test_trust.py has what a run writes
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
+    """The command lines that launchers start, with their environments; nothing is run."""
+    found = []
+
+    def spawn(launcher, command, env):
+        found.append((command, dict(env)))
+        launcher._child = subprocess.Popen(["true"])
+        return launcher._child
+
+    monkeypatch.setattr(Launcher, "spawn", spawn)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+def test_secrets_stay_out_of_other_hosts_command_lines(launcher, started, monkeypatch, tmp_path):
+    for tool in ("pdsh", "ompi_info"):  # DeepSpeed looks for them
+        (tmp_path / tool).write_text("#!/bin/sh\n", encoding="utf-8")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    file = hostfile(tmp_path, "node1 slots=1\nnode2 slots=1\n")
+    words = ["--hostfile", file, "--no_ssh_check", "--master_addr", "10.0.0.1", "--launcher", launcher, "train.py"]
+    Launcher({})._deepspeed(words)
+    ((command, _),) = started
+    assert "MLFLOW_TRACKING_URI=" in " ".join(command)
+    assert not any("correct horse" in word for word in command)
+
+
+@pytest.mark.parametrize("flags", [["--num_gpus", "2"], ["--hostfile", str(HOSTFILES / "local")]])
+def test_ranks_of_this_machine_keep_their_secrets(flags, started):
+    """A tracker needs its password; no command line is built that could hold it."""
+    assert launch.main([*flags, "train.py"]) == 0
+    ((command, env),) = started
+    assert env["MLFLOW_TRACKING_PASSWORD"] == "correct horse"
+    assert not any("correct horse" in word for word in command)
 
 
 # --max_restarts
