@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import doctor_parser
-from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, shipped_names
 from ptp_ds.hosts.environment import shared_environment
 from ptp_ds.hosts.hostfile import active_slots, named_hostfile
 from ptp_ds.launch.doctor import examine, run_collectives
@@ -31,9 +29,6 @@ def _examine(args: argparse.Namespace) -> int:
     own = dict(os.environ)
     prepare_environment()
     args.hostfile = named_hostfile(args.hostfile)
-    if not is_file(args.hostfile):
-        known = ", ".join(name for name in shipped_names("hostfiles", "") if "." not in name)
-        raise UserError(f"--hostfile {args.hostfile}: there is no such file; give a path, or a packaged one: {known}.")
     hush_echoes()
     slots = {host: len(numbers) for host, numbers in active_slots(args).items()}
     seen, faults = examine(args, list(slots), shared_environment(own))

@@ -14,7 +14,6 @@ from ptp_ds import __version__
 from ptp_ds.config.flags import build_parser, named_file
 from ptp_ds.config.parsers import PARSERS
 from ptp_ds.files import nearest, shipped
-from ptp_ds.hosts.hostfile import named_hostfile
 
 COMMANDS = {
     "train": "Trains a prompt in front of a frozen model with PTP's perturbation regulariser, or several at once.",
@@ -102,9 +101,6 @@ def _launch(argv: Sequence[str]) -> int:
             "deepspeed --help."
         )
         return 0 if set(_HELP) & set(own) else 2
-    for number, word in enumerate(own[:-1]):
-        if word in ("-H", "--hostfile"):
-            own[number + 1] = named_hostfile(own[number + 1])
     script = shipped("scripts", f"{argv[place]}.py")
     assert script is not None, "an installation holds its scripts"
     from ptp_ds.launch.launcher import main as launch

@@ -5,12 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, read_text, shipped
+from ptp_ds.files import is_file, read_text, shipped, shipped_names
 
 
 def named_hostfile(given: str) -> str:
-    """A hostfile's path: as it was given, or the packaged one's of that name, where no such file is here."""
-    return given if is_file(given) else str(shipped("hostfiles", given) or given)
+    """A hostfile's path: as it was given, or the packaged one's of that name, where no such file is here.
+
+    Raises UserError where there is neither: DeepSpeed would run on this machine alone.
+    """
+    found = given if is_file(given) else shipped("hostfiles", given)
+    if found is None:
+        known = ", ".join(name for name in shipped_names("hostfiles", "") if "." not in name)
+        raise UserError(f"--hostfile {given}: there is no such file; give a path, or a packaged one: {known}.")
+    return str(found)
 
 
 def hosts_of(hostfile: str) -> list[str]:

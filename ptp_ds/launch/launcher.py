@@ -26,7 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ptp_ds.errors import UserError
-from ptp_ds.hosts.hostfile import deepspeed_refusals, hosts_of
+from ptp_ds.files import is_file
+from ptp_ds.hosts.hostfile import deepspeed_refusals, hosts_of, named_hostfile
 from ptp_ds.hosts.probe import take_port
 from ptp_ds.launch.quiet import hush_echoes, quiet_flags
 from ptp_ds.ranks.distributed import prepare_environment
@@ -41,8 +42,13 @@ _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 def local_only_flags(argv: Sequence[str]) -> list[str]:
-    """The flags that keep ssh out of a run whose hostfile names this machine alone; none in any other case."""
-    hostfile = None
+    """A free port for a run of this machine alone, and, where a hostfile names it, the flags that keep ssh out.
+
+    None in any other case.
+    """
+    from deepspeed.launcher.runner import DLTS_HOSTFILE
+
+    hostfile = DLTS_HOSTFILE if is_file(DLTS_HOSTFILE) else None
     own = list(itertools.takewhile(lambda word: not word.endswith(".py"), argv))  # what follows belongs to the script
     for place, word in enumerate(own):
         if word in ("-H", "--hostfile") and place + 1 < len(own):
@@ -52,10 +58,21 @@ def local_only_flags(argv: Sequence[str]) -> list[str]:
         elif word.startswith(("--no_ssh", "--master_addr", "--force_multi")):
             return []
     hosts = hosts_of(hostfile) if hostfile else []
-    if len(hosts) != 1 or hosts[0] not in {*_LOCAL, socket.gethostname()}:
+    if hostfile and (len(hosts) != 1 or hosts[0] not in {*_LOCAL, socket.gethostname()}):
         return []
     port = [] if any(word.startswith("--master_port") for word in own) else ["--master_port", str(take_port(None))]
-    return ["--no_ssh_check", "--master_addr", "127.0.0.1", *port]
+    return ["--no_ssh_check", "--master_addr", "127.0.0.1", *port] if hostfile else port
+
+
+def with_hostfile(own: Sequence[str], script: Sequence[str]) -> list[str]:
+    """The launcher's own flags with the hostfile that they name, if any, as a path. Raises UserError for none there."""
+    from deepspeed.launcher.runner import DLTS_HOSTFILE, parse_args
+
+    args = parse_args([*own, *script])
+    if args.hostfile == DLTS_HOSTFILE:  # its default
+        return list(own)
+    place = len(own) + len(script) - len(args.user_args) - 1  # the script's, or a module's
+    return [*own[:place], "--hostfile", named_hostfile(args.hostfile), *own[place:]]  # the last one counts
 
 
 def split_command(argv: Sequence[str]) -> tuple[int, list[str], list[str]]:
@@ -220,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment()
     try:
         count, own, script = split_command(sys.argv[1:] if argv is None else argv)
-        return run_attempts(launcher, count, own, script)
+        return run_attempts(launcher, count, with_hostfile(own, script), script)
     except UserError as error:
         log.error("error: %s", error, extra=ANY_RANK)
         return USER_ERROR

@@ -105,11 +105,11 @@ def test_launch_starts_the_commands_script_behind_the_launchers_flags(monkeypatc
     seen: list[list[str]] = []
     monkeypatch.setattr("ptp_ds.launch.launcher.main", lambda argv: seen.append(argv) or 7)
     assert main(["launch", "--hostfile", "local", "--max_restarts", "1", "train", "--task", "study"]) == 7
-    assert main(["launch", "-H", str(ROOT / "hostfiles" / "node8"), "study", "x.yaml"]) == 7
-    local, scripts = str(ROOT / "hostfiles" / "local"), ROOT / "scripts"
+    assert main(["launch", "-H", "node8", "study", "x.yaml"]) == 7
+    scripts = ROOT / "scripts"
     assert seen == [
-        ["--hostfile", local, "--max_restarts", "1", str(scripts / "train.py"), "--task", "study"],
-        ["-H", str(ROOT / "hostfiles" / "node8"), str(scripts / "study.py"), "x.yaml"],
+        ["--hostfile", "local", "--max_restarts", "1", str(scripts / "train.py"), "--task", "study"],
+        ["-H", "node8", str(scripts / "study.py"), "x.yaml"],
     ]
 
 

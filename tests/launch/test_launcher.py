@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from ptp_ds.hosts.hostfile import hosts_of
 from ptp_ds.launch import launcher as launch
 from ptp_ds.launch import restarts
-from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command
+from ptp_ds.launch.launcher import Launcher, local_only_flags, run_attempts, split_command, with_hostfile
 from ptp_ds.ranks.faults import STOP_SIGNALS
 from ptp_ds.training.checkpoint import set_aside
 from tests.support.paths import ROOT
@@ -29,6 +29,22 @@ def _port(monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)  # main() takes them
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
+    """The command lines that launchers start, with their environments; nothing is run."""
+    found = []
+
+    def spawn(launcher, command, env):
+        found.append((command, dict(env)))
+        launcher._child = subprocess.Popen(["true"])
+        return launcher._child
+
+    monkeypatch.setattr(Launcher, "spawn", spawn)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    return found
 
 
 def hostfile(folder: Path, text: str) -> str:
@@ -75,10 +91,31 @@ def test_other_hosts_keep_ssh(tmp_path, text):
     assert local_only_flags(["--hostfile", hostfile(tmp_path, text), "scripts/train.py"]) == []
 
 
-def test_no_hostfile():
-    assert local_only_flags(["scripts/train.py"]) == []
-    assert local_only_flags(["--hostfile", "no-such-file", "scripts/train.py"]) == []
-    assert local_only_flags(["--hostfile"]) == []
+def test_runs_without_a_hostfile_have_a_port_of_their_own():
+    """All would meet at DeepSpeed's port 29500."""
+    assert local_only_flags(["--num_gpus", "2", "scripts/train.py"]) == ["--master_port", "4321"]
+    assert local_only_flags(["--num_gpus", "2", "--master_port=9", "scripts/train.py"]) == []
+
+
+@pytest.mark.parametrize("given", [["--hostfile", "local"], ["--hostfile=local"], ["-H", "local"], ["-Hlocal"]])
+def test_a_packaged_hostfile_is_found_by_name_however_it_is_given(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, found = ["train.py", "--hostfile", "mine"], ["--hostfile", str(HOSTFILES / "local")]
+    own = ["--launcher_args=-x", *given, "--num_gpus", "1"]
+    assert with_hostfile(own, script) == [*own, *found]
+    module = ["--module", "ptp_ds.ranks.collectives", "--hostfile", "mine"]
+    assert with_hostfile([*given, *module], []) == [*given, module[0], *found, *module[1:]]
+    assert with_hostfile(["--num_gpus", "1"], script) == ["--num_gpus", "1"]
+    (tmp_path / "local").write_text("other slots=1\n", encoding="utf-8")  # what is here was meant
+    assert with_hostfile(given, script)[-1] == "local"
+
+
+@pytest.mark.parametrize("given", [["--hostfile", "nothere"], ["--hostfile=nothere"], ["-H", "nothere"]])
+def test_a_hostfile_that_isnt_there_is_refused(given, started, capsys):
+    """DeepSpeed would say so and train on this machine."""
+    assert launch.main([*given, "train.py"]) == 2
+    said = "error: --hostfile nothere: there is no such file; give a path, or a packaged one: local, node8.\n"
+    assert (capsys.readouterr().err, started) == (said, [])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +135,7 @@ def test_a_users_own_port_is_kept(tmp_path, given):
 
 def test_the_scripts_arguments_are_its_own(tmp_path):
     file = hostfile(tmp_path, "localhost slots=2\n")
-    assert local_only_flags(["scripts/train.py", "--hostfile", file]) == []
+    assert local_only_flags(["scripts/train.py", "--hostfile", file]) == ["--master_port", "4321"]
     assert local_only_flags(["--hostfile", file, "scripts/train.py", "--force_multi"]) == WITHOUT_SSH
 
 
@@ -108,22 +145,6 @@ def test_a_port_among_the_scripts_arguments_is_its_own(tmp_path):
 
 
 # secrets: tests/commands/test_trust.py has what a run writes
-
-
-@pytest.fixture
-def started(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
-    """The command lines that launchers start, with their environments; nothing is run."""
-    found = []
-
-    def spawn(launcher, command, env):
-        found.append((command, dict(env)))
-        launcher._child = subprocess.Popen(["true"])
-        return launcher._child
-
-    monkeypatch.setattr(Launcher, "spawn", spawn)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
-    return found
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
