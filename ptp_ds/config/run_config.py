@@ -37,7 +37,14 @@ BEFORE = {
 def recorded_settings(known: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting as a run that recorded `known` had it: one that its version didn't know is as that version behaved,
     what BEFORE says, or the default."""
-    return {field.name: known.get(field.name, BEFORE.get(field.name, field.default)) for field in fields(RunConfig)}
+    before = {field.name: BEFORE.get(field.name, field.default) for field in fields(RunConfig)}
+    return {field.name: _held(field, known.get(field.name, before[field.name])) for field in fields(RunConfig)}
+
+
+def _held(field: dataclasses.Field, value: Any) -> Any:
+    """The value, as a float where the setting is one: 1 and 1.0 are the same, and the same on record."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    return float(value) if whole and field.type in (float, float | None) else value
 
 
 # --help's groups, in its order, each with what it says
@@ -238,6 +245,10 @@ class RunConfig:
         1800.0, "seconds that a step, or a pass of an evaluation, may take before the rank ends itself; 0: any time"
     )
     resume: str | None = _output(None, "auto (newest whole checkpoint of --output_dir, if any) or a checkpoint folder")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _held(field, getattr(self, field.name)))
 
     @property
     def step_length(self) -> float:

@@ -127,6 +127,14 @@ def test_a_heading_names_only_what_differs(run):
     ]  # fmt: skip
 
 
+def test_a_whole_number_on_record_is_the_float_that_it_stands_for(run):
+    """As a settings file or a population's member had it."""
+    folders = [run(seed=seed, settings={**all_settings(), "reg_weight": (1, 1.0, 2)[seed]}) for seed in range(3)]
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in tables(*folders)] == [
+        ({"reg_weight": "1.0"}, [0, 1]), ({"reg_weight": "2.0"}, [2]),
+    ]  # fmt: skip
+
+
 def test_weights_that_are_gathered_as_int8_are_another_models(run):
     """config.json has the resolved DeepSpeed configuration; another stage alone makes no difference."""
     folders = [run(seed=seed, settings=all_settings(seed=seed)) for seed in range(4)]

@@ -240,7 +240,7 @@ def test_wrong_settings(settings, message):
         ([{"name": "a", "model": "x"}], "a: --model is the same for all members"),
         ([{"name": "a", "lr": "x"}], "a: 'lr' must be float, not 'x'"),
         ([{"name": "a", "divergence": "x"}], "a: 'divergence' is 'x'; choose from kl"),
-        ([{"name": "a", "lr": 0}], "Member a: --lr is 0; expected a finite number above 0"),
+        ([{"name": "a", "lr": 0}], "Member a: --lr is 0.0; expected a finite number above 0"),
         ([{"name": "a", "sigma": 0}, {"name": "b"}], "Members a have no perturbation"),
     ],
 )

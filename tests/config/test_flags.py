@@ -8,8 +8,9 @@ import pytest
 
 from ptp_ds.config.checks import describe_unread, require_valid, unsuited, without_effect
 from ptp_ds.config.flags import build_parser, dump_config, dumped_to, parse_run
+from ptp_ds.config.population import members_of
 from ptp_ds.config.presets import with_preset
-from ptp_ds.config.run_config import GROUPS, RunConfig
+from ptp_ds.config.run_config import GROUPS, RunConfig, recorded_settings
 from ptp_ds.files import nearest
 
 AT_LEAST_ONE = (
@@ -59,6 +60,17 @@ def test_config_file_is_merged_and_flags_win(tmp_path):
     assert explicit == {"task", "lr", "max_length", "seed"}
 
 
+def test_a_whole_number_is_a_float_where_the_setting_is_one(tmp_path):
+    """Else the record of a run says 1, that of another 1.0, and tables take them for two methods."""
+    run = parse_run(["--config", config_file(tmp_path, {"reg_weight": 2, "alpha": 1, "max_steps": 3})])[0]
+    (member,) = members_of(RunConfig(sigma=1), {"a": {"epsilon": 1}}).values()
+    recorded = recorded_settings({"sigma": 1, "epsilon": 1, "alpha": None, "max_steps": 1, "lr": True, "average": "x"})
+    told = [str(one) for one in (run.reg_weight, run.alpha, member.sigma, member.epsilon, recorded["sigma"])]
+    assert told == ["2.0", "1.0", "1.0", "1.0", "1.0"]
+    assert (run.max_steps, recorded["alpha"], recorded["max_steps"]) == (3, None, 1)
+    assert (recorded["lr"], recorded["average"]) == (True, "x"), "what is no number of a record stays"
+
+
 def test_config_file_can_hold_a_whole_run(tmp_path):
     run = RunConfig(task="COPA", perturbation="pgd", alpha=0.1, select_split="dev")
     assert parse_run(["--config", config_file(tmp_path, dataclasses.asdict(run))])[0] == run
@@ -105,7 +117,7 @@ def test_a_secret_that_a_record_lacks_is_asked_for(tmp_path):
         ({"norm": "l7"}, r"'norm' is 'l7'; choose from frobenius, token_l2, linf"),
         ([1], "expected settings, a name and a value each, in YAML or JSON"),
         ("{", r"not valid JSON \("),
-        ({"lr": 0}, "--lr is 0; expected a finite number above 0"),
+        ({"lr": 0}, r"--lr is 0\.0; expected a finite number above 0"),
     ],
 )
 def test_config_file_errors(tmp_path, content, message):
