@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.errors import UserError
@@ -15,6 +17,7 @@ from ptp_ds.models.quantised import require_plain_config
 from ptp_ds.prompts.deep import deep_shape
 
 Shape = tuple[int, ...]
+_GATES = {"gate_proj", "gate_up_proj", "Wi", "v1"}  # in the names of gated feed-forwards' weights
 
 # Public dimensions of well-known models, for a plan where no config.json is at hand.
 NAMED: dict[str, dict[str, Any]] = {
@@ -36,16 +39,21 @@ class ModelShape:
     """layers: shapes of each layer module's parameters; outside_layers: of embeddings, final norm and head, a tied one
     once.
 
-    count: layers of a pass, more than modules where modules are used again (albert). width: H; inner: I, the
-    feed-forward's; queries, keys: numbers of a token's queries and keys; heads: query heads. gated: whether the
-    feed-forward has a gate; rms: whether norms are RMS norms.
+    passed: elements of the layers' weight matrices that a token passes through, of experts' those of the ones that it
+    is routed to. count: layers of a pass, more than modules where modules are used again (albert). width: H; inner: I,
+    the feed-forward's that all tokens pass; routed, routed_inner: experts that a token is routed to, and their widths
+    together. These three are means over layers. queries, keys: numbers of a token's queries and keys; heads: query
+    heads. gated: whether the feed-forward has a gate; rms: whether norms are RMS norms.
     """
 
     layers: tuple[tuple[Shape, ...], ...]
     outside_layers: tuple[Shape, ...]
+    passed: int
     count: int
     width: int
     inner: int
+    routed: float
+    routed_inner: float
     heads: int
     queries: int
     keys: int
@@ -70,9 +78,8 @@ class ModelShape:
 
     @property
     def matrix_elements(self) -> int:
-        """N: elements of the layers' weight matrices that a token passes through, a layer used twice counted twice."""
-        matrices = sum(math.prod(shape) for layer in self.layers for shape in layer if len(shape) == 2)
-        return matrices * self.count // len(self.layers)
+        """N: `passed`, a layer used twice counted twice."""
+        return self.passed * self.count // len(self.layers)
 
 
 def elements(shapes: Sequence[Shape]) -> int:
@@ -98,17 +105,66 @@ def shape_of(config: Any, head: str = "auto") -> ModelShape:
     layers = tuple(tuple(tuple(p.shape) for p in layer.parameters()) for layer in modules)
     in_layers = {id(parameter) for layer in modules for parameter in layer.parameters()}
     outside = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in in_layers)
-    text, names = config.get_text_config(), {name.split(".")[-2] for name, _ in modules[0].named_parameters()}
+    text, names = config.get_text_config(), {word for name, _ in modules[0].named_parameters() for word in _words(name)}
     count, key_heads, head_width = deep_shape(config)
-    width = text.hidden_size
+    width, gated = text.hidden_size, not _GATES.isdisjoint(names)
     widest = max((max(shape) for shape in layers[0] if len(shape) == 2 and width in shape), default=4 * width)
-    inner = int(getattr(text, "intermediate_size", 0) or widest)
+    dense = int(getattr(text, "intermediate_size", 0) or widest)
+    inner, routed, routed_inner = zip(*(_feed_forward(layer, text, dense, gated) for layer in modules), strict=True)
     return ModelShape(
-        layers=layers, outside_layers=outside, count=count, width=width, inner=inner,
+        layers=layers, outside_layers=outside, count=count, width=width, inner=round(fmean(inner)),
+        routed=fmean(routed), routed_inner=fmean(routed_inner),
+        passed=sum(_passed(layer, text) for layer in modules),
         heads=text.num_attention_heads, queries=text.num_attention_heads * head_width, keys=key_heads * head_width,
-        vocabulary=text.vocab_size, gated="gate_proj" in names or "Wi" in names,
+        vocabulary=text.vocab_size, gated=gated,
         rms=any("RMSNorm" in type(module).__name__ for module in modules[0].modules()),
     )  # fmt: skip
+
+
+def _words(name: str) -> list[str]:
+    return name.split(".")
+
+
+def _is_experts(name: str, parameter: nn.Parameter, text: Any) -> bool:
+    """Whether it is a weight matrix of all of a layer's experts; dbrx has them one below the other."""
+    return "experts" in _words(name) and parameter.dim() == (2 if hasattr(text, "ffn_config") else 3)
+
+
+def _routing(parameter: nn.Parameter, text: Any) -> tuple[int, int]:
+    """(experts that a token is routed to, experts) of such a matrix. All work on it where the family doesn't say."""
+    own = getattr(text, "ffn_config", text)
+    experts = parameter.shape[0] if parameter.dim() == 3 else own.moe_num_experts
+    if text.model_type.startswith("llama4"):  # the others get zeros, and work on them
+        return experts, experts
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k")
+    routed = next((value for name in names if (value := getattr(own, name, None))), experts)
+    return int(routed[0] if isinstance(routed, list) else routed), experts
+
+
+def _passed(layer: nn.Module, text: Any) -> int:
+    """Elements of a layer's weight matrices that a token passes through."""
+    found = 0
+    for name, parameter in layer.named_parameters():
+        if _is_experts(name, parameter, text):
+            routed, experts = _routing(parameter, text)
+            found += parameter.numel() * routed // experts
+        elif parameter.dim() == 2 and not name.endswith("_bias"):
+            found += parameter.numel()
+    return found
+
+
+def _feed_forward(layer: nn.Module, text: Any, dense: int, gated: bool) -> tuple[int, int, int]:
+    """(width that all tokens pass, experts that a token is routed to, their widths together) of one layer.
+
+    dense: the width where it has no experts.
+    """
+    own, rows = list(layer.named_parameters()), (3 if gated else 2) * text.hidden_size
+    matrices = [parameter for name, parameter in own if _is_experts(name, parameter, text)]
+    if not matrices:
+        return dense, 0, 0
+    routed, experts = _routing(matrices[0], text)
+    shared = sum(p.numel() for name, p in own if any(word.startswith("shared") for word in _words(name)))
+    return shared // rows, routed, sum(one.numel() for one in matrices) // experts * routed // rows
 
 
 def config_of(model: str) -> Any:

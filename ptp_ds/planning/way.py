@@ -39,7 +39,8 @@ def layer_bytes(shape: ModelShape, size: int, cuda: bool) -> float:
 
     Its input and the sum behind attention (2 H), attention's q, k, v and output, and what the feed-forward keeps; no
     product keeps its input. In half precision RMS norms keep fp32 copies and a gate its activation; fp32 has
-    ptp_ds.backbone.frozen_ops. On a CPU each query head has keys and values of its own.
+    ptp_ds.backbone.frozen_ops, but not for experts, each of which keeps its output (H), too. On a CPU each query head
+    has keys and values of its own.
     """
     half = size == 2
     stream = 2.0 * shape.width * size
@@ -47,7 +48,8 @@ def layer_bytes(shape: ModelShape, size: int, cuda: bool) -> float:
         stream = shape.width * size + 2.0 * shape.width * 4
     attention = 2 * shape.queries + 2 * (shape.keys if cuda else shape.queries)
     forward = (3 if half else 2) * shape.inner if shape.gated else shape.inner
-    return stream + (attention + forward) * size + 4 * shape.heads + 8
+    experts = (3 if shape.gated else 1) * shape.routed_inner + shape.routed * shape.width
+    return stream + (attention + forward + experts) * size + 4 * shape.heads + 8
 
 
 def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: bool = True) -> float:
@@ -67,7 +69,8 @@ def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: 
         before = tokens * ((shape.count - 1 - way.recomputed) * per_layer + (way.recomputed + kept) * hidden)
     if not way.recomputed:
         return before
-    inner = (2 if shape.gated else 1) * shape.inner * load.size  # gradients of what a chunk's feed-forward keeps
+    widths = shape.inner + shape.routed_inner
+    inner = (2 if shape.gated else 1) * widths * load.size  # gradients of what a chunk's feed-forward keeps
     chunk = min(tokens, load.chunk_tokens) * (per_layer - 2 * hidden + inner)
     working_bytes = max(tokens * whole * hidden, tokens * working * hidden + chunk)
     return max(before, tokens * way.recomputed * hidden + working_bytes)
