@@ -16,7 +16,7 @@ from ptp_ds.adapters.served import Served, serve
 from ptp_ds.adapters.task import adapter_task, ensemble_task
 from ptp_ds.backbone.loading import ResolvedDeepSpeed
 from ptp_ds.commands.exits import run_command
-from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
+from ptp_ds.config.ds_config import for_scoring, read_ds_config, resolve_here
 from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
@@ -80,8 +80,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _resolved(raw: dict[str, Any], args: argparse.Namespace, served: Served) -> ResolvedDeepSpeed:
     run = RunConfig(model=served.model, prompt_length=served.prompt_length, precision=args.precision,
-                    ds_config=args.ds_config, batch_size=env_world())  # fmt: skip
-    return resolve_ds_config(raw, run, set(), env_world(), served.source.width)
+                    ds_config=args.ds_config, nvme_path=args.nvme_path, batch_size=env_world())  # fmt: skip
+    return resolve_here(for_scoring(raw), run, (), served.source)
 
 
 def _write(

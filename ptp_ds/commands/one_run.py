@@ -17,24 +17,18 @@ from ptp_ds.adapters.record import card_record, config_record, result_record
 from ptp_ds.adapters.share import push_adapter, require_can_push
 from ptp_ds.adapters.task import starting_head
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.backbone.shapes import shape_of
 from ptp_ds.commands.introduction import introduction
 from ptp_ds.config.checks import describe_unread, unsuited
-from ptp_ds.config.ds_config import ResolvedDeepSpeed, read_ds_config, resolve_ds_config
+from ptp_ds.config.ds_config import read_ds_config, resolve_here
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.models.heads import rows_for
 from ptp_ds.models.positions import checked_length, row_room
-from ptp_ds.models.source import BackboneSource, open_source
+from ptp_ds.models.source import open_source
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.prompts import prompt_width
-from ptp_ds.ranks.distributed import (
-    Ranks,
-    env_host_ranks,
-    env_rank,
-    env_world,
-)
+from ptp_ds.ranks.distributed import Ranks, env_rank, env_world
 from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import ignore_stop_signals
@@ -79,7 +73,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     continuation = continuation_of(run, output_dir)
     splits = load_splits(run, task)
     source = open_source(run.model, run.head, task)
-    resolved = _resolved(raw, run, explicit, source)
+    resolved = resolve_here(raw, run, explicit, source)
     adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)
@@ -112,14 +106,6 @@ def _require_class_words(run: RunConfig, task: Task) -> None:
             f"--prompt_init labels starts at a task's class words, and {task.name} has none: its answers differ from "
             "row to row; give --prompt_init vocab or text."
         )
-
-
-def _resolved(raw: dict, run: RunConfig, explicit: Collection[str], source: BackboneSource) -> ResolvedDeepSpeed:
-    offloads = raw["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
-    shape = shape_of(source.config, source.head_plan.kind) if offloads else None
-    return resolve_ds_config(
-        raw, run, set(explicit), env_world(), source.width, host_ranks=env_host_ranks(), shape=shape
-    )
 
 
 def _warn(run: RunConfig, explicit: Collection[str], continuation: Continuation, changes: Sequence[str]) -> None:

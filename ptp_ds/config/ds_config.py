@@ -1,19 +1,22 @@
 """DeepSpeed's JSON: read, checked against the flags, and every "auto" replaced by a value that is shown."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from ptp_ds.backbone.shapes import ModelShape
+from ptp_ds.backbone.shapes import ModelShape, shape_of
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, read_json, shipped, shipped_names
+from ptp_ds.models.source import BackboneSource
 from ptp_ds.precision import enabled, resolve_precision
+from ptp_ds.ranks.distributed import env_host_ranks, env_world
 
 _FOLDER = "ds_configs"
 # Top-level keys of DeepSpeed 0.19.8 that a run here may set; DeepSpeed itself ignores unknown ones in silence.
@@ -32,6 +35,9 @@ _HOLDS = {  # what a key holds where it isn't an object
                     "true or false"),
     **dict.fromkeys(("communication_data_type", "log_level"), "text"),
 }  # fmt: skip
+_OF_STEPS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"
+)  # fmt: skip
 _TYPES = {"a number": int | float, "true or false": bool, "text": str, "an object": dict}
 _OWNED = {
     "optimizer": "the optimizer is AdamW over the prompt; use --lr and --weight_decay",
@@ -109,6 +115,22 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
         raise UserError(
             f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
         ) from None
+
+
+def for_scoring(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same for a command that takes no optimizer steps: what says how these go is left to be filled in."""
+    return raw | dict.fromkeys(_OF_STEPS, "auto")
+
+
+def resolve_here(
+    raw: dict[str, Any], run: RunConfig, explicit: Collection[str], source: BackboneSource
+) -> ResolvedDeepSpeed:
+    """resolve_ds_config on the ranks that this process is one of, for this model."""
+    offloads = raw["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+    shape = shape_of(source.config, source.head_plan.kind) if offloads else None
+    return resolve_ds_config(
+        raw, run, set(explicit), env_world(), source.width, host_ranks=env_host_ranks(), shape=shape
+    )
 
 
 def resolve_ds_config(

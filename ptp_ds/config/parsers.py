@@ -56,7 +56,9 @@ def evaluate_parser(description: str = "") -> StrictParser:
                         "adapter was trained on")  # fmt: skip
     parser.add_argument("--dataset", help="hub dataset id or folder, instead of --data_dir")
     parser.add_argument("--split", help=f"default: the one that the run reported, else {_DEFAULTS.eval_split}")
-    parser.add_argument("--ds_config", default=_DEFAULTS.ds_config, help="as for train (default: %(default)s)")
+    parser.add_argument("--ds_config", default=_DEFAULTS.ds_config, help="as for train; what it says of batches and "
+                        "gradients is left out (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--nvme_path", metavar="NAME", help="as for train")
     _add_scoring(parser)
     parser.add_argument("--json", metavar="FILE", help="write metrics and every row's candidate log-probabilities")
     parser.add_argument("--predictions", metavar="FILE", help="write SuperGLUE's prediction file; the split may have "

@@ -250,6 +250,44 @@ def test_a_python_caller_needs_no_command(trained):
     torch.testing.assert_close(found.cross_entropy, result["eval_cross_entropy"])
 
 
+@pytest.fixture
+def loads_with(trained, monkeypatch):
+    """loads_with(ds_config, *flags): the DeepSpeed configuration that evaluate.py loads the model with."""
+    seen = []
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.load", lambda self, resolved, *rest: seen.append(resolved))
+    monkeypatch.setattr("ptp_ds.adapters.served.Served.score", lambda self, _, examples, *rest: torch.zeros(7, 3))
+    monkeypatch.setattr("ptp_ds.commands.evaluate.start_processes", alone)
+
+    def run(ds_config, *flags) -> dict:
+        assert main(["--adapter", str(trained / "run"), "--ds_config", str(ds_config), *map(str, flags)]) == 0
+        return seen[-1].config
+
+    return run
+
+
+def test_a_ds_config_s_batches_and_gradients_are_trainings_alone(loads_with, tmp_path):
+    own = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2,
+           "gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    found = loads_with(tmp_path / "ds.json")
+    assert (found["zero_optimization"]["stage"], found["train_batch_size"]) == (3, 1)
+
+
+def test_hosts_and_nvme_are_as_for_train(loads_with, tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert loads_with("zero3_hpz")["zero_optimization"]["zero_hpz_partition_size"] == 2
+    monkeypatch.setattr("ptp_ds.config.zero_options.require_async_io", lambda file: None)
+    offload = loads_with("zero3_nvme", "--nvme_path", tmp_path)["zero_optimization"]["offload_param"]
+    assert offload["nvme_path"] == str(tmp_path)
+    assert offload["buffer_count"] > 2, "for the shards of two layers"
+
+
+def test_nvme_asks_for_its_folder(trained, refuse):
+    said = refuse(["--adapter", str(trained / "run"), "--ds_config", "zero3_nvme"])
+    assert "keeps weights on NVMe: give --nvme_path, a folder on each host's own NVMe disk." in said
+
+
 def test_another_model_at_equal_width(trained, refuse, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
