@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ptp_ds.commands.one_run import prepare
+from ptp_ds.config.batch import gives_batch
 from ptp_ds.config.population import NO_FP16, members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_file, listed, read_json
 from ptp_ds.packing.layouts import TreeRows
 from ptp_ds.ranks.log import get_logger
-from ptp_ds.training.checkpoint import load_checkpoint, saved_steps, step_folder
+from ptp_ds.training.checkpoint import load_checkpoint, newest_whole, saved_steps, step_folder
 from ptp_ds.training.continuation import Continuation, checked_output_dir
 from ptp_ds.training.failed import failure_in
 from ptp_ds.training.prepared import Prepared
@@ -58,12 +59,16 @@ def prepare_population(
     folder, found = checked_output_dir(run, several=True), {}
     if folder is not None:
         _require_recorded(folder, members)
+    given, batch = set(explicit) - {"seeds", "population"}, _saved_batch(run, explicit, folder, members)
+    if batch is not None:
+        given |= {"batch_size"}
+        members = {name: replace(member, batch_size=batch) for name, member in members.items()}
     with said_once(_PREPARES):
         for name, member in members.items():
             where = None if folder is None else str(folder / "members" / name)
             own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
             try:
-                found[name] = prepare(own, set(explicit) - {"seeds", "population"})
+                found[name] = prepare(own, given)
             except UserError as error:
                 raise UserError(f"Member {name}: {error}") from None
             if found[name].resolved.dtype is torch.float16:
@@ -85,6 +90,20 @@ def _require_recorded(folder: Path, members: Collection[str]) -> None:
             f"--output_dir {folder} holds a run of {listed(names)}, and {listed(missing)} would not be in it any more; "
             "continue it with all of them or give a new folder."
         )
+
+
+def _saved_batch(
+    run: RunConfig, explicit: Collection[str], folder: Path | None, members: Collection[str]
+) -> int | None:
+    """The batch size that members go on with where none is given: that of the first one that has saved anything."""
+    if run.resume is None or folder is None or gives_batch(run, explicit):
+        return None
+    for name in members:
+        with suppress(UserError):  # of damaged checkpoints: prepare says it
+            _, checkpoint, _ = newest_whole(folder / "members" / name)
+            if (found := Continuation(checkpoint).batch_size) is not None:
+                return found
+    return None
 
 
 def _require_one_form(members: Mapping[str, Prepared]) -> None:

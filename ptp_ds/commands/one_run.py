@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ptp_ds.adapters.share import push_adapter, require_can_push
 from ptp_ds.adapters.task import starting_head
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.commands.introduction import introduction
+from ptp_ds.config.batch import gives_batch
 from ptp_ds.config.checks import describe_unread, unsuited
 from ptp_ds.config.ds_config import read_ds_config, resolve_here
 from ptp_ds.config.run_config import RunConfig
@@ -71,9 +73,14 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     _require_class_words(run, task)
     output_dir = checked_output_dir(run)
     continuation = continuation_of(run, output_dir)
+    if continuation.batch_size is not None and not gives_batch(run, explicit):
+        run, explicit = replace(run, batch_size=continuation.batch_size), {*explicit, "batch_size"}
     splits = load_splits(run, task)
     source = open_source(run.model, run.head, task)
     resolved = resolve_here(raw, run, explicit, source)
+    dealt = resolved.config["train_batch_size"]
+    if not gives_batch(run, explicit) and dealt != run.batch_size:
+        run = replace(run, batch_size=dealt)
     adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)

@@ -12,13 +12,13 @@ from ptp_ds.commands.population import train_population
 from ptp_ds.config.parsers import study_parser
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
-from ptp_ds.ranks.distributed import env_rank, is_launched, prepare_environment, start_processes
+from ptp_ds.ranks.distributed import env_rank, env_world, is_launched, prepare_environment, start_processes
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.signals import end_at_once
 from ptp_ds.studies.pictures import require_plot_extra, strip_plot
 from ptp_ds.studies.report import Cells, majority_of, markdown, write_csv
 from ptp_ds.studies.same_rows import require_one_task, require_rows, require_scored_alike
-from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of
+from ptp_ds.studies.study import Cell, Row, Study, finished, read_study, rows_of, with_one_batch
 
 log = get_logger(__name__)
 
@@ -114,6 +114,7 @@ def _study(argv: Sequence[str], description: str) -> int:
     require_one_task(study)
     if out.exists() and not out.is_dir():
         raise UserError(f"--output_dir {out} is a file; give a folder.")
+    study = with_one_batch(study, out, env_world())
     part = study.part(args.methods, args.tasks)
     for cell in study.cells:  # the report takes all of them, whatever is trained now
         finished(cell, out)

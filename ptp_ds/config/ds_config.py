@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ptp_ds.backbone.shapes import ModelShape, shape_of
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
+from ptp_ds.config.batch import default_batch, gives_batch
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.config.zero_options import check_zero_options, resolve_zero_options
 from ptp_ds.errors import UserError
@@ -140,24 +141,16 @@ def resolve_ds_config(
     """Fills in "auto", checks concrete values against explicit flags, and refuses contradictions with ValueError.
 
     explicit: flags that the user gave. world: ranks. width: H, for the bucket sizes. host_ranks: ranks of this host,
-    all by default. shape: the model's, where weights go to NVMe.
+    all by default. shape: the model's, where weights go to NVMe. A batch size that nobody gave is the default's, in
+    equal parts: the run's is then `train_batch_size`.
     """
     config = json.loads(json.dumps(raw))
     notes: list[str] = []
-    hands = world * run.gradient_accumulation_steps
-    # A budget's batches vary in size; DeepSpeed, which doesn't scale our losses, gets one row a rank and micro-batch.
-    batch = run.batch_size if run.tokens_per_step is None else hands
-    if batch % hands:
-        below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
-        choices = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"--batch_size {run.batch_size} can't be dealt to {world} ranks x {run.gradient_accumulation_steps} "
-            f"micro-batches in equal parts; use {choices}."
-        )
+    batch = _batch_size(config, run, explicit, world, notes)
     owned = {
         "train_batch_size": (batch, "batch_size"),
         "gradient_accumulation_steps": (run.gradient_accumulation_steps, "gradient_accumulation_steps"),
-        "train_micro_batch_size_per_gpu": (batch // hands, "batch_size"),
+        "train_micro_batch_size_per_gpu": (batch // (world * run.gradient_accumulation_steps), "batch_size"),
         "gradient_clipping": (run.max_grad_norm, "max_grad_norm"),
     }
     for key, (value, flag) in owned.items():
@@ -188,6 +181,24 @@ def resolve_ds_config(
         raise UserError(f'{run.ds_config}: {brief(left[0])[1:-1]} can\'t be "auto"; give a value or leave it out.')
     _try(config, run.ds_config)
     return ResolvedDeepSpeed(config, notes, dtype)
+
+
+def _batch_size(config: dict[str, Any], run: RunConfig, explicit: set[str], world: int, notes: list[str]) -> int:
+    """Rows of an optimizer step; UserError where a number that was given can't be dealt in equal parts."""
+    parts = run.gradient_accumulation_steps
+    hands = world * parts
+    if run.tokens_per_step is not None:
+        return hands  # a budget's batches vary in size; DeepSpeed, which doesn't scale our losses, gets a row for each
+    if not run.batch_size % hands:
+        return run.batch_size
+    dealt = f"{world} ranks x {parts} micro-batches"
+    in_file = {config.get(key, "auto") for key in ("train_batch_size", "train_micro_batch_size_per_gpu")} != {"auto"}
+    if not in_file and not gives_batch(run, explicit):
+        notes.append(f"batch_size = {default_batch(hands)} (the default, {run.batch_size}, rounded up for {dealt})")
+        return default_batch(hands)
+    below, above = run.batch_size // hands * hands, -(-run.batch_size // hands) * hands
+    choices = f"{below} or {above}" if below else f"{above}"
+    raise UserError(f"--batch_size {run.batch_size} can't be dealt to {dealt} in equal parts; use {choices}.")
 
 
 def _try(config: dict[str, Any], file: str) -> None:

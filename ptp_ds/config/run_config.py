@@ -181,7 +181,10 @@ class RunConfig:
         "1 in sigma, epsilon and alpha: the mean embedding norm, an l2 norm of 1, or 1 in every coordinate",
         UNITS,
     )
-    batch_size: int = _optimisation(8, "rows of an optimizer step over all ranks and micro-batches")
+    batch_size: int = _optimisation(
+        8, "rows of an optimizer step over all ranks and micro-batches, in equal parts; the default is rounded up to a "
+        "multiple of these, or that of the run that --resume goes on with",
+    )  # fmt: skip
     tokens_per_step: int | None = _optimisation(
         None, "instead of --batch_size: rows are drawn until their tokens, both streams, fill this budget"
     )

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ptp_ds.config.batch import default_batch
 from ptp_ds.config.flags import given_settings
 from ptp_ds.config.parsers import PARSERS, study_parser
 from ptp_ds.config.run_config import RunConfig
@@ -170,8 +171,9 @@ def slots_left(
     if not left:
         raise UserError(f"None of the hosts {', '.join(lost)} can be reached by ssh; there is none to go on with.")
     told = [f"{host} can't be reached by ssh and is left out" for host in lost]
-    ranks = sum(map(len, left.values()))
-    wanted = next(number for number in range(ranks, 0, -1) if all(dealt_ranks(number, run) == number for run in runs))
+    ranks, before = sum(map(len, left.values())), sum(map(len, slots.values()))
+    fits = (number for number in range(ranks, 0, -1) if all(dealt_ranks(number, run, before) == number for run in runs))
+    wanted = next(fits)
     if wanted < ranks:
         told.append(f"the batch deals out in equal parts to {wanted} of the {ranks} ranks that are left")
     surplus = ranks - wanted
@@ -182,12 +184,15 @@ def slots_left(
     return {host: numbers for host, numbers in left.items() if numbers}, told
 
 
-def dealt_ranks(ranks: int, settings: Mapping[str, Any]) -> int:
-    """The largest number of ranks, `ranks` at most, that gets equal parts of the batch; 1 where only that is left."""
+def dealt_ranks(ranks: int, settings: Mapping[str, Any], before: int = 1) -> int:
+    """The largest number of ranks, `ranks` at most, that gets equal parts of the batch; 1 where only that is left.
+
+    before: ranks that the run had, to which a batch size that isn't set was dealt.
+    """
     if settings.get("tokens_per_step") is not None:
         return ranks
-    batch = settings.get("batch_size", RunConfig.batch_size)
     micro = settings.get("gradient_accumulation_steps", RunConfig.gradient_accumulation_steps)
+    batch = settings.get("batch_size", default_batch(before * micro))
     return next((number for number in range(ranks, 1, -1) if batch % (number * micro) == 0), 1)
 
 

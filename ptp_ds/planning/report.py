@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
+from ptp_ds.config.batch import default_batch, gives_batch
 from ptp_ds.config.ds_config import read_ds_config
 from ptp_ds.config.population import is_population, members_of
 from ptp_ds.config.run_config import RunConfig
@@ -46,7 +47,9 @@ def tokens_of(run: RunConfig, explicit: set[str], cluster: Cluster, config: Any)
             f", and {run.model} has no tokenizer here for {run.task}'s rows" if "task" in explicit else ""
         )
         return 4096 * cluster.world, f"4096 a rank: {why}"
-    return round(run.batch_size * run.streams * mean), f"--batch_size {run.batch_size} rows of {mean:.0f} tokens"
+    hands = cluster.world * run.gradient_accumulation_steps
+    batch = run.batch_size if gives_batch(run, explicit) else default_batch(hands)
+    return round(batch * run.streams * mean), f"--batch_size {batch} rows of {mean:.0f} tokens"
 
 
 def plans(

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import lcm
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ptp_ds.config.batch import default_batch, gives_batch
 from ptp_ds.config.checks import require_valid
 from ptp_ds.config.flags import require_type
 from ptp_ds.config.population import VARIED, members_of, seeds_of
@@ -202,6 +204,34 @@ def _cell(
     except UserError as error:
         raise UserError(f"{where}: {method} on {task}: {error}") from None
     return Cell(method, task, run, members, frozenset(name for layer in layers for name in layer))
+
+
+def with_one_batch(study: Study, out: Path, world: int) -> Study:
+    """The study with one batch size in all cells that give none, so that they compare: that of a cell which has begun
+    in the folder, else the default, in equal parts for `world` ranks and each cell's micro-batches.
+    """
+    free = [cell for cell in study.cells if not gives_batch(cell.run, cell.explicit)]
+    if not free:
+        return study
+    batch = next((number for cell in free if (number := _begun_with(cell, out)) is not None), None)
+    batch = batch or default_batch(lcm(*(world * cell.run.gradient_accumulation_steps for cell in free)))
+    dealt = {
+        cell.name: replace(cell, run=replace(cell.run, batch_size=batch), explicit=cell.explicit | {"batch_size"})
+        for cell in free
+    }
+    return replace(study, cells=tuple(dealt.get(cell.name, cell) for cell in study.cells))
+
+
+def _begun_with(cell: Cell, out: Path) -> int | None:
+    """The batch size on record of a cell's first member that has begun."""
+    for name in cell.members:
+        file = cell.folder(out) / "members" / name / "config.json"
+        if is_file(file):
+            record = read_json(file, str(file))
+            run = record.get("run") if isinstance(record, dict) else None
+            found = run.get("batch_size") if isinstance(run, dict) else None
+            return found if isinstance(found, int) and found > 0 else None
+    return None
 
 
 def finished(cell: Cell, out: Path) -> bool:

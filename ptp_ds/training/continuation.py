@@ -51,6 +51,12 @@ class Continuation:
     folder: Path | None = None
     skipped: tuple[str, ...] = ()
 
+    @property
+    def batch_size(self) -> int | None:
+        """The checkpoint's, for a run that gives none: what the default becomes depends on the ranks."""
+        found = self.checkpoint.identity.get("batch_size") if self.checkpoint is not None else None
+        return found if isinstance(found, int) and found > 0 else None
+
     def require_same(self, identity: Mapping[str, Any]) -> list[str]:
         """ValueError that names what differs between the checkpoint and the run that would go on from it.
 

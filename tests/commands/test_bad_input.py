@@ -159,7 +159,7 @@ def test_deepspeed_files(base, refuse, tmp_path, content, message):
 
 def test_batch_that_ranks_cannot_share(base, refuse, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert refuse(base).startswith(
+    assert refuse([*base, "--batch_size", "8"]).startswith(
         "--batch_size 8 can't be dealt to 3 ranks x 1 micro-batches in equal parts; use 6 or 9."
     )
 

@@ -122,6 +122,13 @@ def test_ranks_that_the_batch_deals_out_to(ranks, settings, dealt):
     assert dealt_ranks(ranks, settings) == dealt
 
 
+def test_a_batch_that_isnt_set_was_dealt_to_the_ranks_before():
+    """64 rows on 64 ranks, of which 56 are left."""
+    assert dealt_ranks(56, {}, before=64) == 32
+    assert dealt_ranks(7, {"gradient_accumulation_steps": 2}, before=8) == 4
+    assert dealt_ranks(7, {"batch_size": 14}, before=8) == 7
+
+
 SLOTS = {"a": [0, 1], "b": [0, 1], "c": [1, 2]}
 
 

@@ -255,6 +255,9 @@ def test_rows_of_a_task_are_counted_where_there_is_a_tokenizer(tiny_model):
     cluster, run, explicit, *_ = parse_plan([*argv, "--model", str(tiny_model), "--perturbation", "none"])
     _, load, source, _ = plans(cluster, run, explicit)
     assert source.startswith("--batch_size 6 rows of ")
+    for hosts, batch in (("1", 8), ("6", 12)):  # the default, in equal parts for all ranks
+        words = ["--hosts", hosts, *argv[2:-2], "--model", str(tiny_model)]
+        assert plans(*parse_plan(words)[:3])[2].startswith(f"--batch_size {batch} rows of ")
     cluster, run, explicit, *_ = parse_plan([*argv, "--model", "llama-8b"])
     _, other, source, _ = plans(cluster, run, explicit)
     assert "llama-8b has no tokenizer here" in source

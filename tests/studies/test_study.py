@@ -8,7 +8,7 @@ import pytest
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.studies.report import ALL, Cells, markdown, write_csv
-from ptp_ds.studies.study import Row, finished, read_study, rows_of
+from ptp_ds.studies.study import Row, finished, read_study, rows_of, with_one_batch
 from tests.support.paths import ROOT
 
 STUDY = """
@@ -55,6 +55,22 @@ def test_a_task_without_a_template_is_the_built_in_one_of_its_name(tmp_path):
     assert [cell.run.task for cell in read_study(written(tmp_path, text)).cells] == ["CB", "RTE.pet"]
     shared = f"settings: {{task: COPA}}\n{text}"
     assert [cell.run.task for cell in read_study(written(tmp_path, shared)).cells] == ["COPA", "COPA"]
+
+
+def test_cells_that_give_no_batch_size_have_one(tmp_path):
+    """On 6 ranks, in 1 and 4 micro-batches each; what has begun in the folder goes on with its own, on any ranks."""
+    text = STUDY.replace("noise: {", "noise: {gradient_accumulation_steps: 4, ").replace(
+        "smart: {", "smart: {batch_size: 60, "
+    )
+    study = read_study(written(tmp_path, text))
+    assert {cell.run.batch_size for cell in with_one_batch(study, tmp_path, 1).cells} == {8, 60}
+    cells = {cell.name: cell for cell in with_one_batch(study, tmp_path, 6).cells}
+    assert [cells[f"SST2/{name}"].run.batch_size for name in study.methods] == [24, 24, 60]
+    assert all("batch_size" in cell.explicit for cell in cells.values())
+    begun = cells["COPA/noise"].folder(tmp_path) / "members" / "seed-0"
+    begun.mkdir(parents=True)
+    (begun / "config.json").write_text(json.dumps({"run": {"batch_size": 24}}))
+    assert {cell.run.batch_size for cell in with_one_batch(study, tmp_path, 1).cells} == {24, 60}
 
 
 @pytest.mark.parametrize(
