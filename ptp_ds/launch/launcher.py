@@ -7,7 +7,7 @@ the ranks behind when it is terminated, or kills them while they save: here SIGT
 starts a run again whose ranks died (ptp_ds.launch.restarts).
 
 Where the hostfile names other hosts, DeepSpeed takes the first address that the first host lists, port 29500 and no
-interface: ptp_ds.hosts.hosts finds and checks them, and ptp_ds.launch.job takes signals to the ranks of every host.
+interface: ptp_ds.hosts.hostfile finds and checks them, and ptp_ds.launch.job takes signals to the ranks of every host.
 
 scripts/setup_env.sh installs it in .venv/bin; elsewhere use `python -m ptp_ds.launch` in the place of `deepspeed`.
 """
