@@ -1,5 +1,6 @@
 """ptp_ds.Predictor: a saved adapter on its model, ready for rows; text by transformers' own generate."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,14 @@ from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 
 Row = Mapping[str, Any] | str
+# Held while a model is built: transformers sets torch's default dtype meanwhile, the process's one for all threads.
+_building = threading.Lock()
 
 
 @dataclass
 class Predictor:
-    """An adapter's answers. The model is loaded when it is needed: once for predict, once for generate and embeds.
+    """An adapter's answers. The model is loaded when it is needed: once for predict, once for generate and embeds;
+    threads may share it.
 
     served: the adapter with its model's configuration, tokenizer and task. precision: of the model, see --precision.
     """
@@ -51,7 +55,8 @@ class Predictor:
             prepare_environment()
             whole(precision)
             named = None if task is None else read_task(task)
-            found = serve([adapter_folder(adapter)], model=model, task=named, max_length=max_length)
+            with _building:
+                found = serve([adapter_folder(adapter)], model=model, task=named, max_length=max_length)
         return cls(found, precision)
 
     @property
@@ -72,9 +77,7 @@ class Predictor:
         with as_it_was(verbose=False):
             prepare_environment()
             examples = self.served.examples(split)
-            if self._backbone is None:
-                self._backbone = self.served.load(whole(self.precision), alone(), examples)
-            scores_NC = self.served.score(self._backbone, examples, alone(), eval_tokens)
+            scores_NC = self.served.score(self._packed(examples), examples, alone(), eval_tokens)
         return answer_lines(self.task, split, scores_NC)
 
     def generate(self, rows: Row | Sequence[Row], *, max_new_tokens: int = 20, **kwargs: Any) -> Any:
@@ -132,10 +135,20 @@ class Predictor:
         if kind != "causal":
             raise UserError(f"{what} needs a causal model; {self.served.model} serves this adapter with a {kind} head.")
 
+    def _packed(self, examples: Sequence[Example]) -> Backbone:
+        """The model that packs rows, loaded once, checked with rows as long as the first ones."""
+        if self._backbone is None:
+            with _building:
+                if self._backbone is None:
+                    self._backbone = self.served.load(whole(self.precision), alone(), examples)
+        return self._backbone
+
     def _plain(self) -> Any:
         """The model as transformers loads it, loaded once."""
         if self._model is None:
-            self._model = self.served.plain(self.precision)
+            with _building:
+                if self._model is None:
+                    self._model = self.served.plain(self.precision)
         return self._model
 
 

@@ -176,7 +176,7 @@ def _make_layout(plan: TreePlan, heads: int, key_heads: int) -> _Layout:
         visible = np.zeros((bucket.visible.shape[0], length, width), dtype=bool)
         visible[:, :, :prefix] = True
         visible[:, :, prefix : prefix + length] = bucket.visible.numpy()
-        mask = torch.zeros(visible.shape)
+        mask = torch.zeros(visible.shape, dtype=torch.float32)
         mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(mask.dtype).min)
         query_slots = query_start + np.arange(queries.size).reshape(queries.shape)
         padding = np.broadcast_to(~real[:, None, None, :], queries.shape)

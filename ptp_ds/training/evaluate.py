@@ -161,7 +161,8 @@ class _Table:
     def of(cls, examples: Sequence[Example]) -> "_Table":
         sizes = torch.tensor([len(example.candidate_ids) for example in examples])
         absent = torch.arange(int(sizes.max())) >= sizes[:, None]
-        return cls(torch.zeros(absent.shape), torch.zeros(len(examples), 1), absent)
+        sums, counts = (torch.zeros(shape, dtype=torch.float32) for shape in (absent.shape, (len(examples), 1)))
+        return cls(sums, counts, absent)
 
     def add(self, numbers: Sequence[int], scores_BC: Tensor, present_BC: Tensor) -> None:
         """Scores of the examples `numbers`."""

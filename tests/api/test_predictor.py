@@ -1,6 +1,8 @@
 """ptp_ds.Predictor: predict.py's answers, transformers' own text, embeddings that give the same text elsewhere."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import ptp_ds
 from ptp_ds.adapters.generate import generate
+from ptp_ds.adapters.served import Served
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.errors import UserError
@@ -139,6 +142,43 @@ def test_a_prompt_inside_the_text_stands_there(saved, lively_model):
     assert predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False, eos_token_id=None) == (
         predictor.served.source.tokenizer.decode(wanted, skip_special_tokens=True)
     )
+
+
+def test_threads_share_a_predictor(saved, monkeypatch):
+    """transformers sets torch's default dtype while it builds a model: two at once would leave bf16 behind."""
+    folder = saved()
+    first, second = (ptp_ds.Predictor.from_pretrained(folder, precision="bf16") for _ in range(2))
+    built = []
+
+    def slowly(build):
+        def one(*args, **kwargs):
+            built.append(+1)
+            time.sleep(0.1)
+            found = build(*args, **kwargs)
+            built.append(-1)
+            return found
+
+        return one
+
+    for name in ("load", "plain"):
+        monkeypatch.setattr(Served, name, slowly(getattr(Served, name)))
+    calls = [first.predict, second.predict, first.predict, first.generate, first.generate]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = [task.result() for task in [pool.submit(call, REVIEWS) for call in calls]]
+    assert built == [+1, -1] * 3
+    assert found[0] == found[1] == found[2]
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_predictions_whatever_torchs_default_dtype_is(saved, kind):
+    """Another thread may load a model of its own by transformers, which sets it."""
+    predictor = ptp_ds.Predictor.from_pretrained(saved(kind), precision="fp32")
+    wanted = predictor.predict(REVIEWS)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert predictor.predict(REVIEWS) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_does_not_fit_is_one_sentence(saved, tmp_path):
