@@ -25,9 +25,10 @@ def load_backbone(
 ) -> Backbone:  # fmt: skip
     """The frozen backbone on this rank's device, in the resolved dtype; sharded over ranks under ZeRO-3.
 
-    plan: the head it predicts with, a causal one by default. Tensors that a checkpoint lacks are refused, but for those
-    of a classifier, which is trained. kernels: see ptp_ds.kernels. share: whether ranks of one host without GPUs may
-    keep their shards in one memory (see Shards.share). joint: see Backbone.
+    plan: the head it predicts with, a causal one by default. Tensors that a checkpoint lacks are refused, and those of
+    another shape than config.json says, but for those of a classifier, which is trained. kernels: see ptp_ds.kernels.
+    share: whether ranks of one host without GPUs may keep their shards in one memory (see Shards.share). joint: see
+    Backbone.
     """
     plan, config = plan or HeadPlan(), load_config(folder)
     files = tensor_files(folder)
@@ -44,6 +45,9 @@ def load_backbone(
             )  # fmt: skip
         absent = set(info["missing_keys"])
         _refuse_absent(absent, plan, folder)
+        for name, found, wanted in sorted(info["mismatched_keys"]):  # transformers made these anew, at random
+            if not is_trained(name):
+                raise UserError(f"{folder}: {name} has shape {tuple(found)}, its config.json says {tuple(wanted)}.")
         model = model.to(ranks.device)
     else:
         with _transformers_refusals(folder):

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from ptp_ds.backbone.loading import load_backbone
 from ptp_ds.config.ds_config import read_ds_config, resolve_ds_config
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.models.heads import auto_class
+from ptp_ds.errors import UserError
+from ptp_ds.models.heads import HeadPlan, auto_class
 from ptp_ds.models.positions import max_row_length
 from ptp_ds.models.source import load_config, load_tokenizer, resolve_model
+from tests.support.encoders import make_encoder
 from tests.support.reference import make_model
 
 
@@ -69,6 +71,19 @@ def test_wrong_shape(tiny_model, tmp_path, ranks):
     folder = copy_of(tiny_model, tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(7,\), its config.json says \(32,\)"):
         load_backbone(folder, resolved(3), ranks)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_classifiers_frozen_tensors_have_the_shapes_that_config_json_says(tmp_path, ranks, stage):
+    """The classifier alone may be another task's: it is trained. Frozen weights made anew would be random."""
+    make_encoder("bert", "classes", labels=5).save_pretrained(tmp_path)
+    plan = HeadPlan("classes", outputs=3)
+    loaded = load_backbone(tmp_path, resolved(stage), ranks, plan)
+    assert loaded.head.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 128}))
+    with pytest.raises(UserError, match=r"embeddings.weight has shape \(96, 32\), its config.json says \(128, 32\)"):
+        load_backbone(tmp_path, resolved(stage), ranks, plan)
 
 
 def test_no_or_damaged_safetensors(tiny_model, tmp_path, ranks):
