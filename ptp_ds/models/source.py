@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, is_folder, sha256_of
 from ptp_ds.hosts.hub import hub_reason
-from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, WANTED, cache_root, embedded_folder, present_model
+from ptp_ds.hosts.model_files import EMBEDDED_MODEL, GGUF_SHA256, cache_root, embedded_folder, hub_model, present_model
 from ptp_ds.models.heads import HeadPlan, auto_class, plan_head
 from ptp_ds.models.quantised import require_plain_config
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
@@ -154,13 +154,12 @@ def resolve_model(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         with first_of_host(f"hub model {name}") as first:
             held = None if first else present_model(name)
-            return held or Path(snapshot_download(name, allow_patterns=WANTED))
+            return held or hub_model(name)
     except HFValidationError:
         why = f"Unknown model {name!r}: it is neither a folder nor a hub id"
     except Exception as error:  # the hub client raises many types: offline, 404, gated, timeouts
