@@ -32,6 +32,7 @@ from ptp_ds.backbone.probe import (
 )
 from ptp_ds.errors import UserError
 from ptp_ds.packing.row import PackedRow
+from ptp_ds.prompts.soft import embedding_width
 from ptp_ds.ranks.agreement import Agreement
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.faults import befell
@@ -75,9 +76,10 @@ def check_backbone(backbone: Backbone, longest: int = 0, ranks: Ranks | None = N
     above.
 
     Checks that every layer called the tree attention, that no layer asks for a local window that its attention call
-    doesn't name, that the prompt gets a finite non-zero gradient, that scores and gradients agree with the family's own
-    eager attention, and that no forward changes the model. Measures what kept activations cost (Backbone.activations),
-    and whether the head can do with less (Backbone.narrows, head_input). Joins products before that (Backbone.joint).
+    doesn't name, that the prompt is as wide as the token embeddings and gets a finite non-zero gradient, that scores
+    and gradients agree with the family's own eager attention, and that no forward changes the model. Measures what kept
+    activations cost (Backbone.activations), and whether the head can do with less (Backbone.narrows, head_input). Joins
+    products before that (Backbone.joint).
     """
     gathers = backbone.shards.sharded and not backbone.shards.shared
     elsewhere = FamilyError(backbone.model, "the start-up check fails on another rank, which says why")
@@ -99,6 +101,9 @@ def _check(backbone: Backbone, longest: int, agreement: Agreement) -> None:
         with serving(backbone, probe.rows, "soft"):
             found, local = packed_pass(backbone, probe, probe.examples, passes)
     _refuse_pass(backbone, passes[0], local)
+    if (read := embedding_width(backbone.model.config)) != backbone.width:  # what a prompt is made by
+        reason = f"its token embeddings have {backbone.width} numbers, and its config.json is read as saying {read}"
+        raise FamilyError(backbone.model, reason)
     if agreement.largest(not _is_alive(found.to_prompt))[0]:
         raise FamilyError(backbone.model, "the prompt gets no finite, non-zero gradient through it")
     with _family_fails(backbone), backbone.shards.outside_layers():

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 
 def embedding_width(config: Any) -> int:
-    """H: numbers of a token embedding, which some families project to their layers' width (albert, electra, opt)."""
+    """H: numbers of a token embedding, which some families project to their layers' width."""
     text = config.get_text_config()
-    own = (getattr(text, name, None) for name in ("embedding_size", "word_embed_proj_dim"))
+    names = ("embedding_size", "input_embedding_size", "word_embed_proj_dim")  # electra's, rembert's, opt's
+    own = (getattr(text, name, None) for name in names)
     return next((width for width in own if width), text.hidden_size)
 
 
