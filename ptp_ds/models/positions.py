@@ -6,8 +6,11 @@ import torch
 from torch import nn
 
 from ptp_ds.errors import UserError
-from ptp_ds.models.heads import HeadPlan, auto_class
+from ptp_ds.models.heads import HeadPlan, auto_class, is_encoder
 
+# The positions that a family counts to: most families', older ones', MPT's, LED's encoder's, Whisper's decoder's.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_encoder_position_embeddings",
+           "max_target_positions")  # fmt: skip
 _LONG_ROPE = {"dynamic", "longrope"}  # rotary frequencies that depend on the longest position of the whole row
 
 
@@ -22,7 +25,7 @@ def first_position(model: nn.Module) -> int:
 def max_row_length(config: Any) -> int:
     """Tokens of the longest row (prompt included) on which packed and plain passes agree, from the config alone."""
     text = config.get_text_config()
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [getattr(text, name, None) for name in _LIMITS]
     for rope in _rotary_settings(text):
         if rope.get("rope_type") in _LONG_ROPE:
             limits.append(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
@@ -66,7 +69,7 @@ def checked_length(config: Any, longest: int, limit: int) -> int:
 def row_room(max_length: int | None, prompt_length: int, config: Any, plan: HeadPlan | None = None) -> int:
     """Tokens of a row behind the prompt; ValueError where the prompt leaves none or --max_length exceeds the model."""
     limit = max_row_length(config)
-    if plan is not None and plan.kind != "causal":
+    if plan is not None and (plan.kind != "causal" or is_encoder(config)):  # roberta's kin have causal heads, too
         with torch.device("meta"):
             limit -= first_position(auto_class(config, plan.kind, "").from_config(config))
     if max_length is not None and not prompt_length < max_length <= limit:
