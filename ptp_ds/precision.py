@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ptp_ds.errors import UserError
+from ptp_ds.files import brief
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION_OF = {dtype: name for name, dtype in _DTYPES.items()}
@@ -70,10 +71,13 @@ def _error_of_products() -> float:
 def dtype_of(precision: str, where: str = "") -> torch.dtype:
     """The backbone's dtype for one of PRECISIONS, without a DeepSpeed configuration.
 
-    ValueError for fp16 on a CPU; it begins with `where`, what asks for it where the flag doesn't.
+    ValueError for another name, and for fp16 on a CPU; this begins with `where`, what asks for it where the flag
+    doesn't.
     """
     if precision == "auto":
         return torch.bfloat16 if native_bf16()[0] else torch.float32
+    if precision not in _DTYPES:
+        raise UserError(f"precision is {brief(precision)}; choose from auto, {', '.join(_DTYPES)}.")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError(f"{where}fp16 needs a GPU: DeepSpeed has no fp16 on a CPU; use --precision fp32.")
     return _DTYPES[precision]

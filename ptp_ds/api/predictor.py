@@ -16,8 +16,10 @@ from ptp_ds.adapters.served import Served, alone, serve, whole
 from ptp_ds.api.data import read_task, rows_of
 from ptp_ds.api.manners import as_it_was
 from ptp_ds.backbone.backbone import Backbone
+from ptp_ds.config.flags import require_type
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
+from ptp_ds.files import brief
 from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
@@ -54,6 +56,7 @@ class Predictor:
         with as_it_was(verbose=False):
             prepare_environment()
             whole(precision)
+            require_type("Predictor", "max_length", max_length)
             named = None if task is None else read_task(task)
             with _building:
                 found = serve([adapter_folder(adapter)], model=model, task=named, max_length=max_length)
@@ -80,10 +83,11 @@ class Predictor:
             scores_NC = self.served.score(self._packed(examples), examples, alone(), eval_tokens)
         return answer_lines(self.task, split, scores_NC)
 
-    def generate(self, rows: Row | Sequence[Row], *, max_new_tokens: int = 20, **kwargs: Any) -> Any:
+    def generate(self, rows: Row | Sequence[Row], *, max_new_tokens: int | None = None, **kwargs: Any) -> Any:
         """The text that the model writes behind a row's context: a text for one row, a list for several.
 
-        kwargs: of transformers' generate (do_sample, temperature, num_beams, ...). Several rows are one batch, padded
+        max_new_tokens: None for what a `generation_config` among kwargs says, 20 without one. kwargs: of transformers'
+        generate (do_sample, temperature, num_beams, ...). Several rows are one batch, padded
         on the left; with num_return_sequences each row gives as many, one behind the other. Raises UserError where the
         head doesn't continue texts.
         """
@@ -92,24 +96,32 @@ class Predictor:
         given = rows_of(rows, self.task)
         if not given:
             return []
-        examples = self._contexts(given, max_new_tokens)
+        said = (max_new_tokens, getattr(kwargs.get("generation_config"), "max_new_tokens", None), 20)
+        most = next(count for count in said if count is not None)
+        if not isinstance(most, int) or most < 1:
+            raise UserError(f"max_new_tokens is {brief(most)}; expected a whole number of 1 or more.")
+        examples = self._contexts(given, most)
         tokenizer, model = self.served.source.tokenizer, self._plain()
         inputs = generation_inputs(model, self.served.prompts[0], self.served.kind, examples, _copies(model, kwargs))
         if tokenizer.eos_token_id is not None:
             kwargs.setdefault("pad_token_id", tokenizer.pad_token_id or tokenizer.eos_token_id)
         with torch.inference_mode():
-            found = model.generate(**inputs.arguments, max_new_tokens=max_new_tokens, **kwargs)
+            found = model.generate(**inputs.arguments, max_new_tokens=most, **kwargs)
         return self._texts(found, inputs, single)
 
     def embeds(self, row: Row) -> Tensor:
         """[P + T, H] what stands in front of the model for a row: the prompt and the context's token embeddings, in the
-        model's dtype, for servers that take prompt embeddings (vLLM). Raises UserError for a deep prompt.
+        model's dtype, for servers that take prompt embeddings (vLLM). Raises UserError for a deep prompt, several rows
+        and a row of several questions.
         """
         self._require_causal("embeds")
         if self.served.kind != "soft":
             raise UserError("A deep prompt is keys and values of every layer, not embeddings; embeds needs a soft one.")
-        (example,) = self._contexts(rows_of(row, self.task), 0)
-        return token_embeddings(self._plain(), self.served.prompts[0], example).cpu()
+        given = rows_of(row, self.task)
+        examples = self._contexts(given, 0) if given else []
+        if len(examples) != 1:
+            raise UserError(f"embeds takes one row with one question, not {len(examples)}; call it for each of them.")
+        return token_embeddings(self._plain(), self.served.prompts[0], examples[0]).cpu()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Puts the adapter on the hub, as owner/name; returns its address. Raises UserError without a token."""

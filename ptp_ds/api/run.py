@@ -1,7 +1,7 @@
 """ptp_ds.train: one run, or several prompts at once, from a Python program or a notebook."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -16,7 +16,7 @@ from ptp_ds.config.population import is_population
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_folder, nearest, read_json
+from ptp_ds.files import brief, is_folder, nearest, read_json
 from ptp_ds.ranks.distributed import env_world
 from ptp_ds.training.continuation import checked_output_dir
 from ptp_ds.training.monitor import StopRun
@@ -73,7 +73,7 @@ class Result:
 
 def train(
     config: RunConfig | str | Path | None = None, *, data: Any = None, task: Any = None,
-    callbacks: Sequence[Callback] = (), verbose: bool = True, **settings: Any,
+    callbacks: Sequence[Callback] | None = (), verbose: bool = True, **settings: Any,
 ) -> Result:  # fmt: skip
     """Trains a prompt, or with `seeds` or `population` several at once, and returns what it leaves.
 
@@ -87,13 +87,24 @@ def train(
     the number of threads are the caller's own again behind it. Raises UserError, one sentence, for what is wrong.
     """
     with as_it_was(verbose):
+        told = _called(callbacks)
         run, explicit = _settings(config, task, settings)
         run = _with_data(run, data, task)
-        code = train_on_ranks(run, explicit, callbacks)
+        code = train_on_ranks(run, explicit, told)
         if code:
             raise KeyboardInterrupt(f"stopped by signal {code - 128}; saved: resume='auto' goes on")
         folder = Path(run.output_dir or "")
         return Result(folder, _read(folder / ("population.json" if is_population(run) else "result.json")))
+
+
+def _called(callbacks: Any) -> tuple[Callback, ...]:
+    """The callbacks; none for None."""
+    if callbacks is None:
+        return ()
+    found = tuple(callbacks) if isinstance(callbacks, Iterable) else (None,)
+    if not all(map(callable, found)):
+        raise UserError(f"callbacks is {brief(callbacks)}; expected a list of functions, each called with a line.")
+    return found
 
 
 def _settings(config: Any, task: Any, settings: Mapping[str, Any]) -> tuple[RunConfig, set[str]]:

@@ -103,6 +103,18 @@ def test_beams_and_samples_that_a_generation_config_asks_for(saved, kind, place)
     )
 
 
+def test_the_new_tokens_of_a_generation_config(saved):
+    """What is given goes first, then the configuration's, then 20."""
+    predictor = ptp_ds.Predictor.from_pretrained(saved(), precision="fp32")
+    given = {"do_sample": False, "eos_token_id": None}
+    texts = {count: predictor.generate(REVIEWS, max_new_tokens=count, **given) for count in (3, 20, 25)}
+    config = GenerationConfig(max_new_tokens=25, **given)
+    assert predictor.generate(REVIEWS, generation_config=config, eos_token_id=None) == texts[25]
+    assert predictor.generate(REVIEWS, generation_config=config, eos_token_id=None, max_new_tokens=3) == texts[3]
+    assert predictor.generate(REVIEWS, generation_config=GenerationConfig(), **given) == texts[20]
+    assert predictor.generate(REVIEWS, **given) == texts[20] != texts[25]
+
+
 def test_embeddings_give_the_same_text_to_a_model_that_knows_no_adapter(saved, lively_model):
     predictor = ptp_ds.Predictor.from_pretrained(saved(), precision="fp32")
     rows_TH = predictor.embeds({"review": REVIEWS[0]})
@@ -181,12 +193,36 @@ def test_predictions_whatever_torchs_default_dtype_is(saved, kind):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", torch.float32])
+def test_a_precision_that_there_is_not_names_those_that_there_are(saved, precision):
+    with pytest.raises(UserError, match=rf"precision is '?{precision}'?; choose from auto, fp32, bf16, fp16\."):
+        ptp_ds.Predictor.from_pretrained(saved(), precision=precision)
+
+
+def test_embeddings_are_one_rows(saved):
+    passage = {"text": "A.", "questions": [{"idx": 0, "question": "Q?", "answers": [{"idx": n, "text": "B"}
+                                                                                   for n in range(2)]}]}  # fmt: skip
+    predictor = ptp_ds.Predictor.from_pretrained(saved())
+    for rows, count in ((REVIEWS, 3), ([], 0)):
+        with pytest.raises(UserError, match=rf"embeds takes one row with one question, not {count}; call it for each"):
+            predictor.embeds(rows)
+    assert torch.equal(predictor.embeds(REVIEWS[:1]), predictor.embeds(REVIEWS[0]))
+    several = ptp_ds.Predictor.from_pretrained(saved(), task="MultiRC")
+    with pytest.raises(UserError, match="one question, not 2"):
+        several.embeds({"idx": 0, "passage": passage})
+
+
 def test_what_does_not_fit_is_one_sentence(saved, tmp_path):
+    with pytest.raises(UserError, match="Predictor: 'max_length' must be int, not '100'"):
+        ptp_ds.Predictor.from_pretrained(saved(), max_length="100")
     predictor = ptp_ds.Predictor.from_pretrained(saved("deep"))
     with pytest.raises(UserError, match="A deep prompt is keys and values"):
         predictor.embeds("Fine.")
     with pytest.raises(UserError, match="max_new_tokens 1000 leaves no room"):
         predictor.generate("Fine.", max_new_tokens=1000)
+    for count in (0, "5"):
+        with pytest.raises(UserError, match=rf"max_new_tokens is '?{count}'?; expected a whole number of 1 or more"):
+            predictor.generate("Fine.", max_new_tokens=count)
     with pytest.raises(UserError, match="the row has no field 'review'"):
         predictor.predict({"text": "Fine."})
     with pytest.raises(UserError, match=r"row 0: field 'review' holds '.ud83d' at character 4, half a character"):

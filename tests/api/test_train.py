@@ -71,8 +71,9 @@ def test_the_process_is_left_as_it_was(tiny_model, tmp_path):
     before = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
               torch.get_num_threads(), list(logger.handlers))  # fmt: skip
     found = []
+    given = {"task": "COPA", "model": str(tiny_model), "verbose": False, "callbacks": None, **QUICK}
     for number in range(2):
-        ptp_ds.train(task="COPA", model=str(tiny_model), output_dir=tmp_path / str(number), verbose=False, **QUICK)
+        ptp_ds.train(**given, output_dir=tmp_path / str(number))
         found.append(adapter(tmp_path / str(number)))
         after = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
                  torch.get_num_threads(), list(logger.handlers))  # fmt: skip
@@ -271,6 +272,8 @@ def test_rows_of_other_types_than_jsons(tmp_path):
         ({"data": "rows.txt"}, r"data is 'rows\.txt'; expected a folder, a file in \.jsonl"),
         ({"task": {"name": "X"}}, "task: the template lacks"),
         ({"task": 3}, "task is 3; expected a task's name"),
+        ({"callbacks": len}, "callbacks is <built-in function len>; expected a list of functions"),
+        ({"callbacks": [len, 3]}, r"callbacks is \[<built-in function len>, 3\]; expected a list of functions"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path, given, said):
