@@ -91,7 +91,7 @@ def ptp_loss(
     """
     require_settings(settings, "settings")
     _require_tensors(numbers=numbers, movable=movable, answer_ids=answer_ids)
-    expect_perturbed(model, batch, settings)
+    expect_perturbed(model, batch, settings, movable)
     if not isinstance(batch.get("labels"), Tensor):
         raise UserError("A batch needs labels, a tensor, to have a loss; see docs/own_loop.md.")
     if "num_items_in_batch" in batch:
@@ -124,14 +124,34 @@ def _require_tensors(**given: Any) -> None:
             raise UserError(f"{name} is {brief(value)}, of type {type(value).__name__}; expected a tensor.")
 
 
-def expect_perturbed(model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings) -> None:
+def expect_perturbed(
+    model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings, movable: Tensor | None = None
+) -> None:
     """Before the clean pass: UserError where the batch can't be perturbed; the hook of the pass that moves it."""
     if not settings.perturbs:
         return
     if not all(isinstance(batch.get(name), Tensor) for name in ("input_ids", "labels")):
         raise UserError("A batch needs input_ids and labels to be perturbed; see docs/own_loop.md.")
+    answers_in_place(model)  # refuses encoder-decoders
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    if ids.dim() != 2:
+        raise UserError(f"input_ids have shape {tuple(ids.shape)}; expected [B, T], a row of tokens for each answer.")
+    if labels.is_floating_point() or (movable is None and labels.shape not in (ids.shape[:1], ids.shape)):
+        raise _no_answers(labels)
+    if movable is None and mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        found = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is of type {type(mask).__name__}"
+        raise UserError(
+            f"attention_mask {found}; expected [B, T], {tuple(ids.shape)}, to tell which tokens may be perturbed, or "
+            "ptp_loss's movable beside it."
+        )
     if settings.perturbation != "mask":
         mover_of(embedding_of(model))
+
+
+def _no_answers(labels: Tensor) -> UserError:
+    return UserError(
+        f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected classes [B] or tokens [B, T]."
+    )
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -207,9 +227,7 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
         rows = (labels != IGNORED).nonzero()[:, 0]
         return Answers(rows, None, labels[rows])
     if labels.dim() != 2 or labels.is_floating_point() or logits.dim() != 3:
-        raise UserError(
-            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected classes [B] or tokens [B, T]."
-        )
+        raise _no_answers(labels)
     if answer_ids is not None and is_token_classifier(model):
         raise UserError("answer_ids are for language models; a token classifier's answers are its classes.")
     shift = 0 if answers_in_place(model) else 1

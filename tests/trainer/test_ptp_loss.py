@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
@@ -19,6 +19,7 @@ from ptp_ds.training.step import ptp_loss as packed_loss
 from ptp_ds.training.step import settings_of
 from tests.support.packed import make_prompt
 from tests.support.reference import VOCABULARY, make_examples, make_model
+from tests.support.seq2seq import SEQ2SEQ
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's calls of transformers
 STEP, SEED = 4, 3
@@ -296,6 +297,31 @@ def test_presets_are_those_of_the_command():
         PTPSettings.preset("ptp-advv")
 
 
+def test_what_can_not_be_perturbed_is_told_before_the_first_pass():
+    classifier, causal = encoder(AutoModelForSequenceClassification, num_labels=3), make_model("llama")
+    ids = torch.randint(5, VOCABULARY, (4, 6))
+    tokens = torch.where(torch.arange(6) == 5, ids, -100)
+    square = torch.full((4, 1, 6, 6), torch.finfo(torch.float32).min).triu(1)  # what a causal model makes of none
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **SEQ2SEQ["t5"]))
+    cases = [
+        (t5, {"labels": ids[:, :3]}, r"T5ForConditionalGeneration is an encoder-decoder; train it by `ptp train`"),
+        (classifier, {"labels": torch.rand(4, 3)}, r"labels have shape \(4, 3\) and type torch\.float32; expected"),
+        (classifier, {"labels": torch.rand(4)}, r"labels have shape \(4,\) and type torch\.float32; expected"),
+        (classifier, {"labels": torch.ones(4, 1).long()}, r"labels have shape \(4, 1\) and type torch\.int64"),
+        (classifier, {"labels": torch.zeros(4).long(), "input_ids": ids[:, None]}, r"input_ids have shape \(4, 1, 6\)"),
+        (causal, {"labels": tokens, "attention_mask": square}, r"attention_mask has shape \(4, 1, 6, 6\); expected"),
+        (causal, {"labels": tokens, "attention_mask": {}}, r"attention_mask is of type dict; expected \[B, T\]"),
+    ]  # fmt: skip
+    for model, given, said in cases:
+        model.register_forward_pre_hook(lambda *_: pytest.fail("a pass before it was told"))
+        with pytest.raises(UserError, match=said):
+            ptp_loss(model, {"input_ids": ids, **given}, PTPSettings())
+    masked = {"input_ids": ids, "labels": tokens, "attention_mask": square}
+    found = ptp_loss(make_model("llama"), masked, PTPSettings(sigma=0.5), movable=tokens == -100)
+    wanted = ptp_loss(make_model("llama"), {"input_ids": ids, "labels": tokens}, PTPSettings(sigma=0.5))
+    torch.testing.assert_close((found.loss, found.divergence), (wanted.loss, wanted.divergence))
+
+
 def test_batches_that_do_not_fit():
     model = soft(make_model("llama"), make_prompt())
     batch, answer_ids, _ = batch_of(make_examples("single"))
@@ -319,13 +345,3 @@ def test_batches_that_do_not_fit():
     batch["labels"][0] = -100
     with pytest.raises(UserError, match="every row has one labelled token"):
         ptp_loss(model, batch, PTPSettings(), answer_ids=answer_ids)
-    from transformers import AutoModelForSeq2SeqLM, T5Config
-
-    t5 = AutoModelForSeq2SeqLM.from_config(
-        T5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
-    )
-    batch, _, _ = batch_of(make_examples("single"))
-    with pytest.raises(UserError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        ptp_loss(t5, batch, PTPSettings())

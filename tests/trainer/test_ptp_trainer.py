@@ -25,6 +25,7 @@ from ptp_ds.trainer.loss import Answers
 from ptp_ds.trainer.trainer import Dealt
 from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
+from tests.support.seq2seq import make_seq2seq
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's and transformers'
 
@@ -256,6 +257,11 @@ def test_what_it_cannot_train_is_one_sentence(lively_model, rows, tokenizer, tmp
     every = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
     trainer = trainer_of(PTPTrainer, model_of(lively_model), every, tokenizer, tmp_path, PTPSettings())
     with pytest.raises(UserError, match="Every token of the first batch is an answer"):
+        trainer.train()
+    pairs = [{"input_ids": row["input_ids"][:6], "labels": row["input_ids"][:3]} for row in rows]
+    t5 = make_seq2seq("t5").requires_grad_()
+    trainer = trainer_of(PTPTrainer, t5, pairs, tokenizer, tmp_path, PTPSettings(), default_data_collator)
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is an encoder-decoder"):
         trainer.train()
 
 
