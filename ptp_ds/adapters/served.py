@@ -96,8 +96,8 @@ class Served:
         attention: transformers' attn_implementation, None for its own choice.
         """
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self.source.folder, dtype=whole(precision).dtype, attn_implementation=attention, use_safetensors=True,
-            trust_remote_code=False,
+            self.source.folder, config=self.source.config, dtype=whole(precision).dtype, attn_implementation=attention,
+            use_safetensors=True, trust_remote_code=False,
         )  # fmt: skip
         return model.to(alone().device).eval().requires_grad_(False)
 

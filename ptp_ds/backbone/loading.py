@@ -92,13 +92,13 @@ _UNFIT = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`",
 
 @contextmanager
 def _transformers_refusals(folder: Path) -> Iterator[None]:
-    """What transformers raises for a folder's config.json (a width that heads don't divide), or for weights that don't
-    fit it, is for the user."""
+    """What transformers raises for a folder's config.json (a width that heads don't divide, a package that is needed),
+    or for weights that don't fit it, is for the user."""
     try:
         yield
     except UserError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         said = " ".join(str(error).split())
         if isinstance(error, RuntimeError) and not said.startswith(_UNFIT):
             raise

@@ -14,6 +14,7 @@ from ptp_ds.backbone.backbone import decoder_layers
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import auto_class, head_kind
 from ptp_ds.models.quantised import require_plain_config
+from ptp_ds.models.source import choose_attention
 from ptp_ds.prompts.deep import deep_shape
 
 Shape = tuple[int, ...]
@@ -182,5 +183,6 @@ def config_of(model: str) -> Any:
             f"--model {model}: {why} ({first}); give a folder with config.json, a hub id that this machine reaches, or "
             f"one of {', '.join(NAMED)}."
         ) from None
+    choose_attention(config, f"--model {model}: config.json")
     require_plain_config(config, f"--model {model}: config.json")
     return config

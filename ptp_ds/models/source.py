@@ -63,13 +63,20 @@ def load_config(folder: Path) -> Any:
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}/config.json describes no model that transformers knows ({first}).") from None
-    kernel = getattr(config, "_attn_implementation", None)
-    if isinstance(kernel, str) and "/" in kernel:  # transformers would fetch and run it
-        raise UserError(
-            f"{folder}/config.json asks for attention code from elsewhere, {brief(kernel)}; remove that key."
-        )
+    choose_attention(config, f"{folder}/config.json")
     require_plain_config(config, f"{folder}/config.json")
     return config
+
+
+def choose_attention(config: Any, where: str) -> None:
+    """Leaves a configuration's attention to this machine, whatever it names, which may not be installed here.
+
+    UserError for code from elsewhere, which transformers would fetch and run. where: what holds the configuration.
+    """
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel:
+        raise UserError(f"{where} asks for attention code from elsewhere, {brief(kernel)}; remove that key.")
+    config._attn_implementation = None  # of the configurations inside it, too
 
 
 def load_tokenizer(folder: Path) -> Any:

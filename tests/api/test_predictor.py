@@ -1,6 +1,7 @@
 """ptp_ds.Predictor: predict.py's answers, transformers' own text, embeddings that give the same text elsewhere."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -154,6 +155,15 @@ def test_a_prompt_inside_the_text_stands_there(saved, lively_model):
     assert predictor.generate(REVIEWS[0], max_new_tokens=6, do_sample=False, eos_token_id=None) == (
         predictor.served.source.tokenizer.decode(wanted, skip_special_tokens=True)
     )
+
+
+def test_a_model_whose_config_names_an_attention_that_is_not_installed(saved, lively_model, tmp_path):
+    shutil.copytree(lively_model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_attn_implementation": "flash_attention_2"}))
+    predictors = [ptp_ds.Predictor.from_pretrained(saved(), model=model) for model in (None, str(tmp_path / "model"))]
+    for answers in ([p.predict(REVIEWS) for p in predictors], [p.generate(REVIEWS) for p in predictors]):
+        assert answers[0] == answers[1]
 
 
 def test_threads_share_a_predictor(saved, monkeypatch):

@@ -96,6 +96,15 @@ def test_no_or_damaged_safetensors(tiny_model, tmp_path, ranks):
         load_backbone(folder, resolved(3), ranks)
 
 
+def test_a_package_that_the_model_needs(tiny_model, ranks, monkeypatch):
+    def needs(*args, **kwargs):
+        raise ImportError("Llama requires the timm library")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs)
+    with pytest.raises(UserError, match=r"model that config\.json describes \(Llama requires the timm library\)"):
+        load_backbone(tiny_model, resolved(2), ranks)
+
+
 def test_folders_that_are_no_causal_model(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config.json"):
         resolve_model(str(tmp_path))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ptp_ds.adapters.read import adapter_kind, read_adapter, read_card
 from ptp_ds.adapters.write import write_adapter
 from ptp_ds.backbone.loading import load_backbone
+from ptp_ds.backbone.shapes import config_of, shape_of
 from ptp_ds.backbone.sharding import ResolvedDeepSpeed
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.files import write_json
@@ -231,6 +232,21 @@ def test_attention_code_from_elsewhere_is_refused(model):
     (model / "config.json").write_text(json.dumps({**config, "attn_implementation": "someone/kernel"}))
     with pytest.raises(ValueError, match=r"config\.json asks for attention code from elsewhere, 'someone/kernel'"):
         load_config(model)
+    with pytest.raises(ValueError, match=r"config\.json asks for attention code from elsewhere, 'someone/kernel'"):
+        config_of(str(model))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_the_attention_that_config_json_names_is_not_asked_for(model, key):
+    """Packed rows have ours; its package, or what transformers fetches in its place, isn't needed."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: "flash_attention_2"}))
+    assert load_backbone(model, WHOLE, ALONE).model.config.model_type == "llama"
+    assert shape_of(config_of(str(model))).count == 2
+    parts = {"model_type": "gemma3", "text_config": {key: "flash_attention_2"}, "vision_config": {key: "a/kernel"}}
+    (model / "config.json").write_text(json.dumps(parts))
+    found = load_config(model)
+    assert {part._attn_implementation for part in (found, found.text_config, found.vision_config)} == {None}
 
 
 # headers and sizes
