@@ -17,7 +17,7 @@ from typing import Any
 
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import overall_parser
-from ptp_ds.config.run_config import recorded_settings
+from ptp_ds.config.run_config import default_warmup, recorded_settings
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, read_json, require_writable, write_json
 from ptp_ds.ranks.log import get_logger
@@ -118,6 +118,9 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found = recorded_settings(known)
     if found["schedule_steps"] == found["max_steps"]:
         found["schedule_steps"] = None  # its default, spelled out
+    end = found["schedule_steps"] or found["max_steps"]
+    if isinstance(end, int) and found["warmup_steps"] == default_warmup(end):
+        found["warmup_steps"] = None
     digest = result[_DATA] if result.get(_DATA) is not None else config.get(_DATA)
     kept = {name: value for name, value in found.items() if name not in _NO_METHOD}
     resolved = config.get("deepspeed")

@@ -21,7 +21,8 @@ def _check_ranges(run: RunConfig) -> None:
                  "log_every", "eval_tokens", "keep_checkpoints", "a2t_neighbours"):  # fmt: skip
         _require(getattr(run, name) >= 1, name, getattr(run, name), "a whole number of 1 or more")
     for name in ("reg_warmup_steps", "warmup_steps", "eval_every", "save_every", "patience", "seed"):
-        _require(getattr(run, name) >= 0, name, getattr(run, name), "a whole number of 0 or more")
+        count = getattr(run, name)
+        _require(count is None or count >= 0, name, count, "a whole number of 0 or more")
     for name in ("mask_share", "a2t_share"):
         _require(0 <= getattr(run, name) <= 1, name, getattr(run, name), "a share between 0 and 1")
     _require(0 <= run.a2t_min_cosine < 1, "a2t_min_cosine", run.a2t_min_cosine, "a cosine from 0 up to below 1")

@@ -34,6 +34,11 @@ BEFORE = {
 }  # fmt: skip
 
 
+def default_warmup(schedule_end: int) -> int:
+    """Steps of the learning rate's warm-up where none are given: docs/results.md says why so many."""
+    return min(30, schedule_end // 5)
+
+
 def recorded_settings(known: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting as a run that recorded `known` had it: one that its version didn't know is as that version behaved,
     what BEFORE says, or the default."""
@@ -202,7 +207,9 @@ class RunConfig:
     )  # fmt: skip
     lr: float = _optimisation(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _optimisation(0.0, "AdamW weight decay of the prompt")
-    warmup_steps: int = _optimisation(5, "steps over which the learning rate rises linearly from 0")
+    warmup_steps: int | None = _optimisation(
+        None, "steps over which the learning rate rises linearly from 0; default: a fifth of the schedule's, 30 at most"
+    )
     lr_schedule: str = _optimisation("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _optimisation(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
     average: float = _optimisation(
@@ -262,6 +269,11 @@ class RunConfig:
     def schedule_end(self) -> int:
         """The step behind which a decaying learning rate is 0."""
         return self.schedule_steps if self.schedule_steps is not None else self.max_steps
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
+        return self.warmup_steps if self.warmup_steps is not None else default_warmup(self.schedule_end)
 
     @property
     def streams(self) -> int:

@@ -8,11 +8,11 @@ from ptp_ds.config.run_config import RunConfig
 def learning_rate(run: RunConfig, step: int) -> float:
     """The rate of optimizer step `step` (0-based): linear warm-up, then linear or cosine to 0 behind the schedule's
     last step."""
-    if step < run.warmup_steps:
-        return run.lr * (step + 1) / run.warmup_steps
+    if step < run.warmup:
+        return run.lr * (step + 1) / run.warmup
     if run.lr_schedule == "constant":
         return run.lr
-    return run.lr * _left(run.lr_schedule, step - run.warmup_steps, run.schedule_end - run.warmup_steps)
+    return run.lr * _left(run.lr_schedule, step - run.warmup, run.schedule_end - run.warmup)
 
 
 def reg_weight_at(run: RunConfig, step: int) -> float:

@@ -50,6 +50,18 @@ def test_without_warm_up_the_first_step_has_the_whole_rate():
     assert rates(warmup_steps=0)[0] == 0.8
 
 
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [({}, 30), ({"max_steps": 1000}, 30), ({"max_steps": 40}, 8), ({"max_steps": 4}, 0), ({"schedule_steps": 60}, 12)],
+)
+def test_the_warm_up_is_a_fifth_of_the_schedule_and_30_steps_at_most(settings, warmup):
+    run = RunConfig(lr=0.8, **settings)
+    given = RunConfig(lr=0.8, warmup_steps=warmup, **settings)
+    found = [learning_rate(run, step) for step in range(run.max_steps)]
+    assert found == [learning_rate(given, step) for step in range(run.max_steps)]
+    assert found[max(0, warmup - 1)] == pytest.approx(0.8)
+
+
 def test_lambda_is_constant_without_warm_up():
     run = RunConfig(reg_weight=2.5)
     assert [reg_weight_at(run, step) for step in (0, 1, 59)] == [2.5] * 3
