@@ -99,12 +99,12 @@ class Continuation:
                 f"the schedule of {' and '.join(falling)} ended at step {end} and ends at step {now} now: from step "
                 f"{self.checkpoint.step + 1} on {'it is another' if len(falling) == 1 else 'they are others'}{advice}"
             )
-        if identity["warmup_steps"] is None and isinstance(end, int):
-            before, after = default_warmup(end), default_warmup(identity["schedule_steps"])
-            if before != after and self.checkpoint.step < max(before, after):
+        if identity["lr_schedule"] == "constant" and identity["warmup_steps"] is None and isinstance(end, int):
+            rose, rises = default_warmup(end), default_warmup(now)
+            if rose != rises and self.checkpoint.step < max(rose, rises):
                 changes.append(
-                    f"the learning rate's warm-up, a fifth of the schedule, took {before} steps and takes {after} now "
-                    "(--warmup_steps, given from the start, keeps it)"
+                    f"the learning rate rose over {rose} steps, a fifth of the run's, and rises over {rises} now: from "
+                    f"step {self.checkpoint.step + 1} on it is another"
                 )
         return changes
 

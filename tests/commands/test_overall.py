@@ -135,6 +135,16 @@ def test_a_whole_number_on_record_is_the_float_that_it_stands_for(run):
     ]  # fmt: skip
 
 
+def test_a_warm_up_that_is_the_default_of_its_schedule_is_the_default(run):
+    folders = [
+        run(seed=seed, settings=all_settings(warmup_steps=warmup, max_steps=150, schedule_steps=schedule))
+        for seed, (warmup, schedule) in enumerate([(None, 150), (30, 150), (30, None), (5, None)])
+    ]
+    assert [(table["settings"], table["tasks"]["CB"]["seeds"]) for table in tables(*folders)] == [
+        ({"warmup_steps": "None"}, [0, 1, 2]), ({"warmup_steps": "5"}, [3]),
+    ]  # fmt: skip
+
+
 def test_weights_that_are_gathered_as_int8_are_another_models(run):
     """config.json has the resolved DeepSpeed configuration; another stage alone makes no difference."""
     folders = [run(seed=seed, settings=all_settings(seed=seed)) for seed in range(4)]
