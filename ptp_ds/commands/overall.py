@@ -119,7 +119,7 @@ def _settings(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if found["schedule_steps"] == found["max_steps"]:
         found["schedule_steps"] = None  # its default, spelled out
     end = found["schedule_steps"] or found["max_steps"]
-    if isinstance(end, int) and found["warmup_steps"] == default_warmup(end):
+    if isinstance(end, int) and found["warmup_steps"] == default_warmup(found["lr_schedule"], end):
         found["warmup_steps"] = None
     digest = result[_DATA] if result.get(_DATA) is not None else config.get(_DATA)
     kept = {name: value for name, value in found.items() if name not in _NO_METHOD}

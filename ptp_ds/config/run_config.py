@@ -34,9 +34,12 @@ BEFORE = {
 }  # fmt: skip
 
 
-def default_warmup(schedule_end: int) -> int:
-    """Steps of the learning rate's warm-up where none are given: docs/results.md says why so many."""
-    return min(30, schedule_end // 5)
+def default_warmup(schedule: str, end: int) -> int:
+    """Steps of the learning rate's warm-up where none are given: docs/results.md says why so many.
+
+    A constant rate has no end that is known, so that a run that is extended equals one that was as long from the start.
+    """
+    return 30 if schedule == "constant" else min(30, end // 5)
 
 
 def recorded_settings(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +211,9 @@ class RunConfig:
     lr: float = _optimisation(0.03, "AdamW learning rate of the prompt")
     weight_decay: float = _optimisation(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int | None = _optimisation(
-        None, "steps over which the learning rate rises linearly from 0; default: a fifth of the schedule's, 30 at most"
+        None,
+        "steps over which the learning rate rises linearly from 0; default: 30, where it falls later a fifth of "
+        "the schedule's at most",
     )
     lr_schedule: str = _optimisation("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _optimisation(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")
@@ -273,7 +278,9 @@ class RunConfig:
     @property
     def warmup(self) -> int:
         """Steps over which the learning rate rises."""
-        return self.warmup_steps if self.warmup_steps is not None else default_warmup(self.schedule_end)
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return default_warmup(self.lr_schedule, self.schedule_end)
 
     @property
     def streams(self) -> int:

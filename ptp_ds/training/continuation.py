@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptp_ds.config.run_config import RunConfig, default_warmup
+from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import is_file, is_folder, is_locked, read_json
 from ptp_ds.models.identity import model_identity
@@ -99,13 +99,6 @@ class Continuation:
                 f"the schedule of {' and '.join(falling)} ended at step {end} and ends at step {now} now: from step "
                 f"{self.checkpoint.step + 1} on {'it is another' if len(falling) == 1 else 'they are others'}{advice}"
             )
-        if identity["lr_schedule"] == "constant" and identity["warmup_steps"] is None and isinstance(end, int):
-            rose, rises = default_warmup(end), default_warmup(now)
-            if rose != rises and self.checkpoint.step < max(rose, rises):
-                changes.append(
-                    f"the learning rate rose over {rose} steps, a fifth of the run's, and rises over {rises} now: from "
-                    f"step {self.checkpoint.step + 1} on it is another"
-                )
         return changes
 
 

@@ -30,7 +30,7 @@ def study(tiny_model, tmp_path, write_rows):
     }
     (tmp_path / "tone.json").write_text(json.dumps(template), encoding="utf-8")
     value = {
-        "settings": {"model": str(tiny_model), "max_steps": 6, "batch_size": 4, "precision": "fp32",
+        "settings": {"model": str(tiny_model), "max_steps": 6, "warmup_steps": 5, "batch_size": 4, "precision": "fp32",
                      "prompt_length": 3, "ds_config": str(ROOT / "ds_configs/zero3.json")},
         "seeds": [0, 1], "draws": [13, 21],
         "tasks": {"Tone": {"task": "tone.json", "data_dir": "data", "train_split": "few-{draw}",

@@ -108,21 +108,6 @@ def test_results_of_an_end_that_is_left_are_set_aside(ended):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("step", "warmup", "longer", "said"),
-    [(8, None, 100, True), (20, None, 100, False), (8, 10, 100, False), (40, None, 400, False)],
-)
-def test_a_constant_rate_that_still_rises_says_that_a_longer_run_changes_it(tmp_path, step, warmup, longer, said):
-    """Of a decaying one the schedule's own sentence says it."""
-    same = {"model": "m", "lr_schedule": "constant", "reg_schedule": "constant", "warmup_steps": warmup,
-            "precision": "fp32", "model's config.json": "0"}  # fmt: skip
-    identity = {**same, "max_steps": longer // 2, "schedule_steps": longer // 2}
-    saved = save_checkpoint(tmp_path, Checkpoint(step, STATE, None, identity), keep=None)
-    told = going_on(saved).require_same({**same, "max_steps": longer, "schedule_steps": longer})
-    rising = f"the learning rate rose over {longer // 10} steps, a fifth of the run's, and rises over {longer // 5} now"
-    assert [rising in line for line in told] == [False, *([True] if said else [])]
-
-
 @pytest.mark.parametrize("steps", ['{"steps": 4}', "{}", "{", None])
 def test_results_beside_a_checkpoint_from_elsewhere_are_set_aside(ended, tmp_path, steps):
     (ended / "result.json").unlink()
