@@ -212,8 +212,8 @@ class RunConfig:
     weight_decay: float = _optimisation(0.0, "AdamW weight decay of the prompt")
     warmup_steps: int | None = _optimisation(
         None,
-        "steps over which the learning rate rises linearly from 0; default: 30, where it falls later a fifth of "
-        "the schedule's at most",
+        "steps over which the learning rate rises linearly from 0; default: 30, but at most a fifth of a schedule that "
+        "falls",
     )
     lr_schedule: str = _optimisation("linear", "decay after the warm-up", ("linear", "cosine", "constant"))
     max_grad_norm: float = _optimisation(1.0, "global l2 norm to which gradients are clipped; 0 turns clipping off")

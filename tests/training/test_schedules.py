@@ -53,8 +53,9 @@ def test_without_warm_up_the_first_step_has_the_whole_rate():
 @pytest.mark.parametrize(
     ("settings", "warmup"),
     [
-        ({}, 30), ({"max_steps": 1000}, 30), ({"max_steps": 40}, 8), ({"max_steps": 4}, 0), ({"schedule_steps": 60}, 12),
-        ({"lr_schedule": "constant", "max_steps": 40}, 30), ({"lr_schedule": "cosine", "max_steps": 40}, 8),
+        ({}, 30), ({"max_steps": 1000}, 30), ({"max_steps": 40}, 8), ({"max_steps": 4}, 0),
+        ({"schedule_steps": 60}, 12), ({"lr_schedule": "constant", "max_steps": 40}, 30),
+        ({"lr_schedule": "cosine", "max_steps": 40}, 8),
     ],
 )  # fmt: skip
 def test_the_warm_up_is_30_steps_and_a_fifth_of_a_falling_schedule_at_most(settings, warmup):
