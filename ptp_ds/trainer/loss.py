@@ -224,6 +224,8 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
     if labels.dim() == 1 and not labels.is_floating_point():
         if answer_ids is not None:
             raise UserError("answer_ids are for language models; a classifier's answers are its classes.")
+        if logits.shape[-1] == 1:
+            raise UserError("The model gives one number a row, no scores of classes; a divergence needs 2 or more.")
         rows = (labels != IGNORED).nonzero()[:, 0]
         return Answers(rows, None, labels[rows])
     if labels.dim() != 2 or labels.is_floating_point() or logits.dim() != 3:

@@ -322,6 +322,14 @@ def test_what_can_not_be_perturbed_is_told_before_the_first_pass():
     torch.testing.assert_close((found.loss, found.divergence), (wanted.loss, wanted.divergence))
 
 
+def test_one_number_a_row_is_no_prediction_to_compare():
+    """Of one class a softmax is 1 whatever the model says: the divergence would be 0 without a word."""
+    model = encoder(AutoModelForSequenceClassification, num_labels=1)
+    batch = {"input_ids": torch.arange(12).reshape(2, 6) + 5, "labels": torch.tensor([0, 1])}
+    with pytest.raises(UserError, match="one number a row, no scores of classes"):
+        ptp_loss(model, batch, PTPSettings())
+
+
 def test_batches_that_do_not_fit():
     model = soft(make_model("llama"), make_prompt())
     batch, answer_ids, _ = batch_of(make_examples("single"))
