@@ -50,6 +50,7 @@ def strip_plot(
     lines: names of horizontal lines, such as the majority class, and where they lie.
     """
     picture, axes = figure(1)
+    picture.set_figwidth(max(picture.get_figwidth(), 0.8 * len(scores)))  # room for the methods' names
     axis = axes[0, 0]
     for place, values in enumerate(scores.values()):
         if not len(values):

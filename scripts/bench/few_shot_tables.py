@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """The tables of docs/results.md from the rows of a study: scores, comparisons with the baseline, halves of the seeds.
 
-    python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --seen SST2 Subj
+    python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --methods plain ptp-rn ptp-adv --seen SST2 Subj
 
 --seen names the tasks on which the defaults were chosen: lines over these, and over the others, stand behind those over
-all. --baseline names the method that the others are compared with, plain without it. A study's own report has the same
-numbers in one table; here are also lines over some of its tasks and seeds.
+all. --baseline names the method that the others are compared with, plain without it; --methods those that are shown,
+all without it. A study's own report has the same numbers in one table; here are also lines over some of its tasks and
+seeds.
 """
 
 import argparse
@@ -21,14 +22,17 @@ from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, sp
 
 NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
-    "plain-w30": "plain, `--warmup_steps 30`", "plain-lr01": "plain, `--lr 0.01`",
     "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
-    "ptp-adv-warm": "the same with `--reg_warmup_steps 50`",
     "ptp-adv-right": "the same with `--min_confidence 0.8 --confidence_in label`",
+    "plain-w5": "plain prompt tuning", "plain-lr01-w5": "plain, `--lr 0.01`",
+    "ptp-rn-w5": "PTP, noise (`--preset ptp-rn`)", "ptp-adv-w5": "PTP, adversarial (`--preset ptp-adv`)",
+    "ptp-adv-warm-w5": "the same with `--reg_warmup_steps 50`",
+    "ptp-adv-right-w5": "the same with `--min_confidence 0.8 --confidence_in label`",
 }  # fmt: skip
 SHORT = {
-    "plain-w30": "plain, longer warm-up", "plain-lr01": "plain, lower rate", "ptp-rn": "noise",
-    "ptp-adv": "adversarial", "ptp-adv-warm": "adversarial, rising", "ptp-adv-right": "adversarial, where right",
+    "plain": "plain", "ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-right": "adversarial, where right",
+    "plain-lr01-w5": "plain, lower rate", "ptp-rn-w5": "noise", "ptp-adv-w5": "adversarial",
+    "ptp-adv-warm-w5": "adversarial, rising", "ptp-adv-right-w5": "adversarial, where right",
 }  # fmt: skip
 BASE = "plain"
 Pairs = dict[str, tuple[dict[int, float], dict[int, float]]]
@@ -37,12 +41,16 @@ Pairs = dict[str, tuple[dict[int, float], dict[int, float]]]
 class Rows:
     """The rows of rows.csv that have a score. scores: by task and method, then by seed. base: the baseline's name.
 
-    Raises UserError where the baseline has no score.
+    methods: those that are read, all by default. Raises UserError where one of them, or the baseline, has no score.
     """
 
-    def __init__(self, file: Path, base: str = BASE) -> None:
+    def __init__(self, file: Path, base: str = BASE, methods: Sequence[str] | None = None) -> None:
         with file.open(newline="", encoding="utf-8") as stream:
             self.rows = [row for row in csv.DictReader(stream) if row["score"]]
+        known = list(dict.fromkeys(row["method"] for row in self.rows))
+        if absent := [method for method in methods or () if method not in known]:
+            raise UserError(f"{file} has no score of {', '.join(absent)}; it has those of {', '.join(known)}.")
+        self.rows = [row for row in self.rows if methods is None or row["method"] in methods]
         self.base = base
         self.scores: dict[tuple[str, str], dict[int, float]] = {}
         for row in self.rows:
@@ -179,8 +187,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("rows", type=Path, help="rows.csv of a study")
     parser.add_argument("--seen", nargs="*", default=[], help="tasks on which the defaults were chosen")
     parser.add_argument("--baseline", default=BASE, help="the method that the others are compared with")
+    parser.add_argument("--methods", nargs="+", help="those that are shown, the baseline among them; all without it")
     args = parser.parse_args(argv)
-    rows = Rows(args.rows, args.baseline)
+    rows = Rows(args.rows, args.baseline, args.methods)
     for part in (
         scores_table(rows),
         comparison_table(rows, args.seen),

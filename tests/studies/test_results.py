@@ -8,20 +8,56 @@ import pytest
 from ptp_ds.errors import UserError
 from tests.support.paths import ROOT
 
-ROWS = few_shot_tables.Rows(ROOT / "docs" / "few_shot" / "rows.csv")
+FILE = ROOT / "docs" / "few_shot" / "rows.csv"
 SEEN = ("SST2", "Subj")
+METHODS = [method for method in few_shot_tables.Rows(FILE).methods if not method.endswith("-w5")]
+PAGES = {
+    "results.md": few_shot_tables.Rows(FILE, "plain", METHODS),
+    "results_warmup5.md": few_shot_tables.Rows(
+        FILE, "plain-w5", [method for method in few_shot_tables.Rows(FILE).methods if method.endswith("-w5")]
+    ),
+}
 
 
+def shown(page: str) -> list[str]:
+    return (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("table", ["scores", "comparison", "halves"])
-def test_the_tables_of_the_results_are_those_of_their_rows(table):
+def test_the_tables_of_the_results_are_those_of_their_rows(page, table):
     made = {
-        "scores": lambda: few_shot_tables.scores_table(ROWS),
-        "comparison": lambda: few_shot_tables.comparison_table(ROWS, SEEN),
-        "halves": lambda: few_shot_tables.halves_table(ROWS),
-    }[table]()
-    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    start = shown.index(made[0])
-    assert shown[start : start + len(made) + 1] == [*made, ""]
+        "scores": lambda rows: few_shot_tables.scores_table(rows),
+        "comparison": lambda rows: few_shot_tables.comparison_table(rows, SEEN),
+        "halves": lambda rows: few_shot_tables.halves_table(rows),
+    }[table](PAGES[page])
+    start = shown(page).index(made[0])
+    assert shown(page)[start : start + len(made) + 1] == [*made, ""]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_the_command_that_makes_its_tables(page):
+    methods = PAGES[page].methods
+    base = "" if PAGES[page].base == "plain" else f" --baseline {PAGES[page].base}"
+    (command,) = [line for line in shown(page) if "few_shot_tables.py docs/few_shot/rows.csv" in line]
+    named = sorted(methods, key=list(few_shot_tables.NAMES).index)
+    assert f" --seen {' '.join(SEEN)}{base} --methods {' '.join(named)}" in command
+
+
+def test_what_the_longer_warm_up_changes_is_of_the_rows_too():
+    """Each method with a warm-up of 30 steps against itself with one of 5."""
+    lines = []
+    for method in METHODS:
+        rows = few_shot_tables.Rows(FILE, f"{method}-w5", [method, f"{method}-w5"])
+        lines += few_shot_tables.comparison_table(rows, SEEN)[2:]
+    page = shown("results.md")
+    start = page.index(lines[0])
+    assert page[start : start + len(lines) + 1] == [*lines, ""]
+
+
+def test_methods_that_have_no_rows_are_refused():
+    with pytest.raises(UserError, match=r"rows\.csv has no score of ours, theirs; it has those of plain, "):
+        few_shot_tables.Rows(FILE, "plain", ["plain", "ours", "theirs"])
 
 
 def rows_of(folder, *lines, base=few_shot_tables.BASE):
