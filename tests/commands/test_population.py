@@ -20,8 +20,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "mask", 
 
 @pytest.mark.parametrize("perturbation", ["gaussian", *SLOW, pytest.param("pgd", marks=pytest.mark.slow)])
 def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, lively_model, tmp_path, perturbation):
-    """On the tiny model's own weights a divergence is now and then rounding, and free's next step follows it."""
-    model = lively_model if perturbation == "free" else tiny_model
+    """On the tiny model's own weights a divergence is now and then rounding, and where an ascent goes follows it."""
+    model = lively_model if perturbation in ("free", "pgd") else tiny_model
     args = [*QUICK, "--model", model, "--perturbation", perturbation]
     done = check(run_train([*args, "--seeds", "0-1", "5", "--output_dir", tmp_path / "all"]))
     names = ("seed-0", "seed-1", "seed-5")
@@ -57,7 +57,7 @@ def test_micro_batches_of_all_members_one_after_the_other(run_train, lively_mode
 @pytest.mark.slow
 @pytest.mark.parametrize("perturbation", ["mask", "a2t", "free"])
 def test_seeds_at_once_equal_lone_runs_on_two_ranks(run_train, lively_model, tmp_path, perturbation):
-    """On the tiny model's own weights a divergence is now and then rounding, and free's next step follows it."""
+    """On the tiny model's own weights a divergence is now and then rounding, and where an ascent goes follows it."""
     args = [*QUICK, "--model", lively_model, "--perturbation", perturbation]
     check(run_train([*args, "--seeds", "0", "5", "--output_dir", tmp_path / "all"], nproc=2))
     check(run_train([*args, "--seed", "5", "--output_dir", tmp_path / "alone"], nproc=2))
