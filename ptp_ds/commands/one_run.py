@@ -78,9 +78,8 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     splits = load_splits(run, task)
     source = open_source(run.model, run.head, task)
     resolved = resolve_here(raw, run, explicit, source)
-    dealt = resolved.config["train_batch_size"]
-    if not gives_batch(run, explicit) and dealt != run.batch_size:
-        run = replace(run, batch_size=dealt)
+    if not gives_batch(run, explicit):
+        run = replace(run, batch_size=resolved.config["train_batch_size"])
     adapter, adapter_head = None, {}
     if run.init_adapter:
         given = adapter_folder(run.init_adapter)
