@@ -8,15 +8,17 @@ import torch
 
 from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import brief
 from ptp_ds.hosts.environment import allocator_settings
 from ptp_ds.models.stored import stored_numbers
 from ptp_ds.precision import PRECISION_OF
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.redact import redacted
 from ptp_ds.training.prepared import Prepared
 
 _REASON = re.compile(r" \(from [^)]*\)$")  # a flag that the lines above tell, or the width
 _UNITS = {"relative": "in mean embedding norms", "l2": "l2 norms", "coordinate": "a coordinate"}
-_START = {"vocab": "vocabulary rows", "labels": "the class words", "text": "--init_text", "adapter": "--init_adapter"}
+_START = {"vocab": "vocabulary rows", "labels": "the class words", "adapter": "--init_adapter"}
 
 
 def introduction(prepared: Prepared, ranks: Ranks) -> list[str]:
@@ -37,7 +39,8 @@ def introduction(prepared: Prepared, ranks: Ranks) -> list[str]:
     made = f", through an MLP of {run.prompt_mlp}" if run.prompt_mlp is not None else ""
     if run.prompt_residual is not None:
         made = f", with a residual bottleneck of {run.prompt_residual}"
-    lines.append(f"prompt: {run.prompt}, {run.prompt_length} tokens, starts as {_START[run.prompt_init]}{made}")
+    start = brief(redacted(run.init_text)) if run.prompt_init == "text" else _START[run.prompt_init]
+    lines.append(f"prompt: {run.prompt}, {run.prompt_length} tokens, starts as {start}{made}")
     if ranks.device.type == "cuda" and (settings := allocator_settings(os.environ)):
         lines.append(f"GPU allocator: {settings}")
     if prepared.resolved.notes:

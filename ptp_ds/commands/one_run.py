@@ -23,6 +23,7 @@ from ptp_ds.config.batch import gives_batch
 from ptp_ds.config.checks import describe_unread, unsuited
 from ptp_ds.config.ds_config import read_ds_config, resolve_here
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.config.start_text import with_instruction
 from ptp_ds.errors import UserError
 from ptp_ds.files import write_json, write_jsonl
 from ptp_ds.models.heads import rows_for
@@ -71,6 +72,7 @@ def prepare(run: RunConfig, explicit: Collection[str] = ()) -> Prepared:
     raw = read_ds_config(run.ds_config)
     task = load_task(run.task)
     _require_class_words(run, task)
+    run = with_instruction(run, task)
     output_dir = checked_output_dir(run)
     continuation = continuation_of(run, output_dir)
     if continuation.batch_size is not None and not gives_batch(run, explicit):

@@ -50,10 +50,10 @@ def _check_pairs(run: RunConfig) -> None:
             f"--select_split and --eval_split are both {run.eval_split!r}: the best prompt must not be chosen "
             "on the split that is reported; leave --select_split out to hold rows out of the training split."
         )
-    for kind, needed in (("text", "init_text"), ("adapter", "init_adapter")):
-        given = getattr(run, needed) is not None
-        if (run.prompt_init == kind) != given:
-            raise UserError(f"--prompt_init {kind} and --{needed} go together; give both or neither.")
+    if (run.prompt_init == "adapter") != (run.init_adapter is not None):
+        raise UserError("--prompt_init adapter and --init_adapter go together; give both or neither.")
+    if run.init_text is not None and run.prompt_init != "text":
+        raise UserError(f"--init_text is where --prompt_init text begins, not {run.prompt_init}; give both or neither.")
     if run.prompt_residual is not None and (run.prompt_mlp is not None or run.prompt != "soft"):
         other = "--prompt_mlp" if run.prompt_mlp is not None else f"--prompt {run.prompt}"
         raise UserError(f"--prompt_residual is for a soft prompt without an MLP; leave it or {other} out.")

@@ -127,7 +127,9 @@ class RunConfig:
     )
     prompt_init: str = _prompt("vocab", "initialiser: vocabulary rows, a text, the class words, an adapter",
                              ("vocab", "text", "labels", "adapter"))  # fmt: skip
-    init_text: str | None = _prompt(None, "text for --prompt_init text")
+    init_text: str | None = _prompt(
+        None, "text for --prompt_init text; default: the instruction of the task's template"
+    )
     init_adapter: str | None = _prompt(
         None, "a run's folder, an adapter's, ours or peft's, or a hub id, for --prompt_init adapter"
     )

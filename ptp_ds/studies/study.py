@@ -13,6 +13,7 @@ from ptp_ds.config.flags import require_type
 from ptp_ds.config.population import VARIED, members_of, seeds_of
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import RunConfig, recorded_settings
+from ptp_ds.config.start_text import with_instruction
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief, is_file, nearest, plain_name, read_json
 from ptp_ds.settings_file import read_settings
@@ -39,8 +40,8 @@ class Cell:
 
     @property
     def runs(self) -> dict[str, RunConfig]:
-        """Each member's settings by its name."""
-        return {name: replace(self.run, **own) for name, own in self.members.items()}
+        """Each member's settings by its name, with the text that its prompt begins at where --prompt_init is text."""
+        return {name: with_instruction(replace(self.run, **own)) for name, own in self.members.items()}
 
     def folder(self, out: Path) -> Path:
         """Where the cell's population lies below the study's folder."""
@@ -201,9 +202,11 @@ def _cell(
         run = RunConfig(**{**settings, **next(iter(members.values()))})
         require_valid(run)
         members_of(run, members)
+        cell = Cell(method, task, run, members, frozenset(name for layer in layers for name in layer))
+        with_instruction(run)
     except UserError as error:
         raise UserError(f"{where}: {method} on {task}: {error}") from None
-    return Cell(method, task, run, members, frozenset(name for layer in layers for name in layer))
+    return cell
 
 
 def with_one_batch(study: Study, out: Path, world: int) -> Study:

@@ -9,6 +9,7 @@ Keys of a template file:
   fixed       optional, fields that a perturbation must leave alone; fields under `values` always are
   attack      optional, fields whose words --perturbation a2t may swap; default: `truncate` where it is given (the
               premise or passage, never its hypothesis or question), else all that may be perturbed
+  instruction optional, a sentence that says what is asked: where --prompt_init text begins without --init_text
   label       the row's field with the gold answer
   verbalizers {label: answer text}, the same answers for all rows; or
   candidates  {label: answer text with {field}s}, answers that differ from row to row
@@ -40,7 +41,17 @@ PROMPT_MARK = "<prompt>"
 _BOOLEANS = (("true", "True", "TRUE"), ("false", "False", "FALSE"))  # as JSON, Python and spreadsheets spell them
 _UNLABELLED = {str(None), str(HUB_NO_LABEL)}
 _REQUIRED = {"name", "text", "metrics"}
-_KEYS = _REQUIRED | {"label", "truncate", "values", "fixed", "attack", "verbalizers", "candidates", "reader"}
+_KEYS = _REQUIRED | {
+    "label",
+    "truncate",
+    "values",
+    "fixed",
+    "attack",
+    "verbalizers",
+    "candidates",
+    "reader",
+    "instruction",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Task:
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     attack: frozenset[str] = frozenset()
+    instruction: str | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -122,7 +134,8 @@ class Task:
         return fields is None or name in fields
 
     def spec(self) -> dict[str, Any]:
-        """The template as plain data, for config.json and for telling two templates apart."""
+        """The template as plain data, for config.json and for telling two templates apart: how its rows read, without
+        the instruction, which is where a prompt may begin (RunConfig.init_text has it then)."""
         return {
             "name": self.name, "text": self.text, "label": self.label, "metrics": list(self.metrics),
             "answers": dict(self.answers), "truncate": self.truncate,
@@ -307,7 +320,7 @@ def parse_task(spec: Any, where: str) -> Task:
     if missing := sorted(_REQUIRED - spec.keys()):
         raise UserError(f"{where}: the template lacks {', '.join(missing)}.")
     reader, answers = _reader_and_answers(spec, where)
-    for key in ("name", "text", "label"):
+    for key in ("name", "text", "label", "instruction"):
         if key in spec and (not isinstance(spec[key], str) or not spec[key]):
             raise UserError(f"{where}: {key!r} must be non-empty text.")
     plain_name(spec["name"], f"{where}: 'name'")
@@ -320,7 +333,7 @@ def parse_task(spec: Any, where: str) -> Task:
     for metric in spec["metrics"]:
         if reader not in NEEDS_READER.get(metric, (reader,)):
             raise UserError(f"{where}: metric {metric!r} needs reader {' or '.join(NEEDS_READER[metric])}.")
-    for text in (spec["text"], *answers.values()):
+    for text in (spec["text"], spec.get("instruction", ""), *answers.values()):
         require_utf8(text, f"{where}: {brief(text)}")
     slots = [(slot[1], slot[2]) for text in (spec["text"], *answers.values()) for slot in SLOT.finditer(text)]
     for _, filter_name in slots:
@@ -353,4 +366,5 @@ def parse_task(spec: Any, where: str) -> Task:
         reader=reader,
         answers={canonical_label(key): value for key, value in answers.items()}, truncate=spec.get("truncate"),
         values=spec.get("values", {}), fixed=frozenset(fixed), attack=frozenset(attack),
+        instruction=spec.get("instruction"),
     )  # fmt: skip

@@ -100,6 +100,11 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
             "--prompt_init labels starts at a task's class words, and COPA has none: its answers differ from row to "
             "row; give --prompt_init vocab or text.",
         ),
+        (
+            ["--task", "bare.json", "--prompt_init", "text"],
+            "--prompt_init text begins at --init_text 'some words' or at the task's instruction, and the template of "
+            "Bare has none; give one of the two.",
+        ),
         (["--task", "WSC", "--prompt_init", "labels"], "--prompt_init labels starts at a task's class words, and WSC"),
         (
             ["--tokens_per_step", "60", "--gradient_accumulation_steps", "4"],
@@ -108,7 +113,9 @@ def test_the_flags_below_would_work(base, tmp_path, monkeypatch):
         (["--dataset", "no-such-folder"], "--dataset no-such-folder: can't load configuration 'cb', split 'train' "),
     ],
 )
-def test_flags(base, refuse, extra, message):
+def test_flags(base, refuse, extra, message, tmp_path):
+    template = {"name": "Bare", "text": "{line}:", "label": "tone", "verbalizers": {"a": " a", "b": " b"}}
+    (tmp_path / "bare.json").write_text(json.dumps({**template, "metrics": ["accuracy"]}))
     assert refuse([*base, *extra]).startswith(message)
 
 

@@ -90,6 +90,8 @@ def test_a_malformed_hostfile_is_one_line(tmp_path):
          [r"  steps: 1 of 900 tokens over all ranks",
           r"  perturbation: none \(gaussian is off, by a size or a lambda of 0\)",
           r"  prompt: soft, 5 tokens, starts as vocabulary rows, through an MLP of 8"]),
+        (["--task", "CB", "--perturbation", "none", "--prompt_init", "text"],
+         [r"  prompt: soft, 5 tokens, starts as 'Say whether each text makes .* True, False or Neither\.'"]),
         (["--task", "CB", "--prompt_length", "450", "--gradient_accumulation_steps", "2", "--preset", "r3f"],
          [r"  rows: 82 train, 14 selection, 48 evaluation; \d+ of them longer than the context, shortened in 'premise'",
           r"  steps: 1 of 4 rows \(in 2 micro-batches\), 0\.0 epochs", r"  preset r3f: .*",

@@ -178,8 +178,7 @@ def test_smallest_values_are_accepted(name, value):
     [
         ({"data_dir": "a", "dataset": "b"}, "Can't read both --data_dir and --dataset; choose one"),
         ({"select_split": "val"}, r"--select_split and --eval_split are both 'val': .* must not be chosen"),
-        ({"prompt_init": "text"}, "--prompt_init text and --init_text go together; give both or neither"),
-        ({"init_text": "words"}, "--prompt_init text and --init_text go together"),
+        ({"init_text": "words"}, "--init_text is where --prompt_init text begins, not vocab; give both or neither"),
         ({"prompt_init": "adapter"}, "--prompt_init adapter and --init_adapter go together"),
         ({"init_adapter": "folder", "prompt_init": "labels"}, "--prompt_init adapter and --init_adapter go together"),
         ({"resume": "auto"}, "--resume auto needs the --output_dir of the run that it continues"),

@@ -9,6 +9,7 @@ from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.studies.report import ALL, Cells, markdown, write_csv
 from ptp_ds.studies.study import Row, finished, read_study, rows_of, with_one_batch
+from ptp_ds.tasks.template import load_task
 from tests.support.paths import ROOT
 
 STUDY = """
@@ -55,6 +56,23 @@ def test_a_task_without_a_template_is_the_built_in_one_of_its_name(tmp_path):
     assert [cell.run.task for cell in read_study(written(tmp_path, text)).cells] == ["CB", "RTE.pet"]
     shared = f"settings: {{task: COPA}}\n{text}"
     assert [cell.run.task for cell in read_study(written(tmp_path, shared)).cells] == ["COPA", "COPA"]
+
+
+def test_prompts_that_start_as_text_begin_at_their_task_s_instruction(tmp_path):
+    """A cell's settings are then those that its runs have on record; words of its own win; a task without is named."""
+    methods = "methods: {plain: {}, text: {prompt_init: text}, own: {prompt_init: text, init_text: Go on.}}"
+    cells = {
+        cell.name: cell for cell in read_study(written(tmp_path, f"tasks: {{CB: {{}}, COPA: {{}}}}\n{methods}")).cells
+    }
+    words = {name: {run.init_text for run in cell.runs.values()} for name, cell in cells.items()}
+    assert words["CB/plain"] == {None}
+    assert words["CB/text"] == {load_task("CB").instruction} != words["COPA/text"]
+    assert words["CB/own"] == words["COPA/own"] == {"Go on."}
+    bare = {"name": "Bare", "text": "{line}:", "label": "tone", "verbalizers": {"a": " a", "b": " b"}}
+    (tmp_path / "bare.json").write_text(json.dumps({**bare, "metrics": ["accuracy"]}))
+    text = f"tasks: {{Bare: {{task: {tmp_path / 'bare.json'}}}}}\n{methods}"
+    with pytest.raises(UserError, match=r"study\.yaml: text on Bare: --prompt_init text begins at .* Bare has none"):
+        read_study(written(tmp_path, text))
 
 
 def test_cells_that_give_no_batch_size_have_one(tmp_path):

@@ -1,6 +1,8 @@
 """Task templates: the built-in ones, filters, values, every error of a template or a row."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -159,6 +161,22 @@ def test_the_hub_s_number_of_no_label_as_a_float():
         parse_task(template(), "t").render({"a": "x", "b": "y", "y": -1.0}, "here")
 
 
+def test_every_builtin_template_has_an_instruction_with_its_answers():
+    for name in builtin_templates():
+        task = load_task(name)
+        assert task.instruction, name
+        if not task.choice:
+            words = re.findall(r"\w+", task.instruction)
+            assert all(answer.strip() in words for answer in task.answers.values()), name
+
+
+def test_an_instruction_is_no_part_of_how_rows_read():
+    """A template that gains one is the same to a resume and to a study's finished cells."""
+    task = load_task("CB")
+    assert task.is_same(replace(task, instruction=None))
+    assert "instruction" not in task.spec()
+
+
 def test_spec_tells_templates_apart():
     first, second = (
         parse_task(template(**change), "t").spec() for change in ({}, {"verbalizers": {"0": "a", "1": "b"}})
@@ -225,7 +243,7 @@ def test_value_outside_the_mapping():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (["text"], "t: a template is one JSON object with the keys attack, candidates, fixed, label, "),
+        (["text"], "t: a template is one JSON object with the keys attack, candidates, fixed, instruction, "),
         (template(verbaliser={}), r"t: unknown key 'verbaliser' \(did you mean 'verbalizers'\?\)\."),
         (template(qqqq=1), r"t: unknown key 'qqqq'\."),
         (template(name=..., metrics=...), "t: the template lacks metrics, name"),
@@ -238,6 +256,7 @@ def test_value_outside_the_mapping():
         (template(verbalizers={"0": "a", "1": "a"}), "t: two labels share one answer text; each label needs its own"),
         (template(name=""), "t: 'name' must be non-empty text"),
         (template(text=5), "t: 'text' must be non-empty text"),
+        (template(instruction=["Say"]), "t: 'instruction' must be non-empty text"),
         (template(label=None), "t: 'label' must be non-empty text"),
         (template(metrics=["f2"]), r"t: metrics \['f2'\] are unknown; choose from accuracy, macro_f1"),
         (template(metrics=[]), r"t: metrics \[\] are unknown"),

@@ -29,6 +29,19 @@ def test_labels_start_at_the_tokens_that_are_scored(tiny_model, tokenizer):
     assert start.shape == (30, 32)
 
 
+def test_a_text_starts_at_the_words_given_or_at_the_task_s_instruction(tiny_model, tokenizer):
+    """The instruction is a resume's init_text, as words that were given are."""
+    backbone = Backbone(AutoModelForCausalLM.from_pretrained(tiny_model))
+    table = backbone.model.get_input_embeddings().weight
+    run = RunConfig(model=str(tiny_model), task="CB", prompt_length=3, prompt_init="text")
+    instruction = ptp_ds.load_task("CB").instruction
+    for given, words in ((None, instruction), ("Is it so?", "Is it so?")):
+        prepared = prepare(replace(run, init_text=given))
+        assert prepared.run.init_text == prepared.identity["init_text"] == words
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        assert torch.equal(initial_trained(prepared, backbone), table[(ids * 3)[:3]])
+
+
 def test_deltas_that_the_dtype_loses_are_told(tiny_model, monkeypatch):
     """A token's share of them: of 1,600 that move together each has a fortieth."""
     run = RunConfig(model=str(tiny_model), task="CB", perturbation="pgd", precision="bf16", epsilon=0.032)
