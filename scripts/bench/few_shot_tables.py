@@ -24,6 +24,9 @@ NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
     "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
     "ptp-adv-right": "the same with `--min_confidence 0.8 --confidence_in label`",
+    "plain-text": "plain prompt tuning with `--prompt_init text`",
+    "ptp-rn-text": "PTP, noise, with `--prompt_init text`",
+    "ptp-adv-text": "PTP, adversarial, with `--prompt_init text`",
     "plain-w5": "plain prompt tuning", "plain-lr01-w5": "plain, `--lr 0.01`",
     "ptp-rn-w5": "PTP, noise (`--preset ptp-rn`)", "ptp-adv-w5": "PTP, adversarial (`--preset ptp-adv`)",
     "ptp-adv-warm-w5": "the same with `--reg_warmup_steps 50`",
@@ -31,6 +34,7 @@ NAMES = {
 }  # fmt: skip
 SHORT = {
     "plain": "plain", "ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-right": "adversarial, where right",
+    "plain-text": "plain, from a text", "ptp-rn-text": "noise, from a text", "ptp-adv-text": "adversarial, from a text",
     "plain-lr01-w5": "plain, lower rate", "ptp-rn-w5": "noise", "ptp-adv-w5": "adversarial",
     "ptp-adv-warm-w5": "adversarial, rising", "ptp-adv-right-w5": "adversarial, where right",
 }  # fmt: skip

@@ -47,7 +47,8 @@ def test_a_page_names_the_command_that_makes_its_tables(page):
 def test_what_the_longer_warm_up_changes_is_of_the_rows_too():
     """Each method with a warm-up of 30 steps against itself with one of 5."""
     lines = []
-    for method in METHODS:
+    known = few_shot_tables.Rows(FILE).methods
+    for method in [method for method in METHODS if f"{method}-w5" in known]:
         rows = few_shot_tables.Rows(FILE, f"{method}-w5", [method, f"{method}-w5"])
         lines += few_shot_tables.comparison_table(rows, SEEN)[2:]
     page = shown("results.md")
