@@ -32,9 +32,11 @@ from ptp_ds.training.checkpoint import (
     newest_whole,
     require_same_run,
 )
+from ptp_ds.training.trackers import TRACKED
 
 _OF_ONE = ("result.json", "adapter", "checkpoints/*")  # what a run left that another could destroy
 _RESULTS = ("adapter", "result.json", "predictions")  # what a run writes at its end alone
+_RECORDS = ("log.jsonl", *TRACKED)  # what it writes step by step
 _OF_SEVERAL = ("population.json", *(f"members/*/{name}" for name in _OF_ONE))
 _FALLING = {"the learning rate": "lr_schedule", "lambda": "reg_schedule"}
 _CONFIG = "model's config.json"
@@ -153,27 +155,38 @@ def continuation_of(run: RunConfig, output_dir: Path | None) -> Continuation:
 
 
 def set_results_aside(output_dir: Path, continuation: Continuation) -> list[str]:
-    """Renames what an ended run has left in the folder, where the run that goes on leaves that end; returns the new
-    names. Rank 0 only, before the checkpoints are set aside.
+    """Renames what a run has left in the folder that isn't the one which goes on; returns the new names. Rank 0 only,
+    before the checkpoints are set aside.
 
-    It does where it starts anew, goes on from another folder's checkpoint, or from one before that end. Where that is
-    because newer checkpoints are damaged, it is the same run.
+    Results, where the run starts anew, goes on from another folder's checkpoint, or from one before the end that they
+    are of. Where that is because newer checkpoints are damaged, it is the same run. Records, where the checkpoint isn't
+    the folder's: up to one that is, they are the run's own.
     """
-    held = [name for name in _RESULTS if (output_dir / name).exists()]
-    if not {"adapter", "result.json"} & set(held) or continuation.skipped:
+    if continuation.skipped:
         return []
-    if continuation.checkpoint is not None:
-        assert continuation.folder is not None
-        root, steps = output_dir / "checkpoints", _ended_at(output_dir)
-        left = left_behind(root, continuation.folder)
-        own = any(folder.samefile(continuation.folder) for folder in list_checkpoints(root))
-        if own and (not left if steps is None else steps <= continuation.checkpoint.step):
-            return []
+    held = [name for name in _RESULTS if (output_dir / name).exists()]
+    ended = bool({"adapter", "result.json"} & set(held))
+    folder = continuation.folder
+    own = folder is not None and any(one.samefile(folder) for one in list_checkpoints(output_dir / "checkpoints"))
+    names = held if ended and not (own and _keeps_end(output_dir, continuation)) else []
+    if not own and (ended or folder is not None):
+        names = [*names, *(name for name in _RECORDS if (output_dir / name).exists())]
     free = (f"left{number or ''}" for number in itertools.count())
-    ending = next(one for one in free if not any((output_dir / f"{name}.{one}").exists() for name in _RESULTS))
-    for name in held:
+    known = (*_RESULTS, *_RECORDS)
+    ending = next(one for one in free if not any((output_dir / f"{name}.{one}").exists() for name in known))
+    for name in names:
         (output_dir / name).rename(output_dir / f"{name}.{ending}")
-    return [f"{name}.{ending}" for name in held]
+    return [f"{name}.{ending}" for name in names]
+
+
+def _keeps_end(output_dir: Path, continuation: Continuation) -> bool:
+    """Whether the end that the folder's results are of is not behind its checkpoint that the run goes on from."""
+    assert continuation.checkpoint is not None
+    assert continuation.folder is not None
+    steps = _ended_at(output_dir)
+    if steps is None:
+        return not left_behind(output_dir / "checkpoints", continuation.folder)
+    return steps <= continuation.checkpoint.step
 
 
 def _ended_at(output_dir: Path) -> int | None:

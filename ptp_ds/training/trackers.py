@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 TENSORBOARD, NONE = "tensorboard", "none"
+TRACKED = (TENSORBOARD, "dvclive")  # each writes a folder of its name in the run's, which a resumed run goes on with
 BUILT_IN = (TENSORBOARD, "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
 _EXPECTED = f"one or several of {', '.join(BUILT_IN)}, or none"
 PROJECT = "ptp_ds"  # under which a tracker files its runs, where the environment names no other

@@ -1,13 +1,15 @@
 """Which folders a run may write to: none that another run, of one prompt or of several, has left something in; and what
-one that goes on leaves of an end before.
+one that goes on leaves of an end before, or of another run.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import ptp_ds
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import lock
@@ -126,3 +128,65 @@ def test_results_are_set_aside_where_a_run_starts_anew(ended):
 def test_predictions_alone_are_the_users(tmp_path):
     (tmp_path / "predictions").mkdir()
     assert set_results_aside(tmp_path, going_on(None)) == []
+
+
+RECORDS = ["log.jsonl", "tensorboard/events", "dvclive/metrics.json"]
+
+
+def recorded(folder: Path) -> Path:
+    for name in RECORDS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("before")
+    return folder
+
+
+def left_of(folder: Path, continuation: Continuation) -> set[str]:
+    """The records that are set aside, by their names."""
+    names = {name.split("/")[0] for name in RECORDS}
+    return {name.removesuffix(".left") for name in set_results_aside(folder, continuation)} & names
+
+
+@pytest.mark.parametrize("held", ["results", "checkpoints", "records"])
+def test_records_of_another_run_are_set_aside(ended, tmp_path, held):
+    """Their lines up to the checkpoint's step would stand before the other run's, whatever else is in the folder."""
+    folder = {"results": ended, "checkpoints": tmp_path / "bare", "records": tmp_path / "empty"}[held]
+    recorded(folder)
+    if held == "checkpoints":
+        shutil.copytree(ended / "checkpoints", folder / "checkpoints")
+    elsewhere = save_checkpoint(tmp_path / "other", Checkpoint(4, STATE, None, {}), keep=None)
+    assert left_of(folder, going_on(elsewhere)) == {"log.jsonl", "tensorboard", "dvclive"}
+    assert (folder / "log.jsonl.left").read_text() == "before"
+    recorded(folder)
+    assert "log.jsonl.left1" in set_results_aside(folder, going_on(elsewhere))
+
+
+def test_records_up_to_a_checkpoint_of_the_folders_own_stay(ended):
+    two, four = list_checkpoints(ended / "checkpoints")
+    recorded(ended)
+    for continuation in (going_on(four), going_on(two, skipped=("step-000004 is damaged",)), going_on(two)):
+        assert left_of(ended, continuation) == set()
+
+
+def test_records_where_a_run_starts_anew(ended, tmp_path):
+    """Beside results they are an ended run's; what saved nothing leaves nothing to keep."""
+    shutil.rmtree(recorded(ended) / "checkpoints")
+    assert left_of(ended, going_on(None)) == {"log.jsonl", "tensorboard", "dvclive"}
+    assert left_of(recorded(tmp_path / "bare"), going_on(None)) == set()
+
+
+def test_a_log_is_of_one_run(tiny_model, tmp_path, monkeypatch):
+    """The folder holds a run of seed 0 that was stopped, and seed 1's goes on there from its own checkpoint."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"task": "COPA", "model": str(tiny_model), "prompt_length": 4, "batch_size": 4, "eval_tokens": 600,
+             "log_every": 1, "perturbation": "none", "verbose": False}  # fmt: skip
+    for seed in (0, 1):
+        ptp_ds.train(**given, seed=seed, max_steps=1, output_dir=tmp_path / str(seed))
+    for name in ("adapter", "result.json"):
+        (tmp_path / "0" / name).rename(tmp_path / name)
+    checkpoint = tmp_path / "1" / "checkpoints" / "step-000001"
+    ptp_ds.train(**given, seed=1, max_steps=2, output_dir=tmp_path / "0", resume=str(checkpoint))
+    log, left = ((tmp_path / "0" / name).read_text().splitlines() for name in ("log.jsonl", "log.jsonl.left"))
+    assert {json.loads(line)["step"] for line in log} == {2}
+    assert {json.loads(line)["step"] for line in left} == {0, 1}
+    assert (tmp_path / "0" / "tensorboard.left").is_dir()
