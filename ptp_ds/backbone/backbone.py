@@ -73,7 +73,11 @@ class Backbone(nn.Module):
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
         """From now on: prompts of this kind and length, rows of this form."""
-        self.prompt, self.rows = prompt, rows
+        self.prompt, self.rows = prompt, self.form_of(rows, prompt_length)
+
+    def form_of(self, rows: Rows, prompt_length: int) -> Rows:
+        """The form that these rows have where they are served: their own."""
+        return rows
 
     @property
     def shares_passes(self) -> bool:

@@ -38,13 +38,15 @@ class PaddedBackbone(Backbone):
         self.serve("soft", refused.rows)
 
     def serve(self, prompt: str, rows: Rows, prompt_length: int = 0) -> None:
-        """Rows that share something become rows of their own; ValueError for a deep prompt."""
+        """As a Backbone's; ValueError for a deep prompt."""
         if prompt != "soft":
             family = self.model.config.model_type
             raise UserError(f"--prompt {prompt} needs the packed path, which {family!r} can't take; use --prompt soft.")
-        if not isinstance(rows, SeparateRows):
-            rows = SeparateRows(kind="causal", prompt_length=prompt_length)
-        self.prompt, self.rows = prompt, rows
+        super().serve(prompt, rows, prompt_length)
+
+    def form_of(self, rows: Rows, prompt_length: int) -> Rows:
+        """Rows that share something become rows of their own."""
+        return rows if isinstance(rows, SeparateRows) else SeparateRows(kind="causal", prompt_length=prompt_length)
 
     def recomputed(self, tokens: int) -> int:
         """None: layers are the family's own here."""

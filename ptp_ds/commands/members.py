@@ -45,6 +45,15 @@ def said_once(logger: str) -> Iterator[None]:
         logging.getLogger(logger).removeFilter(is_new)
 
 
+@contextmanager
+def errors_of_member(name: str) -> Iterator[None]:
+    """Inside, a UserError says whose it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"Member {name}: {error}") from None
+
+
 def prepare_population(
     run: RunConfig, explicit: Collection[str], changes: Changes | None = None
 ) -> dict[str, Prepared]:
@@ -67,10 +76,8 @@ def prepare_population(
         for name, member in members.items():
             where = None if folder is None else str(folder / "members" / name)
             own = replace(member, output_dir=where, resume=run.resume if where is not None else None)
-            try:
+            with errors_of_member(name):
                 found[name] = prepare(own, given)
-            except UserError as error:
-                raise UserError(f"Member {name}: {error}") from None
             if found[name].resolved.dtype is torch.float16:
                 raise UserError(f"--ds_config {run.ds_config} enables fp16, which {NO_FP16}")
     _require_one_form(found)

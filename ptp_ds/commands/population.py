@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptp_ds.adapters.record import versions
 from ptp_ds.commands.introduction import introduction
-from ptp_ds.commands.members import Changes, failure_of, goes_on, prepare_population
+from ptp_ds.commands.members import Changes, errors_of_member, failure_of, goes_on, prepare_population
 from ptp_ds.commands.one_run import (
     open_output,
     open_trainer,
@@ -40,7 +40,13 @@ from ptp_ds.training.population_engine import PopulationEngine
 from ptp_ds.training.population_monitor import PopulationMonitor
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.progress import Progress, progress_from
-from ptp_ds.training.start import initial_trained, made_from, open_backbone, perturbation_unit
+from ptp_ds.training.start import (
+    initial_trained,
+    made_from,
+    open_backbone,
+    perturbation_unit,
+    require_served_rows,
+)
 from ptp_ds.training.trackers import TENSORBOARD, report_names, shared_settings
 from ptp_ds.training.trainer import NonFiniteLossError
 
@@ -194,6 +200,9 @@ def _open(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fol
     prepared = list(members.values())
     longest = max(prepared, key=lambda one: one.run.prompt_length + one.examples.longest)
     backbone = open_backbone(longest, ranks)
+    for name, one in members.items():
+        with errors_of_member(name):
+            require_served_rows(one, backbone, ranks)
     run, config = prepared[0].run, prepared[0].source.config
     beside, lengths = backbone.head.rows(prompt_width(run.prompt, config)), [one.run.prompt_length for one in prepared]
     weight, rows = empty_prompts(run.prompt, config, lengths, [made_from(one) for one in prepared], beside)

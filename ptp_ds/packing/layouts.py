@@ -248,7 +248,10 @@ class _Separate:
         self.members.append(len(self.blocks) - sum(self.members))
 
     def row(self) -> PackedRow:
+        """The packed row of what was added."""
         examples = self.examples
+        if not examples:
+            raise UserError("Can't pack an empty batch; give at least one example.")
         width = max(len(example.candidate_ids) for example in examples)
         counts = torch.tensor([len(example.candidate_ids) for example in examples])
         pick_row, pick_token, pick_cell = torch.tensor(self.picks).unbind(1)

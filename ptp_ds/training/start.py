@@ -19,6 +19,7 @@ from ptp_ds.prompts.deep import join_deep
 from ptp_ds.ranks.distributed import Ranks
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.training.engine import Engine
+from ptp_ds.training.examples import require_rows_for
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.progress import Progress, progress_from
 
@@ -88,6 +89,15 @@ def open_backbone(prepared: Prepared, ranks: Ranks) -> Backbone:
     return backbone
 
 
+def require_served_rows(prepared: Prepared, backbone: Backbone, ranks: Ranks) -> None:
+    """UserError where a batch of --tokens_per_step holds fewer rows than are needed (see require_rows_for), in the form
+    that the backbone serves: on the generic path they are longer than those that were checked before it was loaded.
+    """
+    run = prepared.run
+    if (rows := backbone.form_of(prepared.rows, run.prompt_length)) != prepared.rows:
+        require_rows_for(run, rows, prepared.examples.train, ranks.world * run.gradient_accumulation_steps)
+
+
 def _scheduled(prepared: Prepared, backbone: Backbone, ranks: Ranks) -> Activations:
     """How micro-batches go through the layers, the same on all ranks; all ranks must call it.
 
@@ -124,6 +134,7 @@ def open_engine(prepared: Prepared, ranks: Ranks) -> tuple[Engine, Progress]:
     """An engine around the backbone that holds the prompt's start or the checkpoint's state."""
     run, config = prepared.run, prepared.source.config
     backbone = open_backbone(prepared, ranks)
+    require_served_rows(prepared, backbone, ranks)
     made = made_from(prepared)
     beside = backbone.head.rows(prompt_width(run.prompt, config))
     prompt, _ = empty_prompts(run.prompt, config, [run.prompt_length], [made], beside)

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptp_ds.packing import row as row_module
+from ptp_ds.packing.layouts import SeparateRows
 from ptp_ds.packing.row import Block, pack, pack_text_twins, shared_start
 from ptp_ds.tasks.example import Example
 
@@ -111,10 +112,16 @@ def test_lengths_of_an_example():
     assert (one.packed_length, one.path_length) == (6, 5)
 
 
-@pytest.mark.parametrize("rows", [[], [example([], [[1]])], [example([1], [[]])]])
-def test_empty_rows_are_refused(rows):
-    with pytest.raises(ValueError, match="empty"):
-        pack(rows)
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([], "Can't pack an empty batch"), ([example([], [[1]])], "has an empty context or candidate"),
+     ([example([1], [[]])], "has an empty context or candidate")],
+)  # fmt: skip
+def test_empty_rows_are_refused(rows, said):
+    separate = SeparateRows(kind="causal", prompt_length=2)
+    for packs in (pack, separate.pack, lambda given: separate.pack_twins(given, [one.context_ids for one in given])):
+        with pytest.raises(ValueError, match=said):
+            packs(rows)
 
 
 def test_text_twins_share_what_lies_before_the_first_change():

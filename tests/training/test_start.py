@@ -1,8 +1,11 @@
 """How training starts: the prompt that --prompt_init names, what the backbone's path makes of settings."""
 
+import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -10,6 +13,7 @@ import ptp_ds
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.one_run import prepare
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.errors import UserError
 from ptp_ds.training import start
 from ptp_ds.training.start import initial_trained
 from tests.support.reference import relative_error
@@ -63,12 +67,19 @@ def test_deltas_that_the_dtype_loses_are_told(tiny_model, monkeypatch):
     assert told == {"short": False, "long": True, "per token": False, "fp32": False}
 
 
-def test_the_generic_path_takes_the_micro_batches_that_are_asked_for(tiny_model, tmp_path, monkeypatch):
-    """One after the other, with the prompt of the run that takes all rows in one forward; --activations is told of."""
+@pytest.fixture(scope="module")
+def generic(tiny_model, tmp_path_factory):
+    """Folder of a model that takes no attention function from outside: rows are padded."""
+    folder = tmp_path_factory.mktemp("bloom")
     torch.manual_seed(3)
     config = BloomConfig(vocab_size=600, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
-    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bloom")
+    BloomForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def test_the_generic_path_takes_the_micro_batches_that_are_asked_for(generic, tmp_path, monkeypatch):
+    """One after the other, with the prompt of the run that takes all rows in one forward; --activations is told of."""
     forward, rows, said = BloomForCausalLM.forward, [], []
 
     def counted(self, *args, **kwargs):
@@ -82,7 +93,7 @@ def test_the_generic_path_takes_the_micro_batches_that_are_asked_for(tiny_model,
     for schedule in ("auto", "breadth"):
         rows.clear()
         ptp_ds.train(
-            task="RTE", model=tmp_path / "bloom", output_dir=tmp_path / schedule, ds_config="zero2", verbose=False,
+            task="RTE", model=generic, output_dir=tmp_path / schedule, ds_config="zero2", verbose=False,
             prompt_length=4, batch_size=8, max_steps=2, gradient_accumulation_steps=4, schedule=schedule,
             activations="recompute", chunk_tokens=64, perturbation="gaussian",
         )  # fmt: skip
@@ -93,3 +104,23 @@ def test_the_generic_path_takes_the_micro_batches_that_are_asked_for(tiny_model,
         "warning: --activations and --chunk_tokens have no effect on the generic path, which keeps all activations of "
         "a micro-batch; give more --gradient_accumulation_steps to save memory there"
     ) == 2  # fmt: skip
+
+
+def test_a_budget_counts_rows_as_the_generic_path_lays_them_out(generic, tmp_path, monkeypatch):
+    """With the prompt in each: packed, 200 tokens would hold three rows of COPA, here a batch holds one and two
+    micro-batches need a row each. Of several prompts it is the long one that doesn't fit."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"task": "COPA", "model": generic, "ds_config": "zero2", "gradient_accumulation_steps": 2, "verbose": False,
+             "eval_tokens": 2000, "max_steps": 1, "perturbation": "none"}  # fmt: skip
+    members = [{"name": "short", "prompt_length": 4}, {"name": "long", "prompt_length": 30}]
+    (tmp_path / "members.json").write_text(json.dumps(members))
+    said = r"--tokens_per_step 200 holds 1 of the \d+ training rows in batch 1, and each of the 2 micro-batches.* give "
+    with pytest.raises(UserError, match=f"^{said}--tokens_per_step") as told:
+        ptp_ds.train(**given, prompt_length=30, tokens_per_step=200, output_dir=tmp_path / "refused")
+    with pytest.raises(UserError, match=f"^Member long: {said}"):
+        ptp_ds.train(**given, population=tmp_path / "members.json", tokens_per_step=200, output_dir=tmp_path / "both")
+    assert not list(tmp_path.rglob("log.jsonl")), "before anything is trained"
+    enough = int(re.search(r"give --tokens_per_step (\d+), which is always enough", str(told.value))[1])
+    done = ptp_ds.train(**given, prompt_length=30, tokens_per_step=enough, output_dir=tmp_path / "done")
+    assert done.record["steps"] == 1
