@@ -230,8 +230,8 @@ def record_untrained(trainer: Trainer, progress: Progress, result: Evaluation) -
     """Puts the untrained prompt's scores on record, once a run."""
     output = OutputGuard(trainer.ranks, trainer.output_dir)
     if progress.step == 0:
-        with output.writing():
-            trainer.monitor.evaluation(0, "untrained", {**result.metrics, "cross_entropy": result.cross_entropy})
+        scores = {**result.metrics, "cross_entropy": result.cross_entropy}
+        trainer.monitor.evaluation(0, "untrained", scores, output)
     output.agree()
 
 
@@ -245,8 +245,8 @@ def report_run(
     require_finite(result, "--eval_split", progress.best_step)
     engine, ranks, output = trainer.engine, trainer.ranks, OutputGuard(trainer.ranks, trainer.output_dir)
     metrics = {**result.metrics, "cross_entropy": result.cross_entropy}
+    trainer.monitor.evaluation(progress.step, "eval", metrics, output)
     with output.writing():
-        trainer.monitor.evaluation(progress.step, "eval", metrics)
         trainer.monitor.conclude(progress.step, metrics)
     peak = torch.tensor([peak_memory_bytes(ranks.device)], dtype=torch.float64, device=ranks.device)
     peak_bytes = int(ranks.max(peak))

@@ -89,14 +89,23 @@ class OutputGuard:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps a failure to write for `agree`; what comes behind it on this rank goes on."""
+        """Keeps a failure to write for `agree`; what comes behind it on this rank goes on.
+
+        Of what is ours alone: nothing that a caller has handed in is called inside, whose own errors would be taken for
+        the disk's.
+        """
         try:
             yield
         except (OSError, SafetensorError) as error:
             if self._failure is None:
                 self._failure = disk_sentence(error, self.folder) if self._resumes else str(error)
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has failed to write."""
+        return self._failure is not None
+
     def agree(self) -> None:
         """Raises OutputError on every rank where one has failed to write; all ranks must call it."""
-        if self.ranks.host_max(int(self._failure is not None)):
+        if self.ranks.host_max(int(self.failed)):
             raise OutputError(self._failure or f"Another rank can't write to {self.folder}; see its own line.")

@@ -12,6 +12,7 @@ import torch
 
 from ptp_ds.files import lock, parse_json, read_bytes
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger, is_heard
 from ptp_ds.training.trackers import TENSORBOARD, Trackers, report_names
 
@@ -59,9 +60,10 @@ def in_notebook() -> bool:
 class Monitor:
     """Rank 0's records under output_dir; on other ranks every call does nothing.
 
-    speaks: whether there are lines and a bar on the console. listeners: called with every line of log.jsonl. report_to:
-    the flag; settings: of the run, for trackers. latest: the values of the last logged step. stop_asked: whether a
-    listener has raised StopRun.
+    speaks: whether there are lines and a bar on the console. listeners: called with every line of log.jsonl; what else
+    than StopRun one raises passes as it is. report_to: the flag; settings: of the run, for trackers. latest: the values
+    of the last logged step. stop_asked: whether a listener has raised StopRun. A record is written by the guard
+    `output` of its call.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class Monitor:
         if speaks:
             self._bar = step_bar(first_step, last_step)
 
-    def train(self, step: int, values: dict[str, float]) -> None:
+    def train(self, step: int, values: dict[str, float], output: OutputGuard) -> None:
         """A logged train step: values by scalar name, e.g. loss, divergence, learning_rate."""
         self.latest = values  # before the record, which a full disk may refuse: a population reads it behind
-        self._record("train", step, values)
+        self._record("train", step, values, output)
         if not self.ranks.is_main or not self.speaks:
             return
         left = (self.last_step - step) * values["step_seconds"]
@@ -99,21 +101,27 @@ class Monitor:
             values["learning_rate"], values["step_seconds"], values["tokens_per_second"], left,
         )  # fmt: skip
 
-    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+    def evaluation(self, step: int, split: str, values: dict[str, float], output: OutputGuard) -> None:
         """Metrics of `split` after `step` optimizer steps."""
-        self._record(split, step, values)
+        self._record(split, step, values, output)
 
-    def _record(self, group: str, step: int, values: dict[str, float]) -> None:
+    def _record(self, group: str, step: int, values: dict[str, float], output: OutputGuard) -> None:
+        """Writes the line, and tells listeners of one that is written."""
         if self._log is None:
             return
-        line = {"step": step, "kind": group, **values}
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        with output.writing():
+            self._write(self._log, group, step, values)
+        if output.failed:
+            return
         for listener in self.listeners:
             try:
-                listener(dict(line))
+                listener({"step": step, "kind": group, **values})
             except StopRun:
                 self.stop_asked = True
+
+    def _write(self, log: TextIO, group: str, step: int, values: dict[str, float]) -> None:
+        log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
+        log.flush()
         # a2t/... has a group of its own
         tagged = {name if "/" in name else f"{group}/{name}": value for name, value in values.items()}
         self._trackers.log(tagged, step)

@@ -327,8 +327,7 @@ class Trainer:
             "learning_rate": learning_rate(self.run, progress.step - 1), "step_seconds": window.step_seconds,
             "tokens_per_second": window.tokens_per_second, "peak_memory_bytes": float(self.ranks.max(peak)),
         }  # fmt: skip
-        with output.writing():
-            self.monitor.train(progress.step, values)
+        self.monitor.train(progress.step, values, output)
 
     def select(self, progress: Progress, prompt: Tensor, result: Evaluation, output: OutputGuard) -> None:
         """Keeps the prompt where its scores on the selection rows are good enough; see Evaluation, require_finite."""
@@ -340,8 +339,8 @@ class Trainer:
         if result.within_an_error_of(progress.highest):
             progress.best, progress.best_prompt, progress.best_step = result, prompt, progress.step
             marker = "  (kept)"
-        with output.writing():
-            self.monitor.evaluation(progress.step, "select", {**result.metrics, "cross_entropy": result.cross_entropy})
+        scores = {**result.metrics, "cross_entropy": result.cross_entropy}
+        self.monitor.evaluation(progress.step, "select", scores, output)
         if not self.monitor.speaks:
             return
         log.info(

@@ -111,6 +111,22 @@ def test_a_callback_ends_the_run_with_a_prompt(tiny_model, tmp_path):
     assert (result.adapter / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize(("kind", "seeds"), [("train", None), ("select", "0 1"), ("untrained", None), ("eval", "0 1")])
+def test_a_callbacks_own_error_passes(tiny_model, tmp_path, kind, seeds):
+    """With its traceback, although it is one that a disk may raise, too; what was saved goes on."""
+
+    def look_up(line: dict) -> None:
+        if line["kind"] == kind:
+            (tmp_path / "table.csv").read_text()
+
+    given = {**QUICK, "task": "COPA", "model": str(tiny_model), "verbose": False, "seeds": seeds}
+    with pytest.raises(FileNotFoundError, match=r"table\.csv") as told:
+        ptp_ds.train(**given, callbacks=[look_up], output_dir=tmp_path / "run")
+    assert "look_up" in [entry.name for entry in told.traceback]
+    (tmp_path / "table.csv").write_text("")
+    ptp_ds.train(**given, callbacks=[look_up], output_dir=tmp_path / "run", resume="auto")
+
+
 def test_several_seeds_and_one_that_a_callback_ends(tiny_model, tmp_path):
     def stop(line: dict) -> None:
         if line["member"] == "seed-1" and line["kind"] == "train":

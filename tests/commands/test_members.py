@@ -125,14 +125,14 @@ def test_what_a_folder_holds_is_not_written_over(job, tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_first_log_line(job, monkeypatch):
-    real = Monitor._record
+    real = Monitor._write
 
-    def full(monitor, group, *args):
+    def full(monitor, log, group, *args):
         if group == "train":
             raise OSError(errno.ENOSPC, "x")
-        real(monitor, group, *args)
+        real(monitor, log, group, *args)
 
-    monkeypatch.setattr(Monitor, "_record", full)
+    monkeypatch.setattr(Monitor, "_write", full)
     with pytest.raises(OutputError, match=r"^Can't write to .*seed-0: No space left on device\."):
         job("both", seeds="0 1", max_steps=1)
 

@@ -1,13 +1,16 @@
 """log.jsonl after an interruption, and the learning rate's file of record."""
 
+import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ptp_ds.ranks.distributed import Ranks
+from ptp_ds.ranks.faults import OutputError, OutputGuard
 from ptp_ds.training.evaluate import Evaluation
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.population_monitor import PopulationMonitor
@@ -17,6 +20,10 @@ VALUES = {"loss": 1.0, "cross_entropy": 1.0, "divergence": 0.0, "grad_norm": 1.0
           "step_seconds": 0.5, "tokens_per_second": 9.0}  # fmt: skip
 
 
+def guard(folder):
+    return OutputGuard(RANK0, folder)
+
+
 def steps(folder):
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -24,12 +31,12 @@ def steps(folder):
 def test_resumed_log_has_every_step_once(tmp_path, capsys):
     first = Monitor(tmp_path, RANK0, 0, 6)
     for step in (1, 2, 3):
-        first.train(step, VALUES)
+        first.train(step, VALUES, guard(tmp_path))
     first.close()
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')  # cut off by a kill
     second = Monitor(tmp_path, RANK0, 2, 6)
-    second.train(3, VALUES)
+    second.train(3, VALUES, guard(tmp_path))
     second.close()
     second.close()
     assert steps(tmp_path) == [1, 2, 3]
@@ -38,11 +45,37 @@ def test_resumed_log_has_every_step_once(tmp_path, capsys):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     monitor = Monitor(tmp_path, Ranks(1, 2, 1, torch.device("cpu")), 0, 6)
-    monitor.train(1, VALUES)
+    monitor.train(1, VALUES, guard(tmp_path))
     monitor.tick(1)
     monitor.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
+
+
+def test_a_listeners_own_error_is_not_the_disks(tmp_path):
+    """An OSError of its own, such as a web page that isn't there, passes; the disk's is told to the guard alone, and
+    nobody hears of a line that isn't written."""
+    told = []
+
+    def listen(line):
+        told.append(line)
+        raise TimeoutError("no such page")
+
+    monitor, output = Monitor(tmp_path, RANK0, 0, 6, listeners=[listen]), guard(tmp_path)
+    with pytest.raises(TimeoutError, match="no such page"):
+        monitor.evaluation(1, "select", {"accuracy": 0.5}, output)
+    output.agree()
+    assert told == [{"step": 1, "kind": "select", "accuracy": 0.5}]
+    assert steps(tmp_path) == [1]
+    with Path("/dev/full").open("w") as full:
+        monitor._log = full
+        monitor.evaluation(2, "select", {"accuracy": 0.5}, output)
+        monitor._log = None
+        with contextlib.suppress(OSError):
+            full.close()
+    assert len(told) == 1
+    with pytest.raises(OutputError, match="No space left on device"):
+        output.agree()
 
 
 def test_peak_memory_is_that_of_a_process_with_torch():
@@ -60,10 +93,10 @@ def scalars(folder):
 def test_a_resumed_board_has_every_step_once_that_of_the_checkpoint_too(tmp_path):
     first = Monitor(tmp_path, RANK0, 0, 6)
     for step in (1, 2, 3):
-        first.train(step, {**VALUES, "loss": float(step)})
+        first.train(step, {**VALUES, "loss": float(step)}, guard(tmp_path))
     first.close()
     second = Monitor(tmp_path, RANK0, 2, 6)
-    second.train(3, {**VALUES, "loss": 30.0})
+    second.train(3, {**VALUES, "loss": 30.0}, guard(tmp_path))
     second.close()
     assert scalars(tmp_path)[0]["train/loss"] == [1.0, 2.0, 30.0]
 
@@ -71,7 +104,7 @@ def test_a_resumed_board_has_every_step_once_that_of_the_checkpoint_too(tmp_path
 def test_a_run_that_starts_anew_keeps_nothing_of_one_that_saved_nothing(tmp_path):
     for value in (0.25, 0.5):
         monitor = Monitor(tmp_path, RANK0, 0, 6)
-        monitor.evaluation(0, "untrained", {"accuracy": value})
+        monitor.evaluation(0, "untrained", {"accuracy": value}, guard(tmp_path))
         monitor.close()
     assert scalars(tmp_path)[0]["untrained/accuracy"] == [0.5]
     assert steps(tmp_path) == [0]
