@@ -127,6 +127,11 @@ def plan_head(config: Any, wanted: str, task: Task) -> HeadPlan:
     return HeadPlan(head_kind(config, wanted), task.choice, 1 if task.choice else len(task.answers))
 
 
+def in_every_row(kind: str, task: Task, target: str = "input") -> bool:
+    """Whether each row holds a soft prompt's tokens, in the place of one prompt in front of all; see rows_for."""
+    return kind != "causal" or target != "input" or task.places_prompt
+
+
 def rows_for(
     plan: HeadPlan, task: Task, tokenizer: Any, prompt: str, prompt_length: int, target: str = "input"
 ) -> Rows:
@@ -137,10 +142,10 @@ def rows_for(
     """
     if task.places_prompt and prompt != "soft":
         raise UserError(f"Task {task.name}'s text has a place for a soft prompt; a deep one stands in every layer.")
-    if plan.kind == "causal" and (target != "input" or task.places_prompt):
-        return SeparateRows(kind="causal", prompt_length=prompt_length, target=target)
-    if plan.kind == "causal":
+    if not in_every_row(plan.kind, task, target):
         return TreeRows(prompt)
+    if plan.kind == "causal":
+        return SeparateRows(kind="causal", prompt_length=prompt_length, target=target)
     mask = tokenizer.mask_token_id
     if plan.kind == "masked" and mask is None:
         raise UserError(f"--head masked needs a mask token, and {type(tokenizer).__name__} has none.")

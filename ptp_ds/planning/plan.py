@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ptp_ds.backbone.shapes import ModelShape, Shape, elements
-from ptp_ds.planning.way import KEEP, Way, activation_bytes, way_that_fits
+from ptp_ds.planning.way import KEEP, Way, activation_bytes, way_of_run
 from ptp_ds.planning.work import Cluster, Layout, Load
 
 BOUNDS = ("compute", "interconnect", "memory", "offload")
@@ -139,17 +139,11 @@ def operations_of(shape: ModelShape, load: Load, way: Way, world: int) -> float:
 
 
 def way_of(shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str, schedule: str = "auto") -> Way:
-    """How the run goes with --activations `wanted`: auto as backbone.activations decides, kept ones may fill half of
-    what the weights leave."""
-    if wanted != "auto":
-        return KEEP if wanted == "keep" else Way(shape.count)
+    """How the run goes with --activations `wanted`: kept ones of auto may fill half of what the weights leave, as
+    backbone.activations decides."""
     shards, _, _ = weights_memory(shape, load, layout, cluster.world)
-    kept = activation_bytes(shape, load, KEEP, cluster.world, cluster.cuda)
-    fits = memory_of(shape, load, layout, cluster, KEEP).total <= cluster.gpu_memory
     room = _SHARE * (cluster.gpu_memory - shards)
-    if fits and kept <= room:
-        return KEEP
-    return way_that_fits(shape, load, cluster.world, room, is_resident(layout, cluster), schedule, cluster.cuda)
+    return way_of_run(shape, load, cluster.world, wanted, room, is_resident(layout, cluster), schedule, cluster.cuda)
 
 
 def is_resident(layout: Layout, cluster: Cluster) -> bool:
@@ -200,7 +194,8 @@ def estimate(
     shape: ModelShape, load: Load, layout: Layout, cluster: Cluster, wanted: str = "auto", schedule: str = "auto"
 ) -> Estimate:
     """The plan of one ds_config. wanted: --activations; schedule: --schedule."""
-    way, ends = way_of(shape, load, layout, cluster, wanted, schedule), {"keep": KEEP, "recompute": Way(shape.count)}
+    way = way_of(shape, load, layout, cluster, wanted, schedule)
+    ends = {name: way_of(shape, load, layout, cluster, name, schedule) for name in ("keep", "recompute")}
     either = {name: memory_of(shape, load, layout, cluster, end) for name, end in ends.items()}
     memory = memory_of(shape, load, layout, cluster, way)
     gathered = gathered_bytes(shape, replace(load, gathers=way.parts * load.gathers), layout)

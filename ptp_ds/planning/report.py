@@ -1,55 +1,21 @@
 """The plans of all ds_configs for a model, a cluster and a run's flags, as text and as plain data."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ptp_ds.backbone.shapes import ModelShape, config_of, shape_of
-from ptp_ds.config.batch import default_batch, gives_batch
 from ptp_ds.config.ds_config import read_ds_config
 from ptp_ds.config.population import is_population, members_of
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.models.heads import head_kind
-from ptp_ds.models.source import load_tokenizer
 from ptp_ds.planning.plan import Estimate, estimate, recommended
+from ptp_ds.planning.tokens import tokens_of
 from ptp_ds.planning.way import KEEP
 from ptp_ds.planning.work import Cluster, Load, layout_of, load_of, population_load
-from ptp_ds.tasks import load_task
-from ptp_ds.tasks.data import load_split, tokenise
 
 CONFIGS = ("zero2", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme", "zero3_quantized")
 _GB, _GIB = 1e9, 2.0**30
-
-
-def row_tokens(run: RunConfig, shape_room: int, head: str) -> float | None:
-    """Mean tokens of a row of --task's training split, one stream; None where --model is no folder with a tokenizer.
-
-    head: see tokenise.
-    """
-    if not Path(run.model).is_dir():
-        return None
-    task = load_task(run.task)
-    split = load_split(task, run.train_split, run.data_dir, run.dataset)
-    examples = tokenise(task, split, load_tokenizer(Path(run.model)), shape_room, head=head).examples
-    return sum(example.packed_length for example in examples) / len(examples)
-
-
-def tokens_of(run: RunConfig, explicit: set[str], cluster: Cluster, config: Any) -> tuple[int, str]:
-    """(tokens of a step over all ranks and streams, where the number comes from)."""
-    if run.tokens_per_step is not None:
-        return run.tokens_per_step, "--tokens_per_step"
-    room = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
-    room, asked = max(2, room - run.prompt_length), {"task", "batch_size"} & explicit
-    mean = row_tokens(run, room, head_kind(config, run.head)) if asked else None
-    if mean is None:
-        why = "no --tokens_per_step" + (
-            f", and {run.model} has no tokenizer here for {run.task}'s rows" if "task" in explicit else ""
-        )
-        return 4096 * cluster.world, f"4096 a rank: {why}"
-    hands = cluster.world * run.gradient_accumulation_steps
-    batch = run.batch_size if gives_batch(run, explicit) else default_batch(hands)
-    return round(batch * run.streams * mean), f"--batch_size {batch} rows of {mean:.0f} tokens"
 
 
 def plans(
@@ -64,32 +30,35 @@ def plans(
     if kind == "seq2seq":
         raise UserError(f"--model {run.model}: encoder-decoders take the generic path, which isn't planned for.")
     shape = shape_of(config, kind)
-    tokens, source = tokens_of(run, explicit, cluster, config)
     size = 4 if run.precision == "fp32" else 2
     runs = list(members_of(run).values()) if is_population(run) else [run] * members
-    in_rows = [kind != "causal" or one.delta_target != "input" for one in runs]
-    load = population_load([load_of(one, shape, size, tokens, own) for one, own in zip(runs, in_rows, strict=True)])
+    steps = tokens_of(runs, explicit, cluster.world, config)
+    load = population_load([
+        load_of(one, shape, size, step.tokens, step.in_rows, step.shared)
+        for one, step in zip(runs, steps, strict=True)
+    ])  # fmt: skip
     found = []
     for name in CONFIGS:
         layout = layout_of(name, read_ds_config(f"ds_configs/{name}.json"), cluster)
         found.append(estimate(shape, load, layout, cluster, run.activations, run.schedule))
-    return shape, load, source, found
+    return shape, load, steps[0].source, found
 
 
-def _table(found: list[Estimate], layers: int) -> list[str]:
-    """A line for each ds_config below the columns' names; all: with the activations that the run would take."""
+def _table(found: list[Estimate], layers: int, wanted: str) -> list[str]:
+    """A line for each ds_config below the columns' names; all: with the activations that the run would take. wanted:
+    --activations."""
     names = ("weights", "gathered", "keep", "recompute", "all")
     head = f"{'':16s}" + "".join(f"{name:>10s}" for name in names) + " fits"
-    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':16s}{'most tokens':>12s}"
+    head += f"{'gathered':>10s}{'to a host':>10s}{'seconds':>9s}  {'bound':12s} {'activations':17s}{'most tokens':>11s}"
     lines = [f"{'':16s}{'GiB a rank':>50s}{'':5s}{'GB a step':>20s}", head]
     for one in found:
-        most = one.most_tokens["keep" if one.way == KEEP else "recompute"]
+        mode = wanted if wanted != "auto" else "keep" if one.way == KEEP else "recompute"
         memory, kept = one.memory, one.activations
         sizes = (memory.shards, memory.gathered, kept["keep"], kept["recompute"], memory.total)
         line = f"{one.layout.name:16s}" + "".join(f"{size / _GIB:10.2f}" for size in sizes)
         line += f" {'yes' if one.fits else 'no':4s}"
         line += "".join(f"{size / _GB:10.1f}" for size in (one.gathered_bytes, one.between_hosts))
-        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.way.describe(layers):16s}{most:12d}"
+        line += f"{one.step_seconds:9.2f}  {one.bound:12s} {one.way.describe(layers):17s}{one.most_tokens[mode]:11d}"
         lines.append(line)
     return lines
 
@@ -106,7 +75,7 @@ def report(cluster: Cluster, run: RunConfig, explicit: set[str], members: int = 
         f"{run.perturbation}, prompt {run.prompt} {run.prompt_length}; {load.tokens} tokens a step, {load.streams} "
         f"stream(s) ({source}{f', for each of {members} prompts' if members > 1 else ''})",
         "",
-        *_table(found, shape.count),
+        *_table(found, shape.count, run.activations),
     ]
     host = {one.layout.name: one.memory.host * cluster.gpus / _GIB for one in found if one.memory.host}
     lines += ["", "host memory, GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in host.items())]

@@ -24,11 +24,10 @@ class Way:
 
     def describe(self, layers: int) -> str:
         """In one word."""
+        again = "recompute" if self.recomputed == layers else f"recompute:{self.recomputed}/{layers}"
         if self.parts > 1:
-            return f"parts:{self.parts}"
-        if self.recomputed == layers:
-            return "recompute"
-        return f"recompute:{self.recomputed}/{layers}" if self.recomputed else "keep"
+            return f"parts:{self.parts}" + (f",{again}" if self.recomputed else "")
+        return again if self.recomputed else "keep"
 
 
 KEEP = Way()
@@ -60,7 +59,8 @@ def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: 
     when the kept ones behind it are done. All: a few tensors of the row's inputs and outputs.
     """
     if way.parts > 1:
-        return activation_bytes(shape, replace(load, tokens=-(-load.tokens // way.parts)), KEEP, world, cuda)
+        part = replace(load, tokens=-(-load.tokens // way.parts))
+        return activation_bytes(shape, part, Way(way.recomputed), world, cuda)
     tokens, hidden = load.row(world), shape.width * load.size
     per_layer = layer_bytes(shape, load.size, cuda)
     kept, whole, working = _ROWS[load.kind, load.size == 2 and shape.rms]
@@ -76,18 +76,18 @@ def activation_bytes(shape: ModelShape, load: Load, way: Way, world: int, cuda: 
     return max(before, tokens * way.recomputed * hidden + working_bytes)
 
 
-def way_that_fits(
-    shape: ModelShape, load: Load, world: int, room: float, resident: bool, schedule: str, cuda: bool = True
-) -> Way:
-    """How a run with --activations auto goes where keeping all does not fit into `room` bytes: by its own arithmetic.
+def way_of_run(
+    shape: ModelShape, load: Load, world: int, wanted: str, room: float, resident: bool, schedule: str,
+    cuda: bool = True,
+) -> Way:  # fmt: skip
+    """How a run with --activations `wanted` goes where kept activations may fill `room` bytes: by its own arithmetic.
 
     resident: whether each rank has all weights, so that nothing is gathered for a micro-batch. schedule: the flag.
     """
     kept, tokens = activation_bytes(shape, load, KEEP, world, cuda), load.row(world)
     hidden, budget = float(shape.width * load.size), max(0.0, room)
-    run = Activations("auto", bytes_per_token=kept / tokens, input_bytes=hidden, budget_bytes=budget)
+    run = Activations(wanted, bytes_per_token=kept / tokens, input_bytes=hidden, budget_bytes=budget)
     run = run.scheduled(schedule, resident, run.fit)
-    if run.schedule == "breadth":
-        return Way(run.recomputed(tokens, shape.count))
-    parts = run.parts(tokens - load.prefix, load.prefix, sections=1)
-    return Way(parts=parts) if parts > 1 else Way(shape.count)
+    rows = tokens - load.prefix
+    parts = run.parts(rows, load.prefix, load.sections)
+    return Way(run.recomputed(load.prefix - (-rows // parts), shape.count), parts)

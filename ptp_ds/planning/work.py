@@ -50,7 +50,8 @@ class Layout:
 class Load:
     """What a step works on. size: bytes of a number. passes: through the layers with gradient, over `streams` streams
     or one. gathers: of each layer. tokens: packed tokens of a step over all ranks and streams; prefix: a soft prompt's
-    tokens in front of them, on each rank. kind: none, noise or ascent, for the tensors beside the layers' (_ROWS).
+    tokens in front of them, and what all rows begin with, on each rank. kind: none, noise or ascent, for the tensors
+    beside the layers' (_ROWS). sections: micro-batches that the run asks for.
     """
 
     size: int
@@ -62,6 +63,7 @@ class Load:
     prompt_elements: int
     chunk_tokens: int
     kind: str
+    sections: int = 1
 
     def row(self, world: int) -> int:
         """Tokens of a rank's longest pass: its share of both streams, and the prompt."""
@@ -77,8 +79,9 @@ def layout_of(name: str, raw: Mapping[str, Any], cluster: Cluster) -> Layout:
     return Layout(name, int(zero["stage"]), hpz if hpz > 1 else 0, bool(zero.get("zero_quantized_weights")), offload)
 
 
-def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: bool = False) -> Load:
+def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: bool = False, shared: int = 0) -> Load:
     """A step of this run. in_rows: whether every row holds the prompt (encoders, --target prompt), among its tokens.
+    shared: tokens that all rows begin with, which stand behind a soft prompt once and aren't among `tokens`.
 
     Raises ValueError for a perturbation of the user's own: how often it passes through the layers isn't known.
     """
@@ -93,9 +96,10 @@ def load_of(run: RunConfig, shape: ModelShape, size: int, tokens: int, in_rows: 
     width = shape.width if shallow else 2 * shape.count * shape.keys
     return Load(
         size=size, streams=run.streams, passes=passes, gathers=2 * visits, tokens=tokens,
-        prefix=run.prompt_length if shallow and not in_rows else 0, prompt_elements=run.prompt_length * width,
+        prefix=shared + (run.prompt_length if shallow and not in_rows else 0),
+        prompt_elements=run.prompt_length * width,
         chunk_tokens=run.chunk_tokens or CHUNK_TOKENS["cuda"],
-        kind={"none": "none", "pgd": "ascent"}.get(name, "noise"),
+        kind={"none": "none", "pgd": "ascent"}.get(name, "noise"), sections=run.gradient_accumulation_steps,
     )  # fmt: skip
 
 

@@ -58,6 +58,14 @@ def run_examples(
     return RunExamples(train, select, tokenised["eval"].examples, truncated, predict_split, predict)
 
 
+def train_examples(run: RunConfig, task: Task, tokenizer: Any, room: int, head: str) -> Sequence[Example]:
+    """What run_examples gives as `train`, without the rows that are reported."""
+    names = {name: split for name, split in split_names(run).items() if name != "eval"}
+    splits = {name: load_split(task, split, run.data_dir, run.dataset) for name, split in names.items()}
+    tokenised = {name: tokenise(task, split, tokenizer, room, head=head) for name, split in splits.items()}
+    return _train_and_select(run, tokenised)[0]
+
+
 def _to_predict(
     run: RunConfig, task: Task, tokenizer: Any, room: int, head: str
 ) -> tuple[Split | None, Sequence[Example]]:
