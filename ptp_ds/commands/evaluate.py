@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
+from ptp_ds.precision import PRECISION_OF
 from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.faults import OutputGuard
 from ptp_ds.ranks.log import get_logger
@@ -30,6 +31,13 @@ from ptp_ds.tasks.predictions import check_numbers, prediction_lines
 from ptp_ds.training.evaluate import evaluation_of, majority_metrics
 
 log = get_logger(__name__)
+_RUN = (
+    "perturbation",
+    "prompt",
+    "seed",
+    "settings",
+    "training_data_sha256",
+)  # of its result.json, what tells tables apart
 
 
 def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
@@ -73,7 +81,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         majority = majority_metrics(examples, served.task)
         shown += "  |  majority class " + "  ".join(f"{name} {value:.4f}" for name, value in majority.items())
     log.info("%s", shown if result is not None else f"{shown}no labels, so no metrics")
-    record = {**_of_run(args, served, split_name), **(result.as_dict() if result is not None else {})}
+    record = {**_of_run(args, served, split_name, resolved), **(result.as_dict() if result is not None else {})}
     record |= {"untrained": untrained} if untrained else {}
     _write(args, ranks, record | {"split": split_name}, split, served.task, scores)
 
@@ -114,12 +122,23 @@ def _untrained(args: argparse.Namespace, served: Served, split: Split) -> dict[s
     return untrained_metrics(trained)
 
 
-def _of_run(args: argparse.Namespace, served: Served, split: str) -> dict[str, Any]:
+def _of_run(args: argparse.Namespace, served: Served, split: str, resolved: ResolvedDeepSpeed) -> dict[str, Any]:
     """What result.json says of the run that trained the adapter: with the metrics, scripts/overall.py reads this."""
     trained = read_card(served.folders[0]).get("result") or {} if len(served.folders) == 1 else {}
-    run = {name: trained[name] for name in ("perturbation", "prompt", "seed", "settings") if name in trained}
+    run = {name: trained[name] for name in _RUN if name in trained}
+    if isinstance(run.get("settings"), dict):
+        run["settings"] = {**run["settings"], **_scored_with(args, run["settings"], resolved)}
     model = args.model or trained.get("model") or served.model
     return {"task": served.task.name, "model": model, "eval_split": split, "template": served.task.spec(), **run}
+
+
+def _scored_with(args: argparse.Namespace, settings: Mapping[str, Any], resolved: ResolvedDeepSpeed) -> dict[str, Any]:
+    """The settings of the run in whose place the scores were made with others: those."""
+    given = {name: getattr(args, name) for name in ("task", "max_length") if getattr(args, name) is not None}
+    precision = PRECISION_OF[resolved.dtype]
+    if settings.get("precision", RunConfig.precision) not in (args.precision, precision):
+        given["precision"] = precision
+    return given
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:

@@ -14,7 +14,7 @@ import torch
 from ptp_ds.adapters.origin import adapter_rows
 from ptp_ds.adapters.served import alone, serve, whole
 from ptp_ds.commands.evaluate import _write, main
-from ptp_ds.commands.overall import read_result
+from ptp_ds.commands.overall import group_results, read_result, table_of
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.config.flags import parse_run
 from ptp_ds.config.run_config import RunConfig
@@ -88,6 +88,38 @@ def test_the_adapter_alone_gives_the_run_s_scores(trained, tmp_path):
     assert found["template"] == json.loads((trained / "run" / "config.json").read_text())["task"]
     assert found["model"] == result["model"] == "model"
     assert read_result(str(report.parent)).seed == 3
+
+
+def test_overall_tells_the_same_tables_of_evaluate_s_files(trained, tmp_path):
+    """Two runs of other training rows stay apart; scores that were made with other settings than the run's say so."""
+    for seed, digest in ((3, "a" * 64), (4, "b" * 64)):
+        run = tmp_path / f"run{seed}"
+        shutil.copytree(trained / "run", run)
+        card = json.loads((run / "adapter" / "ptp_ds.json").read_text())
+        card["result"] |= {"seed": seed, "training_data_sha256": digest}
+        (run / "adapter" / "ptp_ds.json").write_text(json.dumps(card))
+        (run / "result.json").write_text(json.dumps(card["result"]))
+
+    def scored(seed: int, *more: str) -> Path:
+        file = tmp_path / f"again{len(list(tmp_path.iterdir()))}" / "result.json"
+        assert main(["--adapter", str(tmp_path / f"run{seed}"), "--json", str(file), *more]) == 0
+        return file.parent
+
+    def tables(*folders: Path) -> list[dict]:
+        return [table_of(*found) for found in group_results(read_result(str(folder)) for folder in folders)]
+
+    again = [scored(seed) for seed in (3, 4)]
+    assert [table["settings"] for table in tables(*again)] == [{"training_data_sha256": one * 8} for one in "ab"]
+    assert tables(*again) == tables(tmp_path / "run3", tmp_path / "run4")
+    other = scored(3, "--max_length", "50", "--precision", "bf16", "--task", "CB.pet")
+    settings = json.loads((other / "result.json").read_text())["settings"]
+    assert (settings["max_length"], settings["precision"], settings["task"]) == (50, "bf16", "CB.pet")
+    assert settings | {"max_length": 60, "precision": "auto", "task": "CB"} == read_settings(trained / "run")
+    assert len(tables(again[0], other)) == 2
+
+
+def read_settings(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())["settings"]
 
 
 def test_every_rank_ends_where_rank_0_can_not_write(tmp_path):
