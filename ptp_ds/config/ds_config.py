@@ -44,6 +44,13 @@ _OWNED = {
     "optimizer": "the optimizer is AdamW over the prompt; use --lr and --weight_decay",
     "scheduler": "the schedule is --lr_schedule with --warmup_steps",
 }
+_SCALED = "losses are sums over the rows of all ranks, divided by their number, and DeepSpeed scales nothing"
+_NOT_HERE = {  # refused where they are on
+    "prescale_gradients": _SCALED, "gradient_predivide_factor": _SCALED,
+    "torch_autocast": "it has no effect here; use --precision",
+    "wandb": "use --report_to wandb", "comet": "use --report_to comet_ml",
+}  # fmt: skip
+_HALF_STATE = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
@@ -62,15 +69,30 @@ def read_ds_config(file: str) -> dict[str, Any]:
             raise UserError(f"--ds_config {file}: unknown key {brief(key)}{nearest(key, _KEYS)}.")
         if key not in ("bf16", "fp16", "zero_optimization"):
             _check_type(file, key, raw[key])
+        if key in _NOT_HERE and _is_on(raw[key]):
+            raise UserError(f"--ds_config {file}: remove {key!r}: {_NOT_HERE[key]}.")
     for block in ("bf16", "fp16"):
         on = enabled(raw, block) if isinstance(raw.get(block, {}), dict) else None
         if not isinstance(on, bool) and on != "auto":
             raise UserError(f'--ds_config {file}: {block} must be an object such as {{"enabled": "auto"}}.')
+        for key in _HALF_STATE:
+            if raw.get(block, {}).get(key):
+                raise UserError(
+                    f"--ds_config {file}: remove {block}.{key}: the prompt, its gradient and AdamW's state, a few "
+                    "megabytes, are fp32."
+                )
     zero = raw.get("zero_optimization")
     if not isinstance(zero, dict) or not isinstance(zero.get("stage"), int) or zero["stage"] not in (2, 3):
         raise UserError(f"--ds_config {file}: zero_optimization.stage must be 2 or 3; see ds_configs/.")
     _check_zero_keys(file, zero)
     return raw
+
+
+def _is_on(value: Any) -> bool:
+    """Whether the value of one of _NOT_HERE asks for something: an object does where it is enabled, a factor but 1."""
+    if isinstance(value, dict):
+        return value.get("enabled", False) is not False
+    return value is True or value not in (False, 1)
 
 
 def _check_type(file: str, key: str, value: Any) -> None:
@@ -98,10 +120,15 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
                 f'--ds_config {file}: zero_optimization.{block} must be an object such as {{"device": "cpu"}}; '
                 "leave it out to keep everything on the device."
             )
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    old = {key: new for key, field in fields.items() if zero.get(key) and (new := _new_spelling(field))}
+    optimizer = [key for key, new in old.items() if new == "offload_optimizer"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none" or optimizer:
         raise UserError(
-            f"--ds_config {file}: remove offload_optimizer: the optimizer holds the prompt only, a few megabytes."
+            f"--ds_config {file}: remove {[*optimizer, 'offload_optimizer'][0]}: the optimizer holds the prompt only, "
+            "a few megabytes."
         )
+    for key, new in old.items():  # what reads the file here knows the new ones alone
+        raise UserError(f"--ds_config {file}: zero_optimization.{key} is an old spelling; give {new} in its place.")
     if zero.get("module_granularity_threshold") or zero.get("stage3_module_granularity_threshold"):
         raise UserError(
             f"--ds_config {file}: remove stage3_module_granularity_threshold: it makes the root module with the "
@@ -116,6 +143,14 @@ def _check_zero_keys(file: str, zero: dict[str, Any]) -> None:
         raise UserError(
             f"--ds_config {file}: {brief(name)[1:-1]} is {brief(first['input'])}: {first['msg']}."
         ) from None
+    except AssertionError as error:  # both spellings of a key
+        raise UserError(f"--ds_config {file}: zero_optimization: {str(error).rstrip('.')}.") from None
+
+
+def _new_spelling(field: Any) -> str | None:
+    """What a field of DeepSpeed's that is an old spelling is called now, None for one that isn't."""
+    told = getattr(field, "json_schema_extra", None)
+    return str(told["new_param"]) if isinstance(told, dict) and told.get("deprecated") else None
 
 
 def for_scoring(raw: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,23 @@ def test_pinned_memory_is_left_out_without_gpu(monkeypatch):
          "remove stage3_module_granularity_threshold: it makes the root module"),
         ({"zero_optimization": {"stage": 3, "module_granularity_threshold": 5}},
          "remove stage3_module_granularity_threshold"),
+        ({"zero_optimization": {"stage": 3, "cpu_offload": True}}, "remove cpu_offload: the optimizer holds the"),
+        ({"zero_optimization": {"stage": 3, "cpu_offload": False, "offload_optimizer": {}}},
+         "Cannot provide deprecated parameter 'cpu_offload' and replacing parameter 'offload_optimizer' together"),
+        ({"zero_optimization": {"stage": 3, "cpu_offload_param": True}},
+         r"zero_optimization\.cpu_offload_param is an old spelling; give offload_param in its place"),
+        ({"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}},
+         "is an old spelling; give gather_16bit_weights_on_model_save in its place"),
+        (stage3(prescale_gradients=True), "remove 'prescale_gradients': losses are sums over the rows of all ranks"),
+        (stage3(gradient_predivide_factor=4.0), "remove 'gradient_predivide_factor': losses are sums"),
+        (stage3(torch_autocast={"enabled": True}), "remove 'torch_autocast': it has no effect here; use --precision"),
+        (stage3(wandb={"enabled": True}), r"remove 'wandb': use --report_to wandb\."),
+        (stage3(comet={"enabled": True}), r"remove 'comet': use --report_to comet_ml\."),
+        (stage3(bf16={"enabled": "auto", "bf16_master_weights_and_grads": True}),
+         r"remove bf16\.bf16_master_weights_and_grads: the prompt, its gradient and AdamW's state, .* are fp32"),
+        (stage3(bf16={"enabled": True, "bf16_optimizer_states": True}), r"remove bf16\.bf16_optimizer_states: "),
+        (stage3(fp16={"enabled": True, "fp16_master_weights_and_grads": True}),
+         r"remove fp16\.fp16_master_weights_and_grads: "),
         ([1], "expected one JSON object"),
         ("{'a': 1}", r"not valid JSON \("),
     ],
@@ -152,8 +169,10 @@ def test_refused_files(tmp_path, content, message):
 
 
 def test_harmless_blocks_are_accepted(tmp_path):
-    zero = {"stage": 3, "offload_optimizer": {"device": "none"}}
+    zero = {"stage": 3, "offload_optimizer": {"device": "none"}, "cpu_offload_param": False}
     content = {"fp16": {"enabled": False}, "wall_clock_breakdown": False, "zero_optimization": zero}
+    content |= {"prescale_gradients": False, "gradient_predivide_factor": 1.0, "torch_autocast": {"enabled": False}}
+    content |= {"wandb": {"enabled": False, "project": "mine"}, "comet": {}}
     assert read_ds_config(written(tmp_path, content)) == content
 
 
