@@ -15,7 +15,7 @@ from ptp_ds.adapters.origin import warn_if_overtaken
 from ptp_ds.adapters.peft_format import CARD_FILE, CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from ptp_ds.adapters.read import adapter_config, adapter_folder, read_adapter, read_card
 from ptp_ds.errors import UserError
-from ptp_ds.files import brief, is_file, read_text
+from ptp_ds.files import brief, is_file, read_text, shipped_names
 from ptp_ds.hosts.hub import hub_reason
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks.log import get_logger
@@ -26,6 +26,7 @@ _OF_THE_MACHINE = ("output_dir", "resume", "nvme_path", "init_adapter", "populat
 _FILES = ("ds_config", "perturbation", "task")  # settings that may be files, whose last part tells
 _OWN_WORDS = ("init_text", "mask_token")  # settings that are words, whatever they look like
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~/|/)[^\s'\"`,;:()\[\]{}]+")  # absolute, or below a home, in a text
+_TAG = re.compile("^base_model:adapter:")  # in tags that peft writes: the model behind it
 _OWNERS = ("license", "license_name", "license_link", "language")  # of README.md: what an owner adds
 
 
@@ -118,10 +119,53 @@ def shared_files(folder: Path, base_model: str | None = None) -> dict[str, str]:
     texts = {CONFIG_FILE: json.dumps(own, indent=2) + "\n"}
     if card:
         texts[CARD_FILE] = json.dumps(shared, indent=2) + "\n"
-    said = [config, {name: part for name, part in card.items() if name != "task"}]
-    paths = _PATH.findall(json.dumps(said, ensure_ascii=False))
+    paths = [*_paths_of(config, card), *_base_models(folder, model)]
     first = model_card(config.get("base_model_name_or_path"), card)
     return texts | {README_FILE: _readme(folder, model_card(model, shared), first, paths, base_model is not None)}
+
+
+def _paths_of(config: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
+    """The paths of this machine in an adapter's texts: absolute ones, and whatever else others don't get of them.
+
+    A name without a slash may be any word of a text, and what the package brings lies on every machine; they are no
+    paths here.
+    """
+    told = {name: part for name, part in card.items() if name != "task"}
+    model = hub_model(config.get("base_model_name_or_path"), card)
+    names = {name: config.get(name) for name in ("base_model_name_or_path", "tokenizer_name_or_path")}
+    left = [*_dropped(names, dict.fromkeys(names, model)), *_dropped(told, shareable_card(card))]
+    ours = {f"ds_configs/{name}" for name in shipped_names("ds_configs", ".json")}
+    absolute = _PATH.findall(json.dumps([config, told], ensure_ascii=False))
+    return [*absolute, *(path for path in left if "/" in path and path not in ours)]
+
+
+def _dropped(before: Any, after: Any) -> Iterator[str]:
+    """The texts of plain data that are others, or missing, in what is shared of it."""
+    if isinstance(before, str) and before != after:
+        yield before
+    elif isinstance(before, dict):
+        for name, part in before.items():
+            yield from _dropped(part, after.get(name) if isinstance(after, dict) else None)
+    elif isinstance(before, list):
+        same = isinstance(after, list) and len(after) == len(before)
+        for part, shared in zip(before, after if same else [None] * len(before), strict=True):
+            yield from _dropped(part, shared)
+
+
+def _base_models(folder: Path, model: str | None) -> list[str]:
+    """Models in the metadata of the folder's README.md, peft's tags included, that are no hub ids, nor the one that is
+    pushed."""
+    from huggingface_hub import ModelCard
+
+    file = folder / README_FILE
+    try:
+        held = ModelCard(read_text(file, str(file))).data.to_dict() if is_file(file) else {}
+    except Exception:  # of YAML, and of the hub client's checks: a README of no metadata
+        return []
+    said, tags = held.get("base_model"), held.get("tags")
+    found = [*(said if isinstance(said, list) else [said])]
+    found += [_TAG.sub("", tag) for tag in (tags if isinstance(tags, list) else []) if _TAG.match(str(tag))]
+    return [name for name in found if isinstance(name, str) and name != model and not is_hub_id(name)]
 
 
 def _readme(folder: Path, made: str, first: str, paths: list[str], anew: bool) -> str:

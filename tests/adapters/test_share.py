@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants
 from ptp_ds.adapters.hub import EMBEDDED_ON_THE_HUB, base_model_name, hub_adapter, hub_model, is_hub_id
 from ptp_ds.adapters.origin import adapter_model, adapter_rows
 from ptp_ds.adapters.read import adapter_folder, read_adapter, read_card
-from ptp_ds.adapters.share import push_adapter, require_can_push, shareable_card, shared_files
+from ptp_ds.adapters.share import push_adapter, require_can_push, shareable_card
 from ptp_ds.commands.evaluate import main as evaluate
 from ptp_ds.commands.push import main as push
 from ptp_ds.commands.train import train
@@ -158,38 +158,6 @@ def test_a_readme_of_the_owner_s_is_kept_as_far_as_it_names_no_path(hub, made, t
     readme = held(hub, f"{OWNER}/cb")["README.md"].decode()
     assert ModelCard(readme).data.license == "mit"
     assert f"ptp predict --adapter {OWNER}/cb" in readme
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("See https://huggingface.co/datasets/x, huggingface.co/data.", True), ("By data/x, ../data or ~/data.", True),
-        ("In /data-2, /data.csv, /database and /mnt/data.", True), ("Of /data.", False), ("In `/data/rte`", False),
-        ("file:///data/x", False), ("-v own:/data", False), ("<b>/data</b>", False), ("Of /d\u00e4ten", False),
-    ],
-)  # fmt: skip
-def test_a_readme_is_kept_that_names_no_whole_path(made, capsys, text, kept):
-    card = json.loads((made / "ptp_ds.json").read_text())
-    card["data"], card["model"]["folder"] = {"data_dir": "/data", "dataset": None}, "/d\u00e4ten"
-    (made / "ptp_ds.json").write_text(json.dumps(card))
-    (made / "README.md").write_text(text)
-    assert (shared_files(made)["README.md"] == text) == kept
-    told = capsys.readouterr().err
-    assert ("README.md names '/d" in told) == (not kept)
-    assert ("so one made anew is pushed, with its license and language but without its text" in told) == (not kept)
-
-
-def test_words_of_the_owner_s_that_are_dropped_are_told(made, capsys):
-    """Only those: what the adapter was written with is ours."""
-    shared_files(made)
-    shared_files(made, "owner/model")
-    assert capsys.readouterr().err == ""
-    with open(made / "README.md", "a") as file:
-        file.write("Ask me.\n")
-    assert "Ask me." in shared_files(made)["README.md"]
-    assert capsys.readouterr().err == ""
-    assert "Ask me." not in shared_files(made, "owner/model")["README.md"]
-    assert "README.md doesn't know what --base_model says, so one made anew is pushed" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
