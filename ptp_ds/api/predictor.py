@@ -14,13 +14,12 @@ from ptp_ds.adapters.generate import Inputs, generation_inputs, token_embeddings
 from ptp_ds.adapters.read import adapter_folder
 from ptp_ds.adapters.served import Served, alone, serve, whole
 from ptp_ds.api.data import read_task, rows_of
-from ptp_ds.api.manners import as_it_was
+from ptp_ds.api.manners import own_environment
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.flags import require_type
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.files import brief
-from ptp_ds.ranks.distributed import prepare_environment
 from ptp_ds.tasks import Task
 from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
@@ -53,8 +52,7 @@ class Predictor:
 
         model, task, max_length: None for those of the adapter's run. Raises UserError for what doesn't fit together.
         """
-        with as_it_was(verbose=False):
-            prepare_environment()
+        with own_environment():
             whole(precision)
             require_type("Predictor", "max_length", max_length)
             named = None if task is None else read_task(task)
@@ -77,8 +75,7 @@ class Predictor:
         split = _split(rows_of(rows, self.task))
         if not split.rows:
             return []
-        with as_it_was(verbose=False):
-            prepare_environment()
+        with own_environment():
             examples = self.served.examples(split)
             scores_NC = self.served.score(self._packed(examples), examples, alone(), eval_tokens)
         return answer_lines(self.task, split, scores_NC)

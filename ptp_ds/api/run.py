@@ -84,7 +84,8 @@ def train(
     and `kind`; one that raises StopRun ends the run as its last step would. verbose: whether its lines are printed.
 
     Ctrl-C saves and raises KeyboardInterrupt; with `resume="auto"` the run goes on. Signals, environment variables and
-    the number of threads are the caller's own again behind it. Raises UserError, one sentence, for what is wrong.
+    the number of threads that it sets are the caller's own again behind it. Raises UserError, one sentence, for what is
+    wrong.
     """
     with as_it_was(verbose):
         told = _called(callbacks)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ptp_ds.errors import UserError
 from ptp_ds.hosts.environment import adopt_mpi, expand_segments
 from ptp_ds.hosts.network import choose_interface
+from ptp_ds.ranks.variables import OWN_VARIABLES
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
 
@@ -93,15 +94,17 @@ def env_host_ranks() -> int:
 
 def prepare_environment() -> None:
     """Settings that must stand before DeepSpeed is imported; called first of all. Keeps what a user has set."""
-    adopt_mpi(os.environ)
+    adopt_mpi(OWN_VARIABLES)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        OWN_VARIABLES.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, 5 % of a step's time
+        # torch takes huge pages for large tensors: 5 % of a step's time.
+        OWN_VARIABLES.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     elif not torch.cuda.is_initialized():  # a program that has used its GPU has chosen its allocator
-        expand_segments(os.environ)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        expand_segments(OWN_VARIABLES)
+    OWN_VARIABLES.setdefault("TOKENIZERS_PARALLELISM", "false")
+    OWN_VARIABLES.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    OWN_VARIABLES.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # DeepSpeed's import would, and leave it
 
 
 def _keep_freed_memory() -> None:
@@ -114,7 +117,7 @@ def _keep_freed_memory() -> None:
 
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-_set_by_us: list[str] = []  # variables of _ALONE, until stop_processes
+_set_by_us: dict[str, str] = {}  # variables of _ALONE, until stop_processes
 
 
 def is_launched() -> bool:
@@ -125,8 +128,9 @@ def is_launched() -> bool:
 def _stand_alone(backend: str, timeout: timedelta) -> None:
     """What a launcher would set, for plain python; the group of one meets in memory, on no port."""
     if not is_launched():
-        _set_by_us[:] = [name for name in _ALONE if name not in os.environ]
-        os.environ.update({name: _ALONE[name] for name in _set_by_us})
+        ours = {name: value for name, value in _ALONE.items() if name not in os.environ}
+        _set_by_us.update(ours)
+        os.environ.update(ours)
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
@@ -151,7 +155,7 @@ def start_processes() -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         _require_gpu(local_rank)
-    choose_interface(os.environ)
+    choose_interface(OWN_VARIABLES)
     import deepspeed
     import deepspeed.ops
 
@@ -188,7 +192,9 @@ def stop_processes() -> None:
         else:
             torch.distributed.destroy_process_group()
     while _set_by_us:
-        os.environ.pop(_set_by_us.pop(), None)
+        name, value = _set_by_us.popitem()
+        if os.environ.get(name) == value:  # else the program has set it since
+            os.environ.pop(name, None)
     _restore_linear()
 
 

@@ -83,15 +83,21 @@ def is_heard() -> bool:
 
 @contextmanager
 def console_lines(spoken: bool) -> Iterator[None]:
-    """For calls from a program: inside, the package's lines are printed if `spoken`; behind it all is the program's.
+    """For calls from a program: inside, the package's lines are printed if `spoken`; behind it no longer.
 
-    A program whose own handlers are on the package's logger hears it by them.
+    A program whose own handlers are on the package's logger hears it by them; those that it adds meanwhile stay.
     """
     logger = logging.getLogger(_ROOT)
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    if spoken and not logger.handlers:
-        log_to_console()
+    if not spoken or logger.handlers:
+        yield
+        return
+    level, propagate = logger.level, logger.propagate
+    log_to_console()
     try:
         yield
     finally:
-        logger.handlers, logger.level, logger.propagate = before[0], before[1], before[2]
+        for handler in [one for one in logger.handlers if isinstance(one, _Console)]:
+            logger.removeHandler(handler)
+        if logger.level == logging.INFO:
+            logger.setLevel(level)
+        logger.propagate = logger.propagate or propagate
