@@ -4,13 +4,14 @@
     python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --methods plain ptp-rn ptp-adv --seen SST2 Subj
 
 --seen names the tasks on which the defaults were chosen: lines over these, and over the others, stand behind those over
-all. --baseline names the method that the others are compared with, plain without it; --methods those that are shown,
-all without it. A study's own report has the same numbers in one table; here are also lines over some of its tasks and
-seeds.
+all. --draws adds the spread over seeds of one draw. --baseline names the method that the others are compared with,
+plain without it; --methods those that are shown, all without it. A study's own report has the same numbers in one
+table; here are also lines over some of its tasks and seeds.
 """
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,6 +168,23 @@ def halves(rows: Rows) -> tuple[list[int], list[int]]:
     return seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
 
 
+def draws_table(rows: Rows, draws: int) -> list[str]:
+    """Of every cell the standard deviation over all seeds, and within draws: of seeds that train on the same rows.
+
+    draws: how many the study has, of which its seeds have one each in turn. Within: the root of the mean over draws of
+    the variance (n - 1) of their seeds; of draws with two seeds or more.
+    """
+    lines = ["| task | method | standard deviation over all seeds | over seeds of one draw |", "|---|---|---|---|"]
+    for (task, method), scores in rows.scores.items():
+        stds = [spread_of([scores[seed] for seed in scores if seed % draws == draw]).std
+                for draw in sorted({seed % draws for seed in scores})]  # fmt: skip
+        known = [std**2 for std in stds if std is not None]
+        within = math.sqrt(sum(known) / len(known)) if known else None
+        over_all = spread_of(list(scores.values())).std
+        lines.append(f"| {task} | {NAMES.get(method, method)} | {shown_score(over_all)} | {shown_score(within)} |")
+    return lines
+
+
 def later_seeds(rows: Rows, seen: Sequence[str]) -> list[str]:
     """What each method gains over the upper half of the seeds, on its tasks and on the seen ones, in words."""
     lines = []
@@ -190,6 +208,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="rows.csv of a study")
     parser.add_argument("--seen", nargs="*", default=[], help="tasks on which the defaults were chosen")
+    parser.add_argument("--draws", type=int, help="how many the study has: adds the spread over seeds of one draw")
     parser.add_argument("--baseline", default=BASE, help="the method that the others are compared with")
     parser.add_argument("--methods", nargs="+", help="those that are shown, the baseline among them; all without it")
     args = parser.parse_args(argv)
@@ -198,6 +217,7 @@ def main(argv: list[str]) -> None:
         scores_table(rows),
         comparison_table(rows, args.seen),
         halves_table(rows),
+        draws_table(rows, args.draws) if args.draws else [],
         later_seeds(rows, args.seen),
     ):
         if part:

@@ -119,6 +119,15 @@ def test_tables_with_cells_that_are_not_there(tmp_path, capsys):
     assert "| A | new | 0.700, -, 0.700 | 0.600, -, 0.600 |" in capsys.readouterr().out
 
 
+def test_the_spread_over_seeds_of_one_draw(tmp_path, capsys):
+    """Two draws of two seeds each: differences of 0.1 and 0.2, so the root of (0.005 + 0.02) / 2; one seed has none."""
+    given = ["A,plain,0,0.5", "A,plain,1,0.8", "A,plain,2,0.6", "A,plain,3,0.6", "A,new,0,0.5", "A,new,1,0.9"]
+    few_shot_tables.main([str(rows_of(tmp_path, *given) and tmp_path / "rows.csv"), "--draws", "2"])
+    told = capsys.readouterr().out
+    assert "| A | plain prompt tuning | 0.126 | 0.112 |" in told
+    assert "| A | new | 0.283 | - |" in told
+
+
 def test_one_seed_has_no_halves(tmp_path, capsys):
     rows_of(tmp_path, "A,plain,0,0.5", "A,new,0,0.6", "B,plain,0,0.5", "B,new,0,0.6")
     few_shot_tables.main([str(tmp_path / "rows.csv")])
