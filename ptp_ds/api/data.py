@@ -14,6 +14,7 @@ from ptp_ds.ranks.log import get_logger
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.tasks import Task, load_task
 from ptp_ds.tasks.data import with_class_labels
+from ptp_ds.tasks.hub_rows import official_rows
 from ptp_ds.tasks.readers import OWN_ANSWERS
 from ptp_ds.tasks.rows import ENDINGS, rows_of_file
 from ptp_ds.tasks.template import parse_task
@@ -156,7 +157,8 @@ def _of_frame(frame: Any) -> Rows:
 def _rows_of_split(data: Any, task: Task, where: str) -> Rows:
     """A split's rows as its file will hold them, with the template's labels."""
     rows = [_as_json(row, task, f"{where}: row {number}") for number, row in enumerate(_rows(data, where))]
-    return with_class_labels(rows, getattr(data, "features", None), task, where)
+    rows = with_class_labels(rows, getattr(data, "features", None), task, where)
+    return official_rows(rows, task.reader, f"{where}:")[0]
 
 
 def _as_json(row: Mapping[str, Any], task: Task, where: str) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def rows_of(given: Any, task: Task) -> Rows:
             )
         return [{task.fields[0]: given}]
     if isinstance(given, Mapping):
-        return [dict(given)]
+        return official_rows([dict(given)], task.reader, "rows:")[0]
     if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
         return [row for one in given for row in rows_of(one, task)]
-    return _rows(given, "rows")
+    return official_rows(_rows(given, "rows"), task.reader, "rows:")[0]

@@ -16,6 +16,7 @@ from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
 from ptp_ds.tasks.answers import IN_ORDER, answer_ids, told_apart
 from ptp_ds.tasks.example import Example
+from ptp_ds.tasks.hub_rows import official_rows
 from ptp_ds.tasks.hub_table import load_table
 from ptp_ds.tasks.rows import ENDINGS, FORMATS, STANDARD_INPUT, rows_of_file, rows_of_standard_input
 from ptp_ds.tasks.words import words_of_tokens
@@ -115,7 +116,7 @@ def _read_hub(task: Task, split: str, dataset: str) -> tuple[list[dict], list[st
     with first_of_host(f"data set {dataset} {task.name} {name}"):
         table, configuration = load_table(dataset, task.name, name)
     rows = with_class_labels([dict(row) for row in table], table.features, task, f"--dataset {dataset}")
-    return rows, [f"{dataset}/{configuration}/{name} row {number}" for number in range(len(rows))]
+    return official_rows(rows, task.reader, f"{dataset}/{configuration}/{name}")
 
 
 def with_class_labels(rows: list[dict], features: Any, task: Task, where: str) -> list[dict]:

@@ -119,6 +119,7 @@ def record(row: Mapping[str, Any], labelled: bool) -> list[Entry]:
     if not isinstance(text, str):
         raise _RowError("has no text in passage.text")
     spans = [(_number(entity, "start"), _number(entity, "end")) for entity in _listed(row, "passage", "entities")]
+    spans.sort(key=lambda span: span[0])  # as the hub has them
     names = list(dict.fromkeys(text[start : end + 1] for start, end in spans))
     *parts, last = text.split("\n@highlight\n")
     passage = "\n".join([part.rstrip() for part in parts] + [last])
