@@ -24,6 +24,9 @@ log = get_logger(__name__)
 _REPORTED = 0.2  # share of the rows of a single list that is reported
 _TASK = "task.json"
 Rows = list[dict[str, Any]]
+_FILE = f"a file in {', '.join(ENDINGS)}"
+_DATA = f"a folder, {_FILE}, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or a dict of these by split"
+_ROWS = f"a dict, texts, a list of dicts, a pathlib.Path of {_FILE}, a datasets.Dataset or a pandas.DataFrame"
 
 
 def read_task(task: Any) -> Task:
@@ -120,24 +123,19 @@ def write_rows(by_split: Mapping[str, Rows], task: Task, folder: Path) -> str:
     return str(folder / "data")
 
 
-def _rows(data: Any, where: str) -> Rows:
-    """A split's rows as dicts."""
+def _rows(data: Any, where: str, expected: str = _DATA) -> Rows:
+    """A split's rows as dicts. expected: what a message says that may be given."""
     if isinstance(data, str | Path):
         path = Path(data)
         if path.suffix.lower() not in ENDINGS:
-            raise UserError(
-                f"{where} is {brief(str(data))}; expected a folder, a file in {', '.join(ENDINGS)}, or rows."
-            )
+            raise UserError(f"{where} is {brief(str(data))}; expected {expected}.")
         return rows_of_file(path)[0]
     if hasattr(data, "iterrows"):
         data = _of_frame(data)
     try:
         each = iter(data)
     except TypeError:
-        raise UserError(
-            f"{where} is {brief(data)}; expected a path, a list of dicts, a datasets.Dataset, a pandas.DataFrame, or "
-            "a dict of these by split."
-        ) from None
+        raise UserError(f"{where} is {brief(data)}; expected {expected}.") from None
     rows = []
     for number, row in enumerate(each):
         if not isinstance(row, Mapping):
@@ -186,11 +184,16 @@ def _from_array(value: Any) -> Any:
 
 def rows_of(given: Any, task: Task) -> Rows:
     """Rows to answer: one or several, dicts or texts for a task with a single field; texts also as an array of numpy's
-    or a pandas.Series. Raises UserError.
+    or a pandas.Series; a Path is a file of rows. Raises UserError, for a text that is the name of such a file, too.
     """
     if hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, str):
+        if given.lower().endswith(ENDINGS) and is_file(given):
+            raise UserError(
+                f"{brief(given)} is a file, and a text is a row: give pathlib.Path({brief(given)}) for the rows in it, "
+                "or a dict of the task's fields where the name itself is the text."
+            )
         if len(task.fields) != 1 or not task.of_fields:
             raise UserError(
                 f"Task {task.name} has the fields {', '.join(task.fields)}; give a dict of them, not a text."
@@ -200,4 +203,4 @@ def rows_of(given: Any, task: Task) -> Rows:
         return official_rows([dict(given)], task.reader, "rows:")[0]
     if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
         return [row for one in given for row in rows_of(one, task)]
-    return official_rows(_rows(given, "rows"), task.reader, "rows:")[0]
+    return official_rows(_rows(given, "rows", _ROWS), task.reader, "rows:")[0]

@@ -25,6 +25,7 @@ from ptp_ds.tasks.data import Split
 from ptp_ds.tasks.example import Example
 
 Row = Mapping[str, Any] | str
+Rows = Row | Sequence[Row] | Path
 # Held while a model is built: transformers sets torch's default dtype meanwhile, the process's one for all threads.
 _building = threading.Lock()
 
@@ -65,12 +66,13 @@ class Predictor:
         """What the adapter answers."""
         return self.served.task
 
-    def predict(self, rows: Row | Sequence[Row], eval_tokens: int = RunConfig.eval_tokens) -> list[dict[str, Any]]:
+    def predict(self, rows: Rows, eval_tokens: int = RunConfig.eval_tokens) -> list[dict[str, Any]]:
         """For each row `answer`, the likeliest label, and `probabilities` of all, by label.
 
         rows: dicts with the fields of the task's template, or texts where it has a single field; one, or several, or a
-        datasets.Dataset or pandas.DataFrame. Rows that hold several questions give a line each, as predict.py does.
-        eval_tokens: tokens of a pass. Raises UserError for a row without a field.
+        datasets.Dataset or pandas.DataFrame; the pathlib.Path of a .jsonl, .csv or .tsv file is that file's rows. Rows
+        that hold several questions give a line each, as predict.py does. eval_tokens: tokens of a pass. Raises
+        UserError for a row without a field.
         """
         split = _split(rows_of(rows, self.task))
         if not split.rows:
@@ -80,7 +82,7 @@ class Predictor:
             scores_NC = self.served.score(self._packed(examples), examples, alone(), eval_tokens)
         return answer_lines(self.task, split, scores_NC)
 
-    def generate(self, rows: Row | Sequence[Row], *, max_new_tokens: int | None = None, **kwargs: Any) -> Any:
+    def generate(self, rows: Rows, *, max_new_tokens: int | None = None, **kwargs: Any) -> Any:
         """The text that the model writes behind a row's context: a text for one row, a list for several.
 
         max_new_tokens: None for what a `generation_config` among kwargs says, 20 without one. kwargs: of transformers'

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -280,7 +281,7 @@ def test_rows_of_other_types_than_jsons(tmp_path):
     [
         ({"sigmaa": 1}, r"train\(\) has no setting 'sigmaa' \(did you mean 'sigma'\?\)"),
         ({"lr": "fast"}, r"train\(\): 'lr' must be float, not 'fast'"),
-        ({"data": 7, "task": "COPA"}, "data is 7; expected a path, a list of dicts"),
+        ({"data": 7, "task": "COPA"}, r"data is 7; expected a folder, a file in .*, a list of dicts"),
         ({"data": ["x"], "task": "COPA"}, "row 0 is 'x'; expected a dict"),
         ({"data": ROWS[:2], "task": TEMPLATE}, "data has 2 rows; give three or more"),
         ({"data": {"train": ROWS}, "task": TEMPLATE}, "data has the splits train; expected 'val', too"),
@@ -331,6 +332,20 @@ def test_rows_to_answer():
         rows_of(np.array([1, 2]), task)
     with pytest.raises(UserError, match="has the fields premise, "):
         rows_of("Fine.", ptp_ds.load_task("COPA"))
+
+
+def test_a_file_of_rows_to_answer_is_a_path_and_its_name_no_text(tmp_path, monkeypatch):
+    task, row = ptp_ds.load_task("Reviews"), {"review": "Fine."}
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("review\nFine.\n")
+    assert rows_of(Path("rows.csv"), task) == [row]
+    for given, other in (("rows.csv", task), (["Fine.", "rows.csv"], task), ("rows.csv", ptp_ds.load_task("COPA"))):
+        with pytest.raises(UserError, match=r"'rows\.csv' is a file, and a text is a row: give pathlib\.Path\('rows"):
+            rows_of(given, other)
+    assert rows_of({"review": "rows.csv"}, task) == [{"review": "rows.csv"}]
+    assert rows_of("none.csv", task) == [{"review": "none.csv"}]
+    with pytest.raises(UserError, match=r"rows is 7; expected a dict, texts, .*, a pathlib\.Path of a file"):
+        rows_of(7, task)
 
 
 def datasets_column(texts: list[str]):
