@@ -105,9 +105,10 @@ def shown_score(value: float | None) -> str:
 def _comparisons(cells: Cells, methods: Sequence[str]) -> list[str]:
     lines = [
         f"Against {cells.baseline} on the same seeds: mean gain and ratio of standard deviations with 95 % bootstrap "
-        "intervals over pairs; p by sign flips, two-sided, then with Holm's correction over the tasks of a method; the "
-        "worst seed's gain. Over all tasks: pairs of task and seed, standard deviations within tasks, the mean of the "
-        "worst seeds' gains; only where the method has every task.", "",
+        "intervals over pairs (- where a task has fewer than five); p by sign flips, two-sided, then with Holm's "
+        "correction over the tasks of a method; the worst seed's gain. Over all tasks: pairs of task and seed, "
+        "standard deviations within tasks, the mean of the worst seeds' gains; only where the method has every "
+        "task.", "",
         "| task | method | pairs | gain | interval | std ratio | interval | p | p (Holm) | worst seed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -15,6 +15,9 @@ _RESAMPLES = 9999  # of an interval
 _FLIPS = 99_999  # more sign flips than these are drawn, fewer are all looked at
 _DIGITS = 1e9  # to which scores count: of equal differences none is a rounding larger than another
 _SHARE = 0.95  # that an interval covers
+_FEWEST = 5  # pairs of a task that have an interval: resampled, fewer hardly differ, and theirs covers far less
+
+_Intervals = tuple[tuple[float, float] | None, tuple[float, float] | None]  # of the gain, of the spreads' ratio
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Spread:
 class Comparison:
     """A method against another on the same seeds.
 
-    gain: mean difference of scores; gain_interval: its 95 % bootstrap interval over pairs. spread_ratio: the method's
-    standard deviation over the other's, with an interval over the same resampled pairs; None where the other has none.
+    gain: mean difference of scores; gain_interval: its 95 % bootstrap interval over pairs, None of fewer than five in a
+    task. spread_ratio: the method's standard deviation over the other's, with an interval over the same resampled
+    pairs; None where the other has none.
     p: of the hypothesis that differences are as likely below as above 0, by exact sign flips, two-sided.
     worst_gain: difference of the worst seeds. pairs: seeds that both have.
     """
@@ -68,7 +72,7 @@ def compare(ours: Mapping[Any, float], theirs: Mapping[Any, float], seed: int = 
     left, right = sides
     differences = left - right
     several = len(differences) > 1
-    intervals = _intervals(left, right, seed) if several else (None, None)
+    intervals = _intervals(left, right, seed) if len(differences) >= _FEWEST else (None, None)
     base = float(_std(right)) if several else 0.0
     return Comparison(
         gain=float(differences.mean()), gain_interval=intervals[0],
@@ -83,7 +87,7 @@ def compare_all(by_task: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]
 
     gain, p: over all pairs of task and seed. spread_ratio: of standard deviations within tasks, their variances pooled,
     since tasks differ from each other by more than seeds do. worst_gain: mean over the tasks. Intervals: pairs are
-    resampled within their task.
+    resampled within their task, and none are told where a task has fewer than five.
     """
     sides = [pairs for ours, theirs in by_task if (pairs := _pairs(ours, theirs)) is not None]
     if not sides:
@@ -93,17 +97,25 @@ def compare_all(by_task: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]
     several = any(len(left) > 1 for left, _ in sides)
     base = _within([right for _, right in sides])
     ratio = float(_within([left for left, _ in sides]) / base) if base > 0 else None
+    enough = min(len(left) for left, _ in sides) >= _FEWEST
+    gain_interval, spread_interval = _intervals_over(sides) if enough else (None, None)
+    return Comparison(
+        gain=float(differences.mean()), gain_interval=gain_interval, spread_ratio=ratio,
+        spread_interval=spread_interval if ratio is not None else None,
+        p=sign_flip_p(differences) if several else None,
+        worst_gain=float(np.mean([left.min() - right.min() for left, right in sides])), pairs=len(differences),
+    )  # fmt: skip
+
+
+def _intervals_over(sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> _Intervals:
+    """`_intervals` over several tasks: pairs are resampled within their task."""
     generator = np.random.default_rng(0)
     drawn = [generator.integers(len(left), size=(_RESAMPLES, len(left))) for left, _ in sides]
     resampled = [(left[rows], right[rows]) for (left, right), rows in zip(sides, drawn, strict=True)]
     gains = np.concatenate([left - right for left, right in resampled], axis=-1).mean(-1)
     below = _within([right for _, right in resampled])
     ratios = _within([left for left, _ in resampled])[below > 0] / below[below > 0]
-    return Comparison(
-        gain=float(differences.mean()), gain_interval=_bounds(gains) if several else None, spread_ratio=ratio,
-        spread_interval=_bounds(ratios) if ratio is not None else None, p=sign_flip_p(differences) if several else None,
-        worst_gain=float(np.mean([left.min() - right.min() for left, right in sides])), pairs=len(differences),
-    )  # fmt: skip
+    return _bounds(gains), _bounds(ratios)
 
 
 def _pairs(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -160,9 +172,7 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     return corrected
 
 
-def _intervals(
-    left: np.ndarray, right: np.ndarray, seed: int
-) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+def _intervals(left: np.ndarray, right: np.ndarray, seed: int) -> _Intervals:
     """95 % percentile intervals of the mean difference and of the ratio of standard deviations, pairs resampled."""
     from scipy import stats
 

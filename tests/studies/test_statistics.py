@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ptp_ds.studies.statistics import compare, compare_all, holm, sign_flip_p, spread_of
+from ptp_ds.studies.statistics import _intervals, compare, compare_all, holm, sign_flip_p, spread_of
 
 
 def test_a_spread():
@@ -52,7 +52,7 @@ def test_a_comparison_over_common_seeds():
     assert found.worst_gain == pytest.approx(0.1)
     assert found.spread_ratio == pytest.approx(0.2)
     assert found.p == pytest.approx(sign_flip_p([0.1, 0.02, -0.06]))
-    assert found.gain_interval[0] <= found.gain <= found.gain_interval[1]
+    assert (found.gain_interval, found.spread_interval) == (None, None), "of three pairs"
     assert compare({0: 1.0}, {1: 1.0}) is None
     single = compare({0: 0.5}, {0: 0.25})
     assert (single.gain, single.gain_interval, single.spread_ratio, single.p) == (0.25, None, None, None)
@@ -80,9 +80,21 @@ def test_over_tasks_spread_is_that_within_them():
     assert found.spread_ratio == pytest.approx(0.5)
     assert found.worst_gain == pytest.approx((1.0 + 3.0) / 2)
     assert found.p == pytest.approx(1.0)
-    low, high = found.spread_interval
-    assert low == pytest.approx(0.5)
-    assert high == pytest.approx(0.5), "each resampled pair keeps the ratio"
+    assert found.gain_interval is None
+
+
+def test_intervals_need_five_pairs_of_every_task():
+    generator = np.random.default_rng(2)
+    sides = [[dict(enumerate(generator.normal(size=count))) for _ in range(2)] for count in (2, 3, 4, 5, 6)]
+    for few in sides[:3]:
+        assert (compare(*few).gain_interval, compare(*few).spread_interval) == (None, None)
+        both = compare_all([few, sides[3]])
+        assert (both.gain_interval, both.spread_interval) == (None, None)
+        assert compare(*few).p is not None
+        assert compare(*few).spread_ratio is not None
+    for found in (compare(*sides[3]), compare_all(sides[3:])):
+        assert found.gain_interval[0] < found.gain < found.gain_interval[1]
+        assert found.spread_interval[0] < found.spread_ratio < found.spread_interval[1]
 
 
 def test_over_one_task_it_is_the_tasks_comparison():
@@ -121,13 +133,14 @@ def test_equal_scores_have_no_spread(right):
 
 def test_resamples_of_one_pair_have_no_ratio():
     """Of three seeds every ninth resample is one pair three times over, whose ratio would be rounding over rounding."""
-    found = compare({0: 154 / 277, 1: 151 / 277, 2: 193 / 277}, {0: 187 / 277, 1: 191 / 277, 2: 176 / 277})
+    sides = np.array((154, 151, 193)), np.array((187, 191, 176))
+    _, spread_interval = _intervals(sides[0] / 277, sides[1] / 277, seed=0)
     several = []
     for drawn in product(range(3), repeat=3):
-        left, right = (np.array(side)[list(drawn)] for side in ((154, 151, 193), (187, 191, 176)))
+        left, right = (side[list(drawn)] for side in sides)
         if len(set(drawn)) > 1:
             several.append(left.std(ddof=1) / right.std(ddof=1))
-    assert found.spread_interval == pytest.approx((min(several), max(several)), rel=1e-3)
+    assert spread_interval == pytest.approx((min(several), max(several)), rel=1e-3)
 
 
 def test_a_comparison_does_not_depend_on_the_order():
