@@ -19,6 +19,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 USER_ERROR = 2
 STALLED = 75  # --stall_timeout
 LOST_RANK = 76  # another rank's connection broke
+_CHECKPOINTS = ("checkpoints/step-*", "members/*/checkpoints/step-*")  # in a run's folder, or a population's
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors names errno
 _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited", "Timed out",
            "timed out", "Connection refused", "communicator was aborted", "ncclRemoteError")  # fmt: skip
@@ -64,7 +65,7 @@ def befell(error: BaseException) -> bool:
 
 
 def disk_sentence(error: Exception, folder: Path) -> str:
-    """One sentence for a file that could not be written below `folder`, and what to do."""
+    """One sentence for a file that could not be written below a run's `folder`, and what to do."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _OS_ERROR.search(str(error))):
         number = int(found[1])
@@ -74,6 +75,8 @@ def disk_sentence(error: Exception, folder: Path) -> str:
         errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room under the quota",
         errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     }.get(number or 0, "check that disk")  # fmt: skip
+    if not any(any(Path(folder).glob(pattern)) for pattern in _CHECKPOINTS):
+        return f"Can't write to {folder}: {reason}; nothing had been saved yet: {remedy} and start again."
     return f"Can't write to {folder}: {reason}. What was saved before is whole: {remedy} and go on with --resume auto."
 
 

@@ -38,7 +38,20 @@ def test_disk_sentences(tmp_path, error, words, remedy):
     found = disk_sentence(error, tmp_path)
     assert found.startswith(f"Can't write to {tmp_path}: {words}")
     assert remedy in found
-    assert found.endswith("--resume auto.")
+
+
+@pytest.mark.parametrize("saved", ["checkpoints/step-00000003", "members/seed-0/checkpoints/step-00000003"])
+def test_a_full_disk_before_the_first_checkpoint_and_behind_it(tmp_path, saved):
+    error = OSError(errno.ENOSPC, "x")
+    (tmp_path / saved).parent.mkdir(parents=True)
+    where = f"Can't write to {tmp_path}: No space left on device"
+    assert disk_sentence(error, tmp_path) == (
+        f"{where}; nothing had been saved yet: make room on that disk and start again."
+    )
+    (tmp_path / saved).mkdir()
+    assert disk_sentence(error, tmp_path) == (
+        f"{where}. What was saved before is whole: make room on that disk and go on with --resume auto."
+    )
 
 
 def test_safetensors_own_error_is_understood(tmp_path):
@@ -105,7 +118,7 @@ def test_a_file_s_own_sentence_where_nothing_resumes(tmp_path, resumes):
     guard = OutputGuard(Ranks(0, 1, 0, torch.device("cpu")), tmp_path, resumes=resumes)
     with guard.writing():
         write_json(tmp_path / "file" / "new" / "below.json", {})
-    wanted = "^Can't write to .*: Not a directory.* --resume auto" if resumes else "below.json can't be written "
+    wanted = "^Can't write to .*: Not a directory; nothing had been" if resumes else "below.json can't be written "
     with pytest.raises(OutputError, match=wanted):
         guard.agree()
 
