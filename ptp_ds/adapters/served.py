@@ -23,6 +23,7 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.check import checked_backbone
 from ptp_ds.backbone.loading import ResolvedDeepSpeed, load_backbone
 from ptp_ds.config.run_config import RunConfig
+from ptp_ds.files import listed
 from ptp_ds.models.heads import auto_class, rows_for
 from ptp_ds.models.positions import row_room
 from ptp_ds.models.source import BackboneSource, load_config, load_tokenizer, resolve_model
@@ -67,15 +68,16 @@ class Served:
     def examples(self, split: Split, labelled: bool = False, left: int = 0) -> Sequence[Example]:
         """The split's examples, with room for `left` tokens behind each; warns of rows that had to be shortened.
 
-        labelled: whether the rows' labels are read. Raises ValueError for rows that don't fit (see tokenise).
+        labelled: whether the rows' labels are read; without, the warning names the first of these rows. Raises
+        ValueError for rows that don't fit (see tokenise).
         """
         task, source = self.task, self.source
         found = tokenise(task, split, source.tokenizer, self.room - left, labelled, source.head_plan.kind)
         if found.truncated:
+            many = "1 row was" if found.truncated == 1 else f"{found.truncated} rows were"
             behind = f" and {left} tokens behind it" if left else ""
-            log.warning(
-                "%d rows were longer than the context%s: shortened in %r", found.truncated, behind, task.truncate
-            )
+            which = "" if labelled else f" ({listed(found.shortened, 5)})"
+            log.warning("%s longer than the context%s: shortened in %r%s", many, behind, task.truncate, which)
         return found.examples
 
     def load(self, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, examples: Sequence[Example] = ()) -> Backbone:

@@ -156,11 +156,17 @@ def _labels_of_classes(names: Sequence[str], task: Task, where: str) -> list[str
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A split ready for packing. truncated: how many rows were shortened. ended: how many have answers with an end."""
+    """A split ready for packing. shortened: where each row stands that was shortened. ended: how many have answers with
+    an end."""
 
     examples: Sequence[Example]
-    truncated: int
+    shortened: Sequence[str]
     ended: int
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were shortened."""
+        return len(self.shortened)
 
 
 def is_labelled(task: Task, split: Split) -> bool:
@@ -199,7 +205,7 @@ def tokenise(
     contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
     texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
     answered = iter(_encode(tokenizer, texts))
-    examples, truncated, ended = [], 0, 0
+    examples, shortened, ended = [], [], 0
     groups: dict[Any, int] = {}
     for number, ((entry, where), (ids, offsets)) in enumerate(zip(entries, contexts, strict=True)):
         candidates = [answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
@@ -212,7 +218,7 @@ def tokenise(
         attackable = [moves and task.attacks(name) for moves, name in zip(movable, fields, strict=True)]
         excess = len(ids) + max(map(len, candidates)) - 1 - max_length
         keep = _kept(task, fields, max(0, excess), max_length, where)
-        truncated += excess > 0
+        shortened += [where] if excess > 0 else []
         examples.append(Example(
             context_ids=[ids[place] for place in keep], movable=[movable[place] for place in keep],
             candidate_ids=candidates, gold=entry.gold, index=number, golds=entry.golds, names=entry.names,
@@ -220,7 +226,7 @@ def tokenise(
             words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
             prompt_at=sum(offsets[place][1] <= entry.prompt_at for place in keep) if entry.prompt_at else 0,
         ))  # fmt: skip
-    return Tokenised(examples, truncated, ended)
+    return Tokenised(examples, shortened, ended)
 
 
 def tail_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ import ptp_ds
 from ptp_ds.adapters.generate import generate
 from ptp_ds.adapters.served import Served
 from ptp_ds.adapters.write import write_adapter
+from ptp_ds.api.data import rows_of
+from ptp_ds.api.predictor import _split
 from ptp_ds.commands.predict import main as predict
 from ptp_ds.errors import UserError
 from ptp_ds.models.source import load_config
@@ -220,6 +222,14 @@ def test_embeddings_are_one_rows(saved):
     several = ptp_ds.Predictor.from_pretrained(saved(), task="MultiRC")
     with pytest.raises(UserError, match="one question, not 2"):
         several.embeds({"idx": 0, "passage": passage})
+
+
+def test_rows_that_are_shortened_are_named(saved, caplog):
+    predictor = ptp_ds.Predictor.from_pretrained(saved(), max_length=40)
+    texts = [REVIEWS[1], *["A film of the town. " * 20] * 7]
+    predictor.served.examples(_split(rows_of(texts, predictor.task)))
+    said = "longer than the context: shortened in 'review' (row 1, row 2, row 3, row 4, row 5 and 2 more)"
+    assert caplog.messages[-1] == f"7 rows were {said}"
 
 
 def test_what_does_not_fit_is_one_sentence(saved, tmp_path):
