@@ -212,3 +212,12 @@ def test_the_notebook_runs(tmp_path):
     notebook = json.loads((ROOT / "docs" / "quicktour.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     run_python("import matplotlib\nmatplotlib.use('Agg')\n" + "\n".join(cells), tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own_loop.md"])
+def test_the_examples_give_peft_a_folder_that_it_can_save(page):
+    """peft writes tokenizer_name_or_path as JSON, for prompt_tuning_init="TEXT"; resolve_model returns a Path."""
+    (line,) = re.findall(r"^folder = .*", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    names = {"resolve_model": Path}
+    exec(line, names)
+    assert type(names["folder"]) is str
