@@ -35,6 +35,12 @@ def test_the_tables_of_the_results_are_those_of_their_rows(page, table):
     assert shown(page)[start : start + len(made) + 1] == [*made, ""]
 
 
+def test_the_spread_over_seeds_of_one_draw_is_of_the_rows_too():
+    made = few_shot_tables.draws_table(PAGES["results.md"], 5)
+    start = shown("results.md").index(made[0])
+    assert shown("results.md")[start : start + len(made) + 1] == [*made, ""]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_the_command_that_makes_its_tables(page):
     methods = PAGES[page].methods
