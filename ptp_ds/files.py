@@ -29,6 +29,17 @@ _DEEPEST = 64  # levels of a JSON value
 _LONGEST_NAME = 128  # of a file or folder that is named by what a file says
 MOST_NUMBERS = 1 << 28  # of a prompt with its head, 1 GiB in fp32
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# What a setting is called by transformers, peft and others -> ours, and a remark.
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "learning_rate": ("lr", ""), "lr_scheduler_type": ("lr_schedule", ""), "output": ("output_dir", ""),
+    **dict.fromkeys(("num_train_epochs", "epochs"), ("max_steps", "in optimizer steps: epochs aren't counted")),
+    **dict.fromkeys(("per_device_train_batch_size", "batch"), ("batch_size", "the rows of a step over all ranks")),
+    "gradient_checkpointing": ("activations", "set to recompute"), "bf16": ("precision", "set to bf16"),
+    "fp16": ("precision", "set to fp16"), "num_virtual_tokens": ("prompt_length", ""),
+    "model_name_or_path": ("model", ""), "logging_steps": ("log_every", ""), "eval_steps": ("eval_every", ""),
+    "save_steps": ("save_every", ""), "save_total_limit": ("keep_checkpoints", ""),
+    "resume_from_checkpoint": ("resume", ""), "hub_model_id": ("push_to_hub", ""),
+}  # fmt: skip
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -45,7 +56,12 @@ def listed(names: Any, most: int = 8) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """' (did you mean ...?)' with the nearest known name, or nothing."""
+    """' (did you mean ...?)' with the nearest known name, ' (here that is ...)' for another trainer's, or nothing."""
+    bare = name.lstrip("-")
+    setting, remark = ELSEWHERE.get(bare.replace("-", "_"), ("", ""))
+    ours = name[: len(name) - len(bare)] + setting
+    if setting and ours in known:
+        return f" (here that is {ours}{', ' if remark else ''}{remark})"
     near = difflib.get_close_matches(name, known, 1, 0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

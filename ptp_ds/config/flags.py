@@ -22,8 +22,31 @@ log = get_logger(__name__)
 _ITS_OWN = ("output_dir", "resume", "push_to_hub")  # settings of one run that another one mustn't take over
 
 
+class _Once(argparse._StoreAction):
+    """argparse's own store; a flag of several values is refused where it comes twice, of which the last would count.
+
+    A flag of one value may come again, and the last one counts: scripts put a user's flags behind their own.
+    instead: for the message, what to do.
+    """
+
+    def __init__(self, *args: Any, instead: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instead = instead
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if self.nargs is not None and getattr(namespace, self.dest, argparse.SUPPRESS) is not self.default:
+            instead = self.instead or f"give all values behind one {option_string}"
+            parser.error(f"{option_string} comes twice; {instead}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 class StrictParser(argparse.ArgumentParser):
-    """argparse whose errors are ValueErrors, one sentence each."""
+    """argparse whose errors are ValueErrors, one sentence each, and which loses no value of a flag (_Once)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
@@ -62,7 +85,8 @@ def build_parser(description: str, perturbation: str | None = None) -> argparse.
                         "config.json, whose output_dir, resume and push_to_hub are left out; flags win over "
                         "it")  # fmt: skip
     parser.add_argument("--dump_config", metavar="FILE", help="write the settings as a file for --config, those that "
-                        "are as usual as comments, and train nothing; - for standard output")  # fmt: skip
+                        "are as usual as comments, without output_dir, resume and push_to_hub, and train nothing; - "
+                        "for standard output")  # fmt: skip
     parser.add_argument("--list_families", action="store_true", help="print the model families that the tests prove")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
@@ -181,11 +205,16 @@ def dumped_to(argv: Sequence[str]) -> str | None:
 
 
 def settings_text(run: RunConfig) -> str:
-    """The run's settings as YAML, group by group; those that are as usual stand in comments, secrets are hidden."""
+    """The run's settings as YAML, group by group; those that are as usual stand in comments, secrets are hidden, and
+    those that belong to one run (_ITS_OWN) are left out, which the text says.
+    """
     import yaml
 
     usual = vars(RunConfig()) | PRESETS.get(run.preset or "", {})
-    lines = ["# Settings of a run, for --config; what is a comment is as usual."]
+    lines = [
+        "# Settings of a run, for --config; what is a comment is as usual.",
+        f"# Not in here are {', '.join(_ITS_OWN[:-1])} and {_ITS_OWN[-1]}, one run's own: give them as flags.",
+    ]
     for group, said in GROUPS.items():
         lines += ["", f"# {group}: {said}"]
         for field in dataclasses.fields(RunConfig):

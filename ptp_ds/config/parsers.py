@@ -90,7 +90,8 @@ def predict_parser(description: str = "") -> StrictParser:
                         "input")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="write a JSON object a context here; default: standard output")
     parser.add_argument("--text", nargs="+", metavar="FIELD=VALUE", help="one row instead of --input; the text alone "
-                        "where the template has a single field")  # fmt: skip
+                        "where the template has a single field", instead="give one row's fields behind one --text, and "
+                        "several rows in a file behind --input")  # fmt: skip
     parser.add_argument(
         "--generate", type=int, metavar="N", help="also generate N tokens behind each context, greedily"
     )

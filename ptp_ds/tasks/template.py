@@ -282,6 +282,8 @@ def load_task(name: str) -> Task:
     likeness = {task: difflib.SequenceMatcher(None, name.lower(), task.lower()).ratio() for task in builtin_tasks()}
     near = max(likeness, key=lambda task: (likeness[task], -len(task)))
     hint = f" (did you mean {near}?)" if likeness[near] >= 0.5 else ""
+    if is_file(f"{name}.json"):
+        hint = f" ({name}.json is here)"
     raise UserError(f"Unknown task {name!r}{hint}: give one of {', '.join(builtin_tasks())} or a template .json file.")
 
 

@@ -165,8 +165,9 @@ def test_long_rows_are_shortened_and_told(adapter, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"review": "A film of the town. " * 300}))
     assert main([*adapter(task="Reviews"), "--input", str(tmp_path / "rows.jsonl"), "--generate", "3"]) == 0
     told = capsys.readouterr().err
-    assert "1 rows were longer than the context: shortened in 'review'\n" in told
-    assert "1 rows were longer than the context and 3 tokens behind it: shortened in 'review'\n" in told
+    assert "1 row was longer than the context: shortened in 'review' (" in told
+    assert told.count("/rows.jsonl:1)\n") == 2
+    assert "1 row was longer than the context and 3 tokens behind it: shortened in 'review' (" in told
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,8 @@ def test_texts_that_are_no_row(name, words, message):
     [
         ([], "Give either --input or --text, one of the two."),
         (["--input", "a", "--text", "b"], "Give either --input or --text, one of the two."),
+        (["--text", "a", "--text", "b"], "--text comes twice; give one row's fields behind one --text, and several "
+         "rows in a file behind --input. See --help."),
         (["--text", "b", "--output", "c"], "--output goes with --input; the answer to --text is printed."),
         (["--text", *FIELDS, "--generate", "0"], "--generate is 0; expected a whole number of 1 or more."),
         (["--text", *FIELDS, "--eval_tokens", "0"], "--eval_tokens is 0; expected a whole number of 1 or more."),

@@ -1,5 +1,6 @@
 """Flags and --config files: parsing, merging, suggestions, ranges, contradictions, derived values."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 
 from ptp_ds.config.checks import describe_unread, require_valid, unsuited, without_effect
 from ptp_ds.config.flags import build_parser, dump_config, dumped_to, parse_run
+from ptp_ds.config.parsers import PARSERS
 from ptp_ds.config.population import members_of
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import GROUPS, RunConfig, recorded_settings
-from ptp_ds.files import nearest
+from ptp_ds.files import ELSEWHERE, nearest
 
 AT_LEAST_ONE = (
     "prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps", "log_every",
@@ -152,6 +154,24 @@ def test_flag_errors(argv, message):
 
 
 @pytest.mark.parametrize(
+    ("command", "flag"),
+    [(command, one.option_strings[0]) for command, make in PARSERS.items() for one in make("")._actions
+     if one.nargs == "+" and one.option_strings and not isinstance(one, argparse._ExtendAction)],
+)  # fmt: skip
+def test_a_flag_of_several_values_comes_once(command, flag):
+    """Of every command: the first ones would be left out without a word."""
+    parser = PARSERS[command]("")
+    value = str((parser._option_string_actions[flag].choices or ["1"])[0])
+    with pytest.raises(ValueError, match=f"{flag} comes twice; give "):
+        parser.parse_args([flag, value, flag, value])
+
+
+def test_a_flag_of_one_value_may_come_again_and_the_last_one_counts():
+    assert parse_run(["--lr", "1", "--lr", "2"])[0].lr == 2
+    assert parse_run(["--perturbation_args", "a=1", "--perturbation_args", "b=2"])[0].perturbation_args == "a=1 b=2"
+
+
+@pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
         *[(name, "0", "a whole number of 1 or more") for name in AT_LEAST_ONE],
@@ -274,6 +294,35 @@ def test_perturbs(settings, perturbs):
     assert RunConfig(**settings).perturbs is perturbs
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("learning_rate", "--lr"),
+        ("num_train_epochs", "--max_steps, in optimizer steps: epochs aren't counted"),
+        ("epochs", "--max_steps, in optimizer steps: epochs aren't counted"),
+        ("per_device_train_batch_size", "--batch_size, the rows of a step over all ranks"),
+        ("per-device-train-batch-size", "--batch_size, the rows of a step over all ranks"),
+        ("batch", "--batch_size, the rows of a step over all ranks"),
+        ("lr_scheduler_type", "--lr_schedule"),
+        ("output", "--output_dir"),
+        ("gradient_checkpointing", "--activations, set to recompute"),
+        ("bf16", "--precision, set to bf16"),
+    ],
+)
+def test_names_of_other_trainers(tmp_path, name, said):
+    with pytest.raises(ValueError, match=rf"^Unknown argument '--{name}=3' \(here that is {said}\)\. See --help\.$"):
+        parse_run([f"--{name}=3"])
+    with pytest.raises(ValueError, match=rf"unknown key '{name}' \(here that is {said[2:]}\)\.$"):
+        parse_run(["--config", config_file(tmp_path, {name: 3})])
+
+
+def test_another_trainers_names_lead_to_settings_that_there_are():
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    assert {setting for setting, _ in ELSEWHERE.values()} <= set(known)
+    assert not ELSEWHERE.keys() & set(known)
+    assert "here that is" not in nearest("output", ["input"])
+
+
 def test_nearest():
     assert nearest("stagee", ["stage", "other"]) == " (did you mean 'stage'?)"
     assert nearest("qqq", ["stage"]) == ""
@@ -306,6 +355,7 @@ def test_dumped_settings_are_read_back_as_they_were(tmp_path, argv):
     assert given <= explicit
     text = file.read_text()
     assert all(f"# {group}: " in text for group in GROUPS)
+    assert "\n# Not in here are output_dir, resume and push_to_hub, one run's own: give them as flags.\n" in text
 
 
 def test_dump_config_names_a_file_and_writes_no_secret(tmp_path, monkeypatch, capsys):

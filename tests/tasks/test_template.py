@@ -325,6 +325,13 @@ def test_unknown_tasks(name, message):
         load_task(name)
 
 
+def test_a_template_that_was_named_without_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rtee.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"Unknown task 'rtee' \(rtee\.json is here\): give one of .* template \.json"):
+        load_task("rtee")
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"{", r"not valid JSON \("), (b"\xff\xfe\x00", "not UTF-8 text")])
 def test_template_file_that_is_not_json(tmp_path, content, message):
     file = tmp_path / "own.json"
