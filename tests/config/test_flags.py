@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptp_ds.config.checks import describe_unread, require_valid, unsuited, without_effect
-from ptp_ds.config.flags import build_parser, dump_config, dumped_to, parse_run
+from ptp_ds.config.flags import build_parser, dump_config, dumped_to, given_settings, parse_run
 from ptp_ds.config.parsers import PARSERS
 from ptp_ds.config.population import members_of
 from ptp_ds.config.presets import with_preset
@@ -167,8 +167,9 @@ def test_a_flag_of_several_values_comes_once(command, flag):
 
 
 def test_a_flag_of_one_value_may_come_again_and_the_last_one_counts():
-    assert parse_run(["--lr", "1", "--lr", "2"])[0].lr == 2
-    assert parse_run(["--perturbation_args", "a=1", "--perturbation_args", "b=2"])[0].perturbation_args == "a=1 b=2"
+    assert given_settings(["--lr", "1", "--lr", "2"]) == {"lr": 2}
+    found = given_settings(["--perturbation_args", "a=1", "--perturbation_args", "b=2"])
+    assert found == {"perturbation_args": "a=1 b=2"}
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_safetensors_own_error_is_understood(tmp_path):
     """No fabricated text: what save_file says about a file that can't be made."""
     with pytest.raises((OSError, SafetensorError)) as caught:
         save_file({"a": torch.zeros(2)}, tmp_path / "none" / "file")
-    assert disk_sentence(caught.value, tmp_path).startswith(f"Can't write to {tmp_path}: No such file or directory.")
+    assert disk_sentence(caught.value, tmp_path).startswith(f"Can't write to {tmp_path}: No such file or directory; ")
 
 
 def test_a_failure_is_kept_and_raised_by_agree(tmp_path):

@@ -99,7 +99,7 @@ def test_a_method_is_told_of_the_tasks_that_it_has(tmp_path):
     """Over the later half of the seeds: of three tasks one method has two, another one, a third none in that half."""
     lines = [f"{task},{method},{seed},{0.5 + 0.1 * (seed % 2)}" for task, method in
              (("A", "plain"), ("B", "plain"), ("C", "plain"), ("A", "two"), ("B", "two"), ("C", "one"))
-             for seed in range(4)]  # fmt: skip
+             for seed in range(10)]  # fmt: skip
     rows = rows_of(tmp_path, *lines, "A,early,0,0.5")
     told = [line.split(", the later half")[0] for line in few_shot_tables.later_seeds(rows, ["A"])]
     assert told == ["two, its 2 tasks", "two, A", "one, C"]
