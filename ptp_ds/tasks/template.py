@@ -91,7 +91,7 @@ class Task:
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     attack: frozenset[str] = frozenset()
-    instruction: str | None = None
+    instruction: str | None = field(default=None, compare=False)  # no part of how rows read
 
     @property
     def labels(self) -> tuple[str, ...]:
