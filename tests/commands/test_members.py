@@ -133,7 +133,9 @@ def test_a_disk_that_is_full_at_the_first_log_line(job, monkeypatch):
         real(monitor, log, group, *args)
 
     monkeypatch.setattr(Monitor, "_write", full)
-    with pytest.raises(OutputError, match=r"^Can't write to .*seed-0: No space left on device\."):
+    with pytest.raises(
+        OutputError, match=r"^Can't write to .*seed-0: No space left on device; nothing had been saved yet: "
+    ):
         job("both", seeds="0 1", max_steps=1)
 
 
