@@ -328,13 +328,23 @@ def write_text(path: Path, text: str) -> None:
     target = Path(os.path.realpath(path))
     work = target.with_name(f".{target.name}.writing")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(text, encoding="utf-8")
-        _sync(work)
-        os.replace(work, target)
-    except OSError as error:
+        with writing(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work.write_text(text, encoding="utf-8")
+            _sync(work)
+            os.replace(work, target)
+    except OSError:
         with suppress(OSError):
             work.unlink()
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """UnwritableError, which names the path, in the place of an OSError inside."""
+    try:
+        yield
+    except OSError as error:
         found = UnwritableError(
             f"{path} can't be written ({error.strerror or error}); make room there, make its folder writable, or give "
             "another file."
@@ -364,6 +374,21 @@ def require_writable(flag: str, file: str) -> Path:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {file}: this user can't write in {folder}; give a file in another folder.")
+    return path
+
+
+def require_writable_folder(flag: str, folder: str) -> Path:
+    """The path of a folder to write in, which need not be there; UserError where it is a file or lies below one, or
+    where this user may not write."""
+    path = Path(folder)
+    above = nearest_existing(path)
+    if not is_folder(above):
+        which = "" if above == path.absolute() else f": {above}"
+        raise UserError(f"{flag} {folder}{which} is a file; give a folder.")
+    if os.path.lexists(path) and not os.path.exists(path):
+        raise UserError(f"{flag} {folder} is a link that leads nowhere; give a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: this user can't write in {above}; give another folder.")
     return path
 
 

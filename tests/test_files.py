@@ -15,6 +15,7 @@ from ptp_ds.files import (
     plain_name,
     read_json,
     read_text,
+    require_writable_folder,
 )
 
 
@@ -98,3 +99,19 @@ def test_what_lay_in_a_run_s_folder_is_found_where_that_is_now(tmp_path):
         (None, "a/r"), ("a/r/data", None), (3, "a/r"), ("", ""),
     ):  # fmt: skip
         assert in_moved_run(path, was, now) is None
+
+
+def test_a_folder_to_write_in_need_not_be_there(tmp_path, monkeypatch):
+    for name in ("", "new", "new/below"):
+        assert require_writable_folder("--out", str(tmp_path / name)) == tmp_path / name
+    assert list(tmp_path.iterdir()) == [], "nothing is made"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lost").symlink_to(tmp_path / "gone")
+    cases = {"file": "is a file; give a folder", "file/x/y": r": .*/file is a file; give a folder",
+             "lost": "is a link that leads nowhere; give a folder"}  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            require_writable_folder("--out", str(tmp_path / name))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"this user can't write in .*; give another folder"):
+        require_writable_folder("--out", str(tmp_path / "new"))

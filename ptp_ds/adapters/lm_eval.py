@@ -14,7 +14,7 @@ import yaml
 
 from ptp_ds.adapters.served import Served
 from ptp_ds.errors import UserError
-from ptp_ds.files import is_file, is_folder, listed, write_jsonl
+from ptp_ds.files import is_folder, listed, require_writable_folder, write_jsonl, write_text
 from ptp_ds.hosts.model_files import EMBEDDED_MODEL
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.tasks import Task
@@ -45,8 +45,7 @@ def write_harness_task(folder: Path, served: Served, split: Split) -> str:
 
     Raises UserError where the harness' scores would not be ours: see harness_task and _special_tokens.
     """
-    if is_file(folder):
-        raise UserError(f"--lm_eval_tasks {folder} is a file; give a folder.")
+    require_writable_folder("--lm_eval_tasks", str(folder))
     if len(served.folders) > 1:
         raise UserError("--lm_eval_tasks is for one adapter: lm-eval knows no ensembles.")
     if (kind := served.source.head_plan.kind) != "causal":
@@ -54,10 +53,9 @@ def write_harness_task(folder: Path, served: Served, split: Split) -> str:
     folder = folder.absolute()
     made = harness_task(served.task, split, folder)
     special = _special_tokens(served, split)
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / f"{made.name}.jsonl", made.rows)
     text = yaml.safe_dump(made.config, sort_keys=False, allow_unicode=True, width=110)
-    (folder / f"{made.name}.yaml").write_text(text, encoding="utf-8")
+    write_text(folder / f"{made.name}.yaml", text)
     local = served.model == EMBEDDED_MODEL or is_folder(served.model)
     model = served.source.folder.absolute() if local else served.model
     arguments = f"pretrained={model},peft={served.folders[0].absolute()},dtype=float32"

@@ -20,7 +20,7 @@ from ptp_ds.config.ds_config import for_scoring, read_ds_config, resolve_here
 from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import nearest, require_writable, write_json, write_jsonl
+from ptp_ds.files import nearest, require_writable, require_writable_folder, write_json, write_jsonl
 from ptp_ds.precision import PRECISION_OF
 from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.faults import OutputGuard
@@ -55,6 +55,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--predictions", args.predictions)):
         if file is not None and env_rank() == 0:  # other hosts need not have that folder
             require_writable(flag, file)
+    if args.lm_eval_tasks is not None and env_rank() == 0:
+        require_writable_folder("--lm_eval_tasks", args.lm_eval_tasks)
     folders = [adapter_folder(given) for given in args.adapter]
     task = ensemble_task(folders, args.task)
     split_name = args.split or adapter_split(folders[0], task)

@@ -20,7 +20,7 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.commands.exits import run_command
 from ptp_ds.config.parsers import landscape_parser
 from ptp_ds.errors import UserError
-from ptp_ds.files import write_json
+from ptp_ds.files import require_writable_folder, write_json, writing
 from ptp_ds.ranks.distributed import env_world, prepare_environment
 from ptp_ds.ranks.log import get_logger
 from ptp_ds.studies.landscape import (
@@ -158,9 +158,8 @@ def _axes(args: argparse.Namespace, opened: Opened) -> tuple[Tensor, Tensor]:
 
 def _landscape(args: argparse.Namespace) -> None:
     require_plot_extra()
+    out = require_writable_folder("--output_dir", args.output_dir)
     served, opened = open_adapters(args)
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {given: {} for given in args.adapters}
     arrays: dict[str, np.ndarray] = {"adapters": np.array(args.adapters)}
     for space in args.spaces:
@@ -185,7 +184,7 @@ def _landscape(args: argparse.Namespace) -> None:
 
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """adapters [A]; of each space its axis, for X and for Y, and values [A, Y, X] in nats."""
-    with file.open("wb") as stream:
+    with writing(file), file.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
@@ -207,7 +206,7 @@ def _to_tensorboard(out: Path, spaces: Sequence[str]) -> None:
     from matplotlib import image
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(out / "tensorboard")) as board:
+    with writing(out / "tensorboard"), SummaryWriter(str(out / "tensorboard")) as board:
         for space in spaces:
             picture = image.imread(out / f"landscape-{space}.png")
             board.add_image(f"landscape/{space}", picture[..., :3], dataformats="HWC")

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,7 +16,7 @@ from ptp_ds.commands.landscape import Opened, open_adapters, require_counts
 from ptp_ds.config.parsers import LEVELS, robustness_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import write_json
+from ptp_ds.files import require_writable_folder, write_json
 from ptp_ds.perturb import PerturbSettings
 from ptp_ds.perturb.mask import mask_token_id
 from ptp_ds.perturb.neighbours import Neighbours, vocabulary_of
@@ -126,10 +125,9 @@ def _shown(line: dict[str, Any]) -> str:
 
 def _robustness(args: argparse.Namespace) -> None:
     require_plot_extra()
+    out = require_writable_folder("--output_dir", args.output_dir)
     args.kinds = _kinds(args)
     served, opened = open_adapters(args)
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     log.info("%s, %d rows, %d prompts", served.task.name, len(opened.examples), len(opened.subjects))
     lines = list(_rows(args, _Changes(args, served, _bench(args, served, opened), opened.split), opened.subjects))
     write_json(out / "robustness.json", {"task": served.task.name, "rows": len(opened.examples), "lines": lines})

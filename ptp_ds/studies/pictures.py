@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptp_ds.errors import UserError
+from ptp_ds.files import writing
 from ptp_ds.studies.statistics import spread_of
 
 _SIZE, _DPI = 4.0, 120  # inches a panel, dots an inch
@@ -35,10 +36,12 @@ def figure(columns: int, rows: int = 1, **how: Any) -> tuple[Any, Any]:
 
 
 def save(picture: Any, file: Path) -> None:
-    """Writes the picture as PNG and forgets it."""
+    """Writes the picture as PNG, whose folder is made, and forgets it. Raises UnwritableError."""
     from matplotlib import pyplot
 
-    picture.savefig(file, dpi=_DPI)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(file, dpi=_DPI)
     pyplot.close(picture)
 
 
