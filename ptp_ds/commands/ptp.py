@@ -13,7 +13,9 @@ from pathlib import Path
 from ptp_ds import __version__
 from ptp_ds.config.flags import build_parser, named_file
 from ptp_ds.config.parsers import PARSERS
+from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, shipped
+from ptp_ds.redact import redacted
 
 COMMANDS = {
     "train": "Trains a prompt in front of a frozen model with PTP's perturbation regulariser, or several at once.",
@@ -64,16 +66,25 @@ def run(name: str, argv: Sequence[str] | None = None, program: str | None = None
     """
     argv = sys.argv[1:] if argv is None else argv
     if set(_HELP) & set(argv):
-        parser = _parser(name, argv)
-        parser.prog = program or parser.prog
-        parser.print_help()
-        return 0
+        return _help(name, argv, program)
     code: int = import_module(f"ptp_ds.commands.{name}").main(argv, COMMANDS[name])
     if name in _WITHOUT_TEARDOWN:
         from ptp_ds.ranks.distributed import exit_process
 
         exit_process(code)
     return code
+
+
+def _help(name: str, argv: Sequence[str], program: str | None) -> int:
+    """A command's flags, with those of the perturbation file that is named; the exit code, 2 for a user's error."""
+    try:
+        parser = _parser(name, argv)
+    except UserError as error:  # as ptp_ds.commands.exits.report_error says it, which imports torch
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return 2
+    parser.prog = program or parser.prog
+    parser.print_help()
+    return 0
 
 
 def _parser(name: str, argv: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -52,8 +52,14 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     if "--list_families" in argv:
         print(describe_families())
         return 0
-    if (file := dumped_to(argv)) is not None:
-        return run_command(lambda: dump_config(parse_run(argv, description)[0], file) if env_rank() == 0 else None)
+    if any(word.split("=")[0] == "--dump_config" for word in argv):
+        return run_command(lambda: _dump(argv, description))
     end_at_once()
     prepare_environment()
     return run_command(lambda: train(*parse_run(argv, description)))
+
+
+def _dump(argv: Sequence[str], description: str) -> None:
+    file = dumped_to(argv)
+    if file is not None and env_rank() == 0:
+        dump_config(parse_run(argv, description)[0], file)

@@ -145,3 +145,21 @@ def test_doctor_finds_packaged_hostfiles_by_name_as_launch_does(monkeypatch, tmp
         "--hostfile lokal: there is no such file; give a path, or a packaged one: local, node8."
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--help", "--perturbation", "nothere.py"], "--perturbation nothere.py: No such file or directory"),
+        (["--help", "--perturbation"], "expected one argument"),
+        (["--dump_config"], "expected one argument"),
+        (["--dump_config", "--config", "x.yaml"], "expected one argument"),
+    ],
+)
+def test_what_can_not_be_parsed_is_one_sentence(argv, said, capfd, monkeypatch):
+    """Before a command takes over, too."""
+    monkeypatch.setattr("ptp_ds.ranks.distributed.exit_process", lambda code: None)
+    assert main(["train", *argv]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said.lower() in line.lower()
