@@ -341,5 +341,7 @@ def test_an_output_folder_that_cannot_be_made(run_train, tiny_model):
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1
-    assert errors[0].startswith("error: Can't write to /proc/none/run: No such file or directory; nothing had been saved yet: ")
+    assert errors[0].startswith(
+        "error: Can't write to /proc/none/run: No such file or directory; nothing had been saved yet: "
+    )
     assert "Traceback" not in done.stderr
