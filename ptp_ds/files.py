@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from ptp_ds.choices import ELSEWHERE
 from ptp_ds.errors import UnwritableError, UserError
 from ptp_ds.redact import redacted
 
@@ -29,17 +30,6 @@ _DEEPEST = 64  # levels of a JSON value
 _LONGEST_NAME = 128  # of a file or folder that is named by what a file says
 MOST_NUMBERS = 1 << 28  # of a prompt with its head, 1 GiB in fp32
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# What a setting is called by transformers, peft and others -> ours, and a remark.
-ELSEWHERE: Mapping[str, tuple[str, str]] = {
-    "learning_rate": ("lr", ""), "lr_scheduler_type": ("lr_schedule", ""), "output": ("output_dir", ""),
-    **dict.fromkeys(("num_train_epochs", "epochs"), ("max_steps", "in optimizer steps: epochs aren't counted")),
-    **dict.fromkeys(("per_device_train_batch_size", "batch"), ("batch_size", "the rows of a step over all ranks")),
-    "gradient_checkpointing": ("activations", "set to recompute"), "bf16": ("precision", "set to bf16"),
-    "fp16": ("precision", "set to fp16"), "num_virtual_tokens": ("prompt_length", ""),
-    "model_name_or_path": ("model", ""), "logging_steps": ("log_every", ""), "eval_steps": ("eval_every", ""),
-    "save_steps": ("save_every", ""), "save_total_limit": ("keep_checkpoints", ""),
-    "resume_from_checkpoint": ("resume", ""), "hub_model_id": ("push_to_hub", ""),
-}  # fmt: skip
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from ptp_ds.choices import ELSEWHERE
 from ptp_ds.config.checks import describe_unread, require_valid, unsuited, without_effect
 from ptp_ds.config.flags import build_parser, dump_config, dumped_to, given_settings, parse_run
 from ptp_ds.config.parsers import PARSERS
 from ptp_ds.config.population import members_of
 from ptp_ds.config.presets import with_preset
 from ptp_ds.config.run_config import GROUPS, RunConfig, recorded_settings
-from ptp_ds.files import ELSEWHERE, nearest
+from ptp_ds.files import nearest
 
 AT_LEAST_ONE = (
     "prompt_length", "batch_size", "gradient_accumulation_steps", "max_steps", "ascent_steps", "log_every",
