@@ -78,6 +78,9 @@ class Served:
             behind = f" and {left} tokens behind it" if left else ""
             which = "" if labelled else f" ({listed(found.shortened, 5)})"
             log.warning("%s longer than the context%s: shortened in %r%s", many, behind, task.truncate, which)
+        if some := found.undecided:
+            count = "1 row has" if len(some) == 1 else f"{len(some)} rows have"
+            log.warning("%s a right and a wrong answer of the same tokens (%s)", count, listed(some, 3))
         return found.examples
 
     def load(self, deepspeed_config: ResolvedDeepSpeed, ranks: Ranks, examples: Sequence[Example] = ()) -> Backbone:

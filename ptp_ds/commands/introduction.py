@@ -8,7 +8,7 @@ import torch
 
 from ptp_ds.config.presets import describe_preset
 from ptp_ds.config.run_config import RunConfig
-from ptp_ds.files import brief
+from ptp_ds.files import brief, listed
 from ptp_ds.hosts.environment import allocator_settings
 from ptp_ds.models.stored import stored_numbers
 from ptp_ds.precision import PRECISION_OF
@@ -61,8 +61,12 @@ def _rows(prepared: Prepared) -> str:
     if examples.predict:
         counts += f", {len(examples.predict)} to predict"
     if not examples.truncated:
-        return f"{counts}; none shortened"
-    return f"{counts}; {examples.truncated} of them longer than the context, shortened in '{prepared.task.truncate}'"
+        counts += "; none shortened"
+    else:
+        counts += f"; {examples.truncated} of them longer than the context, shortened in '{prepared.task.truncate}'"
+    if some := examples.undecided:
+        counts += f"; {len(some)} with a right and a wrong answer of the same tokens ({listed(some, 3)})"
+    return counts
 
 
 def _steps(prepared: Prepared, ranks: Ranks) -> str:

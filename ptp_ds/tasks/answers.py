@@ -40,5 +40,23 @@ def told_apart(candidates: Answers, texts: Sequence[str], tokenizer: Any, where:
     return [[*candidate, end] for candidate in candidates], True
 
 
+def require_distinct(candidates: Answers, texts: Sequence[str], where: str) -> None:
+    """UserError where two answers are the same tokens, so that no prediction could tell them apart."""
+    first: dict[tuple[int, ...], int] = {}
+    for place, candidate in enumerate(candidates):
+        before = first.setdefault(tuple(candidate), place)
+        if before != place:
+            raise UserError(
+                f"{where}: the answers {brief(texts[before])} and {brief(texts[place])} are the same tokens to the "
+                "model's tokenizer, which may know neither or fold their case; reword one of them."
+            )
+
+
+def undecided(candidates: Answers, golds: Sequence[int]) -> bool:
+    """Whether a wrong answer is the same tokens as a right one; not where no answer is known to be right."""
+    right = {tuple(candidates[gold]) for gold in golds}
+    return any(tuple(one) in right for place, one in enumerate(candidates) if place not in golds)
+
+
 def _begins(longer: list[int], shorter: list[int]) -> bool:
     return len(longer) > len(shorter) and longer[: len(shorter)] == shorter

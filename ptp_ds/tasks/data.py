@@ -14,7 +14,7 @@ from ptp_ds.files import is_file, is_folder, listed, plain_name
 from ptp_ds.ranks.once import first_of_host
 from ptp_ds.seeding import make_generator
 from ptp_ds.tasks import NoLabelError, Rendered, Task
-from ptp_ds.tasks.answers import IN_ORDER, answer_ids, told_apart
+from ptp_ds.tasks.answers import IN_ORDER, answer_ids, require_distinct, told_apart, undecided
 from ptp_ds.tasks.example import Example
 from ptp_ds.tasks.hub_rows import official_rows
 from ptp_ds.tasks.hub_table import load_table
@@ -157,11 +157,12 @@ def _labels_of_classes(names: Sequence[str], task: Task, where: str) -> list[str
 @dataclass(frozen=True)
 class Tokenised:
     """A split ready for packing. shortened: where each row stands that was shortened. ended: how many have answers with
-    an end."""
+    an end. undecided: where each row stands of which a right and a wrong answer are the same tokens."""
 
     examples: Sequence[Example]
     shortened: Sequence[str]
     ended: int
+    undecided: Sequence[str] = ()
 
     @property
     def truncated(self) -> int:
@@ -189,7 +190,8 @@ def tokenise(
     head: the kind that scores the answers; where it does so token by token, see told_apart.
 
     A longer row loses tokens from the middle of the task's `truncate` field only. Raises ValueError where that can't
-    make it fit, where the tokenizer gives no offsets, where a context and its answers share a token, or told_apart's.
+    make it fit, where the tokenizer gives no offsets, where a context and its answers share a token, where two labels'
+    answers are the same tokens (unless the model scores classes), or told_apart's.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed.")
@@ -205,10 +207,14 @@ def tokenise(
     contexts = _encode(tokenizer, [entry.context for entry, _ in entries])
     texts = [entry.context + answer for entry, _ in entries for answer in entry.candidates]
     answered = iter(_encode(tokenizer, texts))
-    examples, shortened, ended = [], [], 0
+    examples, shortened, same, ended = [], [], [], 0
     groups: dict[Any, int] = {}
     for number, ((entry, where), (ids, offsets)) in enumerate(zip(entries, contexts, strict=True)):
         candidates = [answer_ids(ids, next(answered)[0], where) for _ in entry.candidates]
+        if task.choice:
+            same += [where] if undecided(candidates, entry.golds) else []
+        elif head != "classes":
+            require_distinct(candidates, entry.candidates, where)
         if head in IN_ORDER:
             candidates, needed = told_apart(candidates, entry.candidates, tokenizer, where)
             ended += needed
@@ -226,7 +232,7 @@ def tokenise(
             words=[words[place] for place in keep], attackable=[attackable[place] for place in keep],
             prompt_at=sum(offsets[place][1] <= entry.prompt_at for place in keep) if entry.prompt_at else 0,
         ))  # fmt: skip
-    return Tokenised(examples, shortened, ended)
+    return Tokenised(examples, shortened, ended, same)
 
 
 def tail_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from ptp_ds.tasks.predictions import check_numbers
 class RunExamples:
     """train: those with a right answer among their options, of several the first alone. select: those that choose the
     best prompt. evaluation: those that are reported. predict: of predict_split, without labels. truncated: rows that
-    had to be shortened.
+    had to be shortened. undecided: where rows stand of which a right and a wrong answer are the same tokens.
     """
 
     train: Sequence[Example]
@@ -28,6 +28,7 @@ class RunExamples:
     truncated: int = 0
     predict_split: Split | None = None
     predict: Sequence[Example] = ()
+    undecided: Sequence[str] = ()
 
     @property
     def longest(self) -> int:
@@ -55,7 +56,8 @@ def run_examples(
     train, select = _train_and_select(run, tokenised)
     predict_split, predict = _to_predict(run, task, tokenizer, room, head)
     truncated = sum(part.truncated for part in tokenised.values())
-    return RunExamples(train, select, tokenised["eval"].examples, truncated, predict_split, predict)
+    undecided = [where for part in tokenised.values() for where in part.undecided]
+    return RunExamples(train, select, tokenised["eval"].examples, truncated, predict_split, predict, undecided)
 
 
 def train_examples(run: RunConfig, task: Task, tokenizer: Any, room: int, head: str) -> Sequence[Example]:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.processes import child_environment, worker_environment
 from tests.support.runs import QUICK, check
+from tests.support.zygote import run_script
 
 SCRIPT = ROOT / "scripts" / "train.py"
 START = [
@@ -105,6 +106,24 @@ def test_other_runs_are_told_as_they_are(run_train, tiny_model, tmp_path, extra,
     lines = done.stdout.split("\n")
     for line in wanted:
         assert any(re.fullmatch(line, found) for found in lines), (line, done.stdout)
+
+
+def test_rows_that_no_prompt_can_get_right_are_told(run_train, tiny_model, write_rows, tmp_path):
+    """By the run and by ptp evaluate: COPA's row 3 of both splits has one choice twice."""
+    row = {"premise": "It was", "question": "cause", "choice1": "Warm.", "choice2": "Cold.", "label": 1}
+    rows = [row, row, {**row, "choice2": row["choice1"]}, row]
+    for split in ("train", "val"):
+        write_rows(tmp_path / "data" / "COPA" / f"{split}.jsonl", rows)
+    run = ["--task", "COPA", "--data_dir", tmp_path / "data", "--model", tiny_model, "--max_steps", "1",
+           "--prompt_length", "5", "--batch_size", "2", "--output_dir", tmp_path / "run"]  # fmt: skip
+    done = check(run_train(run))
+    told = re.search(r"^  rows: .*; none shortened; (\d) with a right and a wrong answer of the same tokens \((.*)\)$",
+                     done.stdout, re.MULTILINE)  # fmt: skip
+    assert told is not None, done.stdout
+    assert told[1] == "2"
+    assert re.findall(r"(\w+)\.jsonl:(\d+)", told[2]) == [("train", "3"), ("val", "3")]
+    scored = run_script("evaluate.py", ["--adapter", tmp_path / "run"], tmp_path)
+    assert "1 row has a right and a wrong answer of the same tokens (" in check(scored).stderr
 
 
 def test_on_a_terminal_loss_lines_stand_above_the_bar(tiny_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Answers whose tokens begin another's: an end tells the two apart; without one the longer is never chosen."""
+"""Answers whose tokens begin another's, which an end tells apart, or are another's, which nothing does."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.padded import PaddedBackbone
+from ptp_ds.errors import UserError
 from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.prompts.initialise import label_ids
@@ -15,6 +16,7 @@ from ptp_ds.tasks import load_task
 from ptp_ds.tasks.answers import told_apart
 from ptp_ds.tasks.data import Split, load_split, tokenise
 from ptp_ds.tasks.template import parse_task
+from tests.support.tiny import make_wordpiece
 
 PROMPT = [7, 300, 41]
 TEXTS = ("A fine film, ten out of ten!", "It was dull.", "The end came too soon for me", "Nobody laughed, and why?")
@@ -69,6 +71,39 @@ def test_a_tokenizer_without_an_end_is_told_both_answers():
         told_apart([[5, 6], [5, 8], [4], [5, 6, 7]], [" 1", " 2", " x", " 10"], none, "here")
     same = [[5, 6], [5, 7], [5, 6]]  # equal answers are no case for an end: it would not tell them apart
     assert told_apart(same, ["a", "b", "a"], none, "here") == (same, False)
+
+
+@pytest.mark.parametrize("head", ["masked", "causal", "seq2seq"])
+@pytest.mark.parametrize("answers", [[" Good", " bad", " good"], [" \U0001f600", " \U0001f621"]])
+def test_labels_whose_answers_are_the_same_tokens_are_refused(answers, head):
+    """A tokenizer that folds case, and knows no such pictures; a classifier of classes reads no answer."""
+    wordpiece, said = (
+        make_wordpiece(),
+        f"'{answers[0]}' and '{answers[-1]}' are the same tokens to the model's tokenizer",
+    )
+    with pytest.raises(UserError, match=f"^row 0: the answers {said}"):
+        examples_of(answers, wordpiece, head)
+    assert len(examples_of(answers, wordpiece, "classes").examples) == len(TEXTS)
+
+
+def test_rows_of_which_a_right_and_a_wrong_answer_are_the_same_tokens_are_told():
+    """Such a row stays, as the data has it; two wrong ones alike are no matter."""
+    spec = {
+        "name": "T", "text": "{x}", "label": "y", "metrics": ["accuracy"],
+        "candidates": {"0": " {a}", "1": " {b}", "2": " {c}"},
+    }  # fmt: skip
+    rows = [
+        {"x": "It was", "a": "Good", "b": "good", "c": "bad", "y": "0"},
+        {"x": "It was", "a": "bad", "b": "good", "c": "Good", "y": "0"},
+        {"x": "It was", "a": "bad", "b": "good", "c": "Good", "y": "2"},
+        {"x": "It was", "a": "one", "b": "two", "c": "ten", "y": "2"},
+    ]  # fmt: skip
+    split = Split(rows, [f"row {number}" for number in range(len(rows))], "")
+    for head in ("masked", "causal"):
+        found = tokenise(parse_task(spec, "t"), split, make_wordpiece(), 400, head=head)
+        assert (len(found.examples), found.undecided) == (4, ["row 0", "row 2"])
+    unlabelled = tokenise(parse_task(spec, "t"), split, make_wordpiece(), 400, labelled=False)
+    assert unlabelled.undecided == []
 
 
 def test_a_prompt_starts_at_the_words_alone(tokenizer):
