@@ -77,11 +77,12 @@ class Opened:
     split: Split
 
 
-def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
-    """The adapters on their backbone, loaded once, and the first --rows labelled rows of --split; see
-    adapters_parser. The Served is that of the longest prompt, or the shortest --max_length: its rows fit behind all.
+def open_adapters(args: argparse.Namespace, trainable: bool = True) -> tuple[Served, Opened]:
+    """The adapters on their backbone, loaded once, and the first --rows labelled rows of --split; see adapters_parser.
 
-    Raises UserError for adapters of different models, tasks or kinds of prompt, before the model is loaded.
+    trainable: of those alone whose right answer is among their options. The Served is that of the longest prompt, or
+    the shortest --max_length: its rows fit behind all. Raises UserError for adapters of different models, tasks or
+    kinds of prompt, or a split without such rows, before the model is loaded.
     """
     folders = [adapter_folder(given) for given in args.adapters]
     task = adapter_task(folders[0], None)
@@ -99,7 +100,13 @@ def open_adapters(args: argparse.Namespace) -> tuple[Served, Opened]:
                 )
     read = adapter_rows(folders[0], task, args.split, args.data_dir, args.dataset)
     served = min(each, key=lambda one: one.room)
-    examples = [example for example in served.examples(read, labelled=True) if example.trainable][: args.rows]
+    found = served.examples(read, labelled=True)
+    examples = [example for example in found if example.trainable or not trainable][: args.rows]
+    if not examples:
+        raise UserError(
+            f"--split {args.split}: none of {len(found)} rows has its right answer among its options, so that there is "
+            "no cross-entropy to look at; give another split."
+        )
     backbone = served.load(whole(args.precision), alone(), examples)
     subjects = [
         Subject(name, one.trained(backbone)[0], one.rows) for name, one in zip(_names(folders), each, strict=True)

@@ -84,7 +84,7 @@ class _Changes:
         fields = typo_fields(self.bench.task)
         rows = with_typos(self.split.rows, fields, level, self.args.seed + draw)
         found = self.served.examples(Split(rows, self.split.where, self.split.digest), labelled=True)
-        examples = [example for example in found if example.trainable][: self.args.rows]
+        examples = found[: self.args.rows]
         return scored(self.bench, subject, examples), examples, {}
 
     def attack(self, subject: Subject, level: float, draw: int) -> tuple[Tensor, Sequence[Example], dict[str, float]]:
@@ -127,7 +127,7 @@ def _robustness(args: argparse.Namespace) -> None:
     require_plot_extra()
     out = require_writable_folder("--output_dir", args.output_dir)
     args.kinds = _kinds(args)
-    served, opened = open_adapters(args)
+    served, opened = open_adapters(args, trainable=False)
     log.info("%s, %d rows, %d prompts", served.task.name, len(opened.examples), len(opened.subjects))
     lines = list(_rows(args, _Changes(args, served, _bench(args, served, opened), opened.split), opened.subjects))
     write_json(out / "robustness.json", {"task": served.task.name, "rows": len(opened.examples), "lines": lines})

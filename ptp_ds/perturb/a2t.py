@@ -172,20 +172,21 @@ class Outcome:
 
 
 def keep_worst(texts: Sequence[Example], scores_NC: Tensor) -> tuple[Example, Outcome]:
-    """The text of the highest cross-entropy at the gold answer; the first, clean one where no other's is higher."""
+    """The text of the highest cross-entropy at the right answers; the first, clean one where no other's is higher."""
     clean = texts[0]
-    best = int(losses(scores_NC, clean.gold).argmax())
+    golds = clean.golds or (clean.gold,)
+    best = int(losses(scores_NC, golds).argmax())
     changed = sum(new != old for new, old in zip(texts[best].context_ids, clean.context_ids, strict=True))
     best = best if changed else 0  # the clean text again, higher by rounding
     predicted = scores_NC.argmax(-1)
-    right = int(predicted[0]) == clean.gold
-    fooled = right and int(predicted[best]) != clean.gold
+    right = int(predicted[0]) in golds
+    fooled = right and int(predicted[best]) not in golds
     return texts[best], Outcome(len(attacked_words(clean)), changed, right, fooled, best > 0)
 
 
-def losses(scores_NC: Tensor, gold: int) -> Tensor:
-    """[N] cross-entropy of each text at the gold answer, in nats."""
-    return -log_probabilities(scores_NC)[:, gold]
+def losses(scores_NC: Tensor, golds: Sequence[int]) -> Tensor:
+    """[N] cross-entropy of each text at the right answers together, in nats."""
+    return -log_probabilities(scores_NC)[:, list(golds)].logsumexp(-1)
 
 
 def shares_of(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:

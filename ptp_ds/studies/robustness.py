@@ -15,7 +15,6 @@ from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.packing.row import PackedRow
 from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.perturb.a2t import a2t
-from ptp_ds.perturb.gaussian import gaussian
 from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import Neighbours
 from ptp_ds.perturb.text_scoring import TextScorer
@@ -87,18 +86,24 @@ def scored(
 
 
 def with_noise(bench: Bench, subject: Subject, sigma: float, draw: int) -> Tensor:
-    """Scores under normal noise on every movable token, of root-mean-square norm sigma (mean embedding norms)."""
-    settings, noise = replace(bench.settings, sigma=sigma), Noise(bench.seed, draw, bench.settings.kernels)
+    """Scores under normal noise on every movable token, of root-mean-square norm sigma (mean embedding norms).
+
+    It is drawn over the movable tokens alone, as training's isn't: the same whatever prompt stands before them or
+    between them.
+    """
+    width, scale = bench.backbone.width, sigma * bench.settings.unit / bench.backbone.width**0.5
 
     def delta_of(row: PackedRow) -> Tensor:
-        return gaussian(None, row, row_like(row, bench.backbone), settings, noise)
+        moving = row.movable.nonzero()[:, 0]
+        counts = torch.bincount(row.example_of[moving], minlength=row.num_examples).tolist()
+        drawn = [
+            torch.randn(count, width, generator=make_generator(bench.seed, "noise", draw, number))
+            for number, count in zip(row.numbers.tolist(), counts, strict=True)
+        ]
+        delta = torch.zeros(row.num_tokens, width, device=bench.backbone.device)
+        return delta.index_copy(0, moving, scale * torch.cat(drawn).to(delta.device))
 
     return scored(bench, subject, bench.examples, delta_of if sigma > 0 else None)
-
-
-def row_like(row: PackedRow, backbone: Backbone) -> Tensor:
-    """An empty tensor of the shape that noise asks for."""
-    return torch.empty(row.num_tokens, backbone.width, device=backbone.device)
 
 
 def with_masks(bench: Bench, subject: Subject, share: float, draw: int) -> Tensor:
@@ -155,17 +160,23 @@ def typo_fields(task: Task) -> list[str]:
 
 
 def attacked(bench: Bench, subject: Subject, share: float, neighbours: Neighbours) -> Attacks:
-    """Every row attacked by a2t under the prompt, with a share of its words; 0 changes nothing."""
+    """Every row attacked by a2t under the prompt, with a share of its words; 0 changes nothing.
+
+    A row whose right answer isn't among its options, as WSC's false ones, stays as it is: its loss is not known.
+    """
     backbone, settings = bench.backbone, replace(bench.settings, a2t_share=share)
     serve_rows(backbone, subject.trained, subject.rows)
-    texts: list[Sequence[int]] = []
+    texts: list[Sequence[int]] = [example.context_ids for example in bench.examples]
+    open_ = [number for number, example in enumerate(bench.examples) if example.trainable]
     sums = dict.fromkeys(("a2t/changed_share", "a2t/success_rate"), (0.0, 0.0))
     with backbone.shards.outside_layers():
-        for start in range(0, len(bench.examples), _BATCH):
-            some = bench.examples[start : start + _BATCH]
+        for start in range(0, len(open_), _BATCH):
+            numbers = open_[start : start + _BATCH]
+            some = [bench.examples[number] for number in numbers]
             shared = backbone.rows.shared_start(some)
             found = a2t(TextScorer(backbone, subject.trained, some, shared, neighbours), settings)
-            texts += [twin.context_ids for twin in found.twins]
+            for number, twin in zip(numbers, found.twins, strict=True):
+                texts[number] = twin.context_ids
             sums = {name: tuple(a + b for a, b in zip(sums[name], found.shares[name], strict=True)) for name in sums}  # type: ignore[misc]
     left = [replace(e, context_ids=text) for e, text in zip(bench.examples, texts, strict=True)]
     (changed, words), (fooled, right) = sums["a2t/changed_share"], sums["a2t/success_rate"]

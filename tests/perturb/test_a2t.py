@@ -170,7 +170,7 @@ def test_few_words_change_where_they_may_and_the_loss_never_falls():
 
 def plain_losses(model, examples):
     scores = [plain_scores(model, make_prompt(), example) for example in examples]
-    return torch.stack([losses(row[None], example.gold)[0] for row, example in zip(scores, examples, strict=True)])
+    return torch.stack([losses(row[None], [example.gold])[0] for row, example in zip(scores, examples, strict=True)])
 
 
 def test_the_steepest_words_are_swapped_by_first_order_gain():
@@ -254,6 +254,21 @@ def test_the_most_damaging_text_is_kept_and_told():
     assert shares_of([outcome, other]) == {
         "a2t/changed_share": (1, 4), "a2t/raised_share": (1, 2), "a2t/success_rate": (1, 2)
     }  # fmt: skip
+
+
+def test_a_prediction_is_right_where_any_of_the_right_answers_is_chosen():
+    """ReCoRD has several; their probabilities are one. From the second right answer to the first, nobody is fooled."""
+    clean = Example(
+        context_ids=[1, 2], movable=[True] * 2, candidate_ids=[[1], [2], [3]], gold=0, index=0, golds=(0, 2)
+    )
+    other, wrong = replace(clean, context_ids=[1, 5]), replace(clean, context_ids=[4, 2])
+    scores = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.5, 0.0], [0.0, 1.0, 0.5]])
+    kept, outcome = keep_worst([clean, other, wrong], scores)
+    assert (kept, outcome.right, outcome.fooled) == (wrong, True, True)
+    kept, outcome = keep_worst([clean, other], scores[:2])
+    assert (kept, outcome.right, outcome.fooled) == (other, True, False)
+    together = torch.softmax(scores, -1)[:, [0, 2]].sum(-1)
+    torch.testing.assert_close(losses(scores, (0, 2)).exp(), 1 / together)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.backbone.padded import PaddedBackbone
-from ptp_ds.packing.layouts import TreeRows
+from ptp_ds.packing.layouts import SeparateRows, TreeRows
 from ptp_ds.perturb import Noise, PerturbSettings
 from ptp_ds.perturb.mask import mask
 from ptp_ds.perturb.neighbours import WORD, Neighbours, Vocabulary
@@ -72,13 +72,43 @@ def test_noise_is_of_its_size_and_the_same_for_every_prompt(bench):
     torch.testing.assert_close(one, two, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(one, with_noise(bench, subject, 1.0, 1))
     require_close(with_noise(bench, subject, 0.0, 0), plain(bench.examples, subject.trained))
-    row = TreeRows().pack(bench.examples)
-    noise = Noise(3, 0).normal(row, 32, scale=2.0 * 0.5 / 32**0.5)
-    deltas, start = [], 0
-    for example, length in zip(bench.examples, row.lengths, strict=True):
-        deltas.append(noise[start : start + len(example.context_ids)])
-        start += length
+    deltas = []
+    for example in bench.examples:
+        moves = torch.tensor(example.movable)
+        drawn = torch.randn(int(moves.sum()), 32, generator=make_generator(3, "noise", 0, example.index))
+        deltas.append(torch.zeros(len(moves), 32).masked_scatter(moves[:, None], drawn * 2.0 * 0.5 / 32**0.5))
     require_close(with_noise(bench, subject, 0.5, 0), plain(bench.examples, subject.trained, deltas))
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_prompt_that_stands_in_every_row_moves_no_noise(bench, length):
+    """A row's noise is the same behind a prefix and behind a prompt of any length in the row, as encoders have."""
+    prompt = torch.randn(length, 32, generator=make_generator(0, "prompt", length))
+    behind, beside = (
+        Subject("p", prompt, TreeRows()),
+        Subject("p", prompt, SeparateRows(kind="causal", prompt_length=length)),
+    )
+    for sigma in (0.0, 1.0):
+        found = with_noise(bench, beside, sigma, 0)
+        torch.testing.assert_close(found, with_noise(bench, behind, sigma, 0), atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(found, with_noise(bench, behind, 0.0, 0), atol=1e-2)
+
+
+def test_rows_without_a_known_answer_are_scored_and_not_attacked(bench):
+    """As WSC's false rows: an attack leaves them, and counts the others alone."""
+    unknown = replace(bench, examples=[replace(e, golds=() if number % 2 else None, label=number % 2)
+                                       for number, e in enumerate(bench.examples)])  # fmt: skip
+    words = Vocabulary([WORD] * VOCABULARY, [" " + letters(number) for number in range(VOCABULARY)])
+    subject, neighbours = Subject("p", make_prompt(), TreeRows()), Neighbours(words, 4, 0.0)
+    found, others = attacked(unknown, subject, 0.5, neighbours), replace(bench, examples=bench.examples[::2])
+    alone = attacked(others, subject, 0.5, neighbours)
+    assert found.texts[::2] == alone.texts
+    assert found.texts[1::2] == [e.context_ids for e in bench.examples[1::2]]
+    counts = ("right", "fooled", "changed", "words")
+    assert [getattr(found, name) for name in counts] == [getattr(alone, name) for name in counts]
+    nothing = attacked(replace(unknown, examples=unknown.examples[1::2]), subject, 0.5, neighbours)
+    assert (nothing.right, nothing.success_rate, nothing.changed) == (0, 0.0, 0)
+    require_close(nothing.scores, plain(bench.examples[1::2], subject.trained))
 
 
 def test_typos():
