@@ -210,4 +210,4 @@ def failure_of(prepared: Prepared) -> str:
     """The sentence that ended a member before the job was resumed; '' for one that goes on."""
     if prepared.run.resume is None or prepared.output_dir is None:
         return ""
-    return failure_in(prepared.output_dir)
+    return failure_in(prepared.output_dir, _step(prepared))

@@ -49,6 +49,7 @@ from ptp_ds.training.continuation import (
 from ptp_ds.training.engine import Engine
 from ptp_ds.training.evaluate import Evaluation, score_examples
 from ptp_ds.training.examples import load_splits, nothing_to_change, require_rows_for, run_examples
+from ptp_ds.training.failed import forget_failure
 from ptp_ds.training.monitor import Monitor, peak_memory_bytes
 from ptp_ds.training.prepared import Prepared
 from ptp_ds.training.progress import Progress
@@ -180,6 +181,9 @@ def train_run(prepared: Prepared, ranks: Ranks, watchdog: Watchdog) -> int:
         assert best is not None, "the last step always evaluates"
         result = trainer.evaluate(best, prepared.examples.evaluation)
         report_run(prepared, trainer, progress, result, untrained)
+        if ranks.is_main:  # as a member of a population it may have failed before
+            with output.writing():
+                forget_failure(output.folder)
         if prepared.examples.predict_split is not None:
             asked, budget = prepared.examples.predict, run.eval_tokens
             scores = score_examples(engine.backbone, best, asked, ranks, budget, trainer.beat)

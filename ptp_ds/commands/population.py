@@ -110,7 +110,8 @@ def _train(members: Mapping[str, Prepared], ranks: Ranks, watchdog: Watchdog, fo
     is_new = all(one.continuation.checkpoint is None for one in members.values())
     for one in members.values():
         output = OutputGuard(ranks, _folder(one))
-        if ranks.is_main and is_new:  # what failed before may have had other settings
+        # what failed before may have had other settings, or has gone on alone since
+        if ranks.is_main and (is_new or not failure_of(one)):
             with output.writing():
                 forget_failure(_folder(one))
         open_output(one, ranks, output, stays=ranks.is_main and bool(failure_of(one)))

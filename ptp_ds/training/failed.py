@@ -31,17 +31,20 @@ def write_failure(folder: Path, sentence: str, progress: Progress, identity: dic
 
 
 def forget_failure(folder: Path) -> None:
-    """The member trains from its start. Rank 0 only."""
+    """The member trains from its start, or has come to its end alone. Rank 0 only."""
     for name in (FAILED, _KEPT):
         (folder / name).unlink(missing_ok=True)
 
 
-def failure_in(folder: Path) -> str:
-    """The sentence that ended a member; '' for one that has not failed."""
+def failure_in(folder: Path, saved: int = 0) -> str:
+    """The sentence that ended a member; '' for one that has not failed, or has gone on since: saved is the step of its
+    newest checkpoint, and none is saved behind a failure but by a run of the member alone."""
     if not is_file(folder / FAILED):
         return ""
     record = read_json(folder / FAILED, str(folder / FAILED))
-    return str(record.get("failed", "")) if isinstance(record, dict) else ""
+    if not isinstance(record, dict) or (is_count(record.get("step")) and saved > record["step"]):
+        return ""
+    return str(record.get("failed", ""))
 
 
 def take_failure(progress: Progress, folder: Path, identity: dict[str, Any]) -> None:

@@ -222,6 +222,28 @@ def test_a_member_that_failed_keeps_its_prompt_and_results(job, tmp_path, monkey
         job("run", **{**given, "max_steps": 6}, resume="auto")
 
 
+@pytest.mark.parametrize("alone", [3, 4, 6])
+def test_a_member_that_failed_and_went_on_alone_has_not_failed(job, tmp_path, monkeypatch, alone):
+    """Its own end is its result: behind the failure's step, or at it, where the last evaluation had failed."""
+    given, real, broken = {"max_steps": 6, "eval_every": 2, "save_every": 2}, Trainer.log, []
+
+    def breaks(trainer, progress, *args):
+        if (trainer.run.seed, progress.step) == (1, alone) and not broken:
+            broken.append(True)
+            raise NonFiniteLossError("The loss is not finite")
+        real(trainer, progress, *args)
+
+    monkeypatch.setattr(Trainer, "log", breaks)
+    assert job("run", **given, seeds="0 1").record["members"][1]["failed"] == "The loss is not finite"
+    folder = tmp_path / "run" / "members" / "seed-1"
+    job("run/members/seed-1", **given, seed=1, resume="auto")
+    lone = json.loads((folder / "result.json").read_text())
+    assert lone["steps"] == 6
+    record = job("run", **given, seeds="0 1", resume="auto").record["members"][1]
+    assert (record["failed"], record["steps"], record["metrics"]) == (None, 6, lone["metrics"])
+    assert not (folder / "failed.json").exists()
+
+
 @pytest.mark.parametrize("lost", ["a file", "all of one"])
 def test_a_step_that_one_has_lost(job, tmp_path, capsys, lost):
     """The step before it is taken, or none where a member has saved nothing."""
