@@ -8,7 +8,7 @@ of rows or tokens. The perturbed pass moves the embeddings of the batch's tokens
 dropout differs between the passes, and its noise counts as divergence: turn it off where that isn't wanted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,6 +78,7 @@ class Answers:
 def ptp_loss(
     model: nn.Module, batch: Mapping[str, Any], settings: PTPSettings, *, step: int = 0,
     numbers: Tensor | None = None, movable: Tensor | None = None, answer_ids: Tensor | None = None,
+    special_ids: Collection[int] | None = None,
 ) -> PTPLoss:  # fmt: skip
     """The loss of one batch, a mean over its answers: labelled tokens, or rows of a classifier.
 
@@ -87,17 +88,20 @@ def ptp_loss(
     from one of a step's micro-batches, or ranks, to the next. movable [B, T]: the tokens that may be perturbed;
     default: those that are attended to, no special ones and no answers that stand in the text. answer_ids: token ids
     of the possible answers, [C] or [B, C], one labelled token a row: the prediction is then the softmax over them, as
-    in `ptp train`. Without a perturbation the model's own loss, of one pass. Raises UserError for what doesn't fit.
+    in `ptp train`. special_ids: which tokens are special, a tokenizer's all_special_ids; default: what the model's
+    configuration names, and where that is padding alone (BERT) movable or special_ids must be given. Without a
+    perturbation the model's own loss, of one pass. Raises UserError for what doesn't fit.
     """
     require_settings(settings, "settings")
     _require_tensors(numbers=numbers, movable=movable, answer_ids=answer_ids)
     expect_perturbed(model, batch, settings, movable)
     if not isinstance(batch.get("labels"), Tensor):
         raise UserError("A batch needs labels, a tensor, to have a loss; see docs/own_loop.md.")
+    _require_shapes(batch, numbers, movable, answer_ids)
     if "num_items_in_batch" in batch:
         raise UserError("num_items_in_batch would scale the model's own loss alone; leave it out and scale found.loss.")
     if settings.perturbs and movable is None:
-        movable = movable_tokens(model, batch)
+        movable = movable_tokens(model, batch, special_ids)
         if step == 0:
             require_some(movable)
     outputs = model(**batch)
@@ -122,6 +126,25 @@ def _require_tensors(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise UserError(f"{name} is {brief(value)}, of type {type(value).__name__}; expected a tensor.")
+
+
+def _require_shapes(
+    batch: Mapping[str, Any], numbers: Tensor | None, movable: Tensor | None, answer_ids: Tensor | None
+) -> None:
+    """UserError for a tensor that isn't of the batch's rows and tokens, or holds fractions for numbers."""
+    rows, ids = batch["labels"].shape[:1], batch.get("input_ids")
+    if numbers is not None and (numbers.shape != rows or numbers.is_floating_point()):
+        raise _misfit("numbers", numbers, f"integers [B], {tuple(rows)}, the rows' places in the data set")
+    if movable is not None and isinstance(ids, Tensor) and movable.shape != ids.shape:
+        raise _misfit("movable", movable, f"booleans [B, T], {tuple(ids.shape)}, as input_ids")
+    if answer_ids is not None:
+        fits = answer_ids.dim() == 1 or (answer_ids.dim() == 2 and answer_ids.shape[:1] == rows)
+        if not fits or answer_ids.is_floating_point():
+            raise _misfit("answer_ids", answer_ids, f"token ids [C], or [B, C] with {rows[0]} rows")
+
+
+def _misfit(name: str, given: Tensor, wanted: str) -> UserError:
+    return UserError(f"{name} has shape {tuple(given.shape)} and type {given.dtype}; expected {wanted}.")
 
 
 def expect_perturbed(
@@ -249,13 +272,16 @@ def answers_of(model: nn.Module, labels: Tensor, logits: Tensor, answer_ids: Ten
     return Answers(rows, places, matches.int().argmax(-1), candidates)
 
 
-def movable_tokens(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """[B, T] tokens that are attended to, no special ones and no answers; a token classifier's labels are no tokens."""
+def movable_tokens(model: nn.Module, batch: Mapping[str, Any], special_ids: Collection[int] | None = None) -> Tensor:
+    """[B, T] tokens that are attended to, no special ones and no answers; a token classifier's labels are no tokens.
+
+    special_ids: besides those that the model's configuration names. UserError for None where that names none.
+    """
     ids, labels = batch["input_ids"], batch.get("labels")
     found = torch.ones_like(ids, dtype=torch.bool)
     if batch.get("attention_mask") is not None:
         found &= batch["attention_mask"].bool()
-    for special in special_ids(model):
+    for special in _known_special(model, special_ids):
         found &= ids != special
     if labels is not None and labels.dim() == 2 and not is_token_classifier(model):
         found &= labels == IGNORED
@@ -271,11 +297,20 @@ def require_some(movable_BT: Tensor) -> None:
         )
 
 
-def special_ids(model: nn.Module) -> set[int]:
-    """Token ids that the model's configuration names: begin, end, padding, separators."""
-    config = base_of(model).config.get_text_config()
-    named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "cls", "sep")]
-    return {one for ids in named if ids is not None for one in (ids if isinstance(ids, list) else [ids])}
+def _known_special(model: nn.Module, given: Collection[int] | None) -> set[int]:
+    """The token ids given, and those that the model's configuration names: begin, end, separators, padding."""
+    base = base_of(model)
+    config = base.config.get_text_config()
+    named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")]
+    found = {one for ids in named if ids is not None for one in (ids if isinstance(ids, list) else [ids])}
+    if given is None and not found:
+        raise UserError(
+            f"The configuration of {type(base).__name__} names no begin, end or separator token, so that they can't be "
+            "told from words, which may be perturbed; give ptp_loss special_ids=tokenizer.all_special_ids or movable, "
+            "and PTPTrainer processing_class=tokenizer."
+        )
+    padding = getattr(config, "pad_token_id", None)
+    return {*found, *(given or ()), *([] if padding is None else [padding])}
 
 
 def base_of(model: Any) -> Any:

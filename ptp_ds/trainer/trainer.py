@@ -51,11 +51,12 @@ class PTPMixin:
         require_settings(self.ptp, "ptp")
         self._told: dict[str, Tensor] = {}
         self._told_passes = 0
-        self._special: set[int] = set()
+        self._special: set[int] | None = None
         self._dealt = Dealt()
         super().__init__(*args, **kwargs)
         tokenizer = getattr(self, "processing_class", None)
-        self._special = set(getattr(tokenizer, "all_special_ids", ()))
+        special = getattr(tokenizer, "all_special_ids", None)
+        self._special = None if special is None else set(special)
 
     def compute_loss(
         self: Any, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
@@ -108,9 +109,7 @@ class PTPMixin:
 
     def _movable(self: Any, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """movable_tokens without the tokenizer's special ones; UserError at the first step where nothing may move."""
-        found = movable_tokens(model, batch)
-        for special in self._special:
-            found &= batch["input_ids"] != special
+        found = movable_tokens(model, batch, self._special)
         if self.state.global_step == 0:
             require_some(found)
         return found

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from ptp_ds.errors import UserError
 from ptp_ds.kernels import noise
 from ptp_ds.seeding import derive_seed
-from ptp_ds.trainer import PTPSettings, ptp_loss
+from ptp_ds.trainer import PTPSettings
 from ptp_ds.trainer import moved as module
 from ptp_ds.trainer.deltas import batch_places
 from ptp_ds.trainer.loss import base_of
+from tests.support.own_loop import ptp_loss
 from tests.support.reference import FAMILIES, VOCABULARY, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's calls of transformers

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification, BertForMaskedLM
 
 from ptp_ds.errors import UserError
-from ptp_ds.trainer import PTPSettings, ptp_loss
+from ptp_ds.trainer import PTPSettings
 from ptp_ds.trainer.loss import answers_in_place, base_of, is_token_classifier, movable_tokens
+from tests.support.own_loop import ptp_loss
 from tests.support.reference import make_examples, make_model
 from tests.trainer.test_ptp_loss import batch_of, encoder
 

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+import ptp_ds.trainer
 from ptp_ds.backbone.backbone import Backbone
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.packing.row import pack
 from ptp_ds.perturb import Noise
-from ptp_ds.trainer import PTPSettings, ptp_loss
+from ptp_ds.trainer import PTPSettings
 from ptp_ds.trainer.deltas import batch_places, climbed_delta, masked_ids
 from ptp_ds.training.step import ptp_loss as packed_loss
 from ptp_ds.training.step import settings_of
+from tests.support.own_loop import ptp_loss
 from tests.support.packed import make_prompt
 from tests.support.reference import VOCABULARY, make_examples, make_model
 from tests.support.seq2seq import SEQ2SEQ
@@ -322,6 +324,27 @@ def test_what_can_not_be_perturbed_is_told_before_the_first_pass():
     torch.testing.assert_close((found.loss, found.divergence), (wanted.loss, wanted.divergence))
 
 
+def test_special_tokens_that_no_configuration_names_are_asked_for():
+    """BERT's names padding alone: its [CLS] and [SEP] were perturbed as words are. Trainer's tokenizer names them."""
+    model = encoder(AutoModelForSequenceClassification, num_labels=3)
+    ids = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([0, 1])}
+    assert model.config.pad_token_id is not None
+    settings, words = PTPSettings(sigma=0.5), (ids > 3)
+    with pytest.raises(
+        UserError, match=r"BertForSequenceClassification names no begin, end or separator token.*all_special"
+    ):
+        ptp_ds.trainer.ptp_loss(model, batch, settings)
+    found = ptp_ds.trainer.ptp_loss(model, batch, settings, special_ids=[0, 2, 3])
+    wanted = ptp_ds.trainer.ptp_loss(model, batch, settings, movable=words)
+    assert float(found.divergence) > 1e-6
+    assert (found.divergence, found.delta_norm) == (wanted.divergence, wanted.delta_norm)
+    model.config.sep_token_id = 3  # a configuration that names it is believed, and the ids given come beside it
+    both = ptp_ds.trainer.ptp_loss(model, batch, settings, special_ids=[2])
+    assert both.divergence == wanted.divergence
+    assert ptp_ds.trainer.ptp_loss(model, batch, settings).divergence != wanted.divergence
+
+
 def test_one_number_a_row_is_no_prediction_to_compare():
     """Of one class a softmax is 1 whatever the model says: the divergence would be 0 without a word."""
     model = encoder(AutoModelForSequenceClassification, num_labels=1)
@@ -341,6 +364,18 @@ def test_batches_that_do_not_fit():
         ptp_loss(model, batch, PTPSettings(), movable=(True,))
     with pytest.raises(UserError, match=r"settings is 'pgd'; expected PTPSettings, as PTPSettings\("):
         ptp_loss(model, batch, "pgd")
+    rows, tokens = batch["input_ids"].shape
+    more, wanted = torch.cat([answer_ids, answer_ids[:1]]), rf"token ids \[C\], or \[B, C\] with {rows} rows\.$"
+    misfits = [
+        ("numbers", torch.arange(rows + 1), rf"shape \({rows + 1},\) and type torch\.int64; expected integers \[B\]"),
+        ("numbers", torch.rand(rows), r".* and type torch\.float32; expected integers \[B\]"),
+        ("movable", torch.ones(tokens).bool(), rf"shape \({tokens},\) .*; expected booleans \[B, T\], \({rows}, "),
+        ("answer_ids", more, f"shape .* and type torch.int64; expected {wanted}"),
+        ("answer_ids", answer_ids.float(), f"shape .* and type torch.float32; expected {wanted}"),
+    ]  # fmt: skip
+    for name, given, said in misfits:
+        with pytest.raises(UserError, match=f"^{name} has {said}"):
+            ptp_loss(model, batch, PTPSettings(), **{name: given})
     unlabelled = {name: value for name, value in batch.items() if name != "labels"}
     with pytest.raises(UserError, match="A batch needs labels, a tensor, to have a loss"):
         ptp_loss(model, unlabelled, PTPSettings(perturbation="none"))
