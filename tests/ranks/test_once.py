@@ -51,6 +51,7 @@ def test_one_of_four_processes_converts(tmp_path):
     assert (tmp_path / "began").read_text() == "began\n"
 
 
+@pytest.mark.slow
 def test_where_the_first_one_fails_the_next_takes_over(tmp_path):
     assert start(tmp_path, "fails") == [0, 0, 0, 1]
     assert (tmp_path / "began").read_text() == "began\nbegan\n"

@@ -14,8 +14,8 @@ from tests.support.processes import worker_environment
 @pytest.mark.parametrize(
     ("perturbation", "stage", "nproc"),
     [
-        ("pgd", "zero3", 2),
-        pytest.param("none", "zero3", 2, marks=pytest.mark.slow),
+        ("none", "zero3", 2),
+        pytest.param("pgd", "zero3", 2, marks=pytest.mark.slow),
         pytest.param("gaussian", "zero2", 2, marks=pytest.mark.slow),
         pytest.param("gaussian", "zero3_offload", 1, marks=pytest.mark.slow),
     ],

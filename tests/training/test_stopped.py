@@ -28,8 +28,13 @@ def scored_at(folder) -> list[int]:
     return [int(line.split('"step": ')[1].split(",")[0]) for line in lines if '"select"' in line]
 
 
-@pytest.mark.parametrize("seeds", [None, "0-1"])
-@pytest.mark.parametrize("eval_every", [0, 2])
+@pytest.mark.parametrize(
+    ("eval_every", "seeds"),
+    [
+        (0, None), (2, "0-1"), pytest.param(2, None, marks=pytest.mark.slow),
+        pytest.param(0, "0-1", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_it_ends_where_it_was_stopped(tiny_model, tmp_path, seeds, eval_every):
     """eval_every 0: nothing has been scored by then. 2: another step has, and the last one is scored, too."""
     given = {**QUICK, "model": str(tiny_model), "eval_every": eval_every, "seeds": seeds}
