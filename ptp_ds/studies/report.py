@@ -10,7 +10,8 @@ from ptp_ds.studies.statistics import Comparison, Spread, compare, compare_all, 
 from ptp_ds.studies.study import Row
 
 ALL = "all tasks"
-_CSV = ("task", "method", "seed", "score", "untrained", "majority", "best_step", "steps", "seconds", "failed")
+_CSV = ("task", "method", "seed", "score", "cross_entropy", "untrained", "majority", "best_step", "steps", "seconds",
+        "failed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def _scores(cells: Cells) -> list[str]:
     """Mean, spread and worst seed of every cell; the last lines are means over all tasks, of methods that have them."""
     lines = [
         "Scores of the kept prompts on the reported rows (mean of the task's metrics) over seeds: mean, standard "
-        "deviation, worst seed and how far it lies below the mean.", "",
-        "| task | method | seeds | mean | std | worst | gap | failed | untrained | majority |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "deviation, worst seed and how far it lies below the mean; and their mean cross-entropy there, in nats a row: "
+        "of two that are right as often, the lower one's probabilities mean more.", "",
+        "| task | method | seeds | mean | std | worst | gap | cross-entropy | failed | untrained | majority |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for task in cells.tasks:
         for method in cells.methods:
@@ -74,7 +76,7 @@ def _scores(cells: Cells) -> list[str]:
             failed = sum(row.failed is not None for row in rows)
             shown = ["-"] * 4 if spread is None else [shown_score(x) for x in _of(spread)]
             lines.append(
-                f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {failed} | "
+                f"| {task} | {method} | {len(rows)} | {' | '.join(shown)} | {_cross_entropy(rows)} | {failed} | "
                 f"{mean(row.untrained_score for row in rows):.3f} | {shown_score(majority_of(rows))} |"
             )
     if len(cells.tasks) > 1:
@@ -83,8 +85,13 @@ def _scores(cells: Cells) -> list[str]:
             if all(spread is not None for spread in spreads):
                 means = zip(*(_of(spread) for spread in spreads if spread is not None), strict=True)
                 shown = [shown_score(mean(column) if None not in column else None) for column in means]  # type: ignore[arg-type]
-                lines.append(f"| {ALL} | {method} | | {' | '.join(shown)} | | | |")
+                lines.append(f"| {ALL} | {method} | | {' | '.join(shown)} | | | | |")
     return lines
+
+
+def _cross_entropy(rows: Sequence[Row]) -> str:
+    known = [row.cross_entropy for row in rows if row.cross_entropy is not None]
+    return shown_score(mean(known) if known else None)
 
 
 def majority_of(rows: Sequence[Row]) -> float | None:

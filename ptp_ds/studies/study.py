@@ -78,7 +78,8 @@ class Row:
     """One prompt's outcome. metrics: of the kept prompt, None for one that failed before it kept any; untrained: those
     of its start. seconds: of its cell's training, steps times their median time; None where there is no result.
     majority: accuracy of always giving the most frequent answer; majority_metrics: all its metrics, None in older runs.
-    rows: digests of its rows by what they are for, None in older runs.
+    rows: digests of its rows by what they are for, None in older runs. cross_entropy: of the kept prompt on the rows
+    that are reported, in nats a row; None where there is no result.
     """
 
     task: str
@@ -94,6 +95,7 @@ class Row:
     steps: int
     majority_metrics: Mapping[str, float] | None = None
     rows: Mapping[str, str] | None = None
+    cross_entropy: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -271,25 +273,25 @@ def rows_of(cell: Cell, out: Path) -> list[Row]:
     for one in _members(_record(cell, out)):
         if one["name"] not in cell.members:
             continue
+        seconds, cross_entropy = _of_result(cell.folder(out) / "members" / one["name"])
         found.append(
             Row(
                 task=cell.task, method=cell.method, seed=one["settings"]["seed"], metrics=one["metrics"],
                 untrained=one["untrained"], majority=one["majority"], failed=one["failed"], settings=one["settings"],
-                seconds=_seconds(cell.folder(out) / "members" / one["name"]), best_step=one["best_step"],
-                steps=one["steps"], majority_metrics=one.get("majority_metrics"),
-                rows=one.get("rows"),
+                seconds=seconds, best_step=one["best_step"], steps=one["steps"],
+                majority_metrics=one.get("majority_metrics"), rows=one.get("rows"), cross_entropy=cross_entropy,
             )
         )  # fmt: skip
     return found
 
 
-def _seconds(member: Path) -> float | None:
-    """Steps times their median time, as the member's result.json has them."""
+def _of_result(member: Path) -> tuple[float | None, float | None]:
+    """(steps times their median time, cross-entropy on the reported rows), as the member's result.json has them."""
     file = member / "result.json"
     if not is_file(file):
-        return None
+        return None, None
     result = read_json(file, str(file))
-    return result["steps"] * result["step_seconds_median"]
+    return result["steps"] * result["step_seconds_median"], result["eval_cross_entropy"]
 
 
 def _members(record: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""The tables of docs/results.md from the rows of a study: scores, comparisons with the baseline, halves of the seeds.
+"""The tables of docs/results.md from the rows of a study: scores, comparisons with the baseline, halves of the seeds,
+and cross-entropies, where the rows have them (studies of older versions don't).
 
     python scripts/bench/few_shot_tables.py docs/few_shot/rows.csv --methods plain ptp-rn ptp-adv --seen SST2 Subj
 
@@ -28,6 +29,9 @@ NAMES = {
     "plain-text": "plain prompt tuning with `--prompt_init text`",
     "ptp-rn-text": "PTP, noise, with `--prompt_init text`",
     "ptp-adv-text": "PTP, adversarial, with `--prompt_init text`",
+    "mask": "PTP, hidden words (`--perturbation mask`)", "free": "PTP, free (`--perturbation free`)",
+    "a2t": "PTP, swapped words (`--perturbation a2t`)",
+    "plain-average": "plain prompt tuning with `--average 0.95`",
     "plain-w5": "plain prompt tuning", "plain-lr01-w5": "plain, `--lr 0.01`",
     "ptp-rn-w5": "PTP, noise (`--preset ptp-rn`)", "ptp-adv-w5": "PTP, adversarial (`--preset ptp-adv`)",
     "ptp-adv-warm-w5": "the same with `--reg_warmup_steps 50`",
@@ -36,6 +40,7 @@ NAMES = {
 SHORT = {
     "plain": "plain", "ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-right": "adversarial, where right",
     "plain-text": "plain, from a text", "ptp-rn-text": "noise, from a text", "ptp-adv-text": "adversarial, from a text",
+    "mask": "hidden words", "free": "free", "a2t": "swapped words", "plain-average": "plain, mean prompt",
     "plain-lr01-w5": "plain, lower rate", "ptp-rn-w5": "noise", "ptp-adv-w5": "adversarial",
     "ptp-adv-warm-w5": "adversarial, rising", "ptp-adv-right-w5": "adversarial, where right",
 }  # fmt: skip
@@ -44,7 +49,8 @@ Pairs = dict[str, tuple[dict[int, float], dict[int, float]]]
 
 
 class Rows:
-    """The rows of rows.csv that have a score. scores: by task and method, then by seed. base: the baseline's name.
+    """The rows of rows.csv that have a score. scores, nats (cross-entropies): by task and method, then by seed.
+    base: the baseline's name.
 
     methods: those that are read, all by default. Raises UserError where one of them, or the baseline, has no score.
     """
@@ -58,8 +64,12 @@ class Rows:
         self.rows = [row for row in self.rows if methods is None or row["method"] in methods]
         self.base = base
         self.scores: dict[tuple[str, str], dict[int, float]] = {}
+        self.nats: dict[tuple[str, str], dict[int, float]] = {}
         for row in self.rows:
-            self.scores.setdefault((row["task"], row["method"]), {})[int(row["seed"])] = float(row["score"])
+            cell, seed = (row["task"], row["method"]), int(row["seed"])
+            self.scores.setdefault(cell, {})[seed] = float(row["score"])
+            if row.get("cross_entropy"):
+                self.nats.setdefault(cell, {})[seed] = float(row["cross_entropy"])
         self.tasks = list(dict.fromkeys(row["task"] for row in self.rows))
         self.methods = list(dict.fromkeys(row["method"] for row in self.rows))
         if base not in self.methods:
@@ -117,6 +127,19 @@ def comparison_table(rows: Rows, seen: Sequence[str]) -> list[str]:
         lines += [_line(task, method, one, corrected[task]) for task, one in found.items() if one is not None]
         lines += [_line(name, method, one, None) for name, one in _over(pairs, seen).items()]
     return lines
+
+
+def nats_table(rows: Rows) -> list[str]:
+    """Cross-entropy on the reported rows of every cell that tells it, and how far it lies from the baseline's."""
+    lines = ["| task | method | cross-entropy | standard deviation | highest | from the baseline's | interval | p |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (task, method), nats in rows.nats.items():
+        found, one = spread_of(list(nats.values())), compare(nats, rows.nats.get((task, rows.base), {}))
+        beside = "| | | |" if one is None or method == rows.base else (
+            f"| {one.gain:+.3f} | {shown_interval(one.gain_interval, '+.3f')} | {shown_p(one.p)} |")  # fmt: skip
+        lines.append(f"| {task} | {NAMES.get(method, method)} | {found.mean:.3f} | {shown_score(found.std)} | "
+                     f"{max(nats.values()):.3f} {beside}")  # fmt: skip
+    return lines if len(lines) > 2 else []
 
 
 def _over(pairs: Pairs, seen: Sequence[str]) -> dict[str, Comparison]:
@@ -218,6 +241,7 @@ def main(argv: list[str]) -> None:
         comparison_table(rows, args.seen),
         halves_table(rows),
         draws_table(rows, args.draws) if args.draws else [],
+        nats_table(rows),
         later_seeds(rows, args.seen),
     ):
         if part:

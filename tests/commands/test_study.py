@@ -60,6 +60,8 @@ def test_cells_are_trained_once_and_their_rows_are_told(study, run_train, tiny_m
     ]  # fmt: skip
     results = [json.loads((member(study, row["method"], row["seed"]) / "result.json").read_text()) for row in rows]
     assert [float(row["score"]) for row in rows] == [result["metrics"]["accuracy"] for result in results]
+    nats = [float(row["cross_entropy"]) for row in rows]
+    assert nats == [result["eval_cross_entropy"] for result in results]
     lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     for line, result in zip(lines, results, strict=True):
         assert (line["task"], line["metrics"], line["untrained"]) == ("COPA", result["metrics"], result["untrained"])

@@ -143,3 +143,21 @@ def test_one_seed_has_no_halves(tmp_path, capsys):
 def test_a_file_without_its_baseline(tmp_path):
     with pytest.raises(UserError, match=r"rows\.csv has no score of plain, .* it has those of a, b: give --baseline"):
         rows_of(tmp_path, "A,a,0,0.5", "A,b,0,0.5", "A,plain,0,")
+
+
+def test_cross_entropies_where_the_rows_tell_them(tmp_path, capsys):
+    """By hand: differences of -0.25 and -0.5; a method without the baseline's task, and rows of before."""
+    given = ["A,plain,0,0.5,1.0", "A,plain,1,0.5,1.5", "A,new,0,0.5,0.75", "A,new,1,0.5,1.0", "B,new,0,0.5,2.0",
+             "B,plain,0,0.5,"]  # fmt: skip
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["task,method,seed,score,cross_entropy,majority,untrained",
+                               *(f"{line},0.5,0.25" for line in given)]))  # fmt: skip
+    made = few_shot_tables.nats_table(few_shot_tables.Rows(file))
+    assert made[2:] == [
+        "| A | plain prompt tuning | 1.250 | 0.354 | 1.500 | | | |",
+        "| A | new | 0.875 | 0.177 | 1.000 | -0.375 | - | 0.5000 |",
+        "| B | new | 2.000 | - | 2.000 | | | |",
+    ]
+    few_shot_tables.main([str(file)])
+    assert "\n".join(made) in capsys.readouterr().out
+    assert few_shot_tables.nats_table(rows_of(tmp_path, "A,plain,0,0.5")) == []

@@ -186,7 +186,8 @@ def test_finished_cells_are_known_by_their_settings(tmp_path):
 
 def row(task, method, seed, score, failed=None):
     metrics = None if score is None else {"accuracy": score}
-    return Row(task, method, seed, metrics, {"accuracy": 0.25}, 0.5, failed, {"lr": 0.1}, None, 2, 3)
+    nats = None if score is None else 2 * score
+    return Row(task, method, seed, metrics, {"accuracy": 0.25}, 0.5, failed, {"lr": 0.1}, None, 2, 3, None, None, nats)
 
 
 def test_tables_of_a_small_study(tmp_path):
@@ -199,9 +200,9 @@ def test_tables_of_a_small_study(tmp_path):
     ]  # fmt: skip
     cells = Cells(rows, ["A", "B"], ["plain", "noise"], "plain")
     text = markdown(cells, "study", ["A.png"])
-    assert "| A | plain | 3 | 0.600 | 0.100 | 0.500 | 0.100 | 0 | 0.250 | 0.500 |" in text
-    assert "| B | noise | 3 | 0.600 | 0.141 | 0.500 | 0.100 | 1 | 0.250 | 0.500 |" in text
-    assert f"| {ALL} | noise | | 0.625 | 0.096 | 0.550 | 0.075 | | | |" in text
+    assert "| A | plain | 3 | 0.600 | 0.100 | 0.500 | 0.100 | 1.200 | 0 | 0.250 | 0.500 |" in text
+    assert "| B | noise | 3 | 0.600 | 0.141 | 0.500 | 0.100 | 1.200 | 1 | 0.250 | 0.500 |" in text
+    assert f"| {ALL} | noise | | 0.625 | 0.096 | 0.550 | 0.075 | | | | |" in text
     found = cells.comparison("A", "noise")
     assert (found.pairs, found.gain) == (3, pytest.approx(0.05))
     assert "| A | noise | 3 | +0.050 |" in text
@@ -210,8 +211,8 @@ def test_tables_of_a_small_study(tmp_path):
     assert "![A](A.png)" in text
     write_csv(tmp_path / "rows.csv", rows)
     lines = (tmp_path / "rows.csv").read_text().splitlines()
-    assert lines[0] == "task,method,seed,score,untrained,majority,best_step,steps,seconds,failed,accuracy"
-    assert lines[11] == "B,noise,1,,0.25,0.5,2,3,,The loss is not finite at step 2,"
+    assert lines[0] == "task,method,seed,score,cross_entropy,untrained,majority,best_step,steps,seconds,failed,accuracy"
+    assert lines[11] == "B,noise,1,,,0.25,0.5,2,3,,The loss is not finite at step 2,"
 
 
 def test_the_majority_beside_a_score_is_a_mean_of_metrics(tmp_path):
@@ -220,11 +221,11 @@ def test_the_majority_beside_a_score_is_a_mean_of_metrics(tmp_path):
     new = replace(row("A", "plain", 0, 0.5), metrics=two, untrained=two, majority_metrics={**two, "macro_f1": 1 / 3})
     old = replace(new, majority_metrics=None)
     for rows, shown, cell in (([new], "0.417", new.majority_score), ([old], "-", None)):
-        assert f"| A | plain | 1 | 0.375 | - | 0.375 | 0.000 | 0 | 0.375 | {shown} |" in markdown(
+        assert f"| A | plain | 1 | 0.375 | - | 0.375 | 0.000 | 1.000 | 0 | 0.375 | {shown} |" in markdown(
             Cells(rows, ["A"], ["plain"], "plain"), "study"
         )
         write_csv(tmp_path / "rows.csv", rows)
-        assert (tmp_path / "rows.csv").read_text().splitlines()[1].split(",")[5] == ("" if cell is None else str(cell))
+        assert (tmp_path / "rows.csv").read_text().splitlines()[1].split(",")[6] == ("" if cell is None else str(cell))
     assert new.majority_score == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert row("A", "plain", 0, 0.5).majority_score == 0.5
 
