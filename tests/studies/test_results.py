@@ -9,6 +9,7 @@ from ptp_ds.errors import UserError
 from tests.support.paths import ROOT
 
 FILE = ROOT / "docs" / "few_shot" / "rows.csv"
+FP32 = ROOT / "docs" / "few_shot" / "fp32.csv"
 SEEN = ("SST2", "Subj")
 METHODS = [method for method in few_shot_tables.Rows(FILE).methods if not method.endswith("-w5")]
 PAGES = {
@@ -16,6 +17,7 @@ PAGES = {
     "results_warmup5.md": few_shot_tables.Rows(
         FILE, "plain-w5", [method for method in few_shot_tables.Rows(FILE).methods if method.endswith("-w5")]
     ),
+    "results_probabilities.md": few_shot_tables.Rows(FP32),
 }
 
 
@@ -35,19 +37,27 @@ def test_the_tables_of_the_results_are_those_of_their_rows(page, table):
     assert shown(page)[start : start + len(made) + 1] == [*made, ""]
 
 
-def test_the_spread_over_seeds_of_one_draw_is_of_the_rows_too():
-    made = few_shot_tables.draws_table(PAGES["results.md"], 5)
-    start = shown("results.md").index(made[0])
-    assert shown("results.md")[start : start + len(made) + 1] == [*made, ""]
+@pytest.mark.parametrize("page", ["results.md", "results_probabilities.md"])
+def test_the_spread_over_seeds_of_one_draw_is_of_the_rows_too(page):
+    made = few_shot_tables.draws_table(PAGES[page], 5)
+    start = shown(page).index(made[0])
+    assert shown(page)[start : start + len(made) + 1] == [*made, ""]
+
+
+def test_cross_entropies_are_of_the_rows_too():
+    made = few_shot_tables.nats_table(PAGES["results_probabilities.md"])
+    start = shown("results_probabilities.md").index(made[0])
+    assert shown("results_probabilities.md")[start : start + len(made) + 1] == [*made, ""]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_names_the_command_that_makes_its_tables(page):
-    methods = PAGES[page].methods
-    base = "" if PAGES[page].base == "plain" else f" --baseline {PAGES[page].base}"
-    (command,) = [line for line in shown(page) if "few_shot_tables.py docs/few_shot/rows.csv" in line]
-    named = sorted(methods, key=list(few_shot_tables.NAMES).index)
-    assert f" --seen {' '.join(SEEN)}{base} --methods {' '.join(named)}" in command
+    rows, file = PAGES[page], "fp32.csv" if page == "results_probabilities.md" else "rows.csv"
+    base = "" if rows.base == "plain" else f" --baseline {rows.base}"
+    (command,) = [line for line in shown(page) if f"few_shot_tables.py docs/few_shot/{file}" in line]
+    named = sorted(rows.methods, key=list(few_shot_tables.NAMES).index)
+    seen = f" --seen {' '.join(SEEN)}" if set(SEEN) & set(rows.tasks) else ""
+    assert f"{seen}{base} --methods {' '.join(named)}" in command
 
 
 def test_what_the_longer_warm_up_changes_is_of_the_rows_too():
