@@ -67,6 +67,7 @@ def test_the_sweep_notices_a_wrong_score(monkeypatch):
     assert examine("llama", "causal", "large", lambda stage: None)["verdict"] == "wrong"
 
 
+@pytest.mark.slow
 def test_the_sweep_notices_a_tensor_that_two_ranks_hold_otherwise(monkeypatch):
     """It can fail: with rotary frequencies in the shards' dtype, as zero.Init makes them."""
     from ptp_ds.backbone import sharded_loading

@@ -65,6 +65,7 @@ def test_the_deepspeed_command_says_what_a_person_needs_in_order(tmp_path, tiny_
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_users_error_is_the_only_line_of_the_deepspeed_command(tmp_path, tiny_model):
     done = launched(tmp_path, [*QUICK, "--model", tiny_model, "--sigma", "-1"])
     assert done.returncode == 2

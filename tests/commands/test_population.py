@@ -54,8 +54,9 @@ def test_micro_batches_of_all_members_one_after_the_other(run_train, lively_mode
     require_same(tmp_path / "all" / "members" / "seed-5", tmp_path / "alone")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("perturbation", ["mask", "a2t", "free"])
+@pytest.mark.parametrize(
+    "perturbation", ["free", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "a2t"))]
+)
 def test_seeds_at_once_equal_lone_runs_on_two_ranks(run_train, lively_model, tmp_path, perturbation):
     """On the tiny model's own weights a divergence is now and then rounding, and where an ascent goes follows it."""
     args = [*QUICK, "--model", lively_model, "--perturbation", perturbation]

@@ -62,6 +62,7 @@ LONG = [
 ]  # fmt: skip
 
 
+LONE = [scenario for scenario in SCENARIOS if scenario["world"] == 1]
 DRY_SCENARIOS = [dry_run(world, ranks) for world, ranks in DRY_RANKS.items()]
 
 
@@ -100,13 +101,26 @@ def check(scenario: dict, reports: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
+def lone_reports(tmp_path_factory):
+    return run_scenarios(tmp_path_factory.mktemp("lone"), LONE, 170)
+
+
+@pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    return run_scenarios(tmp_path_factory.mktemp("plan"), SCENARIOS + DRY_SCENARIOS, 170)
+    several = [scenario for scenario in SCENARIOS if scenario not in LONE]
+    return run_scenarios(tmp_path_factory.mktemp("plan"), several + DRY_SCENARIOS, 170)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
-def test_bytes_exactly_and_memory_within_15_percent(reports, scenario):
-    check(scenario, reports[scenario["name"]])
+@pytest.mark.parametrize("scenario", LONE, ids=lambda scenario: scenario["name"])
+def test_bytes_exactly_and_memory_within_15_percent(lone_reports, scenario):
+    check(scenario, lone_reports[scenario["name"]])
+
+
+@pytest.mark.slow
+def test_bytes_exactly_and_memory_within_15_percent_on_several_ranks(reports):
+    for scenario in SCENARIOS:
+        if scenario not in LONE:
+            check(scenario, reports[scenario["name"]])
 
 
 @pytest.mark.slow
@@ -116,6 +130,7 @@ def test_every_kind_of_step_on_1_2_and_4_ranks(tmp_path):
         check(scenario, found[scenario["name"]])
 
 
+@pytest.mark.slow
 def test_hpz_on_two_hosts_of_two_ranks_gives_the_same_prompt(reports):
     """Weights come from the own host's copy alone; two steps change the prompt alike, to the bit."""
     for plain, hpz in zip(reports["keep4"], reports["hpz4"], strict=True):
@@ -124,6 +139,7 @@ def test_hpz_on_two_hosts_of_two_ranks_gives_the_same_prompt(reports):
         assert hpz["kept"] > plain["kept"], "hpZ keeps a second copy"
 
 
+@pytest.mark.slow
 def test_int8_gathers_round_matrices_and_leave_norms_exact(reports):
     """DeepSpeed's own gathers with a quantiser of torch's: half a step of 127 at most, and not nothing."""
     for report in reports["int8"]:
@@ -353,6 +369,7 @@ def check_dry(world: int, ranks: list[int], reports: list[dict]) -> None:
         assert report["saved"] == (["state.json", "state.safetensors"] if rank == 0 else [])
 
 
+@pytest.mark.slow
 def test_the_real_trainer_on_8_and_64_ranks(reports):
     """On a fake process group: shards, dealt rows, the order of collectives on every rank, bytes as planned."""
     for world, ranks in DRY_RANKS.items():

@@ -161,8 +161,9 @@ def test_pgd_under_reentrant_checkpointing_is_one_sentence():
         ptp_loss(model, batch_of("right", classes=False), PTPSettings(perturbation="pgd"))
 
 
-@pytest.mark.parametrize("ran", ["not yet", pytest.param("compiled before", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("perturbation", [pytest.param("gaussian", marks=pytest.mark.slow), "pgd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ran", ["not yet", "compiled before"])
+@pytest.mark.parametrize("perturbation", ["gaussian", "pgd"])
 def test_a_compiled_model_is_moved_too(perturbation, ran):
     """Three steps, against the same model uncompiled; one that was compiled without the hook is compiled again."""
     torch.compiler.reset()

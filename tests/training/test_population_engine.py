@@ -14,12 +14,10 @@ from tests.support.processes import worker_environment
 @pytest.mark.parametrize(
     ("perturbation", "stage", "nproc"),
     [
-        ("none", "zero3", 2),
-        pytest.param("pgd", "zero3", 2, marks=pytest.mark.slow),
-        pytest.param("gaussian", "zero2", 2, marks=pytest.mark.slow),
-        pytest.param("gaussian", "zero3_offload", 1, marks=pytest.mark.slow),
+        ("pgd", "zero3", 2), ("none", "zero3", 2), ("gaussian", "zero2", 2), ("gaussian", "zero3_offload", 1),
     ],
-)
+)  # fmt: skip
+@pytest.mark.slow  # in a quick run tests/commands/test_population.py stands for it, on two ranks, too
 def test_members_equal_lone_runs(tmp_path, perturbation, stage, nproc):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc),

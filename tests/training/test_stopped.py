@@ -31,8 +31,7 @@ def scored_at(folder) -> list[int]:
 @pytest.mark.parametrize(
     ("eval_every", "seeds"),
     [
-        (0, None), (2, "0-1"), pytest.param(2, None, marks=pytest.mark.slow),
-        pytest.param(0, "0-1", marks=pytest.mark.slow),
+        (0, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, "0-1"), (2, None), (0, "0-1")]),
     ],
 )  # fmt: skip
 def test_it_ends_where_it_was_stopped(tiny_model, tmp_path, seeds, eval_every):
