@@ -29,6 +29,7 @@ from ptp_ds.commands.members import said_once
 from ptp_ds.errors import UserError
 from ptp_ds.objective import cross_entropy_sum
 from ptp_ds.ranks.distributed import prepare_environment
+from ptp_ds.studies.report import shown_score
 from ptp_ds.studies.statistics import spread_of
 from ptp_ds.tasks.example import Example
 from ptp_ds.training.evaluate import Questions, score_prompts
@@ -77,7 +78,8 @@ def selection_split(member: Path) -> str:
 
 
 def scores_of(served: Served, backbone: Backbone, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(scores [N, C], right answers [N]) of the rows under the served prompt."""
+    """(scores [N, C], right answers [N]) under the served prompt, of the rows whose right answer is known."""
+    examples = [example for example in examples if example.trainable]
     asked = [Questions(served.trained(backbone)[0], examples, served.rows)]
     return score_prompts(backbone, asked, alone(), 16384)[0], torch.tensor([example.gold for example in examples])
 
@@ -97,7 +99,7 @@ def outcome_of(served: Served, backbone: Backbone, member: Path) -> Outcome:
 def shown(values: Sequence[float]) -> str:
     """Mean, standard deviation, highest."""
     found = spread_of(values)
-    return f"{found.mean:.3f} | {'-' if found.std is None else f'{found.std:.3f}'} | {found.largest:.3f}"
+    return " | ".join(map(shown_score, (found.mean, found.std, found.largest)))
 
 
 def main(argv: list[str]) -> None:

@@ -145,7 +145,7 @@ def test_flat_rows_give_the_official_examples(name, labels, on_hub, tokenizer):
 )
 def test_the_real_rows_laid_flat_give_the_official_examples(name, file, superglue, on_hub, tokenizer):
     text = Path(superglue.parent / f"{file}.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()][:8]
+    rows = [json.loads(line) for line in text.splitlines()][:20]
     require_same(name, on_hub(name, rows), rows, tokenizer)
 
 
