@@ -1,5 +1,6 @@
 """Fixtures: a tiny random Llama and its tokenizer, the real SuperGLUE files, scripts/train.py as a process, the hub."""
 
+import gc
 import json
 import os
 import re
@@ -148,6 +149,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 def drill_row(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, str], None]:
     """drill_row(fault, how it was made, what the user sees, what was lost) adds a row to the fault drill's table."""
     return lambda *cells: record_property("drill", cells)
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection left is not searched for garbage again, of which every run of DeepSpeed asks."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
