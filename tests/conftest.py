@@ -92,6 +92,13 @@ def write_rows() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group that another test left in the environment is not this program's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """torch's operators on two threads, whatever this process has."""
     before = torch.get_num_threads()

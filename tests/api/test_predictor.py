@@ -22,12 +22,9 @@ from ptp_ds.prompts import prompt_width
 from ptp_ds.tasks.data import DEMO_DATA
 from ptp_ds.tasks.template import parse_task
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 REVIEWS = ["A quiet film that stays with you, long after its end.", "Dull.", "I liked it, mostly."]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture(params=["soft", "deep"])

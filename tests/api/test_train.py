@@ -29,19 +29,14 @@ from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
 from tests.support.runs import adapter, check
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 QUICK = {"prompt_length": 4, "batch_size": 4, "max_steps": 2, "eval_tokens": 600, "lr": 0.1, "log_every": 1}
 TEMPLATE = {
     "name": "Mood", "text": "{line}\nMood:", "truncate": "line", "label": "mood",
     "verbalizers": {"up": " good", "down": " bad"}, "metrics": ["accuracy"],
 }  # fmt: skip
 ROWS = [{"line": f"Line {n} is {'fine' if n % 3 else 'poor'}.", "mood": "up" if n % 3 else "down"} for n in range(20)]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this program's."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def demo(task: str, split: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """The table of families against the sweep of all that transformers has: tiny models, held against plain passes.
 
-Those that people use are tried in every run of the tests, all of them, sharded too, by scripts/test_slow.sh.
+Those that people use most are tried in every run of the tests, the others and all, sharded too, by
+scripts/test_slow.sh.
 """
 
 import family_sweep
@@ -13,14 +14,18 @@ from ptp_ds.backbone.families import FAMILIES, families_table
 from tests.support.paths import ROOT
 
 LISTED = {(family.name, head): family for family in FAMILIES for head in family.heads}
-CAUSAL = """cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma3 gemma3_text glm4 gpt_oss granite helium llama4_text
-    mixtral nemotron olmo2 olmo3 phi3 qwen2_moe qwen3_moe seed_oss smollm3 stablelm starcoder2 gptj mamba2 mpt
-    qwen3_next"""
-MASKED, SEQ2SEQ = "camembert deberta eurobert nomic_bert roformer", "led longt5 mbart mt5 umt5"
+QUICK = {
+    "causal": """cohere2 deepseek_v3 gemma3 gemma3_text gpt_oss llama4_text mixtral olmo3 phi3 qwen3_moe smollm3 gptj
+        mamba2 mpt qwen3_next""",
+    "masked": "deberta eurobert nomic_bert", "seq2seq": "mbart mt5",
+}  # fmt: skip
+SLOW = {
+    "causal": "cohere ernie4_5 exaone4 gemma glm4 granite helium nemotron olmo2 qwen2_moe seed_oss stablelm starcoder2",
+    "masked": "camembert roformer", "seq2seq": "led longt5 umt5",
+}  # fmt: skip
 USED = [
-    *((name, "causal") for name in CAUSAL.split()),
-    *((name, "masked") for name in MASKED.split()),
-    *((name, "seq2seq") for name in SEQ2SEQ.split()),
+    *((name, kind) for kind, names in QUICK.items() for name in names.split()),
+    *(pytest.param(name, kind, marks=pytest.mark.slow) for kind, names in SLOW.items() for name in names.split()),
 ]
 
 

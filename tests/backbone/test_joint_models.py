@@ -263,7 +263,10 @@ def test_a_model_that_tokens_alone_dont_run_keeps_its_own(monkeypatch):
     assert not any(module._forward_pre_hooks for module in backbone.model.modules())
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("zero3", 1), ("zero3", 2), ("zero2", 1)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [pytest.param("zero3", 1, marks=pytest.mark.slow), ("zero3", 2), pytest.param("zero2", 1, marks=pytest.mark.slow)],
+)
 def test_training_with_joint_products(stage, ranks, tiny_model, tmp_path):
     """The prompt of a run without them, but for rounding."""
     prompts = {}

@@ -55,6 +55,7 @@ def study(tiny_model, tmp_path, write_rows):
     return tmp_path / "study.json"
 
 
+@pytest.mark.slow
 def test_curves_train_what_is_missing(study, tmp_path):
     done = run_script(BENCH / "curves.py", [study, "--out", "out", "--json", "table"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -100,6 +101,7 @@ def test_a_large_step_beside_pefts(tmp_path):
         assert theirs["ratio_peft_keep"] == theirs["peft_seconds"] / ours["step_seconds"]
 
 
+@pytest.mark.slow
 def test_a_profile_tells_parts_and_operators(tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--task", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--data_dir", "",
                  "--operators", 5]  # fmt: skip

@@ -127,6 +127,7 @@ def test_rows_that_no_prompt_can_get_right_are_told(run_train, tiny_model, write
     assert "1 row has a right and a wrong answer of the same tokens (" in check(scored).stderr
 
 
+@pytest.mark.slow
 def test_on_a_terminal_loss_lines_stand_above_the_bar(tiny_model, tmp_path):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 110))  # tqdm draws nothing on a terminal without rows

@@ -24,6 +24,8 @@ from ptp_ds.tasks.data import Split, load_split
 from ptp_ds.training.evaluate import evaluation_of
 from tests.support.zygote import run_script
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 
 def script(name: str, argv: list, cwd: Path) -> subprocess.CompletedProcess:
     done = run_script(name, argv, cwd)
@@ -48,13 +50,6 @@ def trained(tiny_model, tmp_path_factory) -> Path:
              "--lr", 0.3, "--output_dir", "run"]  # fmt: skip
     script("train.py", flags, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this command's."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,59 +10,18 @@ import torch
 from sklearn.metrics import f1_score
 
 import ptp_ds
-from ptp_ds.commands import one_run, population
 from ptp_ds.commands.members import prepare_population
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
 from ptp_ds.ranks.faults import OutputError
 from ptp_ds.tasks import load_task
 from ptp_ds.tasks.data import load_split
-from ptp_ds.training import step
-from ptp_ds.training.checkpoint import saved_steps
-from ptp_ds.training.engine import Engine
 from ptp_ds.training.monitor import Monitor
-from ptp_ds.training.trainer import NonFiniteLossError, Trainer
+from ptp_ds.training.trainer import Trainer
 from tests.support.paths import ROOT
-from tests.support.populations import distance, state_of
-from tests.support.runs import adapter
+from tests.support.populations import distance, require_equal, state_of, steps_of, written
 
-RUN = {"task": "COPA", "prompt_length": 4, "batch_size": 4, "max_steps": 20, "schedule_steps": 20, "eval_every": 10,
-       "save_every": 5, "eval_tokens": 600, "lr": 0.05, "log_every": 1, "perturbation": "gaussian",
-       "verbose": False}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this program's."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def job(tiny_model, tmp_path):
-    """job(folder, **settings): ptp_ds.train with RUN's settings and these."""
-
-    def train(folder: str, **settings):
-        return ptp_ds.train(model=tiny_model, output_dir=tmp_path / folder, **{**RUN, **settings})
-
-    return train
-
-
-def written(file: Path, members: list[dict]) -> str:
-    file.write_text(json.dumps(members))
-    return str(file)
-
-
-def steps_of(folder: Path) -> list[int]:
-    """Without those that were set aside."""
-    return saved_steps(folder / "checkpoints")
-
-
-def require_equal(ours: Path, theirs: Path) -> None:
-    """Bit for bit, at the last step."""
-    mine = state_of(ours, 20)
-    for name, tensor in state_of(theirs, 20).items():
-        assert torch.equal(mine[name], tensor), name
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 # what they must share
@@ -100,6 +57,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {file: file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_what_a_folder_holds_is_not_written_over(job, tmp_path):
     """By a run of one prompt where several are, by several where one is, or by others than those of before."""
     short = {"max_steps": 1, "eval_every": 1}
@@ -175,76 +133,7 @@ def test_a_job_that_ends_between_two_saves_goes_on(job, tmp_path, monkeypatch):
         assert steps_of(tmp_path / "half" / "members" / name) == [20]
 
 
-def test_a_failure_is_forgotten_where_nothing_was_saved(job, tmp_path, monkeypatch):
-    """A job that starts anew may have other settings; here the member that failed has another learning rate."""
-    given = {"max_steps": 4, "schedule_steps": 4, "eval_every": 4, "save_every": 4, "resume": "auto"}
-
-    def dies(*args, **kwargs):
-        raise RuntimeError("killed")
-
-    def members(lr: float) -> str:
-        both = [{"name": "good", "seed": 1}, {"name": "bad", "lr": lr, "warmup_steps": 0}]
-        return written(tmp_path / "members.json", both)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", dies)
-        with pytest.raises(RuntimeError, match="killed"):
-            job("all", population=members(1e38), **given)
-    failed = tmp_path / "all" / "members" / "bad" / "failed.json"
-    assert "not finite" in failed.read_text()
-    again = job("all", population=members(0.05), **given)
-    assert [(one["failed"], one["steps"]) for one in again.record["members"]] == [(None, 4)] * 2
-    assert not failed.exists()
-
-
-def test_a_member_that_failed_keeps_its_prompt_and_results(job, tmp_path, monkeypatch):
-    """It had scored a prompt and saved none, and the others go on from a step behind its failure."""
-    given = {"seeds": "0 1", "max_steps": 4, "eval_every": 2, "save_every": 4}
-    said, real = "The loss is not finite at step 3", Trainer.log
-
-    def breaks(trainer, progress, *args):
-        if (trainer.run.seed, progress.step) == (1, 3):
-            raise NonFiniteLossError(f"{said}; nothing was saved")
-        real(trainer, progress, *args)
-
-    monkeypatch.setattr(Trainer, "log", breaks)
-    folder, seen = tmp_path / "run" / "members" / "seed-1", []
-    for steps in (4, 6):
-        record = job("run", **{**given, "max_steps": steps}, resume="auto").record["members"][1]
-        assert (record["failed"], record["steps"], record["best_step"]) == (said, 3, 2)
-        result = json.loads((folder / "result.json").read_text())
-        assert (result["steps"], result["metrics"]) == (3, record["metrics"])
-        seen.append((record["metrics"], adapter(folder).tolist()))
-    assert seen[0] == seen[1]
-    assert not list(folder.glob("*.left"))
-    (folder / "kept.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"kept\.safetensors is missing or altered .*; put a copy back or start anew"):
-        job("run", **{**given, "max_steps": 6}, resume="auto")
-
-
-@pytest.mark.parametrize("alone", [3, 4, 6])
-def test_a_member_that_failed_and_went_on_alone_has_not_failed(job, tmp_path, monkeypatch, alone):
-    """Its own end is its result: behind the failure's step, or at it, where the last evaluation had failed."""
-    given, real, broken = {"max_steps": 6, "eval_every": 2, "save_every": 2}, Trainer.log, []
-
-    def breaks(trainer, progress, *args):
-        if (trainer.run.seed, progress.step) == (1, alone) and not broken:
-            broken.append(True)
-            raise NonFiniteLossError("The loss is not finite")
-        real(trainer, progress, *args)
-
-    monkeypatch.setattr(Trainer, "log", breaks)
-    assert job("run", **given, seeds="0 1").record["members"][1]["failed"] == "The loss is not finite"
-    folder = tmp_path / "run" / "members" / "seed-1"
-    job("run/members/seed-1", **given, seed=1, resume="auto")
-    lone = json.loads((folder / "result.json").read_text())
-    assert lone["steps"] == 6
-    record = job("run", **given, seeds="0 1", resume="auto").record["members"][1]
-    assert (record["failed"], record["steps"], record["metrics"]) == (None, 6, lone["metrics"])
-    assert not (folder / "failed.json").exists()
-
-
-@pytest.mark.parametrize("lost", ["a file", "all of one"])
+@pytest.mark.parametrize("lost", ["a file", pytest.param("all of one", marks=pytest.mark.slow)])
 def test_a_step_that_one_has_lost(job, tmp_path, capsys, lost):
     """The step before it is taken, or none where a member has saved nothing."""
     given = {"seeds": "0 1", "save_every": 4, "keep_checkpoints": 3, "verbose": True}
@@ -269,6 +158,7 @@ def test_a_step_that_one_has_lost(job, tmp_path, capsys, lost):
 PATIENCE = [{"name": "still", "lr": 1e-9, "patience": 1}, {"name": "long", "seed": 2}]
 
 
+@pytest.mark.slow
 def test_more_patience_goes_on_from_a_step_that_all_have(job, tmp_path):
     given = {"eval_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
     job("half", **given, max_steps=10)
@@ -289,6 +179,7 @@ def test_members_without_a_step_in_common(job, tmp_path):
         job("run", **given, resume="auto")
 
 
+@pytest.mark.slow
 def test_a_member_that_ended_later_lends_the_others_no_step_of_adam(job, tmp_path):
     """It had ended at step 8, and the others go on from step 5."""
     given = {"eval_every": 4, "population": written(tmp_path / "members.json", PATIENCE)}
@@ -302,6 +193,7 @@ def test_a_member_that_ended_later_lends_the_others_no_step_of_adam(job, tmp_pat
     assert steps_of(tmp_path / "half" / "members" / "still") == [5, 8]
 
 
+@pytest.mark.slow
 def test_a_member_that_a_callback_ended_stays_so(job, tmp_path, capsys):
     def stop(line: dict) -> None:
         if line["member"] == "seed-1" and (line["kind"], line["step"]) == ("train", 3):
@@ -317,87 +209,3 @@ def test_a_member_that_a_callback_ended_stays_so(job, tmp_path, capsys):
     assert [one.record["steps"] for one in again.members.values()] == [20, 3]
     alone = job("half/members/seed-1", seed=1, resume="auto")
     assert alone.record["steps"] == 20, "its folder is a run's, which goes on"
-
-
-# gradients that are not finite
-
-
-def test_a_gradient_that_is_not_finite_ends_a_member_as_its_own_run(job, tmp_path, monkeypatch):
-    """The loss is: a square root of 0 times it is added, whose derivative is infinity times 0."""
-    bad, real = 0.75, step.dual_divergence
-
-    def broken(*args, reg_weight, **kwargs):
-        total, *others = real(*args, reg_weight=reg_weight, **kwargs)
-        return (total + (total * 0.0).sqrt() if reg_weight == bad else total, *others)
-
-    monkeypatch.setattr(step, "dual_divergence", broken)
-    members = [{"name": "good", "seed": 1}, {"name": "bad", "reg_weight": bad}, {"name": "fine", "seed": 2}]
-    said = r"The prompt's gradient is not finite at step 1; nothing was saved .*\. Start anew in another --output_dir"
-    with pytest.raises(UserError, match=said) as told:
-        job("alone", reg_weight=bad)
-    together = job("all", population=written(tmp_path / "members.json", members))
-    sentences = [one["failed"] for one in together.record["members"]]
-    assert sentences == [None, str(told.value).split(";")[0], None]
-    good = job("good", seed=1)
-    ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
-    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
-
-
-def test_a_member_beyond_all_numbers_beside_others_that_a_network_makes(job, tmp_path):
-    """Its network's own gradient is not finite either, which would leave out the step of all."""
-    members = [{"name": "good", "seed": 1}, {"name": "bad", "lr": 1e38, "warmup_steps": 0}]
-    given = {"prompt_mlp": 8, "prompt": "soft"}
-    together = job("all", population=written(tmp_path / "members.json", members), **given)
-    assert "not finite" in together.record["members"][1]["failed"]
-    good = job("good", seed=1, **given)
-    ours, theirs = (state_of(folder, 20) for folder in (together.members["good"].output_dir, good.output_dir))
-    assert float(theirs["adam_step"]) == float(ours["adam_step"]) == 20
-    assert distance(ours["prompt"], theirs["prompt"]) < 1e-5
-
-
-# scores that are not finite
-
-
-def test_a_selection_score_that_is_not_finite_is_no_score(job, tmp_path, monkeypatch):
-    """Nothing of its step is kept or saved; of several prompts it is that one which ends."""
-    real = Engine.kept
-
-    def kept(engine):
-        """Of several prompts the last is broken, or the lone one; each has 4 rows."""
-        prompts = real(engine)
-        prompts[-4:] = math.nan
-        return prompts
-
-    monkeypatch.setattr(Engine, "kept", kept)
-    said = "The cross-entropy on the selection rows is not finite at step 1"
-    given = {"max_steps": 1, "eval_every": 1}
-    with pytest.raises(NonFiniteLossError, match=f"^{said}; nothing was saved after the last checkpoint"):
-        job("alone", **given)
-    assert steps_of(tmp_path / "alone") == []
-    assert not (tmp_path / "alone" / "adapter").exists()
-    together = job("all", seeds="0 1", **given)
-    assert [one["failed"] for one in together.record["members"]] == [None, said]
-    assert [one["metrics"] is None for one in together.record["members"]] == [False, True]
-    assert [steps_of(tmp_path / "all" / "members" / name) for name in ("seed-0", "seed-1")] == [[1], []]
-
-
-def test_a_last_score_that_is_not_finite_is_no_result(job, tmp_path, monkeypatch):
-    """Seed 0's, on the rows that are reported."""
-    real = one_run.report_run
-
-    def broken(prepared, trainer, progress, result, untrained):
-        bad = replace(result, cross_entropy=math.nan) if prepared.run.seed == 0 else result
-        return real(prepared, trainer, progress, bad, untrained)
-
-    monkeypatch.setattr(one_run, "report_run", broken)
-    monkeypatch.setattr(population, "report_run", broken)
-    said = "The cross-entropy on the --eval_split rows is not finite at step 1"
-    given = {"max_steps": 1, "eval_every": 1}
-    with pytest.raises(NonFiniteLossError, match=f"^{said};"):
-        job("alone", **given)
-    together = job("all", seeds="0 1", **given)
-    assert [one["failed"] for one in together.record["members"]] == [said, None]
-    assert [one["metrics"] is None for one in together.record["members"]] == [True, False]
-    for folder in (tmp_path / "alone", tmp_path / "all" / "members" / "seed-0"):
-        assert not (folder / "adapter").exists()
-        assert not (folder / "result.json").exists()

@@ -44,6 +44,7 @@ def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, lively_model, tmp_
     assert "failed: none" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("perturbation", "ranks"), [("free", 1), pytest.param("pgd", 2, marks=pytest.mark.slow)])
 def test_micro_batches_of_all_members_one_after_the_other(run_train, lively_model, tmp_path, perturbation, ranks):
     """A lone run that takes them side by side is the reference."""
@@ -122,6 +123,7 @@ def test_a_stopped_population_goes_on_as_if_it_had_not(run_train, tiny_model, tm
             assert torch.equal(state_of(ours, 20)[key], tensor), key
 
 
+@pytest.mark.slow
 def test_patience_ends_a_member_and_the_others_go_on(run_train, tiny_model, tmp_path):
     """One that learns nothing ends behind two evaluations; it stays so where the job is resumed, the other goes on."""
     members = [{"name": "still", "lr": 1e-9, "patience": 1, "weight_decay": 0.0}, {"name": "long", "seed": 2}]
@@ -145,6 +147,7 @@ def test_patience_ends_a_member_and_the_others_go_on(run_train, tiny_model, tmp_
     assert "step 12  2 evaluations without a higher score: training ends here" in more
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_leaves_the_others_as_they_are(run_train, tiny_model, tmp_path):
     """Its learning rate takes it beyond all numbers; it is reported, and stays so where the job is resumed."""
     members = [{"name": "good", "seed": 1}, {"name": "bad", "lr": 1e38, "warmup_steps": 0}, {"name": "fine", "seed": 2}]
@@ -189,6 +192,7 @@ def test_a_job_without_steps_left_keeps_its_bands(run_train, tiny_model, tmp_pat
 BROKEN = "The prompt's gradient is not finite at step 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_gradient_that_is_not_finite_between_two_log_lines(tiny_model, tmp_path, stage, ranks):
     """Step 2 of 10, where 5 and 10 are logged: the optimizer leaves it out, and every later step is a whole one."""

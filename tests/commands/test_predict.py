@@ -17,14 +17,10 @@ from tests.support.task_rows import ROWS
 from tests.support.tiny import make_tokenizer
 from tests.support.zygote import run_script
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 VAL = DEMO_DATA / "COPA" / "val.jsonl"
 FIELDS = ["premise=The ice melted.", "choice1=It was warm.", "choice2=It froze.", "question=cause"]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this command's."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """scripts/study.py, landscape.py and robustness.py on a tiny model: what they train, write, draw and refuse."""
 
 import csv
+import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import asdict
 
@@ -13,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ptp_ds.commands.landscape import main as landscape_main
 from ptp_ds.commands.robustness import _kinds
+from ptp_ds.commands.robustness import main as robustness_main
+from ptp_ds.commands.study import main as study_main
 from ptp_ds.commands.study import write_report
 from ptp_ds.studies.study import read_study
 from ptp_ds.tasks import load_task
-from tests.support.processes import worker_environment
 from tests.support.runs import check
 from tests.support.zygote import run_script
 
@@ -194,25 +195,17 @@ def test_robustness_counts_what_evaluations_count(study):
     assert (folder / "robust" / "robustness.png").stat().st_size > 10000
 
 
-WITHOUT = """
-import sys
-sys.modules[PACKAGE] = None  # as if it were not installed
-from ptp_ds.commands import landscape, robustness, study
-for main, given in ((study.main, ["study.yaml"]), (landscape.main, ["--adapters", "one"]),
-                    (robustness.main, ["--adapters", "one"])):
-    print("code", main([*given, "--output_dir", "out"]))
-"""
-
-
 @pytest.mark.parametrize(("package", "name"), [("scipy", "SciPy"), ("matplotlib", "matplotlib")])
-def test_a_missing_plot_extra_is_one_sentence(tmp_path, package, name):
+def test_a_missing_plot_extra_is_one_sentence(tmp_path, monkeypatch, capsys, package, name):
     """Before a study file or an adapter, which aren't there, is looked for."""
-    code = WITHOUT.replace("PACKAGE", repr(package))
-    done = subprocess.run([sys.executable, "-c", code], env=worker_environment(), cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60, check=False)  # fmt: skip
-    assert (done.returncode, done.stdout.count("code 2\n")) == (0, 3), done.stderr
-    said = f"error: Studies, landscapes and robustness need matplotlib and SciPy, and {name} isn't installed: "
-    assert done.stderr.count(f"{said}pip install 'ptp_ds[plot]'.\n") == done.stderr.count("error: ") == 3
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == package else found(asked))
+    monkeypatch.chdir(tmp_path)
+    for command, given in ((study_main, "study.yaml"), (landscape_main, "--adapters=one"),
+                           (robustness_main, "--adapters=one")):  # fmt: skip
+        assert command([given, "--output_dir", "out"]) == 2
+        said = f"error: Studies, landscapes and robustness need matplotlib and SciPy, and {name} isn't installed: "
+        assert capsys.readouterr() == ("", f"{said}pip install 'ptp_ds[plot]'.\n")
 
 
 def test_what_the_pictures_scripts_refuse(study, tmp_path):

@@ -132,6 +132,7 @@ def test_saved_on_two_ranks_resumes_on_one(run_train, tiny_model, tmp_path, pert
     assert json.loads((one / "result.json").read_text())["world_size"] == 1
 
 
+@pytest.mark.slow
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_train, tiny_model, tmp_path):
     """Its schedule's end was known beforehand: four steps, then four more, bit for bit eight."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "pgd", "--save_every", "4", "--eval_every", "4"]
@@ -147,6 +148,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(run_train, t
     assert (settings["max_steps"], settings["schedule_steps"], settings["perturbation"]) == (8, None, "pgd")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_an_older_checkpoint_is_gone_on_from(run_train, tiny_model, tmp_path):
     """It is left at step 6, between the older checkpoint and the newest of the run before: auto takes its own."""
     args = [*QUICK, "--model", tiny_model, "--save_every", "4", "--keep_checkpoints", "9", "--output_dir"]
@@ -166,7 +168,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_gone_on_from(run_train, 
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+@pytest.mark.parametrize("resume", [pytest.param([], marks=pytest.mark.slow), ["--resume", "auto"]])
 def test_the_folder_of_a_run_that_failed_before_it_saved_is_used_again(run_train, tiny_model, tmp_path, resume):
     """Its steps are gone from the log and from TensorBoard; the run that follows is as in a folder of its own."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

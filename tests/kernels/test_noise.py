@@ -23,9 +23,20 @@ def test_philox_gives_the_published_answers(counter, key, expected):
     assert tuple(int(x) for x in philox(key, tuple(torch.tensor([c]) for c in counter))) == expected
 
 
-@pytest.mark.parametrize("norm", [None, "frobenius", "token_l2"])
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
-@pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, WIDTHS, strict=True), ([2, 3], 2050)])
+CASES = [*zip(LENGTHS, WIDTHS, strict=True), ([2, 3], 2050)]
+_LARGE = LENGTHS[-1]  # where the interpreter takes seconds: in every kind and norm by the slow tests alone
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "kind", "norm"),
+    [
+        pytest.param(
+            *case, kind, norm, marks=[pytest.mark.slow] if case[0] is _LARGE and (kind, norm) not in
+            (("normal", "token_l2"), ("uniform", None)) else [],
+        )
+        for case in CASES for kind in ("normal", "uniform") for norm in (None, "frobenius", "token_l2")
+    ],
+)  # fmt: skip
 def test_kernel_and_reference_draw_the_same(lengths, width, kind, norm):
     places = make_places(lengths, still=len(lengths) > 1)
     ours, theirs = (noise(kind, 3 << 40, 5, places, width, 0.7, norm=norm, impl=impl) for impl in ("triton", "torch"))

@@ -34,11 +34,18 @@ def step(kernels: str, perturbation: str, dtype: torch.dtype, rows) -> tuple[tor
     return loss.total.detach(), prompt.grad, delta.detach()
 
 
+TREE, OWN = None, SeparateRows(kind="causal", prompt_length=5, target="both")
+QUICK = [("gaussian", torch.float32, OWN), ("uniform", torch.bfloat16, TREE), ("pgd", torch.float32, OWN),
+         ("free", torch.bfloat16, TREE)]  # fmt: skip
+SLOW = [
+    (perturbation, dtype, rows) for perturbation in ("gaussian", "uniform", "pgd", "free")
+    for dtype in (torch.float32, torch.bfloat16) for rows in (TREE, OWN) if (perturbation, dtype, rows) not in QUICK
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "rows", [None, SeparateRows(kind="causal", prompt_length=5, target="both")], ids=["tree", "own"]
+    ("perturbation", "dtype", "rows"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("perturbation", ["gaussian", "uniform", "pgd", "free"])
 def test_kernels_and_references_take_the_same_step(perturbation, dtype, rows):
     by_kernel, by_reference = (step(kernels, perturbation, dtype, rows) for kernels in ("triton", "torch"))
     close = 1e-4 if dtype == torch.float32 else 0.2  # roundings differ, and ascent amplifies them

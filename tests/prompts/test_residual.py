@@ -84,6 +84,7 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
     assert torch.equal(residual.prompt(best), adapter(one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [["--prompt_residual", "6"], pytest.param(["--prompt_mlp", "6", "--prompt", "deep"], marks=pytest.mark.slow)],

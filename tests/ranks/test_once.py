@@ -16,10 +16,11 @@ from ptp_ds.ranks import once
 from ptp_ds.ranks.once import first_of_host, lock_across_hosts
 from tests.support.processes import child_environment
 
-# Each process notes when it begins to prepare, and what it sees in the end.
+# Each of four forks notes when it begins to prepare, and what it sees in the end. Prints their exit codes.
 WORKER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
+from ptp_ds.launch.job import end_fork
 from ptp_ds.models import source as models
 
 def convert(target):
@@ -32,9 +33,17 @@ def convert(target):
     target.mkdir(parents=True)
     (target / "config.json").write_text("{}")
 
+def ask():
+    folder = models.resolve_model("smollm2-135m")
+    assert (folder / "config.json").read_text() == "{}"
+
 models._convert_embedded = convert
-folder = models.resolve_model("smollm2-135m")
-assert (folder / "config.json").read_text() == "{}"
+forks = []
+for _ in range(4):
+    forks.append(os.fork())
+    if not forks[-1]:
+        end_fork(ask)
+print(*sorted(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks))
 """
 
 
@@ -42,8 +51,8 @@ def start(folder: Path, how: str) -> list[int]:
     """Exit codes of four processes that all ask for the model at once."""
     env = child_environment({"PTP_DS_CACHE": str(folder / "cache"), "TMPDIR": str(folder)})
     command = [sys.executable, "-c", WORKER, str(folder), how]
-    processes = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(4)]
-    return sorted(process.wait(60) for process in processes)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=True)
+    return list(map(int, done.stdout.split()))
 
 
 def test_one_of_four_processes_converts(tmp_path):

@@ -7,8 +7,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ptp_ds.training.checkpoint import saved_steps
+
 QUICK = ["--task", "COPA", "--prompt_length", "5", "--batch_size", "4", "--max_steps", "20", "--eval_every", "10",
          "--save_every", "10", "--lr", "0.01", "--eval_tokens", "600"]  # fmt: skip
+
+
+def written(file: Path, members: list[dict]) -> str:
+    """The file, with these members in it."""
+    file.write_text(json.dumps(members))
+    return str(file)
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Without those that were set aside."""
+    return saved_steps(folder / "checkpoints")
+
+
+def require_equal(ours: Path, theirs: Path) -> None:
+    """Bit for bit, at step 20."""
+    mine = state_of(ours, 20)
+    for name, tensor in state_of(theirs, 20).items():
+        assert torch.equal(mine[name], tensor), name
 
 
 def prompt_of(folder: Path) -> torch.Tensor:

@@ -15,14 +15,9 @@ from ptp_ds.training.engine import Engine
 from ptp_ds.training.trainer import Trainer
 from tests.training.test_checkpoint import names_in
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 QUICK = {"task": "COPA", "prompt_length": 4, "batch_size": 4, "eval_tokens": 600, "lr": 0.1, "verbose": False}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this program's."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_step_is_made_once_whenever_it_is_asked_for():
@@ -69,7 +64,9 @@ def last_state(folder):
     return load_file(folder / "checkpoints" / names_in(folder / "checkpoints")[-1] / "state.safetensors")
 
 
-@pytest.mark.parametrize("perturbation", ["pgd", "free", "mask+gaussian"])
+@pytest.mark.parametrize(
+    "perturbation", ["pgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("free", "mask+gaussian"))]
+)
 def test_bit_for_bit_the_same_run(tiny_model, tmp_path, monkeypatch, order, perturbation):
     """mask draws its words at random; free keeps a batch for two steps and carries deltas, through a resume, too."""
     flags = {**QUICK, "model": tiny_model, "perturbation": perturbation, "log_every": 1, "save_every": 1}
@@ -98,7 +95,7 @@ def test_bit_for_bit_the_same_run(tiny_model, tmp_path, monkeypatch, order, pert
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("perturbation", ["free", "mask+gaussian"])
+@pytest.mark.parametrize("perturbation", ["free", pytest.param("mask+gaussian", marks=pytest.mark.slow)])
 def test_a_population_bit_for_bit(tiny_model, tmp_path, monkeypatch, order, perturbation):
     """All members' rows are made before the update, member by member, and joined."""
     flags = {**QUICK, "model": tiny_model, "perturbation": perturbation, "seeds": "0-1", "max_steps": 3}

@@ -106,7 +106,7 @@ def test_many_steps_give_the_same_losses(run_train, tiny_model, tmp_path, steps)
     [
         pytest.param("gaussian", "keep", 1, 1, marks=pytest.mark.slow),
         pytest.param("pgd", "keep", 1, 3, marks=pytest.mark.slow),
-        ("pgd", "recompute", 1, 3),
+        pytest.param("pgd", "recompute", 1, 3, marks=pytest.mark.slow),
         pytest.param("pgd", "keep", 2, 6, marks=pytest.mark.slow),
         pytest.param("a2t", "keep", 1, 3, marks=pytest.mark.slow),
     ],

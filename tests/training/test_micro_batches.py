@@ -171,6 +171,7 @@ def test_a_meter_counts_examples(monkeypatch):
     assert meter.reduce().values["loss"] == pytest.approx(float(loss.total) / len(EXAMPLES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_depth_first_is_the_run_breadth_first(run_train, tiny_model, tmp_path, ranks):
     """Also where deltas are carried from step to step, and to the bit where it is resumed."""

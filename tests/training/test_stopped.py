@@ -12,15 +12,10 @@ from ptp_ds.errors import UserError
 from ptp_ds.training.checkpoint import saved_steps
 from tests.support.runs import adapter
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 QUICK = {"task": "COPA", "prompt_length": 4, "batch_size": 4, "eval_tokens": 600, "lr": 0.1, "verbose": False,
          "log_every": 1, "save_every": 0, "lr_schedule": "constant", "perturbation": "free"}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """A process group that another test left in the environment is not this program's."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def scored_at(folder) -> list[int]:
@@ -69,7 +64,7 @@ def test_it_ends_where_it_was_stopped(tiny_model, tmp_path, seeds, eval_every):
     assert torch.equal(adapter(stopped / part), adapter(out / part))
 
 
-@pytest.mark.parametrize("seeds", [None, "0-1"])
+@pytest.mark.parametrize("seeds", [pytest.param(None, marks=pytest.mark.slow), "0-1"])
 def test_an_end_that_other_evaluations_would_have_scored(tiny_model, tmp_path, seeds):
     """Step 3, stopped where every second one is scored, is scored where it shall be the end of a run that scores every
     third; and only once."""
