@@ -20,7 +20,7 @@ from ptp_ds.config.ds_config import for_scoring, read_ds_config, resolve_here
 from ptp_ds.config.parsers import evaluate_parser
 from ptp_ds.config.run_config import RunConfig
 from ptp_ds.errors import UserError
-from ptp_ds.files import nearest, require_writable, require_writable_folder, write_json, write_jsonl
+from ptp_ds.files import require_writable, require_writable_folder, write_json, write_jsonl
 from ptp_ds.precision import PRECISION_OF
 from ptp_ds.ranks.distributed import Ranks, env_rank, env_world, prepare_environment, start_processes
 from ptp_ds.ranks.faults import OutputGuard
@@ -38,15 +38,6 @@ _RUN = (
     "settings",
     "training_data_sha256",
 )  # of its result.json, what tells tables apart
-
-
-def _parse(argv: Sequence[str], description: str) -> argparse.Namespace:
-    parser = evaluate_parser(description)
-    values, rest = parser.parse_known_args(argv)
-    if rest:
-        known = [word for action in parser._actions for word in action.option_strings]
-        raise UserError(f"Unknown argument {rest[0]!r}{nearest(rest[0].split('=')[0], known)}. See --help.")
-    return values
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -146,4 +137,5 @@ def _scored_with(args: argparse.Namespace, settings: Mapping[str, Any], resolved
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     """Returns the exit code; user errors are one sentence on rank 0."""
     prepare_environment()
-    return run_command(lambda: _evaluate(_parse(sys.argv[1:] if argv is None else argv, description)))
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _evaluate(evaluate_parser(description).parse_args(argv)))

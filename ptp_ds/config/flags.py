@@ -48,6 +48,14 @@ class StrictParser(argparse.ArgumentParser):
         for name in (None, "store"):
             self.register("action", name, _Once)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own; what is no flag is refused with the flag that it may stand for."""
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [word for action in self._actions for word in action.option_strings]
+            raise UserError(f"Unknown argument {rest[0]!r}{nearest(rest[0].split('=')[0], known)}. See --help.")
+        return values
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
@@ -115,13 +123,7 @@ def named_file(argv: Sequence[str]) -> str | None:
 
 def given_settings(argv: Sequence[str], description: str = "") -> dict[str, Any]:
     """What flags and --config FILE say, flags first, before any check across settings. Raises ValueError."""
-    parser = build_parser(description, named_file(argv))
-    known = [f"--{field.name}" for field in dataclasses.fields(RunConfig)] + ["--config", "--dump_config"]
-    values, rest = parser.parse_known_args(argv)
-    if rest:
-        flag = rest[0].split("=")[0]
-        raise UserError(f"Unknown argument {rest[0]!r}{nearest(flag, known)}. See --help.")
-    given = vars(values)
+    given = vars(build_parser(description, named_file(argv)).parse_args(argv))
     for name in ("local_rank", "list_families", "dump_config"):
         given.pop(name, None)
     if "perturbation_args" in given:

@@ -36,6 +36,24 @@ def test_help_imports_nothing_heavy(name):
     assert COMMANDS[name].split(":")[0][:30] in out
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "--taks", "x"], "Unknown argument '--taks' (did you mean '--task'?). See --help."),
+        (["train", "--lr", "much"], "Argument --lr: invalid float value: 'much'. See --help."),
+        (["evaluate", "--adapter", "x", "--splt=val"],
+         "Unknown argument '--splt=val' (did you mean '--split'?). See --help."),
+        (["study", "x.yaml", "--output_dir", "x", "--seed"], "Unknown argument '--seed'. See --help."),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_imports_nothing_heavy(argv, said):
+    out = in_fresh_python(
+        f"import sys\nfrom ptp_ds.commands.ptp import main\nsys.stderr = sys.stdout\ncode = main({argv!r})\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], code)"
+    )
+    assert out == f"error: {said}\nHEAVY [] 2\n"
+
+
 def test_importing_the_package_brings_no_torch_and_its_names_come_when_asked():
     out = in_fresh_python(
         f"import sys, ptp_ds\nprint([m for m in {HEAVY!r} if m in sys.modules], sorted(ptp_ds.__all__))\n"
