@@ -15,6 +15,7 @@ from ptp_ds.commands.ptp import COMMANDS
 from ptp_ds.config.parsers import PARSERS
 from tests.support.paths import ROOT
 from tests.support.processes import worker_environment
+from tests.support.zygote import run_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "ptp_ds/README.md"]
 OWN = {"make_docs": {"--check"}, "make_notebook": {"--execute"}}  # flags of scripts that are no command
@@ -43,8 +44,7 @@ def test_the_readme_is_for_a_person():
 
 
 def test_the_command_lines_page_is_what_the_parsers_say():
-    done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, env=worker_environment(),
-                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    done = run_script("make_docs.py", ["--check"], ROOT)
     assert done.returncode == 0, done.stderr
 
 

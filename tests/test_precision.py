@@ -120,7 +120,7 @@ def test_fp16_is_refused_without_a_gpu(monkeypatch):
         dtype_of("fp16")
 
 
-@pytest.mark.parametrize(("stage", "perturbation"), [(2, "pgd"), (3, "free")])
+@pytest.mark.parametrize(("stage", "perturbation"), [pytest.param(2, "pgd", marks=pytest.mark.slow), (3, "free")])
 def test_fp16_trains_as_fp32_does_and_resumes(stage, perturbation):
     done = run_script(SUPPORT / "fp16_worker.py", [stage, perturbation, 0])
     assert done.returncode == 0, done.stderr[-2000:]

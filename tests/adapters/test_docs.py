@@ -11,16 +11,15 @@ import torch
 
 from ptp_ds.adapters.generate import generate
 from ptp_ds.adapters.write import write_adapter
-from ptp_ds.commands.evaluate import _parse as evaluate
 from ptp_ds.commands.predict import _parse as predict
 from ptp_ds.config.flags import parse_run
-from ptp_ds.config.parsers import push_parser
+from ptp_ds.config.parsers import evaluate_parser, push_parser
 from ptp_ds.models.source import load_config
 from tests.support.paths import ROOT
 
 PARSERS = {
     "train": parse_run, "push": lambda argv: push_parser("").parse_args(argv),
-    "predict": lambda argv: predict(argv, ""), "evaluate": lambda argv: evaluate(argv, ""),
+    "predict": lambda argv: predict(argv, ""), "evaluate": lambda argv: evaluate_parser().parse_args(argv),
 }  # fmt: skip
 
 

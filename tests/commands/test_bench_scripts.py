@@ -21,6 +21,7 @@ def test_it_explains_itself(name, tmp_path):
     assert "usage:" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_step_of_every_side_in_both_precisions(tiny_model, tmp_path):
     """bench_step itself refuses sides whose first losses differ."""
     arguments = ["--model", tiny_model, "--tasks", "Reviews", "--rows", 2, "--prompt_lengths", 3, "--pairs", 1,
@@ -85,6 +86,7 @@ def test_rules_of_selection():
     assert chosen == {"near, latest": 5, "near, ce": 3, "score, ce": 2, "ce": 4, "last": 6}
 
 
+@pytest.mark.slow
 def test_a_large_step_beside_pefts(tmp_path):
     arguments = ["--shape", "tiny", "--rows", 4, "--peft_rows", 2, "--prompt_length", 3, "--steps", 1,
                  "--json", "large"]  # fmt: skip

@@ -46,19 +46,15 @@ def launched(tmp_path: Path, args: list) -> subprocess.CompletedProcess:
                           text=True, timeout=170, check=False)  # fmt: skip
 
 
-def test_the_deepspeed_command_says_what_a_person_needs_in_order(tmp_path, tiny_model):
-    args = [
-        *QUICK,
-        "--model",
-        tiny_model,
-        "--perturbation",
-        "pgd",
-        "--max_steps",
-        "2",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    done = check(launched(tmp_path, args))
+def by_forks(tmp_path: Path, args: list) -> subprocess.CompletedProcess:
+    """Two ranks without a launcher's time."""
+    return run_script("train.py", args, tmp_path, ranks=2)
+
+
+@pytest.mark.parametrize("start", [by_forks, pytest.param(launched, marks=pytest.mark.slow)])
+def test_two_ranks_say_what_a_person_needs_in_order(start, tmp_path, tiny_model):
+    args = [*QUICK, "--model", tiny_model, "--perturbation", "pgd", "--max_steps", "2"]
+    done = check(start(tmp_path, [*args, "--output_dir", tmp_path / "run"]))
     found = done.stdout.removesuffix("\n").split("\n")
     for line, wanted in zip(found, START, strict=True):
         assert re.fullmatch(wanted, line), (wanted, line)

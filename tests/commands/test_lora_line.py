@@ -90,6 +90,7 @@ def changed(study, **settings):
     (study / "study.json").write_text(json.dumps(value), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_lines_of_another_study_are_neither_taken_nor_averaged(study, write_rows):
     """Of another number of steps, other reported rows, another template; more seeds on the same draws belong to one."""
     changed(study)

@@ -81,6 +81,7 @@ MEMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_tasks_and_settings_of_their_own(run_train, tiny_model, tmp_path, ranks):
     (tmp_path / "members.json").write_text(json.dumps(MEMBERS))
@@ -93,6 +94,7 @@ def test_tasks_and_settings_of_their_own(run_train, tiny_model, tmp_path, ranks)
         require_same(tmp_path / "all" / "members" / member["name"], tmp_path / member["name"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perturbation", ["pgd", *SLOW])
 def test_one_member_is_the_run_bit_for_bit(run_train, tiny_model, tmp_path, perturbation):
     args = [*QUICK, "--model", tiny_model, "--perturbation", perturbation, "--weight_decay", "0.1"]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.paths import ROOT
@@ -27,6 +28,7 @@ def other_model(tiny_model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_run_in_one_process_is_a_fresh_ones(run_train, tiny_model, tmp_path):
     """Both ZeRO stages, two models, threads, and a run that failed in between: bit for bit, and nothing is left."""
     models = {"one": tiny_model, "other": other_model(tiny_model, tmp_path / "other_model")}

@@ -206,6 +206,7 @@ def test_carried_deltas_resume_bit_for_bit(run_train, tiny_model, tmp_path):
         assert torch.equal(last_prompt(again), last_prompt(whole)), step
 
 
+@pytest.mark.slow
 def test_carried_deltas_of_two_ranks_resume_on_two_and_on_one(run_train, tiny_model, tmp_path):
     """Each rank's part is a file; bit for bit on as many ranks, to rounding on another number."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--ascent_steps", "3", "--max_steps", "3",

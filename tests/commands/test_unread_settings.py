@@ -43,10 +43,8 @@ def by_python(args: list[str], folder: Path) -> list[str]:
     return [sys.executable, *args]
 
 
-SLOW = [pytest.param(by, marks=pytest.mark.slow) for by in (by_torchrun, by_deepspeed)]
-
-
-@pytest.mark.parametrize("command", [by_python, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [by_python, by_torchrun, by_deepspeed])
 def test_every_launcher_lets_it_through_once(command, tiny_model, tmp_path):
     script = [str(ROOT / "scripts" / "train.py"), "--ds_config", str(ROOT / "ds_configs" / "zero3.json")]
     args = [*script, *QUICK, *GIVEN, "--model", str(tiny_model), "--max_steps", "1", "--output_dir", "out"]

@@ -37,10 +37,21 @@ def given(lengths, width, dtype, seed=0):
     return 0.1 * randn(tokens, width, seed=seed), randn(tokens, width, seed=seed + 1, dtype=dtype)
 
 
+CASES = [*zip(LENGTHS, WIDTHS, strict=True), ([2, 3], 1030)]
+_LARGE = LENGTHS[-1]  # where the interpreter takes seconds: in every norm and dtype by the slow tests alone
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, WIDTHS, strict=True), ([2, 3], 1030)])
+@pytest.mark.parametrize(
+    ("lengths", "width", "norm", "dtype"),
+    [
+        pytest.param(
+            *case, norm, dtype, marks=[pytest.mark.slow] if case[0] is _LARGE and (norm, dtype) not in
+            (("frobenius", torch.float32), ("token_l2", torch.bfloat16)) else [],
+        )
+        for case in CASES for norm in NORMS for dtype in DTYPES
+    ],
+)  # fmt: skip
 def test_a_step_is_the_formula(lengths, width, norm, dtype, impl):
     places = make_places(lengths, still=len(lengths) > 1)
     delta, gradient = given(lengths, width, dtype)

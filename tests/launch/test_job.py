@@ -112,7 +112,7 @@ def test_no_host_has_failed_when_all_were_asked_to_stop(told, monkeypatch):
 
 
 @pytest.mark.parametrize(("cause", "restarted"), [(137, True), (1, True), (2, False)])
-@pytest.mark.parametrize("last_words", [0.8, 0.0])
+@pytest.mark.parametrize("last_words", [pytest.param(0.8, marks=pytest.mark.slow), 0.0])
 def test_the_host_that_failed_first_decides_what_the_job_ended_with(told, monkeypatch, cause, restarted, last_words):
     """node1 still loads and is ended by our SIGTERM; pdsh -S then tells the larger code of the two, here node1's."""
     monkeypatch.setattr(job_module, "_GRACE_SECONDS", 0.3)

@@ -113,6 +113,7 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
     assert adapter_kind(one / "adapter") == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "deep"])
 def test_a_tiny_learning_rate_leaves_the_initial_prompt(run_train, tiny_model, tmp_path, kind):
     """The same seed with and without an MLP starts at the same prompt, so their first losses are equal.

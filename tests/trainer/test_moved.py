@@ -294,6 +294,7 @@ def compiled_below(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapped", "passes"), [(plain_of, 1), (compiled_of, 2), (compiled_by_method, 2), (compiled_below, 2)]
 )

@@ -58,7 +58,7 @@ def test_a_masked_model_is_known_under_its_wrappers(ours, wrap):
     assert not is_token_classifier(wrap(model))
 
 
-@pytest.mark.parametrize("wrap", [compiled, lambda model: model])
+@pytest.mark.parametrize("wrap", [pytest.param(compiled, marks=pytest.mark.slow), lambda model: model])
 def test_a_wrapped_masked_models_loss_is_read_at_the_answer(wrap):
     model = encoder(AutoModelForMaskedLM)
     batch, _, movable = batch_of(make_examples("single"))

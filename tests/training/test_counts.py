@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ SILENT = {
     "deep encoder": {"family": "bert", "head": "masked", "prompt": "deep", "perturbation": "pgd", "shape": "multi"},
     "classes": {"family": "bert", "head": "classes", "perturbation": "mask", "shape": "single"},
 }  # fmt: skip
+QUICK = ("single tokens", "pgd", "twins", "deep", "population", "windows", "masked")
 SENT = {"windows": 5, "soft caps": 5}  # else row and plan; here masks of layers that the plan can't tell beforehand
 # Of a family's own forward, which padded passes leave as it is: (waits, copies).
 PADDED = {"falcon": (0, 4), "bart": (3, 0), "bloom": (0, 0)}
@@ -53,11 +55,18 @@ DEEPER = {name: [{**LLAMA, "perturbation": name, "shape": "single", "narrows": T
           for name in LAYERS}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def counted():
-    """(the instrument's tries, each case's counts by name and those of a population's "update")."""
+def some(names):
+    """Names of cases, of which the quick suite takes those in QUICK."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@cache
+def counts_of(quick):
+    """(the instrument's tries, counts by name of the cases that are quick or not, and of a population's "update")."""
     padded = {family: {"family": family, "perturbation": "gaussian", "shape": "multi"} for family in PADDED}
-    cases = {**SILENT, **padded, **{(name, n): case for name, pair in DEEPER.items() for n, case in enumerate(pair)}}
+    deeper = {(name, n): case for name, pair in DEEPER.items() for n, case in enumerate(pair)}
+    cases = {**SILENT, **padded, **deeper}
+    cases = {name: case for name, case in cases.items() if (name in deeper or name in QUICK) is quick}
     command = [sys.executable, str(SUPPORT / "counts_worker.py"), json.dumps(list(cases.values()))]
     done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,7 +74,12 @@ def counted():
     return instrument, {"update": update, **dict(zip(cases, found, strict=True))}
 
 
-def test_the_instrument(counted):
+def counted(name):
+    """A case's counts."""
+    return counts_of(name in QUICK or isinstance(name, tuple))[1][name]
+
+
+def test_the_instrument():
     """(waits, blocking copies, copies that nothing waits for) of one thing each."""
     kinds = {
         (1, 0, 0): {"item", "bool", "nonzero", "boolean index", "masked_select", "unique", "equal",
@@ -74,43 +88,44 @@ def test_the_instrument(counted):
         (0, 0, 1): {"pinned"},
         (0, 0, 0): {"arithmetic", "a number for where"},
     }  # fmt: skip
-    assert {name: tuple(found) for name, found in counted[0].items()} == {
+    assert {name: tuple(found) for name, found in counts_of(True)[0].items()} == {
         name: kind for kind, names in kinds.items() for name in names
     }
 
 
-@pytest.mark.parametrize("name", SILENT)
-def test_no_pass_waits(name, counted):
-    found = counted[1][name]
+@pytest.mark.parametrize("name", some(SILENT))
+def test_no_pass_waits(name):
+    found = counted(name)
     assert (found["waits"], found["copies"]) == ({}, {})
     assert found["sent"] <= SENT.get(name, 2)
 
 
-def test_a_populations_update_waits_for_nothing(counted):
+def test_a_populations_update_waits_for_nothing():
     """Members' rates are sent to the device; a lone prompt's AdamW is torch's."""
-    assert counted[1]["update"] == {"waits": {}, "copies": {}, "sent": 1}
+    assert counts_of(True)[1]["update"] == {"waits": {}, "copies": {}, "sent": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PADDED)
-def test_padded_passes_wait_for_the_familys_own_code_alone(family, counted):
-    found = counted[1][family]
+def test_padded_passes_wait_for_the_familys_own_code_alone(family):
+    found = counted(family)
     assert all("self.model" in what for what in (*found["waits"], *found["copies"]))
     for kind, most in zip(("waits", "copies"), PADDED[family], strict=True):
         assert sum(found[kind].values()) <= most
 
 
-@pytest.mark.parametrize("name", [*SILENT, *PADDED])
-def test_the_device_computes_what_the_host_does(name, counted):
+@pytest.mark.parametrize("name", some([*SILENT, *PADDED]))
+def test_the_device_computes_what_the_host_does(name):
     """So the counts are those of a step that is right."""
     most = 0.05 if name == "bf16" else 1e-5
-    assert counted[1][name]["loss_error"] < most
-    assert counted[1][name]["error"] < most
+    assert counted(name)["loss_error"] < most
+    assert counted(name)["error"] < most
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_operators_a_layer(name, counted):
+def test_operators_a_layer(name):
     for part, most in zip(("forward", "backward"), LAYERS[name], strict=True):
-        (less, more) = (counted[1][name, n][part] for n in (0, 1))
+        (less, more) = (counted((name, n))[part] for n in (0, 1))
         assert (more - less) / 2 <= most
 
 

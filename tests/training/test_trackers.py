@@ -179,6 +179,7 @@ def run(tmp_path, name, *args, ranks=1):
     return out, done, told
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_tells_its_tracker_all_and_another_that_breaks_changes_nothing(tiny_model, tmp_path):
     """The same prompt to the bit as by `none`, which leaves no tensorboard folder; rank 0 alone has a diary."""
     flags = ["--model", tiny_model, "--perturbation", "pgd", "--lr", "0.1"]
