@@ -25,6 +25,7 @@ from ptp_ds.studies.statistics import Comparison, compare, compare_all, holm, sp
 NAMES = {
     "plain": "plain prompt tuning", "ptp-rn": "PTP, noise (`--preset ptp-rn`)",
     "ptp-adv": "PTP, adversarial (`--preset ptp-adv`)",
+    "ptp-adv-token": "the same with `--norm token_l2 --epsilon 0.022 --alpha 0.0165`",
     "ptp-adv-right": "the same with `--min_confidence 0.8 --confidence_in label`",
     "plain-text": "plain prompt tuning with `--prompt_init text`",
     "ptp-rn-text": "PTP, noise, with `--prompt_init text`",
@@ -39,6 +40,7 @@ NAMES = {
 }  # fmt: skip
 SHORT = {
     "plain": "plain", "ptp-rn": "noise", "ptp-adv": "adversarial", "ptp-adv-right": "adversarial, where right",
+    "ptp-adv-token": "adversarial, by token",
     "plain-text": "plain, from a text", "ptp-rn-text": "noise, from a text", "ptp-adv-text": "adversarial, from a text",
     "mask": "hidden words", "free": "free", "a2t": "swapped words", "plain-average": "plain, mean prompt",
     "plain-lr01-w5": "plain, lower rate", "ptp-rn-w5": "noise", "ptp-adv-w5": "adversarial",
