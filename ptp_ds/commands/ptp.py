@@ -16,6 +16,7 @@ from ptp_ds.config.flags import build_parser, named_file
 from ptp_ds.config.parsers import PARSERS
 from ptp_ds.errors import UserError
 from ptp_ds.files import nearest, shipped
+from ptp_ds.hosts.environment import is_rank
 from ptp_ds.redact import redacted
 
 COMMANDS = {
@@ -91,7 +92,7 @@ def _help(name: str, argv: Sequence[str], program: str | None) -> int:
 
 def _readable(name: str, argv: Sequence[str]) -> bool:
     """Whether the flags are some of the command's; if not, says so. To a launcher's ranks the command says it."""
-    if name == "plan" or "RANK" in os.environ:  # plan reads train's flags behind its own
+    if name == "plan" or is_rank(os.environ):  # plan reads train's flags behind its own
         return True
     try:
         _parser(name).parse_args(argv)

@@ -56,6 +56,11 @@ def _environment_files(environment: Mapping[str, str]) -> list[Path]:
     return [file for file in places if file.is_file()]
 
 
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher or Open MPI's mpirun started this process as one of its ranks."""
+    return "RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment
+
+
 def adopt_mpi(environment: MutableMapping[str, str]) -> None:
     """RANK and its like from Open MPI's variables, where mpirun started this process and nobody set them."""
     if "RANK" in environment or "OMPI_COMM_WORLD_RANK" not in environment:

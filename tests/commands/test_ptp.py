@@ -54,6 +54,19 @@ def test_a_wrong_flag_imports_nothing_heavy(argv, said):
     assert out == f"error: {said}\nHEAVY [] 2\n"
 
 
+@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK"])
+def test_a_launchers_ranks_are_left_to_the_command(monkeypatch, capsys, variable):
+    """Which lets rank 0 alone speak."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("ptp_ds.commands.train.main", lambda argv, description: 7)
+    monkeypatch.setattr("ptp_ds.ranks.distributed.exit_process", lambda code: None)
+    assert run("train", ["--taks", "x"]) == 2
+    assert "Unknown argument" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "1")
+    assert run("train", ["--taks", "x"]) == 7
+    assert capsys.readouterr().err == ""
+
+
 def test_importing_the_package_brings_no_torch_and_its_names_come_when_asked():
     out = in_fresh_python(
         f"import sys, ptp_ds\nprint([m for m in {HEAVY!r} if m in sys.modules], sorted(ptp_ds.__all__))\n"
