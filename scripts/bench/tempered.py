@@ -118,14 +118,16 @@ def main(argv: list[str]) -> None:
                 f"{member} is of {one.source.folder}, the first of {first.source.folder}; give one model's."
             )
     backbone = first.load(whole(), alone())
-    print("| cell | cross-entropy | standard deviation | highest | with a temperature | standard deviation | highest "
-          "| median temperature |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
-    for cell, some in members.items():
-        with said_once("ptp_ds.adapters.origin"):  # where the rows are
+    columns = ("cell", "cross-entropy", "standard deviation", "highest", "with a temperature", "standard deviation",
+               "highest", "median temperature")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|---|---|"]
+    with said_once("ptp_ds.adapters.origin"):  # where the rows are
+        for cell, some in members.items():
             found = [outcome_of(served[member], backbone, member) for member in some]
-        before, behind = shown([one.before for one in found]), shown([one.behind for one in found])
-        warm = median(one.temperature for one in found)
-        print(f"| {'/'.join(cell.resolve().parts[-2:])} | {before} | {behind} | {warm:.2f} |", flush=True)
+            before, behind = shown([one.before for one in found]), shown([one.behind for one in found])
+            warm = median(one.temperature for one in found)
+            lines.append(f"| {'/'.join(cell.resolve().parts[-2:])} | {before} | {behind} | {warm:.2f} |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
