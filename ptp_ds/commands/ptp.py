@@ -67,9 +67,12 @@ def run(name: str, argv: Sequence[str] | None = None, program: str | None = None
     program: what usage lines call it; None for the script's own name.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if set(_HELP) & set(argv):
-        return _help(name, argv, program)
-    if not _readable(name, argv):
+    try:
+        if set(_HELP) & set(argv):
+            return _help(name, argv, program)
+        _require_readable(name, argv)
+    except UserError as error:  # as ptp_ds.commands.exits.report_error says it, which imports torch
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     code: int = import_module(f"ptp_ds.commands.{name}").main(argv, COMMANDS[name])
     if name in _WITHOUT_TEARDOWN:
@@ -80,32 +83,17 @@ def run(name: str, argv: Sequence[str] | None = None, program: str | None = None
 
 
 def _help(name: str, argv: Sequence[str], program: str | None) -> int:
-    """A command's flags, with those of the perturbation file that is named; the exit code, 2 for a user's error."""
-    try:
-        parser = _parser(name, argv)
-    except UserError as error:
-        return _refuse(error)
+    """A command's flags, with those of the perturbation file that is named; the exit code. Raises UserError."""
+    parser = _parser(name, argv)
     parser.prog = program or parser.prog
     parser.print_help()
     return 0
 
 
-def _readable(name: str, argv: Sequence[str]) -> bool:
-    """Whether the flags are some of the command's; if not, says so. To a launcher's ranks the command says it."""
-    if name == "plan" or is_rank(os.environ):  # plan reads train's flags behind its own
-        return True
-    try:
+def _require_readable(name: str, argv: Sequence[str]) -> None:
+    """UserError where the flags are none of the command's; to a launcher's ranks the command says it."""
+    if name != "plan" and not is_rank(os.environ):  # plan reads train's flags behind its own
         _parser(name).parse_args(argv)
-    except UserError as error:
-        _refuse(error)
-        return False
-    return True
-
-
-def _refuse(error: UserError) -> int:
-    """Says the sentence as ptp_ds.commands.exits.report_error does, which imports torch; returns its exit code."""
-    print(f"error: {redacted(str(error))}", file=sys.stderr)
-    return 2
 
 
 def _parser(name: str, argv: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -45,7 +45,7 @@ def test_seeds_at_once_equal_lone_runs(run_train, tiny_model, lively_model, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("perturbation", "ranks"), [("free", 1), pytest.param("pgd", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("perturbation", "ranks"), [("free", 1), ("pgd", 2)])
 def test_micro_batches_of_all_members_one_after_the_other(run_train, lively_model, tmp_path, perturbation, ranks):
     """A lone run that takes them side by side is the reference."""
     args = [*QUICK, "--model", lively_model, "--perturbation", perturbation, "--gradient_accumulation_steps", "2"]
@@ -82,7 +82,7 @@ MEMBERS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_tasks_and_settings_of_their_own(run_train, tiny_model, tmp_path, ranks):
     (tmp_path / "members.json").write_text(json.dumps(MEMBERS))
     args = [*QUICK, "--model", tiny_model]
@@ -195,7 +195,7 @@ BROKEN = "The prompt's gradient is not finite at step 2"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), (2, 2)])
 def test_a_gradient_that_is_not_finite_between_two_log_lines(tiny_model, tmp_path, stage, ranks):
     """Step 2 of 10, where 5 and 10 are logged: the optimizer leaves it out, and every later step is a whole one."""
     args = [*QUICK, "--model", tiny_model, "--max_steps", "10", "--ds_config", f"ds_configs/zero{stage}.json"]

@@ -106,14 +106,17 @@ def reports(tmp_path_factory):
     return run_scenarios(tmp_path_factory.mktemp("plan"), several + DRY_SCENARIOS, 170)
 
 
-def test_bytes_exactly_and_memory_within_15_percent(tmp_path):
-    check(LONE[0], run_scenarios(tmp_path, LONE[:1], 170)[LONE[0]["name"]])
-
-
-@pytest.mark.slow
-def test_bytes_exactly_and_memory_within_15_percent_of_every_lone_step(tmp_path):
-    found = run_scenarios(tmp_path, LONE, 170)
-    for scenario in LONE:
+@pytest.mark.parametrize(
+    ("scenarios", "seconds"),
+    [
+        pytest.param(LONE[:1], 170, id="one"),
+        pytest.param(LONE, 170, id="alone", marks=pytest.mark.slow),
+        pytest.param(LONG, 590, id="every kind of step on 1, 2 and 4 ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_exactly_and_memory_within_15_percent(tmp_path, scenarios, seconds):
+    found = run_scenarios(tmp_path, scenarios, seconds)
+    for scenario in scenarios:
         check(scenario, found[scenario["name"]])
 
 
@@ -122,13 +125,6 @@ def test_bytes_exactly_and_memory_within_15_percent_on_several_ranks(reports):
     for scenario in SCENARIOS:
         if scenario not in LONE:
             check(scenario, reports[scenario["name"]])
-
-
-@pytest.mark.slow
-def test_every_kind_of_step_on_1_2_and_4_ranks(tmp_path):
-    found = run_scenarios(tmp_path, LONG, 590)
-    for scenario in LONG:
-        check(scenario, found[scenario["name"]])
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("soft", marks=pytest.mark.slow), "deep"])
+@pytest.mark.parametrize("kind", ["soft", "deep"])
 def test_a_tiny_learning_rate_leaves_the_initial_prompt(run_train, tiny_model, tmp_path, kind):
     """The same seed with and without an MLP starts at the same prompt, so their first losses are equal.
 

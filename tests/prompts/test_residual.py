@@ -85,10 +85,7 @@ def test_runs_on_one_and_two_ranks_resume_and_export(run_train, tiny_model, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how",
-    [["--prompt_residual", "6"], pytest.param(["--prompt_mlp", "6", "--prompt", "deep"], marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("how", [["--prompt_residual", "6"], ["--prompt_mlp", "6", "--prompt", "deep"]])
 def test_a_member_of_a_population_is_its_lone_run(run_train, tiny_model, tmp_path, how):
     """Each member has a network of its own, and a running mean of it."""
     args = [*POPULATION, "--model", tiny_model, "--average", "0.9", *how]

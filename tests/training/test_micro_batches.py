@@ -172,7 +172,7 @@ def test_a_meter_counts_examples(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_depth_first_is_the_run_breadth_first(run_train, tiny_model, tmp_path, ranks):
     """Also where deltas are carried from step to step, and to the bit where it is resumed."""
     args = [*QUICK, "--model", tiny_model, "--perturbation", "free", "--max_steps", "5", "--batch_size", "8",
